@@ -1,0 +1,61 @@
+"""Graph -> the regions that the patterns recognise, and what they refuse. A node belongs to one region at most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from mst_fx.pattern import Pattern
+from mst_fx.reading import Reader
+from mst_fx.refusal import Refusal
+from mst_fx.region import Region
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a pattern said of a node."""
+
+    pattern: str
+    outcome: Region | Refusal
+
+
+def discover(owner: GraphModule, patterns: Sequence[Pattern]) -> list[Found]:
+    """Ask every pattern about every node, in graph order."""
+    reader = Reader(owner)
+    taken: set[Node] = set()
+    found = []
+    for node in owner.graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        for pattern in patterns:
+            try:
+                region = pattern.match(reader, node)
+            except Refusal as refusal:
+                found.append(Found(pattern.name, refusal))
+                break
+            if region is not None and taken.isdisjoint(region.nodes):
+                taken.update(region.nodes)
+                found.append(Found(pattern.name, region))
+                break
+    return found
+
+
+def nested(owner: GraphModule) -> Iterator[tuple[str, GraphModule]]:
+    """The graph modules that higher-order operators of the graph call (activation checkpointing, ...), by attribute."""
+    for node in owner.graph.nodes:
+        if node.op == "get_attr" and "." not in str(node.target):
+            child = getattr(owner, str(node.target), None)
+            if isinstance(child, GraphModule) and all(_enters(user) for user in node.users):
+                yield str(node.target), child
+
+
+def _enters(user: Node) -> bool:
+    """Whether the operator runs its subgraph as if it stood in the graph around it, gradients included."""
+    return str(user.target) in ENTERED
+
+
+ENTERED = frozenset(
+    ["tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "invoke_subgraph", "wrap_with_set_grad_enabled"]
+)

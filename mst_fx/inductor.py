@@ -1,0 +1,83 @@
+"""Inductor's lowering of the loop operator: the bodies become functions of the generated module, the loop one call.
+
+Private torch API: Inductor's IR, graph lowering and wrapper code. Run on torch 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import constrain_to_fake_tensor, register_lowering
+from torch._inductor.virtualized import V
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from mst_fx.loop import chunk_lengths, mini_sequence_loop, take_all
+
+
+class MiniSequenceKernel(ir.ExternKernel):
+    """One loop in Inductor's graph: nothing is fused into it or moved through it."""
+
+    def __init__(self, subgraphs: Sequence[Any], spec: tuple[Any, ...], operands: Sequence[Any], layout: Any) -> None:
+        super().__init__(name=None, layout=layout, inputs=operands)
+        self.subgraphs, self.spec = subgraphs, spec
+        self.name = V.graph.register_buffer(self)
+        V.graph.register_operation(self)
+
+    def get_subgraphs(self) -> list[Any]:
+        """Told to Inductor so that it sees what the bodies use."""
+        return [subgraph for subgraph in self.subgraphs if subgraph is not None]
+
+    def should_allocate(self) -> bool:
+        """The runtime allocates the results."""
+        return False
+
+    def has_side_effects(self) -> bool:
+        """A loop whose results nobody reads may go."""
+        return False
+
+    def codegen(self, wrapper: Any) -> None:
+        """Write the bodies once, and the call of the loop."""
+        names = []
+        for subgraph in self.subgraphs:
+            if subgraph is not None:
+                wrapper.codegen_subgraph_common(subgraph)
+            names.append(subgraph.graph.name if subgraph is not None else "None")
+        operands = ", ".join(buffer.codegen_reference() for buffer in self.inputs)
+        wrapper.add_import_once("from mst_fx.loop import run_loop")
+        wrapper.writeline(f"{self.get_name()} = run_loop(({', '.join(names)}), {self.spec!r}, [{operands}])")
+
+
+@register_lowering(mini_sequence_loop, type_promotion_kind=None)
+def _lower(full: Any, tail: Any, spec: tuple[Any, ...], *operands: Any) -> list[Any]:
+    node = V.graph.current_node
+    fakes = [operand.meta["val"] for operand in node.args[3:]]
+    realized = [
+        constrain_to_fake_tensor(ir.ExternKernel.realize_input(operand), fake)
+        for operand, fake in zip(operands, fakes, strict=True)
+    ]
+    for subgraph, length in zip((full, tail), chunk_lengths(spec, fakes), strict=True):
+        if subgraph is not None:
+            with V.fake_mode:
+                chunk = take_all(spec, fakes, length)
+            _compile_body(subgraph, chunk)
+    kernel = MiniSequenceKernel((full, tail), spec, realized, ir.MultiOutputLayout(device=fakes[0].device))
+    kernel.outputs = [_output(kernel, value, position) for position, value in enumerate(node.meta["val"])]
+    return [ir.TensorBox.create(output) for output in kernel.outputs]
+
+
+def _compile_body(subgraph: Any, chunk: Sequence[torch.Tensor]) -> None:
+    """Run Inductor over the body, for operands of one chunk."""
+    if subgraph.graph is not None:
+        return
+    FakeTensorProp(subgraph.graph_module, mode=V.fake_mode).propagate_dont_convert_inputs(*chunk)
+    subgraph.graph = V.graph.make_subgraph(gm=subgraph.graph_module, example_inputs=chunk, subgraph_name=subgraph.name)
+    with V.set_graph_handler(subgraph.graph):
+        subgraph.graph.run(*chunk)
+
+
+def _output(kernel: MiniSequenceKernel, value: torch.Tensor, position: int) -> Any:
+    layout = ir.FixedLayout(device=value.device, dtype=value.dtype, size=list(value.shape), stride=list(value.stride()))
+    return ir.MultiOutput(layout, kernel, [(list, position)], skip_size_stride_alignment_checks=True)

@@ -1,0 +1,247 @@
+"""The loop operator: a chunk body, run by the host over the mini-sequences, with in-place accumulation.
+
+`mini_sequence_loop(full, tail, spec, *operands)` stays one node of the graph until Inductor, so nothing can reorder or
+fuse the chunks until all of them are alive.
+
+Terms
+  body       an aten graph module that computes one mini-sequence
+  full, tail the bodies for a full chunk and for the ragged last one (None where the length divides)
+  spec       (version, chunk, ins, outs): plain literals, so that graphs, cache keys and generated code can hold it
+  ins        for each operand None (whole) or (dim, outer, inner), as in `placement.Split`
+  outs       how the body's outputs become results:
+               ("cat", dim, outer, inner)  one output, written to its place in the result
+               ("sum", dtype)              one output, added up over the chunks in `dtype`
+               ("outer", dtype, result)    two outputs A [n, i] and B [n, j]; A^T B [i, j] adds up in place in `dtype`
+                                           and is returned in dtype `result`
+
+Private torch API: the registration of a higher-order operator. Run on torch 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.utils._pytree as pytree
+from torch._C import DispatchKey
+from torch._higher_order_ops.utils import redirect_to_mode, reenter_make_fx
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, disable_proxy_modes_tracing, track_tensor_tree
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
+
+Axis: TypeAlias = tuple[int, int, int]
+Body: TypeAlias = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
+
+
+class LoopSpec(NamedTuple):
+    """The literals of one loop; `tuple(spec)` is what the graph holds."""
+
+    version: str
+    chunk: int
+    ins: tuple[Axis | None, ...]
+    outs: tuple[tuple[Any, ...], ...]
+
+
+def _version() -> str:
+    """Hash of the operator's and its lowering's source: compiled code made by another version must not be reused."""
+    here = Path(__file__).parent
+    sources = b"".join((here / name).read_bytes() for name in ("loop.py", "inductor.py"))
+    return hashlib.sha256(sources).hexdigest()[:12]
+
+
+VERSION = _version()
+
+
+def take(x: torch.Tensor, axis: Axis | None, start: int, length: int) -> torch.Tensor:
+    """Positions [start, start + length) of the axis; all of `x` where it is whole."""
+    if axis is None:
+        return x
+    dim, outer, inner = axis
+    if outer == 1:
+        return x.narrow(dim, start * inner, length * inner)
+    rows = x.unflatten(dim, (outer, -1)).narrow(dim + 1, start * inner, length * inner)
+    return rows.flatten(dim, dim + 1)
+
+
+def put(result: torch.Tensor, axis: Axis, start: int, length: int, chunk: torch.Tensor) -> None:
+    """Write positions [start, start + length) of the axis of `result`."""
+    dim, outer, inner = axis
+    place = result.unflatten(dim, (outer, -1)).narrow(dim + 1, start * inner, length * inner)
+    place.copy_(chunk.unflatten(dim, (outer, -1)))
+
+
+def axis_length(ins: Sequence[Axis | None], operands: Sequence[torch.Tensor]) -> int:
+    """Length of the axis."""
+    x, (dim, outer, inner) = next((x, axis) for x, axis in zip(operands, ins, strict=True) if axis is not None)
+    return x.shape[dim] // (outer * inner)
+
+
+def run_loop(bodies: tuple[Body, Body | None], raw_spec: tuple[Any, ...], operands: list[torch.Tensor]) -> list[Any]:
+    """Run the loop. Generated code calls this with the bodies that it compiled."""
+    spec = LoopSpec(*raw_spec)
+    total = axis_length(spec.ins, operands)
+    results: list[Any] = [None] * len(spec.outs)
+    for start in range(0, total, spec.chunk):
+        length = min(spec.chunk, total - start)
+        body = bodies[0] if length == spec.chunk else bodies[1]
+        assert body is not None
+        chunk = [_aligned(take(x, axis, start, length), x) for x, axis in zip(operands, spec.ins, strict=True)]
+        outs = iter(body(chunk))
+        for index, kind in enumerate(spec.outs):
+            results[index] = _absorb(kind, results[index], outs, start, length, total)
+        del chunk, outs  # free this chunk before the next one starts
+    return [_finished(kind, result) for kind, result in zip(spec.outs, results, strict=True)]
+
+
+def _aligned(chunk: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Compiled bodies may rely on the alignment that the operand itself had."""
+    offset = (chunk.storage_offset() - x.storage_offset()) * x.element_size()
+    return chunk.clone() if offset % 16 else chunk
+
+
+def _absorb(
+    kind: tuple[Any, ...], result: Any, outs: Iterator[torch.Tensor], start: int, length: int, total: int
+) -> Any:
+    """One chunk's outputs go into the result."""
+    out = next(outs)
+    if kind[0] == "cat":
+        axis = kind[1:]
+        if result is None:
+            shape = list(out.shape)
+            shape[axis[0]] = axis[1] * total * axis[2]
+            result = torch.empty(shape, dtype=out.dtype, device=out.device)
+        put(result, axis, start, length, out)
+        return result
+    if kind[0] == "sum":
+        if result is None:
+            return (out.to(kind[1], copy=True), out.dtype)
+        result[0].add_(out)
+        return result
+    return add_outer(result, out, next(outs), kind[1])
+
+
+def _finished(kind: tuple[Any, ...], result: Any) -> torch.Tensor:
+    if kind[0] == "sum":
+        total, dtype = result
+        return total.to(dtype)  # type: ignore[no-any-return]
+    return result.to(kind[2]) if kind[0] == "outer" else result  # type: ignore[no-any-return]
+
+
+def add_outer(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Total + A^T B, in place, in `dtype`; A^T B for the first chunk. A is [n, i], B is [n, j]."""
+    if dtype == a.dtype:
+        return torch.mm(a.t(), b) if total is None else total.addmm_(a.t(), b)
+    if _widens(a.device, a.dtype, dtype):
+        if total is None:
+            return torch.mm(a.t(), b, out_dtype=dtype)
+        return torch.addmm(total, a.t(), b, out_dtype=dtype, out=total)
+    product = torch.mm(a.t(), b)
+    return product.to(dtype) if total is None else total.add_(product)
+
+
+@functools.cache
+def _widens(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether this device multiplies `dtype` matrices into `wide` without a rounding in between."""
+    x = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        torch.mm(x, x, out_dtype=wide)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+    return True
+
+
+class _MiniSequenceLoop(HigherOrderOperator):
+    def __init__(self) -> None:
+        super().__init__("mini_sequence_loop", cacheable=True)  # Inductor's FX graph cache accepts it
+
+    def __call__(
+        self, full: Any, tail: Any, spec: tuple[Any, ...], *operands: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        return super().__call__(full, tail, spec, *operands)  # type: ignore[no-any-return]
+
+
+mini_sequence_loop = _MiniSequenceLoop()
+
+
+def chunk_lengths(raw_spec: tuple[Any, ...], operands: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """Lengths that the full body and the tail body are made for; 0 where there is no tail."""
+    spec = LoopSpec(*raw_spec)
+    return spec.chunk, axis_length(spec.ins, operands) % spec.chunk
+
+
+def take_all(raw_spec: tuple[Any, ...], operands: Sequence[torch.Tensor], length: int) -> list[torch.Tensor]:
+    """The operands of the first `length` positions."""
+    spec = LoopSpec(*raw_spec)
+    return [take(x, axis, 0, length) for x, axis in zip(operands, spec.ins, strict=True)]
+
+
+@mini_sequence_loop.py_impl(DispatchKey.CompositeExplicitAutograd)
+def _eager(full: Any, tail: Any, spec: tuple[Any, ...], *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def unpacked(body: Any) -> Body:
+        return lambda args: body(*args)
+
+    return tuple(run_loop((unpacked(full), unpacked(tail) if tail is not None else None), spec, list(operands)))
+
+
+@mini_sequence_loop.py_impl(FakeTensorMode)
+def _fake(
+    mode: FakeTensorMode, full: Any, tail: Any, spec: tuple[Any, ...], *operands: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    with mode:
+        total = axis_length(LoopSpec(*spec).ins, operands)
+        outs = iter(full(*take_all(spec, operands, LoopSpec(*spec).chunk)))
+        results = []
+        for kind in LoopSpec(*spec).outs:
+            out = next(outs)
+            shape, dtype = list(out.shape), out.dtype
+            if kind[0] == "cat":
+                shape[kind[1]] = kind[2] * total * kind[3]
+            if kind[0] == "outer":
+                shape, dtype = [out.shape[1], next(outs).shape[1]], kind[2]
+            results.append(torch.empty(shape, dtype=dtype, device=out.device))
+        return tuple(results)
+
+
+@mini_sequence_loop.py_impl(ProxyTorchDispatchMode)
+def _proxy(mode: ProxyTorchDispatchMode, full: Any, tail: Any, spec: tuple[Any, ...], *operands: torch.Tensor) -> Any:
+    """The bodies are traced again, so that their values live in the fake mode of the graph around them."""
+    tracer: Any = mode.tracer
+    traced: list[Any] = []
+    for body, length in zip((full, tail), chunk_lengths(spec, operands), strict=True):
+        if body is None:
+            traced.append(None)
+            continue
+        with disable_proxy_modes_tracing():
+            chunk = take_all(spec, operands, length)
+        body = reenter_make_fx(lambda *args, body=body: body(*args))(*chunk)
+        tracer.root.register_module(tracer.get_fresh_qualname("mini_sequence_body"), body)
+        traced.append(body)
+    args = pytree.tree_map(tracer.unwrap_proxy, (*traced, spec, *operands))
+    proxy = tracer.create_proxy("call_function", mini_sequence_loop, args, {})
+    with disable_proxy_modes_tracing():
+        out = mini_sequence_loop(*traced, spec, *operands)
+    return track_tensor_tree(out, proxy, constant=None, tracer=tracer)
+
+
+@mini_sequence_loop.py_functionalize_impl
+def _functional(ctx: Any, full: Any, tail: Any, spec: tuple[Any, ...], *operands: torch.Tensor) -> Any:
+    unwrapped = ctx.unwrap_tensors(operands)
+    with ctx.redispatch_to_next():
+        return ctx.wrap_tensors(mini_sequence_loop(full, tail, spec, *unwrapped))
+
+
+@mini_sequence_loop.py_autograd_impl
+def _below_autograd(full: Any, tail: Any, spec: tuple[Any, ...], *operands: torch.Tensor) -> Any:
+    """Derivatives are the caller's: `mini_sequence.mini_sequence` pairs a forward with a backward loop."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return mini_sequence_loop(full, tail, spec, *operands)
+
+
+# Under activation checkpointing the operator is one op like any other: recomputed, or kept if the policy says so.
+redirect_to_mode(mini_sequence_loop, _CachingTorchDispatchMode)
+redirect_to_mode(mini_sequence_loop, _CachedTorchDispatchMode)

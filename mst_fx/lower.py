@@ -1,0 +1,154 @@
+"""Nodes of the captured torch-level graph -> an aten graph of the same computation.
+
+Composite ops are opened, autocast's casts become explicit nodes, and a mean over rows becomes a sum and a division, so
+that the division can run after the loop. Nothing is decomposed further: autograd's own formulas still apply.
+
+Private torch API: fake tensors and the fake mode of the captured values. Run on torch 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node, map_arg
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+MEAN, SUM = 1, 2  # aten's codes for `reduction`
+
+
+def lower(
+    owner: GraphModule,
+    nodes: Sequence[Node],
+    live_ins: Sequence[Node],
+    outputs: Sequence[Node],
+    autocast: Sequence[Sequence[Any]] = (),
+) -> GraphModule:
+    """Trace `nodes` of `owner` (in graph order) into aten.
+
+    Args:
+        owner: the module that the nodes' graph belongs to.
+        nodes: what to trace.
+        live_ins: the values that the nodes read from outside; they become placeholders, in this order.
+        outputs: the values to return, in this order.
+        autocast: arguments of the autocast blocks to trace under, outermost first.
+
+    Returns:
+        A graph module whose nodes carry fake values in `meta["val"]`.
+    """
+
+    def run(*values: Any) -> list[Any]:
+        env = dict(zip(live_ins, values, strict=True))
+        for node in nodes:
+            env[node] = execute(owner, node, env)
+        return [env[node] for node in outputs]
+
+    examples = [fake_value(node) for node in live_ins]
+    modes = {value.fake_mode for value in examples if hasattr(value, "fake_mode")}
+    symbolic = any(isinstance(dim, torch.SymInt) for value in examples for dim in getattr(value, "shape", (value,)))
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for device_type, dtype, enabled, cache in autocast:
+            stack.enter_context(torch.autocast(device_type, dtype, enabled, cache))
+        stack.enter_context(modes.pop() if len(modes) == 1 else nullcontext())
+        tracing_mode = "symbolic" if symbolic else "real"
+        return make_fx(run, decomposition_table=OPENINGS, tracing_mode=tracing_mode)(*examples)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a fake tensor is made from."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(value: torch.Tensor) -> TensorSpec:
+        """The spec of a tensor, fake or real."""
+        return TensorSpec(tuple(value.shape), value.stride(), value.dtype, value.device)
+
+
+def trace(function: Callable[..., Any], make_inputs: Callable[[], Sequence[torch.Tensor]]) -> GraphModule:
+    """Trace a function into aten on fake tensors of its own, whatever autocast or grad mode is on.
+
+    Args:
+        function: of tensors; it may differentiate.
+        make_inputs: called under the fake mode.
+    """
+    with FakeTensorMode(), torch.enable_grad(), without_autocast():
+        return make_fx(function)(*make_inputs())
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Casts are explicit in a lowered graph; autocast must not add to them."""
+    with ExitStack() as stack:
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
+    """Run one node on the values of its operands."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda operand: env[operand])
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "call_module":
+        return owner.get_submodule(str(node.target))(*args, **kwargs)
+    raise ValueError(f"cannot run {node.op} {node.target}")
+
+
+def fake_value(node: Node) -> Any:
+    """What the node produced when the graph was captured: fake tensors and plain values."""
+    return node.meta.get("example_value")
+
+
+def _open_nll_mean(
+    scores: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, reduction: int, ignore_index: int
+) -> Any:
+    if reduction != MEAN:
+        return NotImplemented
+    loss, count = aten.nll_loss_forward.default(scores, target, weight, SUM, ignore_index)
+    return loss / count, count
+
+
+def _open_mean(x: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return _divided(x.sum(dtype=_accumulator(x, dtype)), x.numel(), x, dtype)
+
+
+def _open_mean_dim(
+    x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    dims = [d % x.dim() for d in dim] if dim else list(range(x.dim()))
+    if dims == [x.dim() - 1] and x.dim() > 1:
+        return NotImplemented  # over features: the loop runs it as it is
+    count = 1
+    for d in dims:
+        count = count * x.shape[d]
+    return _divided(x.sum(dims, keepdim=keepdim, dtype=_accumulator(x, dtype)), count, x, dtype)
+
+
+def _accumulator(x: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Half precision sums in float32, as a mean does inside."""
+    return torch.promote_types(dtype or x.dtype, torch.float32)
+
+
+def _divided(total: torch.Tensor, count: int, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return (total / count).to(dtype or x.dtype)
+
+
+OPENINGS: dict[Any, Callable[..., Any]] = {
+    aten.nll_loss_forward.default: _open_nll_mean,
+    aten.mean.default: _open_mean,
+    aten.mean.dim: _open_mean_dim,
+}

@@ -1,0 +1,103 @@
+"""The differentiable call that stands in the rewritten graph in place of a region.
+
+Two ways backward:
+  recompute    save the operands; a second loop recomputes each mini-sequence and adds up its gradients
+  in_forward   the region ends in one sum, so one loop computes it and its gradients up to the upstream factor
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from mst_fx.loop import mini_sequence_loop
+from mst_fx.lower import without_autocast
+
+
+class CallSpec(NamedTuple):
+    """The literals of one call; `tuple(spec)` is what the graph holds.
+
+    Attributes:
+        backward: "recompute", "in_forward" or "none".
+        forward_spec: of the loop that only computes results.
+        backward_spec: of the loop that computes gradients (after the results where gradients come in the forward).
+        differentiable: positions of the results that have a gradient; the backward loop reads those, then the operands.
+        wanted: positions of the operands whose gradients the backward loop gives, in its order.
+    """
+
+    backward: str
+    forward_spec: tuple[Any, ...]
+    backward_spec: tuple[Any, ...]
+    differentiable: tuple[int, ...]
+    wanted: tuple[int, ...]
+
+
+def mini_sequence(
+    forward: Any,
+    forward_tail: Any,
+    backward: Any,
+    backward_tail: Any,
+    raw_spec: tuple[Any, ...],
+    *operands: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Run a region as a loop over mini-sequences.
+
+    Args:
+        forward, forward_tail: bodies that compute the results of one chunk, full and ragged.
+        backward, backward_tail: bodies that compute its gradients; None where none is needed.
+        raw_spec: a `CallSpec` as a tuple.
+        operands: what the region reads.
+    """
+    spec = CallSpec(*raw_spec)
+    with without_autocast():
+        if spec.backward == "none" or not torch.is_grad_enabled():
+            return mini_sequence_loop(forward, forward_tail, spec.forward_spec, *operands)
+        if spec.backward == "in_forward":
+            return _GradientsInForward.apply(backward, backward_tail, spec, *operands)  # type: ignore[no-any-return]
+        bodies = (forward, forward_tail, backward, backward_tail)
+        return _Recompute.apply(bodies, spec, *operands)  # type: ignore[no-any-return]
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bodies: tuple[Any, ...], spec: CallSpec, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(*operands)
+        ctx.bodies, ctx.spec = bodies[2:], spec
+        results = mini_sequence_loop(*bodies[:2], spec.forward_spec, *operands)
+        ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in spec.differentiable))
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        spec: CallSpec = ctx.spec
+        upstream = [tangents[i] for i in spec.differentiable]
+        with without_autocast():
+            grads = mini_sequence_loop(*ctx.bodies, spec.backward_spec, *upstream, *ctx.saved_tensors)
+        return (None, None, *_placed(spec, grads, len(ctx.saved_tensors)))
+
+
+class _GradientsInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, full: Any, tail: Any, spec: CallSpec, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outs = mini_sequence_loop(full, tail, spec.backward_spec, *operands)
+        results, grads = outs[: -len(spec.wanted)], outs[-len(spec.wanted) :]
+        ctx.save_for_backward(*grads)
+        ctx.spec, ctx.count = spec, len(operands)
+        ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in spec.differentiable))
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        factor = tangents[ctx.spec.differentiable[0]]
+        grads = tuple((grad * factor).to(grad.dtype) for grad in ctx.saved_tensors)
+        return (None, None, None, *_placed(ctx.spec, grads, ctx.count))
+
+
+def _placed(spec: CallSpec, grads: tuple[torch.Tensor, ...], count: int) -> list[torch.Tensor | None]:
+    """The gradients at their operands' positions."""
+    by_operand = dict(zip(spec.wanted, grads, strict=True))
+    return [by_operand.get(position) for position in range(count)]

@@ -1,0 +1,178 @@
+"""backend(): the graph that Dynamo captured -> the same graph with loops, compiled.
+
+discover   gm, patterns             -> Region | Refusal
+lower      region                   -> aten graph
+cut        aten graph, stream       -> stages before, in and after the loop (placements inside)
+plan       region, stages, options  -> Plan | Refusal
+body       stages, plan             -> aten bodies of one chunk
+rewrite    gm, plan, bodies         -> gm'
+inner      gm'                      -> what torch.compile calls
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+
+from mst_fx.body import Gradients, axis_of, forward_body, gradient_body
+from mst_fx.config import Config
+from mst_fx.discover import discover, nested
+from mst_fx.inner import inductor_options, inner_compiler, writes_python
+from mst_fx.loop import VERSION
+from mst_fx.lower import fake_value, lower
+from mst_fx.mini_sequence import CallSpec
+from mst_fx.pattern import Pattern, patterns
+from mst_fx.plan import Plan, make_plan
+from mst_fx.refusal import Reason, Refusal
+from mst_fx.region import Region
+from mst_fx.report import LoopedRegion, RefusedRegion, Report, looped, record, refused
+from mst_fx.rewrite import Replacement, splice
+from mst_fx.stages import Stages, cut
+
+log = logging.getLogger("mst_fx")
+
+
+def backend(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **ignored: Any,
+) -> Callable[..., Any]:
+    """A backend of torch.compile that runs regions with large intermediates as loops over mini-sequences.
+
+    Args:
+        gm: the captured graph; it stays as it is.
+        example_inputs: fake or real inputs.
+        mode: of torch.compile, for Inductor.
+        options: those of `Config`, and Inductor's own.
+        **ignored: what later torch versions hand to backends (`name`).
+
+    Returns:
+        The compiled function.
+
+    Raises:
+        ValueError, TypeError: an option that nobody knows, or with a value that it does not take.
+    """
+    config, foreign = Config.split(options, inductor_options())
+    compile_graph = inner_compiler(config, mode, foreign)
+    rewritten, report = _rewrite_safely(gm, config, foreign)
+    record(report)
+    log.info("%s", report)
+    if rewritten is gm:
+        return compile_graph(gm, example_inputs)
+    try:
+        return compile_graph(rewritten, example_inputs)
+    except Exception:
+        if config.strict:
+            raise
+        log.warning("mst_fx: the looped graph does not compile; compiling it unlooped", exc_info=True)
+        return compile_graph(gm, example_inputs)
+
+
+def _rewrite_safely(gm: GraphModule, config: Config, foreign: dict[str, Any]) -> tuple[GraphModule, Report]:
+    """A bug of ours costs the loops, never the compile."""
+    chosen = patterns(config.disable)
+    if config.inner == "inductor" and not writes_python(foreign):
+        refusal = Refusal(Reason.BACKEND, None, "Inductor's C++ wrapper cannot call the loop")
+        return gm, Report(refusals=(refused("all", refusal),))
+    try:
+        return rewrite(gm, config, chosen)
+    except Exception as error:
+        if config.strict:
+            raise
+        log.warning("mst_fx: the pass failed; compiling the graph unlooped", exc_info=True)
+        return gm, Report(refusals=(refused("all", Refusal(Reason.INTERNAL, None, repr(error))),))
+
+
+def rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple[GraphModule, Report]:
+    """The graph with loops, and the decisions; `gm` itself where nothing is looped."""
+    replacements: list[Replacement] = []
+    decisions: list[LoopedRegion | RefusedRegion] = []
+    for found in discover(gm, chosen):
+        try:
+            if isinstance(found.outcome, Refusal):
+                raise found.outcome
+            replacement, entry = replacement_for(found.pattern, found.outcome, config)
+            replacements.append(replacement)
+            decisions.append(entry)
+        except Refusal as refusal:
+            decisions.append(refused(found.pattern, refusal))
+    children: dict[str, GraphModule] = {}
+    report = Report(
+        tuple(entry for entry in decisions if isinstance(entry, LoopedRegion)),
+        tuple(entry for entry in decisions if isinstance(entry, RefusedRegion)),
+    )
+    for name, child in nested(gm):
+        new_child, inner_report = rewrite(child, config, chosen)
+        report = Report(report.regions + inner_report.regions, report.refusals + inner_report.refusals)
+        if new_child is not child:
+            children[name] = new_child
+    if not replacements and not children:
+        return gm, report
+    return _rebuilt(gm, replacements, children), report
+
+
+def replacement_for(pattern: str, region: Region, config: Config) -> tuple[Replacement, LoopedRegion]:
+    """Everything that stands between a region and its loop.
+
+    Raises:
+        Refusal: the region must not, or need not, be looped.
+    """
+    lowered = lower(region.owner, region.nodes, region.live_ins, [region.sink], region.autocast)
+    placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
+    stages = cut(lowered, placeholders[region.live_ins.index(region.stream)])
+    plan = make_plan(region, stages, _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True))), config)
+    bodies, spec = _bodies(stages, plan, config)
+    return Replacement(region, stages, region.live_ins, bodies, spec), looped(pattern, region, stages, plan)
+
+
+def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool]:
+    """Which values before the loop need a gradient: floating-point ones that depend on a live-in that does."""
+    needs: dict[Node, bool] = {}
+    for node in stages.graph.nodes:
+        value = node.meta.get("val")
+        floating = value is not None and hasattr(value, "is_floating_point") and value.is_floating_point()
+        if node in live_in_of:
+            needs[node] = floating and bool(fake_value(live_in_of[node]).requires_grad)
+        else:
+            needs[node] = floating and any(needs[operand] for operand in node.all_input_nodes)
+    return needs
+
+
+def _bodies(stages: Stages, plan: Plan, config: Config) -> tuple[Any, CallSpec]:
+    lengths = (plan.chunk, plan.tail)
+    forward = [forward_body(stages, length) if length else None for length in lengths]
+    assert forward[0] is not None
+    ins = tuple(axis_of(stages, node) for node in stages.operands)
+    spec = CallSpec(plan.backward, (VERSION, plan.chunk, ins, forward[0].outs), (), plan.differentiable, plan.wanted)
+    modules = [body and body.module for body in forward]
+    if plan.backward == "none":
+        return (*modules, None, None), spec
+    gradients = Gradients(plan.wanted, plan.differentiable, plan.backward == "in_forward", config.accumulate)
+    backward = [gradient_body(stages, length, gradients) if length else None for length in lengths]
+    assert backward[0] is not None
+    upstream = () if gradients.in_forward else tuple(axis_of(stages, stages.results[i]) for i in plan.differentiable)
+    spec = spec._replace(backward_spec=(VERSION, plan.chunk, upstream + ins, backward[0].outs))
+    return (*modules, *(body and body.module for body in backward)), spec
+
+
+def _rebuilt(gm: GraphModule, replacements: list[Replacement], children: dict[str, GraphModule]) -> GraphModule:
+    """A copy of the graph over the same attributes, with the loops and the rewritten subgraphs in it."""
+    graph = Graph()
+    node_of: dict[Node, Node] = {}
+    output = graph.graph_copy(gm.graph, node_of)
+    graph.output(output)
+    copy = GraphModule(gm, graph, gm.__class__.__name__)
+    copy.meta = dict(gm.meta)
+    for name, child in children.items():
+        setattr(copy, name, child)
+    for replacement in replacements:
+        splice(copy, replacement, node_of)
+    graph.lint()
+    copy.recompile()
+    return copy

@@ -1,0 +1,80 @@
+"""How a value of a region lies across the mini-sequences: split along a dim, a partial sum, or whole.
+
+Split / Partial / Whole are DTensor's Shard / Partial / Replicate, in time instead of space.
+
+Terms
+  axis    the one factor that is cut into mini-sequences, of length L; usually the tokens of one sequence
+  outer   the factors that a view merged in front of the axis: a dim of size outer * L * inner
+  inner   the factors that a view merged behind it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class Split:
+    """Dim `dim` of size outer * L * inner is cut along L."""
+
+    dim: int
+    outer: int = 1
+    inner: int = 1
+
+    def axis_length(self, shape: Sequence[int]) -> int:
+        """L, for a value of this shape."""
+        return shape[self.dim] // (self.outer * self.inner)
+
+    def moved(self, dim: int) -> Split:
+        """The same axis in another dim of the same make-up."""
+        return Split(dim, self.outer, self.inner)
+
+    def chunk_shape(self, shape: Sequence[int], length: int) -> list[int]:
+        """The shape of a mini-sequence with `length` positions of the axis."""
+        chunk = list(shape)
+        chunk[self.dim] = self.outer * length * self.inner
+        return chunk
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Every mini-sequence sees all of it (a weight, a scale)."""
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The value is the sum of what the mini-sequences compute."""
+
+
+Placement: TypeAlias = Split | Whole | Partial
+WHOLE = Whole()
+PARTIAL = Partial()
+
+
+def through_view(split: Split, before: Sequence[int], after: Sequence[int]) -> Split | None:
+    """Where the axis lies after `before`-shaped memory is read as `after`; None where no single dim holds it."""
+    axis = split.axis_length(before)
+    in_front = prod(before[: split.dim]) * split.outer
+    behind = split.inner * prod(before[split.dim + 1 :])
+    for dim, size in enumerate(after):
+        front, back = prod(after[:dim]), prod(after[dim + 1 :])
+        if in_front % front == 0 and behind % back == 0 and size == (in_front // front) * axis * (behind // back):
+            return Split(dim, in_front // front, behind // back)
+    return None
+
+
+def refinements(split: Split, before: Sequence[int], after: Sequence[int]) -> list[Split]:
+    """The parts of an axis that a view spreads over several dims, as splits of the value before the view."""
+    in_front = prod(before[: split.dim])
+    behind = prod(before[split.dim + 1 :])
+    parts = []
+    for dim, size in enumerate(after):
+        front, back = prod(after[:dim]), prod(after[dim + 1 :])
+        if size > 1 and front % in_front == 0 and back % behind == 0:
+            part = Split(split.dim, front // in_front, back // behind)
+            if part.outer * size * part.inner == before[split.dim] and part.outer % split.outer == 0:
+                parts.append(part)
+    return parts

@@ -1,0 +1,146 @@
+"""Region + stages + options -> how many chunks, and which way backward. Policy lives here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+from torch.fx import Node
+
+from mst_fx.body import HALF
+from mst_fx.config import Config
+from mst_fx.lower import fake_value
+from mst_fx.memory import temporary_bytes
+from mst_fx.placement import PARTIAL, Split
+from mst_fx.refusal import Reason, Refusal
+from mst_fx.region import Region
+from mst_fx.rules import shape_of
+from mst_fx.stages import Stages
+
+Backward = Literal["recompute", "in_forward", "none"]
+
+CHUNK_BYTES = 768 * 2**20
+"""Aim for one chunk's largest value (bytes): matmuls are as fast as whole ones, the rest is small beside weights."""
+MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 1024, 4096
+ALIGNMENT = 16
+"""Chunk lengths are multiples of it where there is a choice, so that every chunk starts aligned."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision for one region.
+
+    Attributes:
+        chunk: positions of the split axis in one mini-sequence.
+        chunks: number of mini-sequences, the ragged one included.
+        tail: positions in the ragged last one, 0 where there is none.
+        backward: how gradients are made.
+        wanted: positions of the loop's operands that get a gradient.
+        differentiable: positions of the loop's results that have one.
+        bytes_before, bytes_after: of the region's temporaries, whole and for one chunk.
+    """
+
+    chunk: int
+    chunks: int
+    tail: int
+    backward: Backward
+    wanted: tuple[int, ...]
+    differentiable: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+
+
+def make_plan(region: Region, stages: Stages, needs_grad: dict[Node, bool], config: Config) -> Plan:
+    """Decide for one region.
+
+    Args:
+        region: for messages.
+        stages: the cut aten graph.
+        needs_grad: for each operand of the loop whether a gradient is needed.
+        config: the user's options.
+
+    Raises:
+        Refusal: the region is smaller than `min_bytes`.
+    """
+    before = temporary_bytes(stages, stages.length)
+    if before < config.min_bytes:
+        text = f"its temporaries are {before:,} bytes, min_bytes is {config.min_bytes:,}"
+        raise Refusal(Reason.SMALL, region.sink, text)
+    chunk = _chunk(stages, config)
+    wanted = tuple(i for i, node in enumerate(stages.operands) if needs_grad[node])
+    differentiable = _differentiable(stages) if wanted and _needs_grad(region.sink) else ()
+    return Plan(
+        chunk=chunk,
+        chunks=-(-stages.length // chunk),
+        tail=stages.length % chunk,
+        backward=_backward(stages, differentiable),
+        wanted=wanted if differentiable else (),
+        differentiable=differentiable,
+        bytes_before=before,
+        bytes_after=temporary_bytes(stages, chunk),
+    )
+
+
+def _needs_grad(sink: Node) -> bool:
+    value = fake_value(sink)
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _differentiable(stages: Stages) -> tuple[int, ...]:
+    """Results with a gradient: floating-point ones; the weight that a loss divides by counts targets and has none."""
+    return tuple(
+        i for i, node in enumerate(stages.results) if node.meta["val"].is_floating_point() and not _is_count(node)
+    )
+
+
+def _is_count(node: Node) -> bool:
+    source = node.args[0] if node.args else None
+    return isinstance(source, Node) and "nll_loss" in str(source.target) and node.args[1] == 1
+
+
+def _backward(stages: Stages, differentiable: tuple[int, ...]) -> Backward:
+    """Gradients come in the forward where one scalar comes out; fp16 needs the true upstream scale, so it recomputes."""
+    if not differentiable:
+        return "none"
+    sink = stages.results[differentiable[0]]
+    scalar = len(differentiable) == 1 and stages.placements.of[sink] == PARTIAL and sink.meta["val"].numel() == 1
+    half = any(node.meta["val"].dtype == torch.float16 for node in (*stages.loop, *stages.operands) if _is_tensor(node))
+    return "in_forward" if scalar and not half else "recompute"
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _chunk(stages: Stages, config: Config) -> int:
+    """Positions in one chunk: as the user says, else about CHUNK_BYTES in the largest value; the chunks are even."""
+    if config.num_chunks is not None:
+        return max(1, -(-stages.length // config.num_chunks))
+    per_position = _tokens_per_position(stages)
+    if config.chunk_tokens is not None:
+        return min(stages.length, max(1, config.chunk_tokens // per_position))
+    widest = max(_bytes_per_position(stages, node) for node in stages.loop)
+    tokens = CHUNK_BYTES * per_position // max(1, widest)
+    tokens = min(MAX_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, 1 << (tokens.bit_length() - 1)))
+    length = max(1, tokens // per_position)
+    chunks = -(-stages.length // length)
+    even = -(-stages.length // chunks)
+    return min(stages.length, -(-even // ALIGNMENT) * ALIGNMENT)
+
+
+def _tokens_per_position(stages: Stages) -> int:
+    """Rows of the stream behind one position of the axis: the batch, where the axis is the sequence."""
+    return max(1, prod(shape_of(stages.stream)[:-1]) // stages.length)
+
+
+def _bytes_per_position(stages: Stages, node: Node) -> int:
+    placement = stages.placements.of[node]
+    if not isinstance(placement, Split):
+        return 0
+    value: torch.Tensor = node.meta["val"]
+    return value.numel() * value.element_size() // placement.axis_length(value.shape)
+
+
+__all__ = ["HALF", "Backward", "Plan", "make_plan"]

@@ -1,0 +1,148 @@
+"""Reading a captured graph: what a torch-level node amounts to, however the user spelled it.
+
+A node is classed by the aten ops it opens into, so `F.linear`, `x @ w`, `torch.addmm` and an `einsum` are all
+contractions, and a custom activation of ten nodes is ten elementwise nodes. No list of names is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mst_fx.lower import fake_value, lower
+from mst_fx.propagate import forbid_effects
+from mst_fx.provenance import op_name
+from mst_fx.refusal import Reason, Refusal
+from mst_fx.rules import rule_for
+from mst_fx.rules.contraction import CONTRACTIONS
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """activation [.., n, k] times weight [k, m] or [m, k]."""
+
+    activation: Node
+    weight: Node
+
+
+class Reader:
+    """Reads the nodes of one graph; remembers what it opened, so a node like an earlier one costs nothing."""
+
+    def __init__(self, owner: GraphModule) -> None:
+        self.owner = owner
+        self.order = {node: position for position, node in enumerate(owner.graph.nodes)}
+        self._opened: dict[Any, GraphModule | None] = {}
+
+    def opened(self, node: Node) -> GraphModule | None:
+        """The aten graph of one node; None where it cannot be opened (no fake values, a data-dependent op, ...)."""
+        key = (node.op, node.target, _signature(node.args), _signature(node.kwargs))
+        try:
+            if key not in self._opened:
+                self._opened[key] = self._open(node)
+            return self._opened[key]
+        except TypeError:  # an argument that cannot be hashed
+            return self._open(node)
+
+    def _open(self, node: Node) -> GraphModule | None:
+        if node.op not in ("call_function", "call_method", "call_module"):
+            return None
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return None
+        if writes(node):
+            return None  # running it would change the captured values
+        if any(fake_value(operand) is None for operand in node.all_input_nodes):
+            return None
+        try:
+            return lower(self.owner, [node], node.all_input_nodes, [node])
+        except Exception:  # the user's op may do anything; one that cannot be traced alone is simply not understood
+            return None
+
+    def contraction(self, node: Node) -> Contraction | None:
+        """The node as activation times 2-d weight, None where it is something else."""
+        opened = self.opened(node)
+        if opened is None or not isinstance(fake_value(node), torch.Tensor):
+            return None
+        products = [n for n in opened.graph.nodes if n.target in CONTRACTIONS]
+        if len(products) != 1:
+            return None
+        placeholders = [n for n in opened.graph.nodes if n.op == "placeholder"]
+        operands = dict(zip(placeholders, node.all_input_nodes, strict=True))
+        left, right = (operands.get(_source(arg)) for arg in products[0].args[-2:])
+        if left is None or right is None or left is right:
+            return None
+        if _is_weight(left) and not _is_weight(right):
+            left, right = right, left
+        weight = fake_value(right)
+        return Contraction(left, right) if weight.dim() == 2 else None
+
+    def obstacle(self, node: Node) -> Refusal | None:
+        """Why a region must not run through this node; None where each of its ops has a placement rule."""
+        if writes(node):
+            return Refusal(Reason.MUTATION, node, f"{op_name(node)} writes to its operand")
+        opened = self.opened(node)
+        if opened is None:
+            return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} cannot be opened into aten ops")
+        for op in opened.graph.nodes:
+            if op.op == "get_attr":
+                return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} holds a constant tensor")
+            if op.op == "call_function" and getattr(op.target, "__name__", "") != "getitem":
+                try:
+                    forbid_effects(op)
+                except Refusal as refusal:
+                    return Refusal(refusal.reason, node, refusal.text)
+                if rule_for(op.target) is None:
+                    return Refusal(Reason.UNKNOWN_OP, node, f"{op.target} has no placement rule")
+        return None
+
+    def numel(self, node: Node) -> int:
+        """Elements of the node's value, added up where it is a tuple."""
+        value = fake_value(node)
+        tensors = value if isinstance(value, (tuple, list)) else [value]
+        return sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))
+
+
+def writes(node: Node) -> bool:
+    """Whether a torch-level node writes to one of its operands."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_place_name = str(name).endswith("_") and not str(name).endswith("__")
+    in_place_operator = node.op == "call_function" and name in _IN_PLACE_OPERATORS
+    return in_place_name or in_place_operator or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
+_IN_PLACE_OPERATORS = frozenset(
+    ["setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"]
+)
+
+
+def _source(arg: Any) -> Any:
+    """The placeholder that an operand of the product is a view or cast of."""
+    while isinstance(arg, Node) and arg.op == "call_function" and len(arg.all_input_nodes) == 1:
+        arg = arg.all_input_nodes[0]
+    return arg
+
+
+def _is_weight(node: Node) -> bool:
+    return node.op in ("placeholder", "get_attr") and fake_value(node).dim() == 2
+
+
+def _signature(args: Any) -> Any:
+    """A key that is equal for arguments of equal shapes and values."""
+    if isinstance(args, Node):
+        value = fake_value(args)
+        if isinstance(value, torch.Tensor):
+            return (tuple(value.shape), value.stride(), value.dtype, value.device)
+        return _signature(value) if isinstance(value, (tuple, list)) else value
+    if isinstance(args, torch.Tensor):
+        return (tuple(args.shape), args.stride(), args.dtype, args.device)
+    if isinstance(args, (tuple, list)):
+        return tuple(map(_signature, args))
+    if isinstance(args, dict):
+        return tuple((name, _signature(value)) for name, value in args.items())
+    if isinstance(args, slice):
+        return ("slice", args.start, args.stop, args.step)
+    return args

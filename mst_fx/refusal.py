@@ -1,0 +1,47 @@
+"""Why a part of a graph was left exactly as it was.
+
+`Refusal` is the only exception that the stages of the pass raise on purpose and the only one that they catch.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from torch.fx import Node
+
+
+class Reason(Enum):
+    """Every reason for a refusal; the value is the advice that the report gives."""
+
+    ESCAPES = "Keep the value inside the region: do not return it or use it elsewhere."
+    NO_HEAD = "Compile the head and the loss in one function, so that one graph holds both."
+    NO_LOSS = "Compute the loss inside the compiled function; logits that are returned must exist."
+    RANDOM = "Move random ops (dropout) out of the region or set their probability to 0."
+    MUTATION = "Use the out-of-place form of the op."
+    UNKNOWN_OP = "Write the step with ops that have a placement rule (see mst_fx/rules), or add a rule."
+    AXIS_MIXED = "Keep the tokens independent of one another between the projections."
+    TWO_PASSES = "Reduce over tokens last: a later step here needs both the sum and every token."
+    GRAD_MODE = "Enter and leave no_grad or autocast outside the region."
+    NOT_CONVEX = "Let no value leave the region and come back into it."
+    SHAPE = "Use lengths above 1; a region of one row has nothing to split."
+    DYNAMIC = "Compile with static shapes (dynamic=False) or make only the split dim dynamic."
+    SMALL = "Lower min_bytes to loop it all the same."
+    DISABLED = "Remove the pattern's name from `disable`."
+    BACKEND = "Use the Python wrapper of Inductor (cpp_wrapper=False)."
+    INTERNAL = "This is a bug in mst_fx; please report it with the traceback."
+
+
+class Refusal(Exception):  # noqa: N818 - a decision, not an error
+    """The region at `node` stays unrewritten.
+
+    Args:
+        reason: one of `Reason`.
+        node: the node of the captured graph that stands in the way; its source line goes into the report.
+        text: one sentence that names the op or the value.
+    """
+
+    def __init__(self, reason: Reason, node: Node | None, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+        self.node = node
+        self.text = text

@@ -1,0 +1,19 @@
+"""The placement rules: for each aten op, where its result lies when its operands lie where they do.
+
+Ops join families, one family a file; an op with the tag `pointwise` needs no entry. Importing this package fills the
+table.
+"""
+
+from mst_fx.rules import contraction as contraction
+from mst_fx.rules import creation as creation
+from mst_fx.rules import indexing as indexing
+from mst_fx.rules import loss as loss
+from mst_fx.rules import pointwise as pointwise
+from mst_fx.rules import reduction as reduction
+from mst_fx.rules import view as view
+from mst_fx.rules.registry import Demand as Demand
+from mst_fx.rules.registry import Result as Result
+from mst_fx.rules.registry import Spans as Spans
+from mst_fx.rules.registry import mixed as mixed
+from mst_fx.rules.registry import rule_for as rule_for
+from mst_fx.rules.registry import shape_of as shape_of

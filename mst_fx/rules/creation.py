@@ -1,0 +1,27 @@
+"""Ops that make a value from a shape: whole, unless a user needs the rows of one mini-sequence only."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from mst_fx.placement import WHOLE, Placement
+from mst_fx.rules.registry import Flow, rule
+
+aten = torch.ops.aten
+
+FILLS = {
+    aten.full.default: 0,
+    aten.zeros.default: 0,
+    aten.ones.default: 0,
+    aten.new_zeros.default: 1,
+    aten.new_ones.default: 1,
+    aten.new_full.default: 1,
+}
+"""Fills with one value, and the position of their size argument: any part of such a value can be made alone."""
+
+
+@rule(*FILLS, aten.scalar_tensor.default, aten.arange.default, aten.arange.start, aten.arange.start_step)
+def create(node: Node, flow: Flow) -> Placement:
+    """No operand's rows end up in the result."""
+    return WHOLE

@@ -1,0 +1,33 @@
+"""Losses that aten computes in one op over rows [N, C] or over one row [C]."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from mst_fx.placement import PARTIAL, WHOLE, Split
+from mst_fx.rules.registry import Demand, Flow, Result, mixed, rule, shape_of
+
+aten = torch.ops.aten
+NONE, MEAN = 0, 1  # aten's codes for `reduction`
+
+
+@rule(aten.nll_loss_forward.default)
+def nll_loss(node: Node, flow: Flow) -> Result:
+    """(loss, total weight): per row without reduction, else sums; a mean has been opened into sum / weight."""
+    scores, target, weight, reduction = node.args[:4]
+    split = flow.of(scores)
+    if not isinstance(split, Split):
+        if flow.of(target) != WHOLE:
+            raise mixed(node, "has split targets for whole scores")
+        return (WHOLE, WHOLE)
+    if split.dim == len(shape_of(scores)) - 1 or reduction == MEAN:
+        raise mixed(node, "reduces over the split dim")
+    if flow.of(weight) != WHOLE:
+        raise mixed(node, "has split class weights")
+    if flow.of(target) == WHOLE:
+        assert isinstance(target, Node)
+        raise Demand(target, split)
+    if flow.of(target) != split:
+        raise mixed(node, "has targets that are split differently")
+    return (split, WHOLE) if reduction == NONE else (PARTIAL, PARTIAL)

@@ -1,0 +1,55 @@
+"""Elementwise ops, with broadcasting: the operands' dims are aligned from the right."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from mst_fx.placement import WHOLE, Placement, Split
+from mst_fx.rules.registry import Demand, Flow, mixed, rule, shape_of
+
+aten = torch.ops.aten
+
+COPIES = (
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+)
+
+
+@rule("pointwise", *COPIES)
+def pointwise(node: Node, flow: Flow) -> Placement:
+    """Every operand that has the split dim must be split there; a size of 1 broadcasts."""
+    rank = len(shape_of(node))
+    split = aligned_split(node, flow, rank)
+    if split is None:
+        return WHOLE
+    demand_aligned(node, flow, split, rank)
+    return split
+
+
+def aligned_split(node: Node, flow: Flow, rank: int) -> Split | None:
+    """The split that the operands bring, in the result's dims."""
+    found: Split | None = None
+    for operand in node.all_input_nodes:
+        placement = flow.of(operand)
+        if isinstance(placement, Split):
+            split = placement.moved(placement.dim + rank - len(shape_of(operand)))
+            if found not in (None, split):
+                raise mixed(node, f"combines values split as {found} and {split}")
+            found = split
+    return found
+
+
+def demand_aligned(node: Node, flow: Flow, split: Split, rank: int) -> None:
+    """Ask for the split of operands that are whole but have the dim."""
+    for operand in node.all_input_nodes:
+        shape = shape_of(operand)
+        dim = split.dim - rank + len(shape)
+        if not isinstance(flow.of(operand), Split) and dim >= 0 and shape[dim] != 1:
+            raise Demand(operand, split.moved(dim))

@@ -1,0 +1,104 @@
+"""Reductions, scans and normalisations: free over other dims; a sum over the split dim is a partial sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
+from mst_fx.rules.registry import Flow, Result, mixed, rule, shape_of
+
+aten = torch.ops.aten
+
+
+@rule(aten.sum.default, aten.sum.dim_IntList)
+def total(node: Node, flow: Flow) -> Placement:
+    """A sum over the split dim adds up over the mini-sequences."""
+    split, dims = flow.of(node.args[0]), _dims(node)
+    if isinstance(split, Split) and split.dim in dims:
+        return PARTIAL
+    return _without(node, split, dims)
+
+
+@rule(
+    aten.amax.default,
+    aten.amin.default,
+    aten.logsumexp.default,
+    aten.mean.default,
+    aten.mean.dim,
+    aten.prod.dim_int,
+    aten.var.correction,
+    aten.argmax.default,
+    aten.argmin.default,
+    aten.any.dim,
+    aten.all.dim,
+    aten.linalg_vector_norm.default,
+)
+def reduce(node: Node, flow: Flow) -> Placement:
+    """Over other dims only."""
+    split, dims = flow.of(node.args[0]), _dims(node)
+    if isinstance(split, Split) and split.dim in dims:
+        raise mixed(node, "reduces over the split dim")
+    return _without(node, split, dims)
+
+
+@rule(aten.var_mean.correction, aten.max.dim, aten.min.dim)
+def reduce_to_two(node: Node, flow: Flow) -> Result:
+    """Two results, placed alike."""
+    return (reduce(node, flow),) * 2
+
+
+@rule(
+    aten._softmax.default,
+    aten._log_softmax.default,
+    aten.cumsum.default,
+    aten.sort.default,
+    aten.topk.default,
+)
+def along(node: Node, flow: Flow) -> Result:
+    """Ops that keep the shape and mix one dim."""
+    split = flow.of(node.args[0])
+    position = 2 if node.target == aten.topk.default else 1
+    default: Any = node.kwargs.get("dim", -1)
+    dim: Any = node.args[position] if len(node.args) > position else default
+    if isinstance(split, Split) and split.dim == dim % len(shape_of(node.args[0])):
+        raise mixed(node, "mixes the split dim")
+    return split if isinstance(node.meta["val"], torch.Tensor) else (split,) * len(node.meta["val"])
+
+
+def _norm_rule(node: Node, flow: Flow) -> Result:
+    """Normalisation over the last dims; the statistics keep the leading dims."""
+    split: Any = flow.of(node.args[0])
+    normalized: Any = node.args[1]
+    if any(flow.of(arg) != WHOLE for arg in node.args[2:]):
+        raise mixed(node, "has a split weight")
+    if isinstance(split, Split) and split.dim >= len(shape_of(node.args[0])) - len(normalized):
+        raise mixed(node, "normalises over the split dim")
+    return (split,) * len(node.meta["val"])
+
+
+rule(aten.native_layer_norm.default)(_norm_rule)
+if hasattr(aten, "_fused_rms_norm"):
+    rule(aten._fused_rms_norm.default)(_norm_rule)
+
+
+def _dims(node: Node) -> set[int]:
+    """The reduced dims; all of them where the op names none."""
+    rank = len(shape_of(node.args[0]))
+    position = 2 if node.target == aten.linalg_vector_norm.default else 1
+    dims: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
+    if dims is None or dims == []:
+        return set(range(rank))
+    return {dim % rank for dim in ([dims] if isinstance(dims, int) else dims)}
+
+
+def _without(node: Node, split: Placement, dims: set[int]) -> Placement:
+    """The placement once `dims` are gone, or kept with size 1."""
+    if not isinstance(split, Split):
+        return split
+    value = node.meta["val"] if isinstance(node.meta["val"], torch.Tensor) else node.meta["val"][0]
+    if value.dim() == len(shape_of(node.args[0])):
+        return split
+    return split.moved(split.dim - sum(dim < split.dim for dim in dims))

@@ -1,0 +1,86 @@
+"""The table of placement rules, and what a rule may ask and raise.
+
+A rule is a function of the node and a `Flow`, which tells the operands' placements. It returns the placement of the
+result (a tuple for several results) or raises a `Demand` or a `Refusal`. It never sees a `Partial` operand: what reads
+a sum runs after the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch.fx import Node
+
+from mst_fx.placement import Placement, Split
+from mst_fx.refusal import Reason, Refusal
+
+Result: TypeAlias = Placement | tuple[Placement, ...]
+
+
+class Demand(Exception):  # noqa: N818 - control flow within propagation
+    """`node`, so far whole, must be split for its user's sake."""
+
+    def __init__(self, node: Node, split: Split) -> None:
+        super().__init__(f"{node} must be split as {split}")
+        self.node = node
+        self.split = split
+
+
+class Spans(Exception):  # noqa: N818 - control flow within propagation
+    """A view spreads the axis over several dims; `parts` are the factors that it can be cut along instead.
+
+    Each part is (outer, inner), relative to the axis.
+    """
+
+    def __init__(self, node: Node, parts: list[tuple[int, int]]) -> None:
+        super().__init__(f"{node} spreads the axis over several dims")
+        self.node = node
+        self.parts = parts
+
+
+class Flow(Protocol):
+    """What a rule may ask."""
+
+    def of(self, arg: Any) -> Placement:
+        """Placement of an operand; whole for anything that is no tensor."""
+        ...
+
+
+Rule: TypeAlias = Callable[[Node, Flow], Result]
+_RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register the decorated function for these op overloads."""
+
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            if target in _RULES:
+                raise ValueError(f"two placement rules for {target}")
+            _RULES[target] = function
+        return function
+
+    return register
+
+
+def rule_for(target: Any) -> Rule | None:
+    """The rule of an op, None where there is none."""
+    if target in _RULES:
+        return _RULES[target]
+    if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
+        return _RULES["pointwise"]
+    return None
+
+
+def shape_of(arg: Any) -> tuple[int, ...]:
+    """Shape of a tensor node, () for anything else."""
+    value = arg.meta.get("val") if isinstance(arg, Node) else None
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def mixed(node: Node, text: str) -> Refusal:
+    """The refusal of an op that makes the tokens depend on one another."""
+    return Refusal(Reason.AXIS_MIXED, node, f"{node.target} {text}")
+

@@ -1,0 +1,119 @@
+"""Ops that move, add, remove or cut dims; an op that cuts or joins the split dim itself is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mst_fx.placement import WHOLE, Placement, Split, refinements, through_view
+from mst_fx.rules.registry import Demand, Flow, Result, Spans, mixed, rule, shape_of
+
+aten = torch.ops.aten
+
+RESHAPES = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+PERMUTES = (aten.t.default, aten.transpose.int, aten.permute.default)
+SLICES = (aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default)
+FREE = (*RESHAPES, *PERMUTES, *SLICES, aten.expand.default, aten.select.int, aten.unbind.int)  # no memory of their own
+
+
+@rule(*RESHAPES)
+def reshape(node: Node, flow: Flow) -> Placement:
+    """The axis must stay within one dim."""
+    split, shape = flow.of(node.args[0]), shape_of(node.args[0])
+    if not isinstance(split, Split):
+        return WHOLE
+    result = through_view(split, shape, shape_of(node))
+    if result is None:
+        parts = refinements(split, shape, shape_of(node))
+        raise Spans(node, [(part.outer // split.outer, part.inner // split.inner) for part in parts])
+    return result
+
+
+@rule(*PERMUTES)
+def permute(node: Node, flow: Flow) -> Placement:
+    """The split dim moves."""
+    split = flow.of(node.args[0])
+    return split.moved(dim_order(node).index(split.dim)) if isinstance(split, Split) else WHOLE
+
+
+@rule(aten.expand.default)
+def expand(node: Node, flow: Flow) -> Placement:
+    """New dims appear on the left."""
+    split = flow.of(node.args[0])
+    added = len(shape_of(node)) - len(shape_of(node.args[0]))
+    return split.moved(split.dim + added) if isinstance(split, Split) else WHOLE
+
+
+@rule(*SLICES)
+def cut(node: Node, flow: Flow) -> Result:
+    """Cutting another dim is free; a full slice of the split dim is none."""
+    split = flow.of(node.args[0])
+    dim = dim_of(node, 2 if node.target != aten.slice.Tensor else 1)
+    pieces = node.meta["val"]
+    if isinstance(split, Split) and split.dim == dim:
+        if isinstance(pieces, torch.Tensor) and pieces.shape == shape_of(node.args[0]):
+            return split
+        raise mixed(node, "cuts the split dim")
+    return split if isinstance(pieces, torch.Tensor) else (split,) * len(pieces)
+
+
+@rule(aten.select.int, aten.unbind.int)
+def pick(node: Node, flow: Flow) -> Result:
+    """The picked dim goes away."""
+    split = flow.of(node.args[0])
+    dim = dim_of(node, 1)
+    if isinstance(split, Split):
+        if split.dim == dim:
+            raise mixed(node, "picks one position of the split dim")
+        split = split.moved(split.dim - (split.dim > dim))
+    pieces = node.meta["val"]
+    return split if isinstance(pieces, torch.Tensor) else (split,) * len(pieces)
+
+
+@rule(aten.cat.default, aten.stack.default)
+def join(node: Node, flow: Flow) -> Placement:
+    """All parts must be split alike, and not along the joined dim."""
+    parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
+    split = next((p for p in map(flow.of, parts) if isinstance(p, Split)), None)
+    if split is None:
+        return WHOLE
+    for part in parts:
+        if flow.of(part) == WHOLE:
+            raise Demand(part, split)
+        if flow.of(part) != split:
+            raise mixed(node, "joins values that are split differently")
+    dim = dim_of(node, 1, rank=len(shape_of(node)))
+    if node.target == aten.stack.default:
+        return split.moved(split.dim + (split.dim >= dim))
+    if dim == split.dim:
+        raise mixed(node, "joins along the split dim")
+    return split
+
+
+def dim_order(node: Node) -> list[int]:
+    """For each dim of the result of a permutation, the dim of the operand."""
+    rank = len(shape_of(node))
+    order = list(range(rank))
+    if node.target == aten.permute.default:
+        return [dim % rank for dim in node.args[1]]  # type: ignore[union-attr]
+    if rank > 1:
+        a, b = (0, 1) if node.target == aten.t.default else (node.args[1] % rank, node.args[2] % rank)  # type: ignore[operator]
+        order[a], order[b] = order[b], order[a]
+    return order
+
+
+def dim_of(node: Node, position: int, rank: int | None = None) -> int:
+    """The `dim` argument, by position or keyword, counted from the left."""
+    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+    assert isinstance(dim, int)
+    return dim % (rank or len(shape_of(node.args[0])))

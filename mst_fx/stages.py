@@ -1,0 +1,156 @@
+"""Aten graph + placements -> what runs before, in and after the loop.
+
+prologue   whole values that cost something (a weight's cast): once, before
+loop       split values, and the views of whole values that they read
+epilogue   what reads a sum over the axis (the division of a mean): once, after
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
+from mst_fx.propagate import Placements, propagate
+from mst_fx.refusal import Reason, Refusal
+from mst_fx.rules import Spans, shape_of
+from mst_fx.rules.creation import FILLS
+from mst_fx.rules.view import FREE
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A region's aten graph, cut in three.
+
+    Attributes:
+        graph: the whole aten graph.
+        placements: of every value before and in the loop.
+        stream: the placeholder that carries the tokens.
+        axis: the split of the stream.
+        length: positions of the axis.
+        prologue, loop, epilogue: nodes in graph order.
+        operands: what the loop reads: placeholders and results of the prologue.
+        results: what the loop gives: values that the epilogue reads or that leave the region.
+        outputs: what the region gives: loop results or values of the epilogue.
+    """
+
+    graph: Graph
+    placements: Placements
+    stream: Node
+    axis: Split
+    length: int
+    prologue: tuple[Node, ...]
+    loop: tuple[Node, ...]
+    epilogue: tuple[Node, ...]
+    operands: tuple[Node, ...]
+    results: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+
+    def placement(self, node: Node) -> Placement:
+        """Of a tensor-valued node of the loop."""
+        return cast(Placement, self.placements.of[node])
+
+
+def cut(lowered: GraphModule, stream: Node) -> Stages:
+    """Choose the axis among the dims of `stream` (a placeholder of `lowered`) and cut the graph.
+
+    The longest axis that every op respects wins.
+
+    Raises:
+        Refusal: no dim of the stream can be split, with the reason that the longest one met.
+    """
+    shape = shape_of(stream)
+    candidates = [Split(dim) for dim in range(len(shape) - 1)] or [Split(0)]
+    refusals: list[tuple[int, Refusal]] = []
+    found: list[tuple[int, Split, Placements]] = []
+    seen: set[Split] = set()
+    while candidates:
+        axis = candidates.pop()
+        length = axis.axis_length(shape)
+        if axis in seen or length < 2:
+            continue
+        seen.add(axis)
+        try:
+            found.append((length, axis, propagate(lowered.graph, {stream: axis})))
+        except Refusal as refusal:
+            refusals.append((length, refusal))
+        except Spans as spans:
+            candidates += [Split(axis.dim, axis.outer * outer, axis.inner * inner) for outer, inner in spans.parts]
+            text = f"{spans.node.target} spreads the split dim over several dims"
+            refusals.append((0, Refusal(Reason.AXIS_MIXED, spans.node, text)))
+    if found:
+        length, axis, placements = max(found, key=lambda entry: (entry[0], -entry[1].dim))
+        return _cut(lowered.graph, placements, stream, axis, length)
+    if refusals:
+        raise max(refusals, key=lambda entry: entry[0])[1]
+    raise Refusal(Reason.SHAPE, stream, f"a stream of shape {list(shape)} has no dim to split")
+
+
+def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length: int) -> Stages:
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    outputs = tuple(output.all_input_nodes)
+    epilogue = set(placements.epilogue)
+    results = _ordered(graph, (n for n in outputs if n not in epilogue), (_operands(placements.epilogue)))
+    results = tuple(n for n in results if n not in epilogue and placements.of[n] != WHOLE)
+    for node in outputs:
+        if node not in epilogue and placements.of[node] == WHOLE:
+            raise Refusal(Reason.AXIS_MIXED, node, "a result of the region does not depend on the split axis")
+
+    def whole(node: Node) -> bool:
+        return node not in epilogue and placements.of[node] == WHOLE
+
+    hoisted = {n for n in graph.nodes if n.op == "call_function" and whole(n) and _costs(n)}
+    loop = _ancestors(results, stop=lambda n: n.op == "placeholder" or n in hoisted)
+    operands = _ordered(graph, (n for n in _operands(loop) if n not in loop))
+    outside = [n for n in (*operands, *_operands(placements.epilogue)) if n not in epilogue and whole(n)]
+    prologue = _ancestors(outside, stop=lambda n: n.op == "placeholder")
+    for node in operands:
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            raise Refusal(Reason.DYNAMIC, node, f"the region reads {node}, which is no tensor")
+    return Stages(
+        graph=graph,
+        placements=placements,
+        stream=stream,
+        axis=axis,
+        length=length,
+        prologue=_ordered(graph, prologue),
+        loop=_ordered(graph, loop),
+        epilogue=placements.epilogue,
+        operands=operands,
+        results=results,
+        outputs=outputs,
+    )
+
+
+def _costs(node: Node) -> bool:
+    """Whether a whole node computes something from a tensor: views and fills are free, inside the loop too."""
+    free = node.target in FREE or node.target in FILLS or getattr(node.target, "__name__", "") == "getitem"
+    return not free and bool(node.all_input_nodes)
+
+
+def _operands(nodes: Iterable[Node]) -> list[Node]:
+    return [operand for node in nodes for operand in node.all_input_nodes]
+
+
+def _ancestors(nodes: Iterable[Node], stop: object) -> set[Node]:
+    assert callable(stop)
+    found: set[Node] = set()
+    pending = [node for node in nodes if not stop(node) or node.op != "placeholder"]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(operand for operand in node.all_input_nodes if not stop(operand))
+    return found
+
+
+def _ordered(graph: Graph, *groups: Iterable[Node]) -> tuple[Node, ...]:
+    wanted = {node for group in groups for node in group}
+    return tuple(node for node in graph.nodes if node in wanted)
+
+
+__all__ = ["PARTIAL", "Stages", "cut"]
