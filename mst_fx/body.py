@@ -177,7 +177,8 @@ def _factors(grad: Node) -> tuple[Node, Node] | None:
     if grad.target != aten.mm.default:
         return None
     left, right = grad.args
-    assert isinstance(left, Node) and isinstance(right, Node)
+    assert isinstance(left, Node)
+    assert isinstance(right, Node)
     if transposed:  # (left right)^T = right^T left^T
         return right, _t(left, grad)
     return _t(left, grad), right

@@ -45,8 +45,10 @@ def mini_sequence(
     """Run a region as a loop over mini-sequences.
 
     Args:
-        forward, forward_tail: bodies that compute the results of one chunk, full and ragged.
-        backward, backward_tail: bodies that compute its gradients; None where none is needed.
+        forward: body that computes the results of a full chunk.
+        forward_tail: the same for the ragged last chunk, None where there is none.
+        backward: body that computes the gradients of a full chunk, None where none is needed.
+        backward_tail: the same for the ragged last chunk.
         raw_spec: a `CallSpec` as a tuple.
         operands: what the region reads.
     """

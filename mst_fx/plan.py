@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch.fx import Node
 
-from mst_fx.body import HALF
 from mst_fx.config import Config
 from mst_fx.lower import fake_value
 from mst_fx.memory import temporary_bytes
@@ -17,12 +16,14 @@ from mst_fx.placement import PARTIAL, Split
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region
 from mst_fx.rules import shape_of
+from mst_fx.rules.contraction import CONTRACTIONS
 from mst_fx.stages import Stages
 
 Backward = Literal["recompute", "in_forward", "none"]
 
-CHUNK_BYTES = 768 * 2**20
-"""Aim for one chunk's largest value (bytes): matmuls are as fast as whole ones, the rest is small beside weights."""
+CHUNK_BYTES = {"float32": 2**30, "native": 2**29}
+"""Aim for the widest matrix product of a chunk (bytes): a float32 accumulator is twice the traffic a chunk, so half as
+many chunks cost the same."""
 MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 1024, 4096
 ALIGNMENT = 16
 """Chunk lengths are multiples of it where there is a choice, so that every chunk starts aligned."""
@@ -101,7 +102,7 @@ def _is_count(node: Node) -> bool:
 
 
 def _backward(stages: Stages, differentiable: tuple[int, ...]) -> Backward:
-    """Gradients come in the forward where one scalar comes out; fp16 needs the true upstream scale, so it recomputes."""
+    """Gradients come in the forward where one scalar comes out; fp16 needs the true upstream scale: it recomputes."""
     if not differentiable:
         return "none"
     sink = stages.results[differentiable[0]]
@@ -115,14 +116,14 @@ def _is_tensor(node: Node) -> bool:
 
 
 def _chunk(stages: Stages, config: Config) -> int:
-    """Positions in one chunk: as the user says, else about CHUNK_BYTES in the largest value; the chunks are even."""
+    """Positions in one chunk: as the user says, else about CHUNK_BYTES in its widest product; the chunks are even."""
     if config.num_chunks is not None:
         return max(1, -(-stages.length // config.num_chunks))
     per_position = _tokens_per_position(stages)
     if config.chunk_tokens is not None:
         return min(stages.length, max(1, config.chunk_tokens // per_position))
-    widest = max(_bytes_per_position(stages, node) for node in stages.loop)
-    tokens = CHUNK_BYTES * per_position // max(1, widest)
+    widest = max(_bytes_per_position(stages, node) for node in stages.loop if node.target in CONTRACTIONS)
+    tokens = max(1, CHUNK_BYTES[config.accumulate] * per_position // max(1, widest))
     tokens = min(MAX_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, 1 << (tokens.bit_length() - 1)))
     length = max(1, tokens // per_position)
     chunks = -(-stages.length // length)
@@ -141,6 +142,3 @@ def _bytes_per_position(stages: Stages, node: Node) -> int:
         return 0
     value: torch.Tensor = node.meta["val"]
     return value.numel() * value.element_size() // placement.axis_length(value.shape)
-
-
-__all__ = ["HALF", "Backward", "Plan", "make_plan"]

@@ -125,24 +125,30 @@ def _origins(node: Node, split: Split) -> dict[Node, Split]:
         return {node: split}
     if node.op != "call_function":
         raise mixed(node, "cannot be split")
+    operands = _demands(node, split)
+    if operands is None:
+        raise mixed(node, "is needed split, but its own operands are whole")
+    found: dict[Node, Split] = {} if operands else {node: split}
+    for operand, demanded in operands.items():
+        found |= _origins(operand, demanded)
+    return found
+
+
+def _demands(node: Node, split: Split) -> dict[Node, Split] | None:
+    """How the operands must be split; empty where the op can make the part by itself, None where nobody knows."""
     source: Any = node.args[0] if node.args else None
     shape = shape_of(node)
     if node.target in RESHAPES:
         before = through_view(split, shape, shape_of(source))
-        if before is not None:
-            return _origins(source, before)
-    elif node.target in PERMUTES:
-        return _origins(source, split.moved(dim_order(node)[split.dim]))
-    elif node.target == aten.expand.default:
-        dim = split.dim - len(shape) + len(shape_of(source))
-        if dim < 0 or shape_of(source)[dim] != shape[split.dim]:
-            return {node: split}
-        return _origins(source, split.moved(dim))
-    elif node.target in COPIES or torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        found: dict[Node, Split] = {}
+        return {source: before} if before is not None else None
+    if node.target in PERMUTES:
+        return {source: split.moved(dim_order(node)[split.dim])}
+    broadcasts = node.target == aten.expand.default
+    if broadcasts or node.target in COPIES or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        demands = {}
         for operand in node.all_input_nodes:
             dim = split.dim - len(shape) + len(shape_of(operand))
-            if dim >= 0 and shape_of(operand)[dim] != 1:
-                found |= _origins(operand, split.moved(dim))
-        return found
-    raise mixed(node, "is needed split, but its own operands are whole")
+            if dim >= 0 and shape_of(operand)[dim] == shape[split.dim]:
+                demands[operand] = split.moved(dim)
+        return demands if demands or broadcasts else None
+    return None

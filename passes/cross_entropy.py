@@ -5,12 +5,15 @@ Legend: N tokens, D model, V vocabulary; the [N, V] values are the large ones.
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from mst_fx.pattern import Pattern, register
-from mst_fx.reading import Reader
+from mst_fx.reading import Contraction, Reader
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region, region_of, trunk_of
+
+NEGATIVE_LOG_LIKELIHOODS = (torch.ops.aten.nll_loss_forward.default,)
 
 HEAD_RATIO = 4
 """A returned contraction that is this many times wider than its activation is taken for logits without a loss."""
@@ -31,18 +34,20 @@ class CrossEntropy(Pattern):
                 raise Refusal(Reason.NO_HEAD, node, "the logits of this loss come from outside the graph")
             return region_of(reader, trunk, node)
         head = reader.contraction(node)
-        if head is not None and is_returned(node):
-            if reader.numel(node) >= HEAD_RATIO * reader.numel(head.activation):
-                raise Refusal(Reason.NO_LOSS, node, "the logits leave the graph, and no loss stands behind them")
+        if head is not None and is_returned(node) and is_wide(reader, node, head):
+            raise Refusal(Reason.NO_LOSS, node, "the logits leave the graph, and no loss stands behind them")
         return None
 
 
 def ends_in_nll(reader: Reader, node: Node) -> bool:
     """Whether the node opens into a negative log-likelihood over classes."""
     opened = reader.opened(node)
-    return opened is not None and any(
-        "nll_loss" in str(n.target) and "backward" not in str(n.target) for n in opened.graph.nodes
-    )
+    return opened is not None and any(n.target in NEGATIVE_LOG_LIKELIHOODS for n in opened.graph.nodes)
+
+
+def is_wide(reader: Reader, node: Node, head: Contraction) -> bool:
+    """Whether a contraction widens its activation as a head does."""
+    return reader.numel(node) >= HEAD_RATIO * reader.numel(head.activation)
 
 
 def is_returned(node: Node) -> bool:

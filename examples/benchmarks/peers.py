@@ -58,7 +58,8 @@ def looped(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 def auto_chunked(fn: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(
-        fn, options={"auto_chunker.enable": True, "auto_chunker.amplify_ratio_threshold": 1, "auto_chunker.num_chunk": 8}
+        fn,
+        options={"auto_chunker.enable": True, "auto_chunker.amplify_ratio_threshold": 1, "auto_chunker.num_chunk": 8},
     )
 
 
@@ -144,7 +145,9 @@ def measure(
                 step()
             rows[name] = Row(work, name, 0.0, peak_of(step, device, leaves))
         except Exception as error:  # a peer that fails is a result
-            rows[name] = Row(work, name, float("nan"), float("nan"), error=f"{type(error).__name__}: {str(error)[:100]}")
+            rows[name] = Row(
+                work, name, float("nan"), float("nan"), error=f"{type(error).__name__}: {str(error)[:100]}"
+            )
     alive = [name for name in steps if not rows[name].error]
     times: dict[str, list[float]] = {name: [] for name in alive}
     for _ in range(rounds):
@@ -201,7 +204,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--chunks", type=int, nargs="*", default=[], help="chunk lengths (tokens) to try beside the plan's")
+    parser.add_argument(
+        "--chunks", type=int, nargs="*", default=[], help="chunk lengths (tokens) to try beside the plan's"
+    )
     parser.add_argument("--work", choices=["head", "mlp", "both"], default="both")
     parser.add_argument("--json", help="write the rows to this file")
     args = parser.parse_args()

@@ -39,30 +39,26 @@ def product_plus(node: Node, flow: Flow) -> Placement:
 def _product(node: Node, flow: Flow, left: object, right: object) -> Placement:
     rows, inner = len(shape_of(left)) - 2, len(shape_of(left)) - 1
     a, b = flow.of(left), flow.of(right)
+    if isinstance(a, Split) and a.dim == inner and b == a.moved(rows):
+        return PARTIAL
+    if isinstance(a, Split) and a == b and rows == 1 and a.dim == 0:
+        return a  # the batch of a bmm
     if a == WHOLE and b == WHOLE:
         return WHOLE
-    if isinstance(a, Split) and a.dim == rows and b == WHOLE:
-        return a
-    if isinstance(b, Split) and b.dim == inner and a == WHOLE:
-        return b
-    if isinstance(a, Split) and a.dim == inner and b == WHOLE:
-        raise Demand(_node(right), a.moved(rows))
-    if isinstance(b, Split) and b.dim == rows and a == WHOLE:
-        raise Demand(_node(left), b.moved(inner))
-    if isinstance(a, Split) and isinstance(b, Split) and a.dim == inner and b == a.moved(rows):
-        return PARTIAL
-    if rows == 1 and (_is_batch(a) or _is_batch(b)):
-        if a == b:
-            return a
-        if b == WHOLE and isinstance(a, Split):
-            raise Demand(_node(right), a)
-        if a == WHOLE and isinstance(b, Split):
-            raise Demand(_node(left), b)
+    if isinstance(a, Split) and b == WHOLE:
+        return _one_split(node, a, free=rows, partner=right, partner_dim={inner: rows, 0: 0}.get(a.dim))
+    if isinstance(b, Split) and a == WHOLE:
+        return _one_split(node, b, free=inner, partner=left, partner_dim={rows: inner, 0: 0}.get(b.dim))
     raise mixed(node, f"combines values placed as {a} and {b}")
 
 
-def _is_batch(placement: Placement) -> bool:
-    return isinstance(placement, Split) and placement.dim == 0
+def _one_split(node: Node, split: Split, free: int, partner: object, partner_dim: int | None) -> Placement:
+    """Only one operand is split: along its free dim the result is; along a shared dim the partner must be too."""
+    if split.dim == free:
+        return split
+    if partner_dim is None:
+        raise mixed(node, f"shares the split dim {split.dim} with nothing")
+    raise Demand(_node(partner), split.moved(partner_dim))
 
 
 def _node(arg: object) -> Node:

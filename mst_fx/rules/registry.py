@@ -83,4 +83,3 @@ def shape_of(arg: Any) -> tuple[int, ...]:
 def mixed(node: Node, text: str) -> Refusal:
     """The refusal of an op that makes the tokens depend on one another."""
     return Refusal(Reason.AXIS_MIXED, node, f"{node.target} {text}")
-
