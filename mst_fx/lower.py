@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta, set_current_meta
 
 aten = torch.ops.aten
 MEAN, SUM = 1, 2  # aten's codes for `reduction`
@@ -45,7 +46,8 @@ def lower(
     def run(*values: Any) -> list[Any]:
         env = dict(zip(live_ins, values, strict=True))
         for node in nodes:
-            env[node] = execute(owner, node, env)
+            with set_current_meta(node):  # each aten op remembers the user's line
+                env[node] = execute(owner, node, env)
         return [env[node] for node in outputs]
 
     examples = [fake_value(node) for node in live_ins]
@@ -53,6 +55,7 @@ def lower(
     symbolic = any(isinstance(dim, torch.SymInt) for value in examples for dim in getattr(value, "shape", (value,)))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(preserve_node_meta())
         for device_type, dtype, enabled, cache in autocast:
             stack.enter_context(torch.autocast(device_type, dtype, enabled, cache))
         stack.enter_context(modes.pop() if len(modes) == 1 else nullcontext())

@@ -16,14 +16,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from mst_fx.placement import PARTIAL, WHOLE, Placement, Split, through_view
+from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.refusal import Reason, Refusal
-from mst_fx.rules import Demand, Result, mixed, rule_for, shape_of
-from mst_fx.rules.creation import FILLS
-from mst_fx.rules.pointwise import COPIES
-from mst_fx.rules.view import PERMUTES, RESHAPES, dim_order
-
-aten = torch.ops.aten
+from mst_fx.rules import Demand, Result, demands_of, mixed, rule_for
 
 
 @dataclass(frozen=True)
@@ -121,34 +116,10 @@ def _check_epilogue(node: Node, placements: Mapping[Node, Result], epilogue: Map
 
 def _origins(node: Node, split: Split) -> dict[Node, Split]:
     """The placeholders and self-made values to split so that `node` comes out as `split`."""
-    if node.op == "placeholder" or node.target in FILLS:
+    if node.op == "placeholder":
         return {node: split}
-    if node.op != "call_function":
-        raise mixed(node, "cannot be split")
-    operands = _demands(node, split)
-    if operands is None:
-        raise mixed(node, "is needed split, but its own operands are whole")
-    found: dict[Node, Split] = {} if operands else {node: split}
-    for operand, demanded in operands.items():
+    demands = demands_of(node, split)
+    found: dict[Node, Split] = {} if demands else {node: split}
+    for operand, demanded in demands.items():
         found |= _origins(operand, demanded)
     return found
-
-
-def _demands(node: Node, split: Split) -> dict[Node, Split] | None:
-    """How the operands must be split; empty where the op can make the part by itself, None where nobody knows."""
-    source: Any = node.args[0] if node.args else None
-    shape = shape_of(node)
-    if node.target in RESHAPES:
-        before = through_view(split, shape, shape_of(source))
-        return {source: before} if before is not None else None
-    if node.target in PERMUTES:
-        return {source: split.moved(dim_order(node)[split.dim])}
-    broadcasts = node.target == aten.expand.default
-    if broadcasts or node.target in COPIES or torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        demands = {}
-        for operand in node.all_input_nodes:
-            dim = split.dim - len(shape) + len(shape_of(operand))
-            if dim >= 0 and shape_of(operand)[dim] == shape[split.dim]:
-                demands[operand] = split.moved(dim)
-        return demands if demands or broadcasts else None
-    return None

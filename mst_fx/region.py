@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 
 from torch.fx import GraphModule, Node
 
@@ -70,41 +71,56 @@ def trunk_of(reader: Reader, top: Node, *, amplifying: bool) -> Trunk | None:
         The trunk, None where no contraction feeds `top`.
     """
     wide = reader.numel(top) // 2
-    ups: set[Node] = set()
-    seen: set[Node] = set()
-    obstacles: dict[Node, Refusal] = {}
+    kinds: dict[Node, _Kind] = {}
     pending = [top]
     while pending:
         node = pending.pop()
-        if node in seen or node.op in ("placeholder", "get_attr"):
+        if node in kinds:
             continue
-        seen.add(node)
-        contraction = reader.contraction(node)
-        if contraction is not None:
-            if reader.numel(node) < wide:
-                continue  # narrow: a live-in
-            if amplifying and reader.numel(node) <= reader.numel(contraction.activation):
-                return None
-            ups.add(node)
-            continue
-        refusal = reader.obstacle(node)
-        if refusal is not None:
-            if refusal.reason is Reason.UNKNOWN_OP and len(node.all_input_nodes) != 1:
-                continue  # attention, a scan, ...: whatever lies behind it belongs to something else
-            obstacles[node] = refusal
-        pending.extend(node.all_input_nodes)
+        kinds[node] = _kind(reader, node, wide, amplifying)
+        if kinds[node] is _Kind.ALIEN:
+            return None
+        if kinds[node] is _Kind.THROUGH:
+            pending.extend(node.all_input_nodes)
+    ups = {node for node, kind in kinds.items() if kind is _Kind.UP}
     if not ups:
         return None
     inside = set(ups)
-    for node in sorted(seen, key=reader.order.__getitem__):
-        if any(operand in inside for operand in node.all_input_nodes):
+    for node in sorted(kinds, key=reader.order.__getitem__):
+        if kinds[node] is _Kind.THROUGH and not inside.isdisjoint(node.all_input_nodes):
             inside.add(node)
     nodes = tuple(sorted(inside, key=reader.order.__getitem__))
+    obstacles = (reader.obstacle(node) for node in nodes if node not in ups)
     return Trunk(
         ups=tuple(node for node in nodes if node in ups),
         nodes=nodes,
-        obstacle=next((obstacles[node] for node in nodes if node in obstacles), None),
+        obstacle=next((obstacle for obstacle in obstacles if obstacle is not None), None),
     )
+
+
+class _Kind(Enum):
+    """What a node is on the way back from a sink."""
+
+    UP = "the contraction to find"
+    THROUGH = "to be looked behind"
+    LIVE_IN = "whatever lies behind it does not matter"
+    ALIEN = "a sign that this is no such trunk"
+
+
+def _kind(reader: Reader, node: Node, wide: int, amplifying: bool) -> _Kind:
+    if node.op in ("placeholder", "get_attr"):
+        return _Kind.LIVE_IN
+    contraction = reader.contraction(node)
+    if contraction is not None:
+        if reader.numel(node) < wide:
+            return _Kind.LIVE_IN
+        if amplifying and reader.numel(node) <= reader.numel(contraction.activation):
+            return _Kind.ALIEN
+        return _Kind.UP
+    obstacle = reader.obstacle(node)
+    if obstacle is not None and obstacle.reason is Reason.UNKNOWN_OP and len(node.all_input_nodes) != 1:
+        return _Kind.LIVE_IN  # attention, a scan, ...: whatever lies behind it belongs to something else
+    return _Kind.THROUGH
 
 
 def region_of(reader: Reader, trunk: Trunk, sink: Node) -> Region:

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
-from mst_fx.rules.registry import Demand, Flow, mixed, rule, shape_of
+from mst_fx.rules.registry import Demand, Flow, back, mixed, rule, shape_of
 
 aten = torch.ops.aten
 
@@ -34,6 +34,24 @@ def product_plus(node: Node, flow: Flow) -> Placement:
     elif flow.of(bias) != WHOLE:
         raise mixed(node, "adds a split bias to a whole product")
     return result
+
+
+@back(*CONTRACTIONS)
+def product_back(node: Node, split: Split) -> dict[Node, Split]:
+    """Rows come from the left operand, columns from the right one, a batch from both, and a bias has its share."""
+    left, right = map(_node, node.args[-2:])
+    rank = len(shape_of(node))
+    demands = {}
+    if split.dim != rank - 1:
+        demands[left] = split
+    if split.dim != rank - 2:
+        demands[right] = split
+    if len(node.args) == 3:
+        bias = _node(node.args[0])
+        dim = split.dim - rank + len(shape_of(bias))
+        if dim >= 0 and shape_of(bias)[dim] != 1:
+            demands[bias] = split.moved(dim)
+    return demands
 
 
 def _product(node: Node, flow: Flow, left: object, right: object) -> Placement:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from mst_fx.placement import WHOLE, Placement
-from mst_fx.rules.registry import Flow, rule
+from mst_fx.placement import WHOLE, Placement, Split
+from mst_fx.rules.registry import Flow, back, rule
 
 aten = torch.ops.aten
 
@@ -25,3 +25,9 @@ FILLS = {
 def create(node: Node, flow: Flow) -> Placement:
     """No operand's rows end up in the result."""
     return WHOLE
+
+
+@back(*FILLS)
+def part(node: Node, split: Split) -> dict[Node, Split]:
+    """A fill makes any part of itself alone."""
+    return {}

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.placement import WHOLE, Placement, Split
-from mst_fx.rules.registry import Demand, Flow, mixed, rule, shape_of
+from mst_fx.rules.registry import Demand, Flow, back, mixed, rule, shape_of
 
 aten = torch.ops.aten
 
@@ -31,6 +31,20 @@ def pointwise(node: Node, flow: Flow) -> Placement:
         return WHOLE
     demand_aligned(node, flow, split, rank)
     return split
+
+
+@back("pointwise", *COPIES)
+def aligned(node: Node, split: Split) -> dict[Node, Split]:
+    """Operands that have the dim at full size."""
+    shape = shape_of(node)
+    demands = {}
+    for operand in node.all_input_nodes:
+        dim = split.dim - len(shape) + len(shape_of(operand))
+        if dim >= 0 and shape_of(operand)[dim] == shape[split.dim]:
+            demands[operand] = split.moved(dim)
+    if not demands:
+        raise mixed(node, "is needed split, but its operands are whole")
+    return demands
 
 
 def aligned_split(node: Node, flow: Flow, rank: int) -> Split | None:

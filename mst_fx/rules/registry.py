@@ -74,6 +74,40 @@ def rule_for(target: Any) -> Rule | None:
     return None
 
 
+Back: TypeAlias = Callable[[Node, Split], dict[Node, Split]]
+_BACKS: dict[Any, Back] = {}
+
+
+def back(*targets: Any) -> Callable[[Back], Back]:
+    """Register how the operands of these ops must be split for a result split as demanded.
+
+    Such a function returns the demands on the operands; none at all where the op can make the part by itself. What it
+    says is only a guess to try: the forward rules judge it.
+    """
+
+    def register(function: Back) -> Back:
+        _BACKS.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+def demands_of(node: Node, split: Split) -> dict[Node, Split]:
+    """What a demand on a node asks of its operands.
+
+    Raises:
+        Refusal: no operand can bring the split.
+    """
+    if node.target in _BACKS:
+        return _BACKS[node.target](node, split)
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return _BACKS["pointwise"](node, split)
+    alike = [operand for operand in node.all_input_nodes if shape_of(operand) == shape_of(node)]
+    if node.op != "call_function" or not alike:
+        raise mixed(node, "is needed split, but its operands are whole")
+    return dict.fromkeys(alike, split)
+
+
 def shape_of(arg: Any) -> tuple[int, ...]:
     """Shape of a tensor node, () for anything else."""
     value = arg.meta.get("val") if isinstance(arg, Node) else None

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.placement import WHOLE, Placement, Split, refinements, through_view
-from mst_fx.rules.registry import Demand, Flow, Result, Spans, mixed, rule, shape_of
+from mst_fx.rules.registry import Demand, Flow, Result, Spans, back, mixed, rule, shape_of
 
 aten = torch.ops.aten
 
@@ -39,11 +39,26 @@ def reshape(node: Node, flow: Flow) -> Placement:
     return result
 
 
+@back(*RESHAPES)
+def reshape_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The same memory, read the other way."""
+    before = through_view(split, shape_of(node), shape_of(node.args[0]))
+    if before is None:
+        raise mixed(node, "spreads the split dim over several dims")
+    return {operand_of(node): before}
+
+
 @rule(*PERMUTES)
 def permute(node: Node, flow: Flow) -> Placement:
     """The split dim moves."""
     split = flow.of(node.args[0])
     return split.moved(dim_order(node).index(split.dim)) if isinstance(split, Split) else WHOLE
+
+
+@back(*PERMUTES)
+def permute_back(node: Node, split: Split) -> dict[Node, Split]:
+    """Where the split dim came from."""
+    return {operand_of(node): split.moved(dim_order(node)[split.dim])}
 
 
 @rule(aten.expand.default)
@@ -52,6 +67,15 @@ def expand(node: Node, flow: Flow) -> Placement:
     split = flow.of(node.args[0])
     added = len(shape_of(node)) - len(shape_of(node.args[0]))
     return split.moved(split.dim + added) if isinstance(split, Split) else WHOLE
+
+
+@back(aten.expand.default)
+def expand_back(node: Node, split: Split) -> dict[Node, Split]:
+    """A dim that the operand lacks, or has with size 1, is repeated to any length."""
+    operand = operand_of(node)
+    dim = split.dim - len(shape_of(node)) + len(shape_of(operand))
+    repeated = dim < 0 or shape_of(operand)[dim] != shape_of(node)[split.dim]
+    return {} if repeated else {operand: split.moved(dim)}
 
 
 @rule(*SLICES)
@@ -117,3 +141,10 @@ def dim_of(node: Node, position: int, rank: int | None = None) -> int:
     dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
     assert isinstance(dim, int)
     return dim % (rank or len(shape_of(node.args[0])))
+
+
+def operand_of(node: Node) -> Node:
+    """The tensor that is viewed."""
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    return operand
