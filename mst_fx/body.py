@@ -10,7 +10,7 @@ one accumulator, so no gradient of a single chunk ever exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node, map_arg
 
 from mst_fx.config import Accumulate
 from mst_fx.loop import Axis, take
-from mst_fx.lower import TensorSpec, trace
+from mst_fx.lower import TensorSpec, on_fakes, trace
 from mst_fx.placement import PARTIAL, Split
 from mst_fx.rules.creation import FILLS
 from mst_fx.rules.view import RESHAPES, dim_of
@@ -90,6 +90,18 @@ def gradient_body(stages: Stages, length: int, gradients: Gradients) -> Body:
     return Body(module, own + kinds)
 
 
+def differentiable_results(stages: Stages, wanted: Sequence[int]) -> tuple[int, ...]:
+    """Positions of the loop's results that have a gradient when the operands at `wanted` do; a count has none."""
+
+    def run(*operands: torch.Tensor) -> tuple[int, ...]:
+        for position in wanted:
+            operands[position].requires_grad_()
+        results = _run_chunk(stages, stages.length, operands)
+        return tuple(position for position, result in enumerate(results) if result.requires_grad)
+
+    return on_fakes(run, lambda: _chunk_inputs(stages, stages.operands, stages.length))
+
+
 def _chunk_inputs(stages: Stages, nodes: Sequence[Node], length: int) -> list[torch.Tensor]:
     inputs = []
     for node in nodes:
@@ -112,9 +124,10 @@ def _run_chunk(stages: Stages, length: int, operands: Sequence[torch.Tensor]) ->
 
 
 def _run_node(stages: Stages, node: Node, length: int, env: dict[Node, Any]) -> Any:
+    args: Any
     args, kwargs = map_arg((node.args, node.kwargs), lambda operand: env[operand])
     placement = stages.placements.of[node]
-    target: Callable[..., Any] = node.target  # type: ignore[assignment]
+    target: Any = node.target
     if not isinstance(placement, Split):
         return target(*args, **kwargs)
     sizes = placement.chunk_shape(node.meta["val"].shape, length)
@@ -148,7 +161,8 @@ def _take_out_products(
     """Replace gradients of whole operands by the factors of their last product; tell how each one adds up."""
     (output,) = (node for node in module.graph.nodes if node.op == "output")
     outputs: list[Node] = list(output.args[0])
-    kept, kinds = outputs[:own], []
+    kept = outputs[:own]
+    kinds: list[tuple[Any, ...]] = []
     for grad, axis in zip(outputs[own:], axes, strict=True):
         dtype = grad.meta["val"].dtype
         factors = _factors(grad)
@@ -173,7 +187,8 @@ def _factors(grad: Node) -> tuple[Node, Node] | None:
     transposed = False
     while grad.target in (aten.t.default, aten.detach.default):
         transposed ^= grad.target == aten.t.default
-        grad = grad.args[0]  # type: ignore[assignment]
+        (source,) = grad.all_input_nodes
+        grad = source
     if grad.target != aten.mm.default:
         return None
     left, right = grad.args

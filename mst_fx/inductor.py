@@ -22,6 +22,7 @@ class MiniSequenceKernel(ir.ExternKernel):
 
     def __init__(self, subgraphs: Sequence[Any], spec: tuple[Any, ...], operands: Sequence[Any], layout: Any) -> None:
         super().__init__(name=None, layout=layout, inputs=operands)
+        self.outputs: list[Any] = []
         self.subgraphs, self.spec = subgraphs, spec
         self.name = V.graph.register_buffer(self)
         V.graph.register_operation(self)
@@ -45,7 +46,8 @@ class MiniSequenceKernel(ir.ExternKernel):
             if subgraph is not None:
                 wrapper.codegen_subgraph_common(subgraph)
             names.append(subgraph.graph.name if subgraph is not None else "None")
-        operands = ", ".join(buffer.codegen_reference() for buffer in self.inputs)
+        buffers: Sequence[Any] = self.inputs
+        operands = ", ".join(buffer.codegen_reference() for buffer in buffers)
         wrapper.add_import_once("from mst_fx.loop import run_loop")
         wrapper.writeline(f"{self.get_name()} = run_loop(({', '.join(names)}), {self.spec!r}, [{operands}])")
 
@@ -53,7 +55,8 @@ class MiniSequenceKernel(ir.ExternKernel):
 @register_lowering(mini_sequence_loop, type_promotion_kind=None)
 def _lower(full: Any, tail: Any, spec: tuple[Any, ...], *operands: Any) -> list[Any]:
     node = V.graph.current_node
-    fakes = [operand.meta["val"] for operand in node.args[3:]]
+    operand_nodes: Any = node.args[3:]
+    fakes = [operand.meta["val"] for operand in operand_nodes]
     realized = [
         constrain_to_fake_tensor(ir.ExternKernel.realize_input(operand), fake)
         for operand, fake in zip(operands, fakes, strict=True)
@@ -73,7 +76,9 @@ def _compile_body(subgraph: Any, chunk: Sequence[torch.Tensor]) -> None:
     if subgraph.graph is not None:
         return
     FakeTensorProp(subgraph.graph_module, mode=V.fake_mode).propagate_dont_convert_inputs(*chunk)
-    subgraph.graph = V.graph.make_subgraph(gm=subgraph.graph_module, example_inputs=chunk, subgraph_name=subgraph.name)
+    subgraph.graph = V.graph.make_subgraph(
+        gm=subgraph.graph_module, example_inputs=list(chunk), subgraph_name=subgraph.name
+    )
     with V.set_graph_handler(subgraph.graph):
         subgraph.graph.run(*chunk)
 

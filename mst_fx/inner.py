@@ -41,10 +41,11 @@ def inner_compiler(config: Config, mode: str | None, options: dict[str, Any]) ->
         given: dict[str, Any] = {"mode": mode, "options": options}
         given = {name: value for name, value in given.items() if value}
         chosen = config.inner
-        return lambda gm, inputs: chosen(gm, inputs, **given)  # type: ignore[no-any-return]
+        return lambda gm, inputs: chosen(gm, inputs, **given)
     if options or mode:
         raise ValueError(f"mst_fx: inner={config.inner!r} takes neither a mode nor {sorted(options)}")
-    return torch._dynamo.lookup_backend(config.inner)  # type: ignore[no-any-return]
+    compiler: Compile = torch._dynamo.lookup_backend(config.inner)  # type: ignore[assignment]
+    return compiler
 
 
 def _inductor(mode: str | None, options: dict[str, Any]) -> Compile:
@@ -59,7 +60,8 @@ def _inductor(mode: str | None, options: dict[str, Any]) -> Compile:
         with warnings.catch_warnings():
             # Inductor's pass that updates fake values says so of any operator with subgraphs that it does not know
             warnings.filterwarnings("ignore", message="Please add support for subgraph args to function mini_seq")
-            return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[no-any-return]
+            compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
+        return compiled
 
     return compile_graph
 

@@ -128,8 +128,8 @@ def _absorb(
 def _finished(kind: tuple[Any, ...], result: Any) -> torch.Tensor:
     if kind[0] == "sum":
         total, dtype = result
-        return total.to(dtype)  # type: ignore[no-any-return]
-    return result.to(kind[2]) if kind[0] == "outer" else result  # type: ignore[no-any-return]
+        return total.to(dtype)
+    return result.to(kind[2]) if kind[0] == "outer" else result
 
 
 def add_outer(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -159,10 +159,8 @@ class _MiniSequenceLoop(HigherOrderOperator):
     def __init__(self) -> None:
         super().__init__("mini_sequence_loop", cacheable=True)  # Inductor's FX graph cache accepts it
 
-    def __call__(
-        self, full: Any, tail: Any, spec: tuple[Any, ...], *operands: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        return super().__call__(full, tail, spec, *operands)  # type: ignore[no-any-return]
+    def __call__(self, full: Any, tail: Any, spec: tuple[Any, ...], *operands: Any) -> tuple[torch.Tensor, ...]:
+        return super().__call__(full, tail, spec, *operands)
 
 
 mini_sequence_loop = _MiniSequenceLoop()

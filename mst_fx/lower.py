@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta, set_current_meta
 
+T = TypeVar("T")
 aten = torch.ops.aten
 MEAN, SUM = 1, 2  # aten's codes for `reduction`
 
@@ -52,15 +53,13 @@ def lower(
 
     examples = [fake_value(node) for node in live_ins]
     modes = {value.fake_mode for value in examples if hasattr(value, "fake_mode")}
-    symbolic = any(isinstance(dim, torch.SymInt) for value in examples for dim in getattr(value, "shape", (value,)))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(preserve_node_meta())
         for device_type, dtype, enabled, cache in autocast:
             stack.enter_context(torch.autocast(device_type, dtype, enabled, cache))
         stack.enter_context(modes.pop() if len(modes) == 1 else nullcontext())
-        tracing_mode = "symbolic" if symbolic else "real"
-        return make_fx(run, decomposition_table=OPENINGS, tracing_mode=tracing_mode)(*examples)
+        return make_fx(run, decomposition_table=OPENINGS)(*examples)
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,13 @@ def trace(function: Callable[..., Any], make_inputs: Callable[[], Sequence[torch
         function: of tensors; it may differentiate.
         make_inputs: called under the fake mode.
     """
+    return on_fakes(make_fx(function), make_inputs)
+
+
+def on_fakes(function: Callable[..., T], make_inputs: Callable[[], Sequence[torch.Tensor]]) -> T:
+    """Run a function on fake tensors of its own, whatever autocast or grad mode is on."""
     with FakeTensorMode(), torch.enable_grad(), without_autocast():
-        return make_fx(function)(*make_inputs())
+        return function(*make_inputs())
 
 
 @contextmanager
@@ -103,7 +107,8 @@ def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
     """Run one node on the values of its operands."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda operand: env[operand])
     if node.op == "call_function":
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        function: Any = node.target
+        return function(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if node.op == "call_module":
@@ -114,6 +119,11 @@ def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
 def fake_value(node: Node) -> Any:
     """What the node produced when the graph was captured: fake tensors and plain values."""
     return node.meta.get("example_value")
+
+
+def hint(size: Any) -> int:
+    """The size that was seen when the graph was captured; asking for it adds no guard."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def _open_nll_mean(

@@ -57,9 +57,9 @@ def mini_sequence(
         if spec.backward == "none" or not torch.is_grad_enabled():
             return mini_sequence_loop(forward, forward_tail, spec.forward_spec, *operands)
         if spec.backward == "in_forward":
-            return _GradientsInForward.apply(backward, backward_tail, spec, *operands)  # type: ignore[no-any-return]
+            return _GradientsInForward.apply(backward, backward_tail, spec, *operands)
         bodies = (forward, forward_tail, backward, backward_tail)
-        return _Recompute.apply(bodies, spec, *operands)  # type: ignore[no-any-return]
+        return _Recompute.apply(bodies, spec, *operands)
 
 
 class _Recompute(torch.autograd.Function):

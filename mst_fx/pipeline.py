@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mst_fx.body import Gradients, axis_of, forward_body, gradient_body
@@ -123,12 +124,22 @@ def replacement_for(pattern: str, region: Region, config: Config) -> tuple[Repla
     Raises:
         Refusal: the region must not, or need not, be looped.
     """
+    forbid_symbols(region)
     lowered = lower(region.owner, region.nodes, region.live_ins, [region.sink], region.autocast)
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     stages = cut(lowered, placeholders[region.live_ins.index(region.stream)])
     plan = make_plan(region, stages, _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True))), config)
     bodies, spec = _bodies(stages, plan, config)
     return Replacement(region, stages, region.live_ins, bodies, spec), looped(pattern, region, stages, plan)
+
+
+def forbid_symbols(region: Region) -> None:
+    """Raise a refusal for a region whose lengths are not known at compile time."""
+    for node in region.live_ins:
+        value = fake_value(node)
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        if any(isinstance(size, torch.SymInt) for size in sizes):
+            raise Refusal(Reason.DYNAMIC, node, f"{node} has a size that is only known at run time")
 
 
 def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool]:

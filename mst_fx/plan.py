@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch.fx import Node
 
+from mst_fx.body import differentiable_results
 from mst_fx.config import Config
 from mst_fx.lower import fake_value
 from mst_fx.memory import temporary_bytes
@@ -71,7 +72,7 @@ def make_plan(region: Region, stages: Stages, needs_grad: dict[Node, bool], conf
         raise Refusal(Reason.SMALL, region.sink, text)
     chunk = _chunk(stages, config)
     wanted = tuple(i for i, node in enumerate(stages.operands) if needs_grad[node])
-    differentiable = _differentiable(stages) if wanted and _needs_grad(region.sink) else ()
+    differentiable = differentiable_results(stages, wanted) if wanted and _needs_grad(region.sink) else ()
     return Plan(
         chunk=chunk,
         chunks=-(-stages.length // chunk),
@@ -86,19 +87,7 @@ def make_plan(region: Region, stages: Stages, needs_grad: dict[Node, bool], conf
 
 def _needs_grad(sink: Node) -> bool:
     value = fake_value(sink)
-    return isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def _differentiable(stages: Stages) -> tuple[int, ...]:
-    """Results with a gradient: floating-point ones; the weight that a loss divides by counts targets and has none."""
-    return tuple(
-        i for i, node in enumerate(stages.results) if node.meta["val"].is_floating_point() and not _is_count(node)
-    )
-
-
-def _is_count(node: Node) -> bool:
-    source = node.args[0] if node.args else None
-    return isinstance(source, Node) and "nll_loss" in str(source.target) and node.args[1] == 1
+    return isinstance(value, torch.Tensor) and bool(value.requires_grad)
 
 
 def _backward(stages: Stages, differentiable: tuple[int, ...]) -> Backward:

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 
 from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.refusal import Reason, Refusal
-from mst_fx.rules import Demand, Result, demands_of, mixed, rule_for
+from mst_fx.rules import Demand, Result, args_of, demands_of, mixed, rule_for
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ def _place(node: Node, flow: _Walk) -> Result:
     if node.op != "call_function":
         raise Refusal(Reason.UNKNOWN_OP, node, f"{node.op} {node.target} stands in the region")
     if getattr(node.target, "__name__", "") == "getitem":
-        placement: Any = flow.placements[node.args[0]]  # type: ignore[index]
-        return placement[node.args[1]] if isinstance(placement, tuple) else placement
+        source, index = args_of(node)
+        placement = flow.placements[source]
+        return placement[index] if isinstance(placement, tuple) else placement
     forbid_effects(node)
     rule = rule_for(node.target)
     if rule is None:

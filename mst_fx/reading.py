@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from mst_fx.lower import fake_value, lower
+from mst_fx.lower import fake_value, hint, lower
 from mst_fx.propagate import forbid_effects
 from mst_fx.provenance import op_name
 from mst_fx.refusal import Reason, Refusal
@@ -98,10 +98,10 @@ class Reader:
         return None
 
     def numel(self, node: Node) -> int:
-        """Elements of the node's value, added up where it is a tuple."""
+        """Elements of the node's value as captured, added up where it is a tuple."""
         value = fake_value(node)
         tensors = value if isinstance(value, (tuple, list)) else [value]
-        return sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))
+        return sum(hint(t.numel()) for t in tensors if isinstance(t, torch.Tensor))
 
 
 def writes(node: Node) -> bool:
@@ -121,8 +121,11 @@ _IN_PLACE_OPERATORS = frozenset(
 
 def _source(arg: Any) -> Any:
     """The placeholder that an operand of the product is a view or cast of."""
-    while isinstance(arg, Node) and arg.op == "call_function" and len(arg.all_input_nodes) == 1:
-        arg = arg.all_input_nodes[0]
+    while isinstance(arg, Node) and arg.op == "call_function":
+        tensors = [node for node in arg.all_input_nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+        if len(tensors) != 1:
+            break
+        arg = tensors[0]
     return arg
 
 

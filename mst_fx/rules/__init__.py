@@ -14,6 +14,7 @@ from mst_fx.rules import view as view
 from mst_fx.rules.registry import Demand as Demand
 from mst_fx.rules.registry import Result as Result
 from mst_fx.rules.registry import Spans as Spans
+from mst_fx.rules.registry import args_of as args_of
 from mst_fx.rules.registry import demands_of as demands_of
 from mst_fx.rules.registry import mixed as mixed
 from mst_fx.rules.registry import rule_for as rule_for

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
-from mst_fx.rules.registry import Demand, Flow, back, mixed, rule, shape_of
+from mst_fx.rules.registry import Demand, Flow, args_of, back, mixed, rule, shape_of
 
 aten = torch.ops.aten
 
@@ -16,13 +16,13 @@ CONTRACTIONS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.badd
 @rule(aten.mm.default, aten.bmm.default)
 def product(node: Node, flow: Flow) -> Placement:
     """[.., n, k] @ [.., k, m] -> [.., n, m]."""
-    return _product(node, flow, node.args[0], node.args[1])
+    return _product(node, flow, args_of(node)[0], args_of(node)[1])
 
 
 @rule(aten.addmm.default, aten.baddbmm.default)
 def product_plus(node: Node, flow: Flow) -> Placement:
     """Bias + product; the bias broadcasts as in a pointwise op."""
-    bias, left, right = node.args[:3]
+    bias, left, right = args_of(node)[:3]
     result = _product(node, flow, left, right)
     if result == PARTIAL:
         raise mixed(node, "adds a bias to a sum over the axis")
@@ -39,15 +39,15 @@ def product_plus(node: Node, flow: Flow) -> Placement:
 @back(*CONTRACTIONS)
 def product_back(node: Node, split: Split) -> dict[Node, Split]:
     """Rows come from the left operand, columns from the right one, a batch from both, and a bias has its share."""
-    left, right = map(_node, node.args[-2:])
+    left, right = map(_node, args_of(node)[-2:])
     rank = len(shape_of(node))
     demands = {}
     if split.dim != rank - 1:
         demands[left] = split
     if split.dim != rank - 2:
         demands[right] = split
-    if len(node.args) == 3:
-        bias = _node(node.args[0])
+    if len(args_of(node)) == 3:
+        bias = _node(args_of(node)[0])
         dim = split.dim - rank + len(shape_of(bias))
         if dim >= 0 and shape_of(bias)[dim] != 1:
             demands[bias] = split.moved(dim)

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.placement import WHOLE, Placement, Split
-from mst_fx.rules.registry import Demand, Flow, mixed, rule, shape_of
+from mst_fx.rules.registry import Demand, Flow, args_of, mixed, rule, shape_of
 
 aten = torch.ops.aten
 
@@ -18,12 +18,12 @@ def gather(node: Node, flow: Flow) -> Placement:
     """Operand and index are split alike, along another dim."""
     source: Any
     index: Any
-    source, dim, index = node.args[:3]
+    source, dim, index = args_of(node)[:3]
     a, b = flow.of(source), flow.of(index)
     split = a if isinstance(a, Split) else b
     if not isinstance(split, Split):
         return WHOLE
-    if split.dim == dim % len(shape_of(source)):  # type: ignore[operator]
+    if split.dim == dim % len(shape_of(source)):
         raise mixed(node, "gathers along the split dim")
     for operand, placement in ((source, a), (index, b)):
         if placement == WHOLE:
@@ -36,17 +36,17 @@ def gather(node: Node, flow: Flow) -> Placement:
 @rule(aten.embedding.default)
 def look_up(node: Node, flow: Flow) -> Placement:
     """A whole table, split indices."""
-    if flow.of(node.args[0]) != WHOLE:
+    if flow.of(args_of(node)[0]) != WHOLE:
         raise mixed(node, "looks up in a split table")
-    return flow.of(node.args[1])
+    return flow.of(args_of(node)[1])
 
 
 @rule(aten.index_select.default)
 def select_rows(node: Node, flow: Flow) -> Placement:
     """A whole index along another dim."""
-    split = flow.of(node.args[0])
-    if flow.of(node.args[2]) != WHOLE:
+    split = flow.of(args_of(node)[0])
+    if flow.of(args_of(node)[2]) != WHOLE:
         raise mixed(node, "has a split index")
-    if isinstance(split, Split) and split.dim == node.args[1] % len(shape_of(node.args[0])):  # type: ignore[operator]
+    if isinstance(split, Split) and split.dim == args_of(node)[1] % len(shape_of(args_of(node)[0])):
         raise mixed(node, "selects along the split dim")
     return split

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.placement import PARTIAL, WHOLE, Split
-from mst_fx.rules.registry import Demand, Flow, Result, mixed, rule, shape_of
+from mst_fx.rules.registry import Demand, Flow, Result, args_of, mixed, rule, shape_of
 
 aten = torch.ops.aten
 NONE, MEAN = 0, 1  # aten's codes for `reduction`
@@ -15,7 +15,7 @@ NONE, MEAN = 0, 1  # aten's codes for `reduction`
 @rule(aten.nll_loss_forward.default)
 def nll_loss(node: Node, flow: Flow) -> Result:
     """(loss, total weight): per row without reduction, else sums; a mean has been opened into sum / weight."""
-    scores, target, weight, reduction = node.args[:4]
+    scores, target, weight, reduction = args_of(node)[:4]
     split = flow.of(scores)
     if not isinstance(split, Split):
         if flow.of(target) != WHOLE:

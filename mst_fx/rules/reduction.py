@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
-from mst_fx.rules.registry import Flow, Result, mixed, rule, shape_of
+from mst_fx.rules.registry import Flow, Result, args_of, mixed, rule, shape_of
 
 aten = torch.ops.aten
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 @rule(aten.sum.default, aten.sum.dim_IntList)
 def total(node: Node, flow: Flow) -> Placement:
     """A sum over the split dim adds up over the mini-sequences."""
-    split, dims = flow.of(node.args[0]), _dims(node)
+    split, dims = flow.of(args_of(node)[0]), _dims(node)
     if isinstance(split, Split) and split.dim in dims:
         return PARTIAL
     return _without(node, split, dims)
@@ -38,7 +38,7 @@ def total(node: Node, flow: Flow) -> Placement:
 )
 def reduce(node: Node, flow: Flow) -> Placement:
     """Over other dims only."""
-    split, dims = flow.of(node.args[0]), _dims(node)
+    split, dims = flow.of(args_of(node)[0]), _dims(node)
     if isinstance(split, Split) and split.dim in dims:
         raise mixed(node, "reduces over the split dim")
     return _without(node, split, dims)
@@ -47,7 +47,8 @@ def reduce(node: Node, flow: Flow) -> Placement:
 @rule(aten.var_mean.correction, aten.max.dim, aten.min.dim)
 def reduce_to_two(node: Node, flow: Flow) -> Result:
     """Two results, placed alike."""
-    return (reduce(node, flow),) * 2
+    placement: Any = reduce(node, flow)
+    return (placement, placement)
 
 
 @rule(
@@ -59,22 +60,22 @@ def reduce_to_two(node: Node, flow: Flow) -> Result:
 )
 def along(node: Node, flow: Flow) -> Result:
     """Ops that keep the shape and mix one dim."""
-    split = flow.of(node.args[0])
+    split = flow.of(args_of(node)[0])
     position = 2 if node.target == aten.topk.default else 1
     default: Any = node.kwargs.get("dim", -1)
-    dim: Any = node.args[position] if len(node.args) > position else default
-    if isinstance(split, Split) and split.dim == dim % len(shape_of(node.args[0])):
+    dim: Any = args_of(node)[position] if len(args_of(node)) > position else default
+    if isinstance(split, Split) and split.dim == dim % len(shape_of(args_of(node)[0])):
         raise mixed(node, "mixes the split dim")
     return split if isinstance(node.meta["val"], torch.Tensor) else (split,) * len(node.meta["val"])
 
 
 def _norm_rule(node: Node, flow: Flow) -> Result:
     """Normalisation over the last dims; the statistics keep the leading dims."""
-    split: Any = flow.of(node.args[0])
-    normalized: Any = node.args[1]
-    if any(flow.of(arg) != WHOLE for arg in node.args[2:]):
+    split: Any = flow.of(args_of(node)[0])
+    normalized: Any = args_of(node)[1]
+    if any(flow.of(arg) != WHOLE for arg in args_of(node)[2:]):
         raise mixed(node, "has a split weight")
-    if isinstance(split, Split) and split.dim >= len(shape_of(node.args[0])) - len(normalized):
+    if isinstance(split, Split) and split.dim >= len(shape_of(args_of(node)[0])) - len(normalized):
         raise mixed(node, "normalises over the split dim")
     return (split,) * len(node.meta["val"])
 
@@ -86,9 +87,9 @@ if hasattr(aten, "_fused_rms_norm"):
 
 def _dims(node: Node) -> set[int]:
     """The reduced dims; all of them where the op names none."""
-    rank = len(shape_of(node.args[0]))
+    rank = len(shape_of(args_of(node)[0]))
     position = 2 if node.target == aten.linalg_vector_norm.default else 1
-    dims: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
+    dims: Any = args_of(node)[position] if len(args_of(node)) > position else node.kwargs.get("dim")
     if dims is None or dims == []:
         return set(range(rank))
     return {dim % rank for dim in ([dims] if isinstance(dims, int) else dims)}
@@ -99,6 +100,6 @@ def _without(node: Node, split: Placement, dims: set[int]) -> Placement:
     if not isinstance(split, Split):
         return split
     value = node.meta["val"] if isinstance(node.meta["val"], torch.Tensor) else node.meta["val"][0]
-    if value.dim() == len(shape_of(node.args[0])):
+    if value.dim() == len(shape_of(args_of(node)[0])):
         return split
     return split.moved(split.dim - sum(dim < split.dim for dim in dims))

@@ -114,6 +114,11 @@ def shape_of(arg: Any) -> tuple[int, ...]:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
+def args_of(node: Node) -> tuple[Any, ...]:
+    """The positional arguments; the rule of an op knows their types better than fx does."""
+    return node.args
+
+
 def mixed(node: Node, text: str) -> Refusal:
     """The refusal of an op that makes the tokens depend on one another."""
     return Refusal(Reason.AXIS_MIXED, node, f"{node.target} {text}")

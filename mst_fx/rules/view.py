@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.placement import WHOLE, Placement, Split, refinements, through_view
-from mst_fx.rules.registry import Demand, Flow, Result, Spans, back, mixed, rule, shape_of
+from mst_fx.rules.registry import Demand, Flow, Result, Spans, args_of, back, mixed, rule, shape_of
 
 aten = torch.ops.aten
 
@@ -29,7 +29,7 @@ FREE = (*RESHAPES, *PERMUTES, *SLICES, aten.expand.default, aten.select.int, ate
 @rule(*RESHAPES)
 def reshape(node: Node, flow: Flow) -> Placement:
     """The axis must stay within one dim."""
-    split, shape = flow.of(node.args[0]), shape_of(node.args[0])
+    split, shape = flow.of(args_of(node)[0]), shape_of(args_of(node)[0])
     if not isinstance(split, Split):
         return WHOLE
     result = through_view(split, shape, shape_of(node))
@@ -42,7 +42,7 @@ def reshape(node: Node, flow: Flow) -> Placement:
 @back(*RESHAPES)
 def reshape_back(node: Node, split: Split) -> dict[Node, Split]:
     """The same memory, read the other way."""
-    before = through_view(split, shape_of(node), shape_of(node.args[0]))
+    before = through_view(split, shape_of(node), shape_of(args_of(node)[0]))
     if before is None:
         raise mixed(node, "spreads the split dim over several dims")
     return {operand_of(node): before}
@@ -51,7 +51,7 @@ def reshape_back(node: Node, split: Split) -> dict[Node, Split]:
 @rule(*PERMUTES)
 def permute(node: Node, flow: Flow) -> Placement:
     """The split dim moves."""
-    split = flow.of(node.args[0])
+    split = flow.of(args_of(node)[0])
     return split.moved(dim_order(node).index(split.dim)) if isinstance(split, Split) else WHOLE
 
 
@@ -64,8 +64,8 @@ def permute_back(node: Node, split: Split) -> dict[Node, Split]:
 @rule(aten.expand.default)
 def expand(node: Node, flow: Flow) -> Placement:
     """New dims appear on the left."""
-    split = flow.of(node.args[0])
-    added = len(shape_of(node)) - len(shape_of(node.args[0]))
+    split = flow.of(args_of(node)[0])
+    added = len(shape_of(node)) - len(shape_of(args_of(node)[0]))
     return split.moved(split.dim + added) if isinstance(split, Split) else WHOLE
 
 
@@ -81,11 +81,11 @@ def expand_back(node: Node, split: Split) -> dict[Node, Split]:
 @rule(*SLICES)
 def cut(node: Node, flow: Flow) -> Result:
     """Cutting another dim is free; a full slice of the split dim is none."""
-    split = flow.of(node.args[0])
+    split = flow.of(args_of(node)[0])
     dim = dim_of(node, 2 if node.target != aten.slice.Tensor else 1)
     pieces = node.meta["val"]
     if isinstance(split, Split) and split.dim == dim:
-        if isinstance(pieces, torch.Tensor) and pieces.shape == shape_of(node.args[0]):
+        if isinstance(pieces, torch.Tensor) and pieces.shape == shape_of(args_of(node)[0]):
             return split
         raise mixed(node, "cuts the split dim")
     return split if isinstance(pieces, torch.Tensor) else (split,) * len(pieces)
@@ -94,7 +94,7 @@ def cut(node: Node, flow: Flow) -> Result:
 @rule(aten.select.int, aten.unbind.int)
 def pick(node: Node, flow: Flow) -> Result:
     """The picked dim goes away."""
-    split = flow.of(node.args[0])
+    split = flow.of(args_of(node)[0])
     dim = dim_of(node, 1)
     if isinstance(split, Split):
         if split.dim == dim:
@@ -107,7 +107,7 @@ def pick(node: Node, flow: Flow) -> Result:
 @rule(aten.cat.default, aten.stack.default)
 def join(node: Node, flow: Flow) -> Placement:
     """All parts must be split alike, and not along the joined dim."""
-    parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
+    parts: list[Any] = list(args_of(node)[0])
     split = next((p for p in map(flow.of, parts) if isinstance(p, Split)), None)
     if split is None:
         return WHOLE
@@ -129,22 +129,22 @@ def dim_order(node: Node) -> list[int]:
     rank = len(shape_of(node))
     order = list(range(rank))
     if node.target == aten.permute.default:
-        return [dim % rank for dim in node.args[1]]  # type: ignore[union-attr]
+        return [dim % rank for dim in args_of(node)[1]]
     if rank > 1:
-        a, b = (0, 1) if node.target == aten.t.default else (node.args[1] % rank, node.args[2] % rank)  # type: ignore[operator]
+        a, b = (0, 1) if node.target == aten.t.default else (args_of(node)[1] % rank, args_of(node)[2] % rank)
         order[a], order[b] = order[b], order[a]
     return order
 
 
 def dim_of(node: Node, position: int, rank: int | None = None) -> int:
     """The `dim` argument, by position or keyword, counted from the left."""
-    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+    dim = args_of(node)[position] if len(args_of(node)) > position else node.kwargs.get("dim", 0)
     assert isinstance(dim, int)
-    return dim % (rank or len(shape_of(node.args[0])))
+    return dim % (rank or len(shape_of(args_of(node)[0])))
 
 
 def operand_of(node: Node) -> Node:
     """The tensor that is viewed."""
-    operand = node.args[0]
+    operand = args_of(node)[0]
     assert isinstance(operand, Node)
     return operand

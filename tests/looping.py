@@ -1,0 +1,138 @@
+"""Loops a function at the level of aten graphs and puts the results together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mst_fx.body import Body, axis_of, forward_body
+from mst_fx.loop import VERSION, LoopSpec, run_loop
+from mst_fx.lower import execute
+from mst_fx.placement import WHOLE, Split
+from mst_fx.propagate import propagate
+from mst_fx.refusal import Refusal
+from mst_fx.rules import Result, Spans
+from mst_fx.rules.creation import FILLS
+from mst_fx.stages import Stages
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12, "equal_nan": True}
+
+
+class Call(NamedTuple):
+    """A function and what it is called with."""
+
+    function: Callable[..., Any]
+    inputs: Sequence[torch.Tensor]
+
+
+def values(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Reproducible normal values; ties are practically impossible."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def indices(*shape: int, below: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def aten_graph(call: Call, openings: Mapping[Any, Callable[..., Any]] | None = None) -> GraphModule:
+    with torch.no_grad():  # as the library lowers: autograd would leave detach nodes behind
+        return make_fx(call.function, decomposition_table=openings)(*call.inputs)
+
+
+def placeholders(module: GraphModule) -> list[Node]:
+    return [node for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def returned(module: GraphModule) -> list[Node]:
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    return as_list(output.args[0])
+
+
+def as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def placed(call: Call, split: Split, position: int = 0) -> list[Result | str]:
+    """Where the results lie when one operand is split; "epilogue" for what runs after the loop."""
+    module = aten_graph(call)
+    placements = propagate(module.graph, {placeholders(module)[position]: split})
+    return ["epilogue" if node in placements.epilogue else placements.of[node] for node in returned(module)]
+
+
+def accepted_axes(module: GraphModule, seed: Node, split: Split) -> Iterator[Stages]:
+    """Stages for the split, or for the parts of it that a view asks for; nothing where it is refused."""
+    if split.axis_length(seed.meta["val"].shape) < 2:
+        return
+    try:
+        yield loop_everything(module, seed, split)
+    except Refusal:
+        pass  # any other exception is a failure
+    except Spans as spans:
+        for outer, inner in spans.parts:
+            yield from accepted_axes(module, seed, Split(split.dim, split.outer * outer, split.inner * inner))
+
+
+def loop_everything(module: GraphModule, seed: Node, split: Split) -> Stages:
+    """Stages whose loop holds every value that is not whole, so that each placement is put to the test."""
+    placements = propagate(module.graph, {seed: split})
+    prologue: list[Node] = []
+    loop: list[Node] = []
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node not in placements.epilogue:
+            whole = _is_whole(placements.of[node])
+            assert not (whole and _reads_split(node, placements.of)), f"{node} is whole but reads a split value"
+            (prologue if whole and not any(o in loop for o in node.all_input_nodes) else loop).append(node)
+    outside = [o for node in loop for o in node.all_input_nodes if o not in loop]
+    left = [*returned(module), *(o for node in placements.epilogue for o in node.all_input_nodes)]
+    return Stages(
+        graph=module.graph,
+        placements=placements,
+        stream=seed,
+        axis=split,
+        length=split.axis_length(seed.meta["val"].shape),
+        prologue=tuple(prologue),
+        loop=tuple(loop),
+        epilogue=placements.epilogue,
+        operands=tuple(dict.fromkeys(outside)),
+        results=tuple(dict.fromkeys(node for node in left if node in loop)),
+        outputs=tuple(returned(module)),
+    )
+
+
+def _is_whole(result: Result) -> bool:
+    return all(part == WHOLE for part in as_list(result))
+
+
+def _reads_split(node: Node, placements: Mapping[Node, Result]) -> bool:
+    reads = any(isinstance(placements[operand], Split) for operand in node.all_input_nodes)
+    return reads and node.target not in FILLS  # a fill takes a dtype from its operand, and no rows
+
+
+def looped(module: GraphModule, stages: Stages, inputs: Sequence[torch.Tensor], chunk: int) -> list[torch.Tensor]:
+    """What the graph returns when it runs as prologue, loop over chunks of this length, and epilogue."""
+    env: dict[Node, Any] = dict(zip(placeholders(module), inputs, strict=True))
+    for node in stages.prologue:
+        env[node] = execute(module, node, env)
+    if stages.results:
+        operands = [env[node] for node in stages.operands]
+        env.update(zip(stages.results, run_forward(stages, operands, chunk), strict=True))
+    for node in stages.epilogue:
+        env[node] = execute(module, node, env)
+    return [env[node] for node in stages.outputs]
+
+
+def run_forward(stages: Stages, operands: list[torch.Tensor], chunk: int) -> list[torch.Tensor]:
+    full, tail = (forward_body(stages, n) if n else None for n in (chunk, stages.length % chunk))
+    return run_loop((_callable(full), _callable(tail)), loop_spec(stages, chunk, full), operands)
+
+
+def loop_spec(stages: Stages, chunk: int, body: Body) -> LoopSpec:
+    return LoopSpec(VERSION, chunk, tuple(axis_of(stages, node) for node in stages.operands), body.outs)
+
+
+def _callable(body: Body | None) -> Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]:
+    return lambda operands: body.module(*operands)

@@ -1,0 +1,120 @@
+"""Elementwise ops: always accepted, with broadcasting, along any dim."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from looping import Call, aten_graph, looped, loop_everything, placed, placeholders, values
+from strategies import broadcasts, chunk_by_chunk, shapes
+
+from mst_fx.placement import Split
+from mst_fx.refusal import Reason, Refusal
+
+aten = torch.ops.aten
+
+OPERANDS = {
+    aten.exp.default: 1,
+    aten.tanh.default: 1,
+    aten.gelu.default: 1,
+    aten.silu.default: 1,
+    aten.relu.default: 1,
+    aten.clone.default: 1,
+    aten.detach.default: 1,
+    aten.alias.default: 1,
+    aten.zeros_like.default: 1,
+    aten.ones_like.default: 1,
+    aten.add.Tensor: 2,
+    aten.mul.Tensor: 2,
+    aten.div.Tensor: 2,
+    aten.maximum.default: 2,
+    aten.lt.Tensor: 2,
+    aten.lerp.Tensor: 3,
+    aten.addcmul.default: 3,
+    aten.clamp.Tensor: 3,
+    torch.logaddexp: 2,
+}
+
+
+def convert(x):
+    return aten._to_copy.default(x, dtype=torch.float32)
+
+
+def fill(x):
+    return aten.full_like.default(x, 2.0)
+
+
+def fill_where_positive(x, mask):
+    return aten.masked_fill.Scalar(x, mask > 0, -1.0)
+
+
+def choose(mask, a, b):
+    return aten.where.self(mask > 0, a, b)
+
+
+OPERANDS |= {convert: 1, fill: 1, fill_where_positive: 2, choose: 3}
+
+
+@st.composite
+def calls(draw):
+    function = draw(st.sampled_from(list(OPERANDS)))
+    shape = draw(shapes())
+    others = [draw(broadcasts(shape)) for _ in range(OPERANDS[function] - 1)]
+    operands = draw(st.permutations([shape, *others]))
+    return Call(function, [values(*s, seed=i) for i, s in enumerate(operands)])
+
+
+@given(st.data())
+def test_chunk_by_chunk(data):
+    assert chunk_by_chunk(data, data.draw(calls()))
+
+
+@pytest.mark.parametrize("function", [f for f, count in OPERANDS.items() if count == 1])
+def test_one_operand_keeps_its_split(function):
+    assert placed(Call(function, [values(4, 6)]), Split(1, 2, 1)) == [Split(1, 2, 1)]
+
+
+@pytest.mark.parametrize("function", [f for f, count in OPERANDS.items() if count == 2])
+def test_a_short_operand_is_aligned_from_the_right(function):
+    assert placed(Call(function, [values(6), values(4, 6)]), Split(0)) == [Split(1)]
+
+
+@pytest.mark.parametrize("function", [f for f, count in OPERANDS.items() if count == 3])
+def test_a_whole_operand_without_the_dim_stays_whole(function):
+    assert placed(Call(function, [values(4, 6), values(6), values(1, 6)]), Split(0)) == [Split(0)]
+
+
+def test_operands_split_along_different_dims_are_refused():
+    with pytest.raises(Refusal) as refused:
+        placed(Call(lambda x: x + x.t(), [values(4, 4)]), Split(0))
+    assert refused.value.reason is Reason.AXIS_MIXED
+
+
+def tagged_ops():
+    """Ops that torch itself calls pointwise, with one result and tensors for required arguments."""
+    for packet in (getattr(aten, name) for name in dir(aten)):
+        for name in packet.overloads() if hasattr(packet, "overloads") else ():
+            op = getattr(packet, name)
+            required = [a for a in op._schema.arguments if not a.has_default_value()]
+            if torch.Tag.pointwise in op.tags and not op._schema.is_mutable and not op._can_decompose():
+                if all(str(a.type) == "Tensor" for a in required):
+                    yield op, len(required)
+
+
+def test_every_op_that_torch_tags_pointwise():
+    inputs = [values(5, 3).abs(), values(5, 1, seed=1).abs(), values(3, seed=2).abs()]
+    runnable = []
+    for op, count in tagged_ops():
+        try:
+            op(*inputs[:count])
+        except (RuntimeError, NotImplementedError, TypeError):
+            continue  # integers only
+        runnable.append((op, count))
+    call = Call(lambda *xs: [y for op, count in runnable for y in flat(op(*xs[:count]))], inputs)
+    module = aten_graph(call)
+    stages = loop_everything(module, placeholders(module)[0], Split(0))
+    assert len(runnable) > 100
+    torch.testing.assert_close(looped(module, stages, inputs, 2), call.function(*inputs), equal_nan=True)
+
+
+def flat(result):
+    return result if isinstance(result, tuple) else (result,)
