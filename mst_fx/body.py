@@ -12,15 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node, map_arg
 
 from mst_fx.config import Accumulate
-from mst_fx.loop import Axis, take
-from mst_fx.lower import TensorSpec, on_fakes, trace
-from mst_fx.placement import PARTIAL, Split
+from mst_fx.loop import Axis, axis_length
+from mst_fx.lower import hint, on_fakes, trace
+from mst_fx.placement import PARTIAL, Split, sure
 from mst_fx.rules.creation import FILLS
 from mst_fx.rules.view import RESHAPES, dim_of
 from mst_fx.stages import Stages
@@ -60,30 +61,30 @@ def axis_of(stages: Stages, node: Node) -> Axis | None:
     return (placement.dim, placement.outer, placement.inner) if isinstance(placement, Split) else None
 
 
-def forward_body(stages: Stages, length: int) -> Body:
-    """The body that computes the results of `length` positions."""
+def forward_body(stages: Stages, length: int | None) -> Body:
+    """The body that computes the results of `length` positions, of any number of them for None."""
 
     def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return _run_chunk(stages, length, operands)
+        return _run_chunk(stages, operands)
 
-    module = trace(run, lambda: _chunk_inputs(stages, stages.operands, length))
+    module = trace(run, partial(_chunk_inputs, stages, stages.operands), length)
     return Body(module, tuple(_result_kind(stages, node) for node in stages.results))
 
 
-def gradient_body(stages: Stages, length: int, gradients: Gradients) -> Body:
-    """The body that computes gradients of `length` positions; its inputs are upstream gradients, then operands."""
+def gradient_body(stages: Stages, length: int | None, gradients: Gradients) -> Body:
+    """The body that computes gradients; its inputs are upstream gradients, then operands. Length as above."""
     upstream = [] if gradients.in_forward else [stages.results[i] for i in gradients.differentiable]
 
     def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tangents, operands = inputs[: len(upstream)], [x.detach() for x in inputs[len(upstream) :]]
         leaves = [operands[i].requires_grad_() for i in gradients.wanted]
-        results = _run_chunk(stages, length, operands)
+        results = _run_chunk(stages, operands)
         sinks = [results[i] for i in gradients.differentiable]
         seeds = [torch.ones_like(sink) for sink in sinks] if gradients.in_forward else tangents
         grads = torch.autograd.grad(sinks, leaves, seeds, materialize_grads=True)
         return (*results, *grads) if gradients.in_forward else grads
 
-    module = trace(run, lambda: _chunk_inputs(stages, [*upstream, *stages.operands], length))
+    module = trace(run, partial(_chunk_inputs, stages, [*upstream, *stages.operands]), length)
     own = tuple(_result_kind(stages, node) for node in stages.results) if gradients.in_forward else ()
     axes = [axis_of(stages, stages.operands[i]) for i in gradients.wanted]
     kinds = _take_out_products(module, len(own), axes, gradients.accumulate)
@@ -96,36 +97,40 @@ def differentiable_results(stages: Stages, wanted: Sequence[int]) -> tuple[int, 
     def run(*operands: torch.Tensor) -> tuple[int, ...]:
         for position in wanted:
             operands[position].requires_grad_()
-        results = _run_chunk(stages, stages.length, operands)
+        results = _run_chunk(stages, operands)
         return tuple(position for position, result in enumerate(results) if result.requires_grad)
 
-    return on_fakes(run, lambda: _chunk_inputs(stages, stages.operands, stages.length))
+    return on_fakes(run, partial(_chunk_inputs, stages, stages.operands), hint(stages.length))
 
 
 def _chunk_inputs(stages: Stages, nodes: Sequence[Node], length: int) -> list[torch.Tensor]:
     inputs = []
     for node in nodes:
-        spec = TensorSpec.of(node.meta["val"])
-        x = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)
-        inputs.append(take(x, axis_of(stages, node), 0, length))
+        value, placement = node.meta["val"], stages.placement(node)
+        if isinstance(placement, Split):
+            shape = placement.chunk_shape(value.shape, length)
+            inputs.append(torch.empty(shape, dtype=value.dtype, device=value.device))
+        else:
+            inputs.append(torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device))
     return inputs
 
 
-def _run_chunk(stages: Stages, length: int, operands: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def _run_chunk(stages: Stages, operands: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    length = axis_length([axis_of(stages, node) for node in stages.operands], operands)
     env: dict[Node, Any] = dict(zip(stages.operands, operands, strict=True))
     for node in stages.loop:
         env[node] = _run_node(stages, node, length, env)
         placement = stages.placements.of[node]
         if isinstance(placement, Split):
             expected = placement.chunk_shape(node.meta["val"].shape, length)
-            if list(env[node].shape) != expected:
+            if not all(sure(a == b) for a, b in zip(env[node].shape, expected, strict=True)):
                 raise AssertionError(f"{node.target} gave {list(env[node].shape)}, its placement says {expected}")
     return tuple(env[node] for node in stages.results)
 
 
 def _run_node(stages: Stages, node: Node, length: int, env: dict[Node, Any]) -> Any:
     args: Any
-    args, kwargs = map_arg((node.args, node.kwargs), lambda operand: env[operand])
+    args, kwargs = map_arg((node.args, node.kwargs), env.get)  # a size of the whole is not there, and not read
     placement = stages.placements.of[node]
     target: Any = node.target
     if not isinstance(placement, Split):

@@ -14,7 +14,7 @@ from torch._inductor.lowering import constrain_to_fake_tensor, register_lowering
 from torch._inductor.virtualized import V
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from mst_fx.loop import chunk_lengths, mini_sequence_loop, take_all
+from mst_fx.loop import chunk_examples, mini_sequence_loop
 
 
 class MiniSequenceKernel(ir.ExternKernel):
@@ -61,10 +61,10 @@ def _lower(full: Any, tail: Any, spec: tuple[Any, ...], *operands: Any) -> list[
         constrain_to_fake_tensor(ir.ExternKernel.realize_input(operand), fake)
         for operand, fake in zip(operands, fakes, strict=True)
     ]
-    for subgraph, length in zip((full, tail), chunk_lengths(spec, fakes), strict=True):
+    with V.fake_mode:
+        examples = chunk_examples(spec, fakes, V.fake_mode.shape_env)
+    for subgraph, chunk in zip((full, tail), examples, strict=True):
         if subgraph is not None:
-            with V.fake_mode:
-                chunk = take_all(spec, fakes, length)
             _compile_body(subgraph, chunk)
     kernel = MiniSequenceKernel((full, tail), spec, realized, ir.MultiOutputLayout(device=fakes[0].device))
     kernel.outputs = [_output(kernel, value, position) for position, value in enumerate(node.meta["val"])]

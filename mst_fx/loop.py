@@ -28,11 +28,14 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import torch.utils._pytree as pytree
 from torch._C import DispatchKey
+from torch._guards import detect_fake_mode
 from torch._higher_order_ops.utils import redirect_to_mode, reenter_make_fx
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, disable_proxy_modes_tracing, track_tensor_tree
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
+
+from mst_fx.lower import any_length, is_symbolic
 
 Axis: TypeAlias = tuple[int, int, int]
 Body: TypeAlias = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
@@ -58,14 +61,15 @@ VERSION = _version()
 
 
 def take(x: torch.Tensor, axis: Axis | None, start: int, length: int) -> torch.Tensor:
-    """Positions [start, start + length) of the axis; all of `x` where it is whole."""
+    """Positions [start, start + length) of the axis, contiguous and aligned; all of `x` where it is whole."""
     if axis is None:
         return x
     dim, outer, inner = axis
-    if outer == 1:
-        return x.narrow(dim, start * inner, length * inner)
     rows = x.unflatten(dim, (outer, -1)).narrow(dim + 1, start * inner, length * inner)
-    return rows.flatten(dim, dim + 1)
+    chunk = rows.flatten(dim, dim + 1).contiguous()
+    # compiled bodies may rely on the alignment that the operand itself had
+    misaligned = (chunk.data_ptr() - x.data_ptr()) % 16 if chunk.data_ptr() % 16 else 0
+    return chunk.clone() if misaligned else chunk
 
 
 def put(result: torch.Tensor, axis: Axis, start: int, length: int, chunk: torch.Tensor) -> None:
@@ -90,18 +94,12 @@ def run_loop(bodies: tuple[Body, Body | None], raw_spec: tuple[Any, ...], operan
         length = min(spec.chunk, total - start)
         body = bodies[0] if length == spec.chunk else bodies[1]
         assert body is not None
-        chunk = [_aligned(take(x, axis, start, length), x) for x, axis in zip(operands, spec.ins, strict=True)]
+        chunk = [take(x, axis, start, length) for x, axis in zip(operands, spec.ins, strict=True)]
         outs = iter(body(chunk))
         for index, kind in enumerate(spec.outs):
             results[index] = _absorb(kind, results[index], outs, start, length, total)
         del chunk, outs  # free this chunk before the next one starts
     return [_finished(kind, result) for kind, result in zip(spec.outs, results, strict=True)]
-
-
-def _aligned(chunk: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Compiled bodies may rely on the alignment that the operand itself had."""
-    offset = (chunk.storage_offset() - x.storage_offset()) * x.element_size()
-    return chunk.clone() if offset % 16 else chunk
 
 
 def _absorb(
@@ -166,16 +164,27 @@ class _MiniSequenceLoop(HigherOrderOperator):
 mini_sequence_loop = _MiniSequenceLoop()
 
 
-def chunk_lengths(raw_spec: tuple[Any, ...], operands: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """Lengths that the full body and the tail body are made for; 0 where there is no tail."""
+def chunk_examples(
+    raw_spec: tuple[Any, ...], operands: Sequence[torch.Tensor], shape_env: Any
+) -> list[list[torch.Tensor]]:
+    """Fake operands of a full chunk and of the ragged one, as `take` gives them; call it under their fake mode.
+
+    The ragged length is a symbol of its own where the axis' length is only known at run time, so no guard comes of it.
+    """
     spec = LoopSpec(*raw_spec)
-    return spec.chunk, axis_length(spec.ins, operands) % spec.chunk
+    total = axis_length(spec.ins, operands)
+    tail = any_length(shape_env) if is_symbolic(total) else total % spec.chunk
+    return [
+        [_example(x, axis, length) for x, axis in zip(operands, spec.ins, strict=True)] for length in (spec.chunk, tail)
+    ]
 
 
-def take_all(raw_spec: tuple[Any, ...], operands: Sequence[torch.Tensor], length: int) -> list[torch.Tensor]:
-    """The operands of the first `length` positions."""
-    spec = LoopSpec(*raw_spec)
-    return [take(x, axis, 0, length) for x, axis in zip(operands, spec.ins, strict=True)]
+def _example(x: torch.Tensor, axis: Axis | None, length: int) -> torch.Tensor:
+    if axis is None:
+        return x
+    shape = list(x.shape)
+    shape[axis[0]] = axis[1] * length * axis[2]
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
 @mini_sequence_loop.py_impl(DispatchKey.CompositeExplicitAutograd)
@@ -192,7 +201,7 @@ def _fake(
 ) -> tuple[torch.Tensor, ...]:
     with mode:
         total = axis_length(LoopSpec(*spec).ins, operands)
-        outs = iter(full(*take_all(spec, operands, LoopSpec(*spec).chunk)))
+        outs = iter(full(*chunk_examples(spec, operands, mode.shape_env)[0]))
         results = []
         for kind in LoopSpec(*spec).outs:
             out = next(outs)
@@ -209,13 +218,14 @@ def _fake(
 def _proxy(mode: ProxyTorchDispatchMode, full: Any, tail: Any, spec: tuple[Any, ...], *operands: torch.Tensor) -> Any:
     """The bodies are traced again, so that their values live in the fake mode of the graph around them."""
     tracer: Any = mode.tracer
+    fake_mode: Any = detect_fake_mode(operands)
+    with disable_proxy_modes_tracing(), fake_mode:
+        examples = chunk_examples(spec, operands, fake_mode.shape_env)
     traced: list[Any] = []
-    for body, length in zip((full, tail), chunk_lengths(spec, operands), strict=True):
+    for body, chunk in zip((full, tail), examples, strict=True):
         if body is None:
             traced.append(None)
             continue
-        with disable_proxy_modes_tracing():
-            chunk = take_all(spec, operands, length)
         body = reenter_make_fx(lambda *args, body=body: body(*args))(*chunk)
         tracer.root.register_module(tracer.get_fresh_qualname("mini_sequence_body"), body)
         traced.append(body)

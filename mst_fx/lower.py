@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta, set_current_meta
 
 T = TypeVar("T")
@@ -62,35 +62,35 @@ def lower(
         return make_fx(run, decomposition_table=OPENINGS)(*examples)
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a fake tensor is made from."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @staticmethod
-    def of(value: torch.Tensor) -> TensorSpec:
-        """The spec of a tensor, fake or real."""
-        return TensorSpec(tuple(value.shape), value.stride(), value.dtype, value.device)
-
-
-def trace(function: Callable[..., Any], make_inputs: Callable[[], Sequence[torch.Tensor]]) -> GraphModule:
+def trace(
+    function: Callable[..., Any], make_inputs: Callable[[int], Sequence[torch.Tensor]], length: int | None
+) -> GraphModule:
     """Trace a function into aten on fake tensors of its own, whatever autocast or grad mode is on.
 
     Args:
         function: of tensors; it may differentiate.
-        make_inputs: called under the fake mode.
+        make_inputs: called with the length under the fake mode.
+        length: of the chunk in positions; None traces for every length.
     """
-    return on_fakes(make_fx(function), make_inputs)
+    return on_fakes(make_fx(function), make_inputs, length)
 
 
-def on_fakes(function: Callable[..., T], make_inputs: Callable[[], Sequence[torch.Tensor]]) -> T:
-    """Run a function on fake tensors of its own, whatever autocast or grad mode is on."""
-    with FakeTensorMode(), torch.enable_grad(), without_autocast():
-        return function(*make_inputs())
+def on_fakes(function: Callable[..., T], make_inputs: Callable[[int], Sequence[torch.Tensor]], length: int | None) -> T:
+    """Run a function on fake tensors of its own, whatever autocast or grad mode is on; arguments as for `trace`."""
+    shape_env = ShapeEnv()
+    with FakeTensorMode(shape_env=shape_env), torch.enable_grad(), without_autocast():
+        return function(*make_inputs(any_length(shape_env) if length is None else length))
+
+
+def any_length(shape_env: ShapeEnv) -> int:
+    """A symbol for the length of a chunk, of which nothing is assumed but that it is 2 or more.
+
+    Code compiled for it is right for 1, too: the symbol has no value that could be specialised on.
+    """
+    with shape_env.ignore_fresh_unbacked_symbols():
+        length: Any = shape_env.create_unbacked_symint()
+    torch._check(length >= 2)
+    return length
 
 
 @contextmanager
@@ -124,6 +124,11 @@ def fake_value(node: Node) -> Any:
 def hint(size: Any) -> int:
     """The size that was seen when the graph was captured; asking for it adds no guard."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def is_symbolic(size: Any) -> bool:
+    """Whether a size is only known at run time."""
+    return isinstance(size, torch.SymInt)
 
 
 def _open_nll_mean(

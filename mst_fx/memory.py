@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mst_fx.lower import hint
 from mst_fx.placement import Split
 from mst_fx.rules.view import FREE
 from mst_fx.stages import Stages
@@ -21,6 +22,6 @@ def temporary_bytes(stages: Stages, length: int) -> int:
         if node in stages.results or node.target in FREE or not isinstance(placement, Split):
             continue
         value: torch.Tensor = node.meta["val"]
-        per_position = value.numel() // placement.axis_length(value.shape)
+        per_position = hint(value.numel()) // hint(placement.axis_length(value.shape))
         total += per_position * length * value.element_size()
     return total

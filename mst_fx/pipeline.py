@@ -15,7 +15,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mst_fx.body import Gradients, axis_of, forward_body, gradient_body
@@ -124,22 +123,12 @@ def replacement_for(pattern: str, region: Region, config: Config) -> tuple[Repla
     Raises:
         Refusal: the region must not, or need not, be looped.
     """
-    forbid_symbols(region)
     lowered = lower(region.owner, region.nodes, region.live_ins, [region.sink], region.autocast)
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     stages = cut(lowered, placeholders[region.live_ins.index(region.stream)])
     plan = make_plan(region, stages, _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True))), config)
     bodies, spec = _bodies(stages, plan, config)
     return Replacement(region, stages, region.live_ins, bodies, spec), looped(pattern, region, stages, plan)
-
-
-def forbid_symbols(region: Region) -> None:
-    """Raise a refusal for a region whose lengths are not known at compile time."""
-    for node in region.live_ins:
-        value = fake_value(node)
-        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
-        if any(isinstance(size, torch.SymInt) for size in sizes):
-            raise Refusal(Reason.DYNAMIC, node, f"{node} has a size that is only known at run time")
 
 
 def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool]:
@@ -157,7 +146,7 @@ def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool
 
 def _bodies(stages: Stages, plan: Plan, config: Config) -> tuple[Any, CallSpec]:
     lengths = (plan.chunk, plan.tail)
-    forward = [forward_body(stages, length) if length else None for length in lengths]
+    forward = [forward_body(stages, length) if length != 0 else None for length in lengths]
     assert forward[0] is not None
     ins = tuple(axis_of(stages, node) for node in stages.operands)
     spec = CallSpec(plan.backward, (VERSION, plan.chunk, ins, forward[0].outs), (), plan.differentiable, plan.wanted)
@@ -165,7 +154,7 @@ def _bodies(stages: Stages, plan: Plan, config: Config) -> tuple[Any, CallSpec]:
     if plan.backward == "none":
         return (*modules, None, None), spec
     gradients = Gradients(plan.wanted, plan.differentiable, plan.backward == "in_forward", config.accumulate)
-    backward = [gradient_body(stages, length, gradients) if length else None for length in lengths]
+    backward = [gradient_body(stages, length, gradients) if length != 0 else None for length in lengths]
     assert backward[0] is not None
     upstream = () if gradients.in_forward else tuple(axis_of(stages, stages.results[i]) for i in plan.differentiable)
     spec = spec._replace(backward_spec=(VERSION, plan.chunk, upstream + ins, backward[0].outs))

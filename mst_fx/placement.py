@@ -6,6 +6,7 @@ Terms
   axis    the one factor that is cut into mini-sequences, of length L; usually the tokens of one sequence
   outer   the factors that a view merged in front of the axis: a dim of size outer * L * inner
   inner   the factors that a view merged behind it
+  sure    true whatever the sizes are that are only known at run time; asking adds no guard
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
+
+from torch.fx.experimental.symbolic_shapes import statically_known_true as sure
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def through_view(split: Split, before: Sequence[int], after: Sequence[int]) -> S
     behind = split.inner * prod(before[split.dim + 1 :])
     for dim, size in enumerate(after):
         front, back = prod(after[:dim]), prod(after[dim + 1 :])
-        if in_front % front == 0 and behind % back == 0 and size == (in_front // front) * axis * (behind // back):
+        fits = sure(in_front % front == 0) and sure(behind % back == 0)
+        if fits and sure(size == (in_front // front) * axis * (behind // back)):
             return Split(dim, in_front // front, behind // back)
     return None
 
@@ -73,8 +77,8 @@ def refinements(split: Split, before: Sequence[int], after: Sequence[int]) -> li
     parts = []
     for dim, size in enumerate(after):
         front, back = prod(after[:dim]), prod(after[dim + 1 :])
-        if size > 1 and front % in_front == 0 and back % behind == 0:
+        if sure(size > 1) and sure(front % in_front == 0) and sure(back % behind == 0):
             part = Split(split.dim, front // in_front, back // behind)
-            if part.outer * size * part.inner == before[split.dim] and part.outer % split.outer == 0:
+            if sure(part.outer * size * part.inner == before[split.dim]) and sure(part.outer % split.outer == 0):
                 parts.append(part)
     return parts

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from mst_fx.body import differentiable_results
 from mst_fx.config import Config
-from mst_fx.lower import fake_value
+from mst_fx.lower import fake_value, hint
 from mst_fx.memory import temporary_bytes
 from mst_fx.placement import PARTIAL, Split
 from mst_fx.refusal import Reason, Refusal
@@ -36,8 +36,8 @@ class Plan:
 
     Attributes:
         chunk: positions of the split axis in one mini-sequence.
-        chunks: number of mini-sequences, the ragged one included.
-        tail: positions in the ragged last one, 0 where there is none.
+        chunks: number of mini-sequences, the ragged one included (of the length captured, where that may vary).
+        tail: positions in the ragged last one, 0 where there is none, None where only known at run time.
         backward: how gradients are made.
         wanted: positions of the loop's operands that get a gradient.
         differentiable: positions of the loop's results that have one.
@@ -46,7 +46,7 @@ class Plan:
 
     chunk: int
     chunks: int
-    tail: int
+    tail: int | None
     backward: Backward
     wanted: tuple[int, ...]
     differentiable: tuple[int, ...]
@@ -66,7 +66,8 @@ def make_plan(region: Region, stages: Stages, needs_grad: dict[Node, bool], conf
     Raises:
         Refusal: the region is smaller than `min_bytes`.
     """
-    before = temporary_bytes(stages, stages.length)
+    length = hint(stages.length)
+    before = temporary_bytes(stages, length)
     if before < config.min_bytes:
         text = f"its temporaries are {before:,} bytes, min_bytes is {config.min_bytes:,}"
         raise Refusal(Reason.SMALL, region.sink, text)
@@ -75,13 +76,13 @@ def make_plan(region: Region, stages: Stages, needs_grad: dict[Node, bool], conf
     differentiable = differentiable_results(stages, wanted) if wanted and _needs_grad(region.sink) else ()
     return Plan(
         chunk=chunk,
-        chunks=-(-stages.length // chunk),
-        tail=stages.length % chunk,
+        chunks=-(-length // chunk),
+        tail=None if stages.dynamic else length % chunk,
         backward=_backward(stages, differentiable),
         wanted=wanted if differentiable else (),
         differentiable=differentiable,
         bytes_before=before,
-        bytes_after=temporary_bytes(stages, chunk),
+        bytes_after=temporary_bytes(stages, min(chunk, length)),
     )
 
 
@@ -107,22 +108,28 @@ def _is_tensor(node: Node) -> bool:
 def _chunk(stages: Stages, config: Config) -> int:
     """Positions in one chunk: as the user says, else about CHUNK_BYTES in its widest product; the chunks are even."""
     if config.num_chunks is not None:
-        return max(1, -(-stages.length // config.num_chunks))
+        return max(1, -(-hint(stages.length) // config.num_chunks))
     per_position = _tokens_per_position(stages)
     if config.chunk_tokens is not None:
-        return min(stages.length, max(1, config.chunk_tokens // per_position))
+        return _bounded(stages, max(1, config.chunk_tokens // per_position))
     widest = max(_bytes_per_position(stages, node) for node in stages.loop if node.target in CONTRACTIONS)
     tokens = max(1, CHUNK_BYTES[config.accumulate] * per_position // max(1, widest))
     tokens = min(MAX_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, 1 << (tokens.bit_length() - 1)))
     length = max(1, tokens // per_position)
+    if stages.dynamic:
+        return length
     chunks = -(-stages.length // length)
     even = -(-stages.length // chunks)
-    return min(stages.length, -(-even // ALIGNMENT) * ALIGNMENT)
+    return _bounded(stages, -(-even // ALIGNMENT) * ALIGNMENT)
+
+
+def _bounded(stages: Stages, chunk: int) -> int:
+    return chunk if stages.dynamic else min(stages.length, chunk)
 
 
 def _tokens_per_position(stages: Stages) -> int:
     """Rows of the stream behind one position of the axis: the batch, where the axis is the sequence."""
-    return max(1, prod(shape_of(stages.stream)[:-1]) // stages.length)
+    return max(1, hint(prod(shape_of(stages.stream)[:-1])) // hint(stages.length))
 
 
 def _bytes_per_position(stages: Stages, node: Node) -> int:
@@ -130,4 +137,4 @@ def _bytes_per_position(stages: Stages, node: Node) -> int:
     if not isinstance(placement, Split):
         return 0
     value: torch.Tensor = node.meta["val"]
-    return value.numel() * value.element_size() // placement.axis_length(value.shape)
+    return hint(value.numel()) * value.element_size() // hint(placement.axis_length(value.shape))

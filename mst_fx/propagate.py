@@ -20,6 +20,8 @@ from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.rules import Demand, Result, args_of, demands_of, mixed, rule_for
 
+SIZES = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+
 
 @dataclass(frozen=True)
 class Placements:
@@ -85,6 +87,8 @@ def _place(node: Node, flow: _Walk) -> Result:
         return WHOLE
     if node.op != "call_function":
         raise Refusal(Reason.UNKNOWN_OP, node, f"{node.op} {node.target} stands in the region")
+    if isinstance(node.meta.get("val"), SIZES):
+        return WHOLE  # a size of the whole; what is split takes its sizes from the chunk
     if getattr(node.target, "__name__", "") == "getitem":
         source, index = args_of(node)
         placement = flow.placements[source]
@@ -96,6 +100,15 @@ def _place(node: Node, flow: _Walk) -> Result:
             return WHOLE
         raise Refusal(Reason.UNKNOWN_OP, node, f"{node.target} has no placement rule")
     return rule(node, flow)
+
+
+def forbid_unruled(node: Node) -> None:
+    """Raise a refusal for an aten node that no region can hold, wherever its operands lie."""
+    if isinstance(node.meta.get("val"), SIZES) or getattr(node.target, "__name__", "") == "getitem":
+        return
+    forbid_effects(node)
+    if rule_for(node.target) is None:
+        raise Refusal(Reason.UNKNOWN_OP, node, f"{node.target} has no placement rule")
 
 
 def forbid_effects(node: Node) -> None:

@@ -13,10 +13,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.lower import fake_value, hint, lower
-from mst_fx.propagate import forbid_effects
+from mst_fx.propagate import forbid_unruled
 from mst_fx.provenance import op_name
 from mst_fx.refusal import Reason, Refusal
-from mst_fx.rules import rule_for
 from mst_fx.rules.contraction import CONTRACTIONS
 
 
@@ -88,13 +87,11 @@ class Reader:
         for op in opened.graph.nodes:
             if op.op == "get_attr":
                 return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} holds a constant tensor")
-            if op.op == "call_function" and getattr(op.target, "__name__", "") != "getitem":
+            if op.op == "call_function":
                 try:
-                    forbid_effects(op)
+                    forbid_unruled(op)
                 except Refusal as refusal:
                     return Refusal(refusal.reason, node, refusal.text)
-                if rule_for(op.target) is None:
-                    return Refusal(Reason.UNKNOWN_OP, node, f"{op.target} has no placement rule")
         return None
 
     def numel(self, node: Node) -> int:

@@ -7,14 +7,15 @@ epilogue   what reads a sum over the axis (the division of a mean): once, after
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
+from mst_fx.lower import hint, is_symbolic
+from mst_fx.placement import WHOLE, Placement, Split
 from mst_fx.propagate import Placements, propagate
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.rules import Spans, shape_of
@@ -31,7 +32,7 @@ class Stages:
         placements: of every value before and in the loop.
         stream: the placeholder that carries the tokens.
         axis: the split of the stream.
-        length: positions of the axis.
+        length: positions of the axis; symbolic where only known at run time.
         prologue, loop, epilogue: nodes in graph order.
         operands: what the loop reads: placeholders and results of the prologue.
         results: what the loop gives: values that the epilogue reads or that leave the region.
@@ -50,6 +51,11 @@ class Stages:
     results: tuple[Node, ...]
     outputs: tuple[Node, ...]
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether the length is only known at run time."""
+        return is_symbolic(self.length)
+
     def placement(self, node: Node) -> Placement:
         """Of a tensor-valued node of the loop."""
         return cast(Placement, self.placements.of[node])
@@ -64,30 +70,39 @@ def cut(lowered: GraphModule, stream: Node) -> Stages:
         Refusal: no dim of the stream can be split, with the reason that the longest one met.
     """
     shape = shape_of(stream)
-    candidates = [Split(dim) for dim in range(len(shape) - 1)] or [Split(0)]
+    candidates = [Split(dim) for dim in _splittable(stream, shape)]
     refusals: list[tuple[int, Refusal]] = []
     found: list[tuple[int, Split, Placements]] = []
     seen: set[Split] = set()
     while candidates:
         axis = candidates.pop()
         length = axis.axis_length(shape)
-        if axis in seen or length < 2:
+        if axis in seen or hint(length) < 2:
             continue
         seen.add(axis)
         try:
-            found.append((length, axis, propagate(lowered.graph, {stream: axis})))
+            found.append((hint(length), axis, propagate(lowered.graph, {stream: axis})))
         except Refusal as refusal:
-            refusals.append((length, refusal))
+            refusals.append((hint(length), refusal))
         except Spans as spans:
             candidates += [Split(axis.dim, axis.outer * outer, axis.inner * inner) for outer, inner in spans.parts]
             text = f"{spans.node.target} spreads the split dim over several dims"
             refusals.append((0, Refusal(Reason.AXIS_MIXED, spans.node, text)))
     if found:
-        length, axis, placements = max(found, key=lambda entry: (entry[0], -entry[1].dim))
-        return _cut(lowered.graph, placements, stream, axis, length)
+        _, axis, placements = max(found, key=lambda entry: (entry[0], -entry[1].dim))
+        return _cut(lowered.graph, placements, stream, axis, axis.axis_length(shape))
     if refusals:
         raise max(refusals, key=lambda entry: entry[0])[1]
     raise Refusal(Reason.SHAPE, stream, f"a stream of shape {list(shape)} has no dim to split")
+
+
+def _splittable(stream: Node, shape: tuple[int, ...]) -> list[int]:
+    """Every dim but the features'; where one length is only known at run time, that dim alone."""
+    dims = list(range(len(shape) - 1)) or [0]
+    dynamic = [dim for dim in range(len(shape)) if is_symbolic(shape[dim])]
+    if len(dynamic) > 1 or not set(dynamic) <= set(dims):
+        raise Refusal(Reason.DYNAMIC, stream, f"several dims of {list(shape)} are only known at run time")
+    return dynamic or dims
 
 
 def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length: int) -> Stages:
@@ -104,13 +119,20 @@ def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length
         return node not in epilogue and placements.of[node] == WHOLE
 
     hoisted = {n for n in graph.nodes if n.op == "call_function" and whole(n) and _costs(n)}
-    loop = _ancestors(results, stop=lambda n: n.op == "placeholder" or n in hoisted)
-    operands = _ordered(graph, (n for n in _operands(loop) if n not in loop))
+
+    def reads(node: Node) -> list[Node]:
+        """A split value's sizes come from the chunk, not from nodes that compute the whole's."""
+        split = isinstance(placements.of[node], Split)
+        return [
+            n for n in node.all_input_nodes if not split or isinstance(n.meta.get("val"), torch.Tensor | tuple | list)
+        ]
+
+    loop = _ancestors(results, reads, stop=lambda n: n.op == "placeholder" or n in hoisted)
+    operands = _ordered(graph, (n for node in loop for n in reads(node) if n not in loop))
     outside = [n for n in (*operands, *_operands(placements.epilogue)) if n not in epilogue and whole(n)]
-    prologue = _ancestors(outside, stop=lambda n: n.op == "placeholder")
+    prologue = _ancestors(outside, lambda n: n.all_input_nodes, stop=lambda n: n.op == "placeholder")
     for node in operands:
-        if not isinstance(node.meta.get("val"), torch.Tensor):
-            raise Refusal(Reason.DYNAMIC, node, f"the region reads {node}, which is no tensor")
+        _check_operand(node, placements)
     return Stages(
         graph=graph,
         placements=placements,
@@ -126,6 +148,18 @@ def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length
     )
 
 
+def _check_operand(node: Node, placements: Placements) -> None:
+    """One body serves every chunk: no size but the split axis may be left for run time."""
+    value, placement = node.meta.get("val"), placements.of[node]
+    if not isinstance(value, torch.Tensor):
+        raise Refusal(Reason.DYNAMIC, node, f"the loop reads {node}, which is no tensor")
+    sizes = list(value.shape)
+    if isinstance(placement, Split):
+        sizes[placement.dim : placement.dim + 1] = [placement.outer, placement.inner]
+    if any(is_symbolic(size) for size in sizes):
+        raise Refusal(Reason.DYNAMIC, node, f"{node} of shape {list(value.shape)} has a second size known at run time")
+
+
 def _costs(node: Node) -> bool:
     """Whether a whole node computes something from a tensor: views and fills are free, inside the loop too."""
     free = node.target in FREE or node.target in FILLS or getattr(node.target, "__name__", "") == "getitem"
@@ -136,21 +170,17 @@ def _operands(nodes: Iterable[Node]) -> list[Node]:
     return [operand for node in nodes for operand in node.all_input_nodes]
 
 
-def _ancestors(nodes: Iterable[Node], stop: object) -> set[Node]:
-    assert callable(stop)
+def _ancestors(nodes: Iterable[Node], reads: Callable[[Node], list[Node]], stop: Callable[[Node], bool]) -> set[Node]:
     found: set[Node] = set()
     pending = [node for node in nodes if not stop(node) or node.op != "placeholder"]
     while pending:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending.extend(operand for operand in node.all_input_nodes if not stop(operand))
+            pending.extend(operand for operand in reads(node) if not stop(operand))
     return found
 
 
 def _ordered(graph: Graph, *groups: Iterable[Node]) -> tuple[Node, ...]:
     wanted = {node for group in groups for node in group}
     return tuple(node for node in graph.nodes if node in wanted)
-
-
-__all__ = ["PARTIAL", "Stages", "cut"]

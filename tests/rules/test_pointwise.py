@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from looping import Call, aten_graph, looped, loop_everything, placed, placeholders, values
+from looping import Call, accepted_axes, aten_graph, looped, loop_everything, placed, placeholders, values
 from strategies import broadcasts, chunk_by_chunk, shapes
 
 from mst_fx.placement import Split
@@ -90,14 +90,15 @@ def test_operands_split_along_different_dims_are_refused():
 
 
 def tagged_ops():
-    """Ops that torch itself calls pointwise, with one result and tensors for required arguments."""
-    for packet in (getattr(aten, name) for name in dir(aten)):
-        for name in packet.overloads() if hasattr(packet, "overloads") else ():
-            op = getattr(packet, name)
-            required = [a for a in op._schema.arguments if not a.has_default_value()]
-            if torch.Tag.pointwise in op.tags and not op._schema.is_mutable and not op._can_decompose():
-                if all(str(a.type) == "Tensor" for a in required):
-                    yield op, len(required)
+    """Ops that torch itself calls pointwise, with tensors for required arguments."""
+    for full_name in sorted(torch._C._dispatch_get_all_op_names()):
+        name, _, overload = full_name.removeprefix("aten::").partition(".")
+        op = getattr(getattr(aten, name, None), overload or "default", None) if full_name.startswith("aten::") else None
+        if op is None or torch.Tag.pointwise not in op.tags or op._schema.is_mutable or op._can_decompose():
+            continue
+        required = [argument for argument in op._schema.arguments if not argument.has_default_value()]
+        if all(str(value.type) == "Tensor" for value in (*required, *op._schema.returns)):
+            yield op, len(required)
 
 
 def test_every_op_that_torch_tags_pointwise():
@@ -105,16 +106,22 @@ def test_every_op_that_torch_tags_pointwise():
     runnable = []
     for op, count in tagged_ops():
         try:
-            op(*inputs[:count])
+            one_result = isinstance(op(*inputs[:count]), torch.Tensor)
         except (RuntimeError, NotImplementedError, TypeError):
-            continue  # integers only
-        runnable.append((op, count))
-    call = Call(lambda *xs: [y for op, count in runnable for y in flat(op(*xs[:count]))], inputs)
+            continue  # for integers only
+        if one_result:
+            runnable.append((op, count))
+    assert len(runnable) > 100
+    call = Call(lambda *xs: [op(*xs[:count]) for op, count in runnable], inputs)
     module = aten_graph(call)
     stages = loop_everything(module, placeholders(module)[0], Split(0))
-    assert len(runnable) > 100
     torch.testing.assert_close(looped(module, stages, inputs, 2), call.function(*inputs), equal_nan=True)
 
 
-def flat(result):
-    return result if isinstance(result, tuple) else (result,)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_two_results_are_refused_or_right(dim):
+    inputs = [values(4, 5)]
+    call = Call(lambda x: [part.sum(dim) for part in torch.frexp(x)], inputs)
+    module = aten_graph(call)
+    for stages in accepted_axes(module, placeholders(module)[0], Split(0)):
+        torch.testing.assert_close(looped(module, stages, inputs, 2), call.function(*inputs))
