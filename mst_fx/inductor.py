@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch._inductor import ir
+from torch._inductor.ir import convert_shape_to_inductor  # type: ignore[attr-defined]
 from torch._inductor.lowering import constrain_to_fake_tensor, register_lowering
 from torch._inductor.virtualized import V
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -84,5 +85,6 @@ def _compile_body(subgraph: Any, chunk: Sequence[torch.Tensor]) -> None:
 
 
 def _output(kernel: MiniSequenceKernel, value: torch.Tensor, position: int) -> Any:
-    layout = ir.FixedLayout(device=value.device, dtype=value.dtype, size=list(value.shape), stride=list(value.stride()))
+    size, stride = map(convert_shape_to_inductor, (value.shape, value.stride()))
+    layout = ir.FixedLayout(device=value.device, dtype=value.dtype, size=size, stride=stride)
     return ir.MultiOutput(layout, kernel, [(list, position)], skip_size_stride_alignment_checks=True)

@@ -75,7 +75,7 @@ def trace(
     return on_fakes(make_fx(function), make_inputs, length)
 
 
-def on_fakes(function: Callable[..., T], make_inputs: Callable[[int], Sequence[torch.Tensor]], length: int | None) -> T:
+def on_fakes(function: Callable[..., T], make_inputs: MakeInputs, length: int | None) -> T:
     """Run a function on fake tensors of its own, whatever autocast or grad mode is on; arguments as for `trace`."""
     shape_env = ShapeEnv()
     with FakeTensorMode(shape_env=shape_env), torch.enable_grad(), without_autocast():

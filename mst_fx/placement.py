@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
 
-from torch.fx.experimental.symbolic_shapes import statically_known_true as sure
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+sure = statically_known_true
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from mst_fx.lower import hint, is_symbolic
 from mst_fx.placement import WHOLE, Placement, Split
-from mst_fx.propagate import Placements, propagate
+from mst_fx.propagate import SIZES, Placements, propagate
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.rules import Spans, shape_of
 from mst_fx.rules.creation import FILLS
@@ -123,9 +123,7 @@ def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length
     def reads(node: Node) -> list[Node]:
         """A split value's sizes come from the chunk, not from nodes that compute the whole's."""
         split = isinstance(placements.of[node], Split)
-        return [
-            n for n in node.all_input_nodes if not split or isinstance(n.meta.get("val"), torch.Tensor | tuple | list)
-        ]
+        return [n for n in node.all_input_nodes if not split or not isinstance(n.meta.get("val"), SIZES)]
 
     loop = _ancestors(results, reads, stop=lambda n: n.op == "placeholder" or n in hoisted)
     operands = _ordered(graph, (n for node in loop for n in reads(node) if n not in loop))
