@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -58,13 +59,20 @@ def lower(
         stack.enter_context(preserve_node_meta())
         for device_type, dtype, enabled, cache in autocast:
             stack.enter_context(torch.autocast(device_type, dtype, enabled, cache))
+        if any(map(is_symbolic, _sizes(examples))):
+            stack.enter_context(enable_python_dispatcher())  # else composite ops ask for sizes, which adds guards
         stack.enter_context(modes.pop() if len(modes) == 1 else nullcontext())
         return make_fx(run, decomposition_table=OPENINGS)(*examples)
 
 
-def trace(
-    function: Callable[..., Any], make_inputs: Callable[[int], Sequence[torch.Tensor]], length: int | None
-) -> GraphModule:
+def _sizes(values: Sequence[Any]) -> list[Any]:
+    return [size for value in values for size in (value.shape if isinstance(value, torch.Tensor) else (value,))]
+
+
+MakeInputs: TypeAlias = Callable[[int], Sequence[torch.Tensor]]
+
+
+def trace(function: Callable[..., Any], make_inputs: MakeInputs, length: int | None) -> GraphModule:
     """Trace a function into aten on fake tensors of its own, whatever autocast or grad mode is on.
 
     Args:
@@ -78,7 +86,8 @@ def trace(
 def on_fakes(function: Callable[..., T], make_inputs: MakeInputs, length: int | None) -> T:
     """Run a function on fake tensors of its own, whatever autocast or grad mode is on; arguments as for `trace`."""
     shape_env = ShapeEnv()
-    with FakeTensorMode(shape_env=shape_env), torch.enable_grad(), without_autocast():
+    dispatcher = enable_python_dispatcher() if length is None else nullcontext()
+    with FakeTensorMode(shape_env=shape_env), dispatcher, torch.enable_grad(), without_autocast():
         return function(*make_inputs(any_length(shape_env) if length is None else length))
 
 
@@ -124,6 +133,13 @@ def fake_value(node: Node) -> Any:
 def hint(size: Any) -> int:
     """The size that was seen when the graph was captured; asking for it adds no guard."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value of a traced graph is a size or a list of sizes, no tensor."""
+    if isinstance(value, tuple | list):
+        return all(map(is_size, value))
+    return isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
 def is_symbolic(size: Any) -> bool:

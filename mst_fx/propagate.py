@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from mst_fx.lower import is_size
 from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.rules import Demand, Result, args_of, demands_of, mixed, rule_for
-
-SIZES = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def _place(node: Node, flow: _Walk) -> Result:
         return WHOLE
     if node.op != "call_function":
         raise Refusal(Reason.UNKNOWN_OP, node, f"{node.op} {node.target} stands in the region")
-    if isinstance(node.meta.get("val"), SIZES):
+    if is_size(node.meta.get("val")):
         return WHOLE  # a size of the whole; what is split takes its sizes from the chunk
     if getattr(node.target, "__name__", "") == "getitem":
         source, index = args_of(node)
@@ -104,7 +103,7 @@ def _place(node: Node, flow: _Walk) -> Result:
 
 def forbid_unruled(node: Node) -> None:
     """Raise a refusal for an aten node that no region can hold, wherever its operands lie."""
-    if isinstance(node.meta.get("val"), SIZES) or getattr(node.target, "__name__", "") == "getitem":
+    if is_size(node.meta.get("val")) or getattr(node.target, "__name__", "") == "getitem":
         return
     forbid_effects(node)
     if rule_for(node.target) is None:

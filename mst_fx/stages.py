@@ -14,9 +14,9 @@ from typing import cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from mst_fx.lower import hint, is_symbolic
+from mst_fx.lower import hint, is_size, is_symbolic
 from mst_fx.placement import WHOLE, Placement, Split
-from mst_fx.propagate import SIZES, Placements, propagate
+from mst_fx.propagate import Placements, propagate
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.rules import Spans, shape_of
 from mst_fx.rules.creation import FILLS
@@ -123,7 +123,7 @@ def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length
     def reads(node: Node) -> list[Node]:
         """A split value's sizes come from the chunk, not from nodes that compute the whole's."""
         split = isinstance(placements.of[node], Split)
-        return [n for n in node.all_input_nodes if not split or not isinstance(n.meta.get("val"), SIZES)]
+        return [n for n in node.all_input_nodes if not split or not is_size(n.meta.get("val"))]
 
     loop = _ancestors(results, reads, stop=lambda n: n.op == "placeholder" or n in hoisted)
     operands = _ordered(graph, (n for node in loop for n in reads(node) if n not in loop))

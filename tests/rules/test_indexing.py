@@ -1,0 +1,94 @@
+"""Gathers and look-ups."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from looping import Call, indices, placed, values
+from strategies import chunk_by_chunk, dims, shapes
+
+from mst_fx.placement import WHOLE, Split
+from mst_fx.refusal import Reason, Refusal
+
+aten = torch.ops.aten
+
+
+@st.composite
+def gathers(draw):
+    shape = draw(shapes())
+    dim = draw(dims(shape))
+    index = [draw(st.sampled_from([size, size, size, 1])) for size in shape]  # an index may be shorter than the source
+    index[dim] = draw(st.integers(1, 3))
+    return Call(
+        lambda x, i: aten.gather.default(x, dim, i),
+        [values(*shape), indices(*index, below=shape[dim])],
+    )
+
+
+@st.composite
+def look_ups(draw):
+    rows, shape = draw(st.integers(2, 6)), draw(shapes(max_dims=3))
+    return Call(aten.embedding.default, [values(rows, 3), indices(*shape, below=rows)])
+
+
+@st.composite
+def selections(draw):
+    shape = draw(shapes())
+    dim = draw(dims(shape))
+    return Call(
+        lambda x, i: aten.index_select.default(x, dim, i),
+        [values(*shape), indices(draw(st.integers(1, 4)), below=shape[dim])],
+    )
+
+
+@given(st.data())
+def test_chunk_by_chunk(data):
+    chunk_by_chunk(data, data.draw(gathers() | look_ups() | selections()))
+
+
+def gather(x, i):
+    return aten.gather.default(x, -1, i)
+
+
+def select(x, i):
+    return aten.index_select.default(x, -1, i)
+
+
+X, TABLE, LABELS, IDS = values(4, 6), values(6, 3), indices(4, 1, below=6), indices(2, 4, below=6)
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "position", "split", "expected"),
+    [
+        (gather, [X, LABELS], 0, Split(0), Split(0)),
+        (gather, [X, LABELS], 1, Split(0, outer=2), Split(0, outer=2)),
+        (aten.embedding.default, [TABLE, IDS], 1, Split(1), Split(1)),
+        (aten.embedding.default, [TABLE, IDS], 1, Split(0), Split(0)),
+        (select, [X, indices(3, below=6)], 0, Split(0), Split(0)),
+    ],
+)
+def test_accepted(op, inputs, position, split, expected):
+    assert placed(Call(op, inputs), split, position) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "position", "split"),
+    [
+        (gather, [X, LABELS], 0, Split(1)),
+        (gather, [X, X.argsort()], 1, Split(1)),
+        (aten.embedding.default, [TABLE, IDS], 0, Split(0)),
+        (aten.embedding.default, [TABLE, IDS], 0, Split(1)),
+        (select, [X, indices(3, below=6)], 0, Split(1)),
+        (select, [X, indices(3, below=6)], 1, Split(0)),
+        (gather, [X, indices(2, 1, below=6)], 0, Split(0)),  # fewer indices than rows: chunks would not pair up
+    ],
+)
+def test_refused(op, inputs, position, split):
+    with pytest.raises(Refusal) as refused:
+        placed(Call(op, inputs), split, position)
+    assert refused.value.reason is Reason.AXIS_MIXED
+
+
+def test_a_gather_of_whole_values_stays_whole():
+    call = Call(lambda x, w, i: [x + 1, gather(w, i)], [values(4), X, LABELS])
+    assert placed(call, Split(0)) == [Split(0), WHOLE]

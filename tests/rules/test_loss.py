@@ -1,0 +1,77 @@
+"""aten's negative log-likelihood."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from looping import Call, indices, placed, values
+from strategies import chunk_by_chunk
+
+from mst_fx.placement import PARTIAL, WHOLE, Split
+from mst_fx.refusal import Reason, Refusal
+
+aten = torch.ops.aten
+NONE, MEAN, SUM = 0, 1, 2
+IGNORED = -100
+
+
+def nll(scores, target, weight=None, reduction=SUM):
+    loss, count = aten.nll_loss_forward.default(scores, target, weight, reduction, IGNORED)
+    return loss if reduction == NONE else (loss, count)  # without reduction the count means nothing
+
+
+def targets(rows, classes):
+    """Some are ignored."""
+    found = indices(*rows, below=classes)
+    return torch.where(indices(*rows, below=4, seed=1) == 0, IGNORED, found)
+
+
+@st.composite
+def calls(draw):
+    rows, classes = draw(st.lists(st.integers(2, 6), max_size=1)), draw(st.integers(2, 5))
+    reduction = draw(st.sampled_from([NONE, SUM, SUM, MEAN]))
+    weight = [values(classes, seed=2).abs()] if draw(st.booleans()) else []
+    return Call(
+        lambda s, t, w=None: nll(s, t, w, reduction),
+        [values(*rows, classes), targets(rows, classes), *weight],
+    )
+
+
+@given(st.data())
+def test_chunk_by_chunk(data):
+    chunk_by_chunk(data, data.draw(calls()))
+
+
+SCORES, TARGETS, WEIGHT = values(6, 3), targets([6], 3), values(3).abs()
+
+
+@pytest.mark.parametrize("inputs", [[SCORES, TARGETS], [SCORES, TARGETS, WEIGHT]])
+def test_a_sum_and_its_count_are_partial(inputs):
+    assert placed(Call(nll, inputs), Split(0, outer=2)) == [PARTIAL, PARTIAL]
+
+
+def test_without_reduction_rows_stay_split():
+    assert placed(Call(lambda s, t: nll(s, t, reduction=NONE), [SCORES, TARGETS]), Split(0)) == [Split(0)]
+
+
+def test_whole_operands_stay_whole():
+    call = Call(lambda x, s, t: [x + 1, *nll(s, t)], [values(4), SCORES, TARGETS])
+    assert placed(call, Split(0)) == [Split(0), WHOLE, WHOLE]
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs", "position", "split"),
+    [
+        (nll, [SCORES, TARGETS], 0, Split(1)),
+        (nll, [values(3), targets([], 3)], 0, Split(0)),
+        (nll, [SCORES, TARGETS], 1, Split(0)),
+        (nll, [SCORES, TARGETS, WEIGHT], 2, Split(0)),
+        (lambda s, t: nll(s, t, reduction=MEAN), [SCORES, TARGETS], 0, Split(0)),
+        (lambda s, t: nll(s, t, s.select(1, 0)), [values(3, 3), targets([3], 3)], 0, Split(0)),
+        (lambda s, t: nll(s, aten.argmax.default(s, 0)), [values(3, 3), targets([3], 3)], 0, Split(1)),
+    ],
+)
+def test_refused(function, inputs, position, split):
+    with pytest.raises(Refusal) as refused:
+        placed(Call(function, inputs), split, position)
+    assert refused.value.reason is Reason.AXIS_MIXED
