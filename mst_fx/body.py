@@ -3,9 +3,6 @@
 A body is made by running the loop's nodes on fake operands of one chunk, with the sizes that a node names replaced by
 the chunk's, and by tracing that run. The body of the gradients is the VJP of the same run, so it is right by
 construction. Every shape is compared with what its placement says.
-
-A weight's gradient that ends in a matrix product leaves the body as its two factors: the runtime multiplies them into
-one accumulator, so no gradient of a single chunk ever exists.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from mst_fx.config import Accumulate
 from mst_fx.loop import Axis, axis_length
 from mst_fx.lower import hint, on_fakes, trace
 from mst_fx.placement import PARTIAL, Split, sure
+from mst_fx.products import take_out_products
 from mst_fx.rules.creation import FILLS
 from mst_fx.rules.view import RESHAPES, dim_of
 from mst_fx.stages import Stages
@@ -68,10 +66,10 @@ def forward_body(stages: Stages, length: int | None) -> Body:
         return _run_chunk(stages, operands)
 
     module = trace(run, partial(_chunk_inputs, stages, stages.operands), length)
-    return Body(module, tuple(_result_kind(stages, node) for node in stages.results))
+    return Body(module, take_out_products(module, [_result_kind(stages, node) for node in stages.results]))
 
 
-def gradient_body(stages: Stages, length: int | None, gradients: Gradients) -> Body:
+def gradient_body(stages: Stages, gradients: Gradients, length: int | None) -> Body:
     """The body that computes gradients; its inputs are upstream gradients, then operands. Length as above."""
     upstream = [] if gradients.in_forward else [stages.results[i] for i in gradients.differentiable]
 
@@ -85,10 +83,9 @@ def gradient_body(stages: Stages, length: int | None, gradients: Gradients) -> B
         return (*results, *grads) if gradients.in_forward else grads
 
     module = trace(run, partial(_chunk_inputs, stages, [*upstream, *stages.operands]), length)
-    own = tuple(_result_kind(stages, node) for node in stages.results) if gradients.in_forward else ()
-    axes = [axis_of(stages, stages.operands[i]) for i in gradients.wanted]
-    kinds = _take_out_products(module, len(own), axes, gradients.accumulate)
-    return Body(module, own + kinds)
+    kinds = [_result_kind(stages, node) for node in stages.results] if gradients.in_forward else []
+    kinds += [_gradient_kind(stages, stages.operands[i], gradients.accumulate) for i in gradients.wanted]
+    return Body(module, take_out_products(module, kinds))
 
 
 def differentiable_results(stages: Stages, wanted: Sequence[int]) -> tuple[int, ...]:
@@ -156,62 +153,10 @@ def _result_kind(stages: Stages, node: Node) -> tuple[Any, ...]:
     return ("sum", _accumulator(node.meta["val"].dtype, "float32"))
 
 
+def _gradient_kind(stages: Stages, operand: Node, accumulate: Accumulate) -> tuple[Any, ...]:
+    axis = axis_of(stages, operand)
+    return ("cat", *axis) if axis is not None else ("sum", _accumulator(operand.meta["val"].dtype, accumulate))
+
+
 def _accumulator(dtype: torch.dtype, accumulate: Accumulate) -> torch.dtype:
     return torch.float32 if dtype in HALF and accumulate == "float32" else dtype
-
-
-def _take_out_products(
-    module: GraphModule, own: int, axes: Sequence[Axis | None], accumulate: Accumulate
-) -> tuple[tuple[Any, ...], ...]:
-    """Replace gradients of whole operands by the factors of their last product; tell how each one adds up."""
-    (output,) = (node for node in module.graph.nodes if node.op == "output")
-    outputs: list[Node] = list(output.args[0])
-    kept = outputs[:own]
-    kinds: list[tuple[Any, ...]] = []
-    for grad, axis in zip(outputs[own:], axes, strict=True):
-        dtype = grad.meta["val"].dtype
-        factors = _factors(grad)
-        if axis is not None:
-            kept.append(grad)
-            kinds.append(("cat", *axis))
-        elif factors is not None:
-            kept.extend(factors)
-            kinds.append(("outer", _accumulator(dtype, accumulate), dtype))
-        else:
-            kept.append(grad)
-            kinds.append(("sum", _accumulator(dtype, accumulate)))
-    output.args = (tuple(kept),)
-    module.graph.eliminate_dead_code()
-    module.graph.lint()
-    module.recompile()
-    return tuple(kinds)
-
-
-def _factors(grad: Node) -> tuple[Node, Node] | None:
-    """A and B with grad = A^T B, None where the gradient does not end in a matrix product."""
-    transposed = False
-    while grad.target in (aten.t.default, aten.detach.default):
-        transposed ^= grad.target == aten.t.default
-        (source,) = grad.all_input_nodes
-        grad = source
-    if grad.target != aten.mm.default:
-        return None
-    left, right = grad.args
-    assert isinstance(left, Node)
-    assert isinstance(right, Node)
-    if transposed:  # (left right)^T = right^T left^T
-        return right, _t(left, grad)
-    return _t(left, grad), right
-
-
-def _t(node: Node, before: Node) -> Node:
-    """The transpose of a matrix; the operand itself where the matrix is a transpose already."""
-    if node.target == aten.t.default:
-        source = node.args[0]
-        assert isinstance(source, Node)
-        return source
-    graph = node.graph
-    with graph.inserting_before(before):
-        transposed = graph.call_function(aten.t.default, (node,))
-    transposed.meta["val"] = node.meta["val"].t()
-    return transposed

@@ -5,6 +5,7 @@ Private torch API: Inductor's IR, graph lowering and wrapper code. Run on torch 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch._inductor.virtualized import V
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from mst_fx.loop import chunk_examples, mini_sequence_loop
+
+# Inductor says so of every operator with subgraphs that it does not know; it then leaves the bodies as they are
+warnings.filterwarnings("ignore", message="Please add support for subgraph args to function mini_sequence_loop")
 
 
 class MiniSequenceKernel(ir.ExternKernel):

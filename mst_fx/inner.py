@@ -5,7 +5,6 @@ Private torch API: Inductor's entry points. Run on torch 2.11, 2.13 and 2.15.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -57,10 +56,7 @@ def _inductor(mode: str | None, options: dict[str, Any]) -> Compile:
     patches = {**(list_mode_options(mode) if mode else {}), **options}
 
     def compile_graph(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        with warnings.catch_warnings():
-            # Inductor's pass that updates fake values says so of any operator with subgraphs that it does not know
-            warnings.filterwarnings("ignore", message="Please add support for subgraph args to function mini_seq")
-            compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
+        compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
         return compiled
 
     return compile_graph

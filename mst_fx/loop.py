@@ -13,6 +13,8 @@ Terms
                ("sum", dtype)              one output, added up over the chunks in `dtype`
                ("outer", dtype, result)    two outputs A [n, i] and B [n, j]; A^T B [i, j] adds up in place in `dtype`
                                            and is returned in dtype `result`
+               ("rows", count, axis, sizes) `count` pairs A [n, k] and B [k, m]; the sum of A B is written to its place
+                                           in the result of `sizes` (0 stands for the split dim)
 
 Private torch API: the registration of a higher-order operator. Run on torch 2.11, 2.13 and 2.15.
 """
@@ -115,12 +117,35 @@ def _absorb(
             result = torch.empty(shape, dtype=out.dtype, device=out.device)
         put(result, axis, start, length, out)
         return result
+    if kind[0] == "rows":
+        return put_rows(result, kind, [out, *(next(outs) for _ in range(2 * kind[1] - 1))], start, length, total)
     if kind[0] == "sum":
         if result is None:
             return (out.to(kind[1], copy=True), out.dtype)
         result[0].add_(out)
         return result
     return add_outer(result, out, next(outs), kind[1])
+
+
+def put_rows(
+    result: torch.Tensor | None, kind: tuple[Any, ...], factors: list[torch.Tensor], start: int, length: int, total: int
+) -> torch.Tensor:
+    """Write the rows of one chunk, the sum of its products."""
+    if result is None:
+        result = torch.empty(_whole_sizes(kind, total), dtype=factors[0].dtype, device=factors[0].device)
+    rows = result.view(-1, kind[3][-1])
+    each = rows.shape[0] // total
+    place = rows.narrow(0, start * each, length * each)
+    torch.mm(factors[0], factors[1], out=place)
+    for a, b in zip(factors[2::2], factors[3::2], strict=True):
+        place.addmm_(a, b)
+    return result
+
+
+def _whole_sizes(kind: tuple[Any, ...], total: int) -> list[int]:
+    """Sizes of a result made of rows."""
+    _, _, (split_dim, _, inner), sizes = kind
+    return [total * inner if dim == split_dim else size for dim, size in enumerate(sizes)]
 
 
 def _finished(kind: tuple[Any, ...], result: Any) -> torch.Tensor:
@@ -210,6 +235,10 @@ def _fake(
                 shape[kind[1]] = kind[2] * total * kind[3]
             if kind[0] == "outer":
                 shape, dtype = [out.shape[1], next(outs).shape[1]], kind[2]
+            if kind[0] == "rows":
+                for _ in range(2 * kind[1] - 1):
+                    next(outs)
+                shape = _whole_sizes(kind, total)
             results.append(torch.empty(shape, dtype=dtype, device=out.device))
         return tuple(results)
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from mst_fx.body import Gradients, axis_of, forward_body, gradient_body
+from mst_fx.body import Body, Gradients, axis_of, forward_body, gradient_body
 from mst_fx.config import Config
 from mst_fx.discover import discover, nested
 from mst_fx.inner import inductor_options, inner_compiler, writes_python
@@ -145,20 +146,27 @@ def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool
 
 
 def _bodies(stages: Stages, plan: Plan, config: Config) -> tuple[Any, CallSpec]:
-    lengths = (plan.chunk, plan.tail)
-    forward = [forward_body(stages, length) if length != 0 else None for length in lengths]
-    assert forward[0] is not None
+    """The bodies of the call in the order of `Replacement.bodies`, and its spec."""
     ins = tuple(axis_of(stages, node) for node in stages.operands)
-    spec = CallSpec(plan.backward, (VERSION, plan.chunk, ins, forward[0].outs), (), plan.differentiable, plan.wanted)
-    modules = [body and body.module for body in forward]
+    forward, outs = _full_and_tail(stages, plan.forward_chunk, partial(forward_body, stages))
+    spec = CallSpec(plan.backward, (VERSION, plan.forward_chunk, ins, outs), (), plan.differentiable, plan.wanted)
     if plan.backward == "none":
-        return (*modules, None, None), spec
+        return (*forward, None, None), spec
     gradients = Gradients(plan.wanted, plan.differentiable, plan.backward == "in_forward", config.accumulate)
-    backward = [gradient_body(stages, length, gradients) if length != 0 else None for length in lengths]
-    assert backward[0] is not None
+    backward, outs = _full_and_tail(stages, plan.chunk, partial(gradient_body, stages, gradients))
     upstream = () if gradients.in_forward else tuple(axis_of(stages, stages.results[i]) for i in plan.differentiable)
-    spec = spec._replace(backward_spec=(VERSION, plan.chunk, upstream + ins, backward[0].outs))
-    return (*modules, *(body and body.module for body in backward)), spec
+    return (*forward, *backward), spec._replace(backward_spec=(VERSION, plan.chunk, upstream + ins, outs))
+
+
+def _full_and_tail(
+    stages: Stages, chunk: int, make: Callable[[int | None], Body]
+) -> tuple[tuple[GraphModule, GraphModule | None], tuple[Any, ...]]:
+    """The body of a full chunk, and that of the ragged last one: for any length where that is known at run time."""
+    ragged = None if stages.dynamic else stages.length % chunk
+    full, tail = make(chunk), make(ragged) if ragged != 0 else None
+    if tail is not None and tail.outs != full.outs:
+        raise AssertionError(f"the bodies of {chunk} and {ragged} positions differ: {full.outs}, {tail.outs}")
+    return (full.module, tail and tail.module), full.outs
 
 
 def _rebuilt(gm: GraphModule, replacements: list[Replacement], children: dict[str, GraphModule]) -> GraphModule:

@@ -25,7 +25,9 @@ Backward = Literal["recompute", "in_forward", "none"]
 CHUNK_BYTES = {"float32": 2**30, "native": 2**29}
 """Aim for the widest matrix product of a chunk (bytes): a float32 accumulator is twice the traffic a chunk, so half as
 many chunks cost the same."""
-MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 1024, 4096
+MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 1024, 7680
+FORWARD_FACTOR = 2
+"""A forward chunk needs a third of the memory that its gradients need, so a recomputing region's may be longer."""
 ALIGNMENT = 16
 """Chunk lengths are multiples of it where there is a choice, so that every chunk starts aligned."""
 
@@ -35,9 +37,9 @@ class Plan:
     """The decision for one region.
 
     Attributes:
-        chunk: positions of the split axis in one mini-sequence.
+        chunk: positions of the split axis in one mini-sequence of the loop that computes gradients, if any.
+        forward_chunk: the same for the loop that computes results only.
         chunks: number of mini-sequences, the ragged one included (of the length captured, where that may vary).
-        tail: positions in the ragged last one, 0 where there is none, None where only known at run time.
         backward: how gradients are made.
         wanted: positions of the loop's operands that get a gradient.
         differentiable: positions of the loop's results that have one.
@@ -45,8 +47,8 @@ class Plan:
     """
 
     chunk: int
+    forward_chunk: int
     chunks: int
-    tail: int | None
     backward: Backward
     wanted: tuple[int, ...]
     differentiable: tuple[int, ...]
@@ -74,11 +76,14 @@ def make_plan(region: Region, stages: Stages, needs_grad: dict[Node, bool], conf
     chunk = _chunk(stages, config)
     wanted = tuple(i for i, node in enumerate(stages.operands) if needs_grad[node])
     differentiable = differentiable_results(stages, wanted) if wanted and _needs_grad(region.sink) else ()
+    backward = _backward(stages, differentiable)
+    chosen = config.chunk_tokens is None and config.num_chunks is None
+    longer = _bounded(stages, FORWARD_FACTOR * chunk) if chosen and backward == "recompute" else chunk
     return Plan(
         chunk=chunk,
+        forward_chunk=longer,
         chunks=-(-length // chunk),
-        tail=None if stages.dynamic else length % chunk,
-        backward=_backward(stages, differentiable),
+        backward=backward,
         wanted=wanted if differentiable else (),
         differentiable=differentiable,
         bytes_before=before,

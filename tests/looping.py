@@ -40,7 +40,7 @@ def indices(*shape: int, below: int, seed: int = 0) -> torch.Tensor:
 
 def aten_graph(call: Call, openings: Mapping[Any, Callable[..., Any]] | None = None) -> GraphModule:
     with torch.no_grad():  # as the library lowers: autograd would leave detach nodes behind
-        return make_fx(call.function, decomposition_table=openings)(*call.inputs)
+        return make_fx(lambda *inputs: call.function(*inputs), decomposition_table=openings)(*call.inputs)
 
 
 def placeholders(module: GraphModule) -> list[Node]:
@@ -73,6 +73,7 @@ def accepted_axes(module: GraphModule, seed: Node, split: Split) -> Iterator[Sta
         pass  # any other exception is a failure
     except Spans as spans:
         for outer, inner in spans.parts:
+            assert outer * inner > 1, "a part is shorter than the axis"
             yield from accepted_axes(module, seed, Split(split.dim, split.outer * outer, split.inner * inner))
 
 

@@ -3,7 +3,8 @@
     python examples/benchmarks/peers.py                 # a GPU: Llama-3-8B's shapes, about four minutes
     python examples/benchmarks/peers.py --small         # anywhere: tiny shapes, times only
 
-Times are medians over rounds in which every method takes its turn, so that clock drift hits all alike. "Peak" is device
+Times are medians over rounds in which every method takes its turn, in random order and after an untimed step of its
+own, so that clocks, which follow the power that the last kernels drew, are the same for all. "Peak" is device
 memory above the inputs, gradients included. Peers that are not installed are left out. Prints a Markdown table; --json
 writes the numbers.
 """
@@ -15,6 +16,7 @@ import datetime
 import gc
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ from typing import Any
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
@@ -151,7 +153,9 @@ def measure(
     alive = [name for name in steps if not rows[name].error]
     times: dict[str, list[float]] = {name: [] for name in alive}
     for _ in range(rounds):
+        random.shuffle(alive)
         for name in alive:
+            steps[name]()  # clocks depend on what ran before: let that be the method itself
             times[name].append(time_of(steps[name], device))
     for name in alive:
         rows[name].ms = statistics.median(times[name])
@@ -225,7 +229,7 @@ def main() -> None:
         x_TH, w_VH = tensor(t, h, scale=1.0), tensor(v, h)
         inputs = [x_TH, w_VH, torch.randint(0, v, (t,), device=device)]
         steps = {name: make_step(fn, inputs, None) for name, fn in head_methods(args.chunks).items()}
-        rows += measure(f"LM head + CE, {t:,} × {h:,} × {v:,}", steps, args.rounds, device, [x_TH, w_VH])
+        rows += measure(f"LM head + CE, {t:,} x {h:,} x {v:,}", steps, args.rounds, device, [x_TH, w_VH])
         del inputs, steps, x_TH, w_VH
         gc.collect()
     if args.work != "head":
@@ -233,7 +237,7 @@ def main() -> None:
         leaves = [tensor(t, h, scale=1.0), tensor(f, h), tensor(f, h), tensor(h, f)]
         upstream = torch.randn(t, h, device=device, dtype=torch.float32).to(dtype)
         steps = {name: make_step(fn, leaves, upstream) for name, fn in mlp_methods(args.chunks).items()}
-        rows += measure(f"SwiGLU MLP, {t:,} × {h:,} × {f:,}", steps, args.rounds, device, leaves)
+        rows += measure(f"SwiGLU MLP, {t:,} x {h:,} x {f:,}", steps, args.rounds, device, leaves)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, mst_fx on {datetime.date.today()}, {dtype}, median of {args.rounds}")
     print(table(rows))

@@ -1,0 +1,95 @@
+"""Matrix products at the end of a body leave it: the runtime multiplies their factors straight into the results.
+
+("sum", dtype) ending in A^T B          -> ("outer", dtype, result)        one accumulator, no gradient of a chunk
+("cat", axis)  ending in A1 B1 + A2 B2  -> ("rows", count, axis, sizes)    written in place, no copy of a chunk
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mst_fx.rules.view import RESHAPES
+
+aten = torch.ops.aten
+Kind: TypeAlias = tuple[Any, ...]
+Factors: TypeAlias = tuple[Node, Node]
+
+
+def take_out_products(module: GraphModule, kinds: Sequence[Kind]) -> tuple[Kind, ...]:
+    """Replace outputs of the body by factors where that is possible; tell how the outputs add up from now on.
+
+    Args:
+        module: a body; changed in place.
+        kinds: for each of its outputs ("cat", dim, outer, inner) or ("sum", dtype), as in `loop`.
+    """
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    values: Any = output.args[0]
+    outputs: list[Node] = []
+    taken: list[Kind] = []
+    for value, kind in zip(values, kinds, strict=True):
+        factors, new_kind = _outer(value, kind) if kind[0] == "sum" else _rows(value, kind)
+        outputs += [node for pair in factors for node in pair] or [value]
+        taken.append(new_kind if factors else kind)
+    output.args = (tuple(outputs),)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return tuple(taken)
+
+
+def _outer(value: Node, kind: Kind) -> tuple[list[Factors], Kind]:
+    """A and B with value = A^T B."""
+    transposed = False
+    source = value
+    while source.target in (aten.t.default, aten.detach.default):
+        transposed ^= source.target == aten.t.default
+        (source,) = source.all_input_nodes
+    if source.target != aten.mm.default:
+        return [], kind
+    left, right = source.all_input_nodes if len(source.all_input_nodes) == 2 else source.all_input_nodes * 2
+    factors = (right, _t(left, source)) if transposed else (_t(left, source), right)
+    return [factors], ("outer", kind[1], value.meta["val"].dtype)
+
+
+def _rows(value: Node, kind: Kind) -> tuple[list[Factors], Kind]:
+    """The products that add up to the rows of a result whose chunks lie one behind the other."""
+    sizes = list(value.meta["val"].shape)
+    dim, outer, inner = kind[1:]
+    products = _summands(value, sizes[-1])
+    if outer != 1 or prod(sizes[:dim]) != 1 or dim == len(sizes) - 1 or not products:
+        return [], kind
+    sizes[dim] = 0
+    return products, ("rows", len(products), (dim, outer, inner), tuple(sizes))
+
+
+def _summands(value: Node, width: int) -> list[Factors]:
+    """Factors of the products that a value is the sum of; none where it is anything else."""
+    while value.target in (*RESHAPES, aten.detach.default):
+        value = value.all_input_nodes[0]
+    if value.meta["val"].shape[-1] != width:
+        return []
+    if value.target == aten.mm.default:
+        left, right = value.args
+        assert isinstance(left, Node)
+        assert isinstance(right, Node)
+        return [(left, right)]
+    if value.target == aten.add.Tensor and not value.kwargs and len(value.all_input_nodes) == 2:
+        parts = [_summands(operand, width) for operand in value.all_input_nodes]
+        return parts[0] + parts[1] if all(parts) else []
+    return []
+
+
+def _t(node: Node, before: Node) -> Node:
+    """The transpose of a matrix; the operand itself where the matrix is a transpose already."""
+    if node.target == aten.t.default:
+        return node.all_input_nodes[0]
+    graph = node.graph
+    with graph.inserting_before(before):
+        transposed = graph.call_function(aten.t.default, (node,))
+    transposed.meta["val"] = node.meta["val"].t()
+    return transposed

@@ -1,0 +1,150 @@
+"""The point of it all: what is saved for backward and the peak, against the same function unlooped.
+
+A wrong loop still gives right gradients; only these tests see it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from memory_probe import peak_bytes, saved_bytes
+from numerics import looped
+
+import mst_fx
+
+T, D, FF, V, CHUNK = 1024, 64, 512, 4096, 128
+FLOAT = 4
+
+
+def mlp(x, gate, up, down):
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def head(x, w, labels):
+    return F.cross_entropy(F.linear(x, w), labels)
+
+
+def tensors(*shapes):
+    torch.manual_seed(0)
+    return [(torch.randn(*shape) * 0.1).requires_grad_() for shape in shapes]
+
+
+@pytest.fixture(autouse=True)
+def _reset():
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def mlp_inputs():
+    return tensors((T, D), (FF, D), (FF, D), (D, FF))
+
+
+@pytest.fixture
+def head_inputs():
+    return [*tensors((T, D), (V, D)), torch.randint(0, V, (T,))]
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_mlp_saves_nothing_but_its_inputs(mlp_inputs, inner):
+    compiled = looped(mlp, chunk_tokens=CHUNK, inner=inner)
+    assert saved_bytes(lambda: compiled(*mlp_inputs), mlp_inputs) == 0
+    unlooped = looped(mlp, disable=("gated_mlp",), inner=inner)
+    assert saved_bytes(lambda: unlooped(*mlp_inputs), mlp_inputs) >= 2 * T * FF * FLOAT
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_head_saves_its_gradients_and_never_the_logits(head_inputs, inner):
+    compiled = looped(head, chunk_tokens=CHUNK, inner=inner)
+    gradients = (T * D + V * D) * FLOAT
+    saved = saved_bytes(lambda: compiled(*head_inputs), head_inputs)
+    assert gradients <= saved <= gradients + 64  # and the count of labels
+    unlooped = looped(head, disable=("cross_entropy",), inner=inner)
+    assert saved_bytes(lambda: unlooped(*head_inputs), head_inputs) >= T * V * FLOAT
+
+
+def test_per_token_loss_saves_nothing_but_its_inputs(head_inputs):
+    def per_token(x, w, labels):
+        return F.cross_entropy(F.linear(x, w), labels, reduction="none")
+
+    compiled = looped(per_token, chunk_tokens=CHUNK)
+    assert saved_bytes(lambda: compiled(*head_inputs), head_inputs) == 0
+
+
+def test_mlp_peak(mlp_inputs):
+    upstream = torch.ones(T, D)
+    chunk, gradients = CHUNK * FF * FLOAT, (3 * FF * D + 2 * T * D) * FLOAT  # y and dx are [T, D]
+    compiled, unlooped = (
+        looped(mlp, chunk_tokens=CHUNK, inner="inductor"),
+        looped(mlp, disable="gated_mlp", inner="inductor"),
+    )
+    assert peak_bytes(lambda: compiled(*mlp_inputs).backward(upstream)) <= gradients + 9 * chunk
+    assert peak_bytes(lambda: unlooped(*mlp_inputs).backward(upstream)) >= 4 * T * FF * FLOAT
+
+
+def test_head_peak(head_inputs):
+    chunk, gradients = CHUNK * V * FLOAT, (T * D + V * D) * FLOAT
+    compiled, unlooped = (
+        looped(head, chunk_tokens=CHUNK, inner="inductor"),
+        looped(head, disable="cross_entropy", inner="inductor"),
+    )
+
+    def step(fn):
+        for x in head_inputs[:2]:
+            x.grad = None
+        fn(*head_inputs).backward()
+
+    assert peak_bytes(lambda: step(compiled)) <= 2 * gradients + 3 * chunk
+    assert peak_bytes(lambda: step(unlooped)) >= T * V * FLOAT
+
+
+def test_checkpointed_layers_loop_inside():
+    from torch.utils.checkpoint import checkpoint
+
+    def layers(x, *weights):
+        for i in range(0, len(weights), 3):
+            x = x + checkpoint(mlp, x, *weights[i : i + 3], use_reentrant=False)
+        return x
+
+    inputs = tensors((T, D), *[(FF, D), (FF, D), (D, FF)] * 3)
+    upstream = torch.ones(T, D)
+    compiled, unlooped = (
+        looped(layers, chunk_tokens=CHUNK, disable=off, inner="inductor") for off in ((), "gated_mlp")
+    )
+    peaks = [peak_bytes(lambda fn=fn: fn(*inputs).backward(upstream)) for fn in (compiled, unlooped)]
+    assert peaks[0] + 3 * T * FF * FLOAT <= peaks[1]
+
+
+def test_evaluation_frees_each_chunk(head_inputs):
+    compiled = looped(head, chunk_tokens=CHUNK, inner="inductor")
+
+    def step():
+        with torch.no_grad():
+            compiled(*head_inputs)
+
+    assert peak_bytes(step) <= 3 * CHUNK * V * FLOAT
+
+
+def test_report_tells_the_bytes(head_inputs):
+    looped(head, chunk_tokens=CHUNK)(*head_inputs)
+    (region,) = mst_fx.reports()[-1].regions
+    assert region.bytes_before == 8 * region.bytes_after
+    assert region.bytes_before == 2 * T * V * FLOAT + T * FLOAT * 0  # the logits and their log-softmax
+
+
+def test_float32_accumulation_is_as_accurate_as_no_loop():
+    x, w = tensors((T, D), (256, D))
+    labels = torch.randint(0, 256, (T,))
+    exact = [t.detach().double().requires_grad_() for t in (x, w)]
+    head(*exact, labels).backward()
+    errors = {}
+    for name, options in {
+        "whole": {"disable": "cross_entropy"},
+        "float32": {},
+        "native": {"accumulate": "native"},
+    }.items():
+        own = [t.detach().bfloat16().requires_grad_() for t in (x, w)]
+        looped(head, chunk_tokens=16, **options)(*own, labels).backward()
+        errors[name] = float((own[1].grad.double() - exact[1].grad).norm() / exact[1].grad.norm())
+    assert errors["float32"] <= 1.1 * errors["whole"] + 1e-3
+    assert errors["native"] > errors["float32"]
