@@ -63,15 +63,17 @@ VERSION = _version()
 
 
 def take(x: torch.Tensor, axis: Axis | None, start: int, length: int) -> torch.Tensor:
-    """Positions [start, start + length) of the axis, contiguous and aligned; all of `x` where it is whole."""
+    """Positions [start, start + length) of the axis, contiguous; all of `x` where it is whole."""
     if axis is None:
         return x
     dim, outer, inner = axis
     rows = x.unflatten(dim, (outer, -1)).narrow(dim + 1, start * inner, length * inner)
-    chunk = rows.flatten(dim, dim + 1).contiguous()
-    # compiled bodies may rely on the alignment that the operand itself had
-    misaligned = (chunk.data_ptr() - x.data_ptr()) % 16 if chunk.data_ptr() % 16 else 0
-    return chunk.clone() if misaligned else chunk
+    return rows.flatten(dim, dim + 1).contiguous()
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """Compiled bodies read 16 bytes at a time, as they may from memory that torch has allocated."""
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def put(result: torch.Tensor, axis: Axis, start: int, length: int, chunk: torch.Tensor) -> None:
@@ -91,12 +93,13 @@ def run_loop(bodies: tuple[Body, Body | None], raw_spec: tuple[Any, ...], operan
     """Run the loop. Generated code calls this with the bodies that it compiled."""
     spec = LoopSpec(*raw_spec)
     total = axis_length(spec.ins, operands)
+    operands = [aligned(x) if axis is None else x for x, axis in zip(operands, spec.ins, strict=True)]
     results: list[Any] = [None] * len(spec.outs)
     for start in range(0, total, spec.chunk):
         length = min(spec.chunk, total - start)
         body = bodies[0] if length == spec.chunk else bodies[1]
         assert body is not None
-        chunk = [take(x, axis, start, length) for x, axis in zip(operands, spec.ins, strict=True)]
+        chunk = [aligned(take(x, axis, start, length)) for x, axis in zip(operands, spec.ins, strict=True)]
         outs = iter(body(chunk))
         for index, kind in enumerate(spec.outs):
             results[index] = _absorb(kind, results[index], outs, start, length, total)

@@ -166,7 +166,7 @@ def _full_and_tail(
     full, tail = make(chunk), make(ragged) if ragged != 0 else None
     if tail is not None and tail.outs != full.outs:
         raise AssertionError(f"the bodies of {chunk} and {ragged} positions differ: {full.outs}, {tail.outs}")
-    return (full.module, tail and tail.module), full.outs
+    return (full.module, tail.module if tail is not None else None), full.outs
 
 
 def _rebuilt(gm: GraphModule, replacements: list[Replacement], children: dict[str, GraphModule]) -> GraphModule:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mst_fx.body import Body, axis_of, forward_body
+from mst_fx.body import Body, Gradients, axis_of, differentiable_results, forward_body, gradient_body
 from mst_fx.loop import VERSION, LoopSpec, run_loop
 from mst_fx.lower import execute
-from mst_fx.placement import WHOLE, Split
+from mst_fx.mini_sequence import CallSpec, mini_sequence
+from mst_fx.placement import PARTIAL, WHOLE, Split
 from mst_fx.propagate import propagate
 from mst_fx.refusal import Refusal
 from mst_fx.rules import Result, Spans
@@ -127,13 +129,63 @@ def looped(module: GraphModule, stages: Stages, inputs: Sequence[torch.Tensor], 
 
 
 def run_forward(stages: Stages, operands: list[torch.Tensor], chunk: int) -> list[torch.Tensor]:
-    full, tail = (forward_body(stages, n) if n else None for n in (chunk, stages.length % chunk))
-    return run_loop((_callable(full), _callable(tail)), loop_spec(stages, chunk, full), operands)
+    bodies, outs = full_and_tail(stages, chunk, partial(forward_body, stages))
+    return run_loop(tuple(map(_on_a_list, bodies)), LoopSpec(VERSION, chunk, ins_of(stages), outs), operands)
 
 
-def loop_spec(stages: Stages, chunk: int, body: Body) -> LoopSpec:
-    return LoopSpec(VERSION, chunk, tuple(axis_of(stages, node) for node in stages.operands), body.outs)
+def _on_a_list(module: GraphModule | None) -> Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]:
+    return lambda operands: module(*operands)
 
 
-def _callable(body: Body | None) -> Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]:
-    return lambda operands: body.module(*operands)
+def ins_of(stages: Stages) -> tuple[Any, ...]:
+    return tuple(axis_of(stages, node) for node in stages.operands)
+
+
+def full_and_tail(
+    stages: Stages, chunk: int, make: Callable[[int | None], Body], any_length: bool = False
+) -> tuple[tuple[GraphModule, GraphModule | None], tuple[Any, ...]]:
+    """The bodies of a full chunk and of the ragged one, and how their outputs become results.
+
+    With `any_length` the ragged one is made for every length, as if the length were only known at run time.
+    """
+    ragged = stages.length % chunk
+    full, tail = make(chunk), make(None if any_length else ragged) if ragged else None
+    assert tail is None or tail.outs == full.outs
+    return (full.module, tail and tail.module), full.outs
+
+
+def differentiably_looped(
+    module: GraphModule, stages: Stages, inputs: Sequence[torch.Tensor], chunk: int, in_forward: bool, any_length: bool
+) -> list[torch.Tensor]:
+    """As `looped`, with results that can be differentiated.
+
+    Where the loop gives one scalar, `in_forward` makes its gradients in the forward; else they are recomputed.
+    """
+    env: dict[Node, Any] = dict(zip(placeholders(module), inputs, strict=True))
+    for node in stages.prologue:
+        env[node] = execute(module, node, env)
+    operands = [env[node] for node in stages.operands]
+    wanted = tuple(position for position, operand in enumerate(operands) if operand.requires_grad)
+    differentiable = differentiable_results(stages, wanted)
+    sinks = [stages.results[position] for position in differentiable]
+    in_forward = in_forward and len(sinks) == 1 and stages.placement(sinks[0]) == PARTIAL and is_scalar(sinks[0])
+    gradients = Gradients(wanted, differentiable, in_forward, "float32")
+    ins = ins_of(stages)
+    upstream = () if in_forward else tuple(axis_of(stages, node) for node in sinks)
+    forward, outs = full_and_tail(stages, chunk, partial(forward_body, stages), any_length)
+    backward, grad_outs = full_and_tail(stages, chunk, partial(gradient_body, stages, gradients), any_length)
+    spec = CallSpec(
+        "in_forward" if in_forward else "recompute",
+        tuple(LoopSpec(VERSION, chunk, ins, outs)),
+        tuple(LoopSpec(VERSION, chunk, upstream + ins, grad_outs)),
+        differentiable,
+        wanted,
+    )
+    env.update(zip(stages.results, mini_sequence(*forward, *backward, tuple(spec), *operands), strict=True))
+    for node in stages.epilogue:
+        env[node] = execute(module, node, env)
+    return [env[node] for node in stages.outputs]
+
+
+def is_scalar(node: Node) -> bool:
+    return node.meta["val"].numel() == 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from looping import Call, accepted_axes, aten_graph, looped, loop_everything, placed, placeholders, values
+from looping import Call, accepted_axes, aten_graph, loop_everything, looped, placed, placeholders, values
 from strategies import broadcasts, chunk_by_chunk, shapes
 
 from mst_fx.placement import Split
