@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.lower import fake_value, hint, lower
-from mst_fx.propagate import forbid_unruled
+from mst_fx.propagate import forbid_effects, forbid_unruled
 from mst_fx.provenance import op_name
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.rules.contraction import CONTRACTIONS
@@ -84,14 +84,15 @@ class Reader:
         opened = self.opened(node)
         if opened is None:
             return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} cannot be opened into aten ops")
-        for op in opened.graph.nodes:
-            if op.op == "get_attr":
-                return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} holds a constant tensor")
-            if op.op == "call_function":
-                try:
-                    forbid_unruled(op)
-                except Refusal as refusal:
-                    return Refusal(refusal.reason, node, refusal.text)
+        if any(op.op == "get_attr" for op in opened.graph.nodes):
+            return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} holds a constant tensor")
+        ops = [op for op in opened.graph.nodes if op.op == "call_function"]
+        try:
+            for forbid in (forbid_effects, forbid_unruled):  # what an op does comes before that nobody knows it
+                for op in ops:
+                    forbid(op)
+        except Refusal as refusal:
+            return Refusal(refusal.reason, node, f"{op_name(node)}: {refusal.text}")
         return None
 
     def numel(self, node: Node) -> int:

@@ -5,15 +5,20 @@ Legend: B sequences, S tokens each, D features. A layout is how tokens lie in th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from hypothesis import strategies as st
 from looping import indices, values
+from torch import nn
 
-ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": F.relu}
+ACTIVATIONS = {
+    "gelu": nn.functional.gelu,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "relu": nn.functional.relu,
+}
 WIDTHS = (2, 4, 6)
 IGNORED = -100
 
@@ -40,50 +45,49 @@ class Program(NamedTuple):
 
 
 def inputs_of(program: Program) -> list[torch.Tensor]:
-    """Stream, labels, mask, parameters."""
+    """Stream, labels, mask, parameters; the first three in the program's first layout."""
     B, S, D = program.sizes
-    shape = {"BSD": [B, S, D], "SBD": [S, B, D]}.get(program.start, [B * S, D])
-    parameters = [argument for step in program.steps for argument in step[1:] if isinstance(argument, list)]
     labels = indices(B, S, below=WIDTHS[0])
     if program.ignored == "some":
         labels[indices(B, S, below=3, seed=1) == 0] = IGNORED
-        labels[0, 0] = 1
+        labels[0, 0] = 1  # a mean over no label at all is another matter
     if program.ignored == "first":
         labels[:, : S // 2] = IGNORED
     mask = indices(B, S, below=3, seed=2) == 0
-    floats = [values(*shape)] + [values(*shape, seed=i) * 0.7 for i, shape in enumerate(parameters, start=1)]
-    stream, *rest = (x.requires_grad_() for x in floats)
-    return [stream, labels, mask, *rest]
-
-
-def arranged(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """A value of [B, S, ..] in another layout."""
-    by_sequence, merged = LAYOUTS[layout]
-    x = x if by_sequence else x.transpose(0, 1)
-    return x.reshape(-1, *x.shape[2:]) if merged else x
-
-
-def run(program: Program, x: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, *parameters: torch.Tensor):
-    B, S, _ = program.sizes
-    layout, left = program.start, iter(parameters)
-    for name, *arguments in program.steps:
-        given = [next(left) if isinstance(argument, list) else argument for argument in arguments]
-        if name == "layout":
-            x, layout = moved(x, layout, given[0], (B, S)), given[0]
-        elif name == "mask":
-            x = x.masked_fill(arranged(mask, layout).unsqueeze(-1), given[0])
-        else:
-            x = STEPS[name](x, *given)
-    return ENDS[program.end](x, arranged(labels, layout), arranged(mask, layout))
+    tokens = [moved(x, "BSD", program.start, (B, S)).contiguous() for x in (values(B, S, D), labels, mask)]
+    shapes = [argument for step in program.steps for argument in step[1:] if isinstance(argument, list)]
+    parameters = [values(*shape, seed=i) * 0.7 for i, shape in enumerate(shapes, start=1)]
+    for x in (tokens[0], *parameters):
+        x.requires_grad_()
+    return [*tokens, *parameters]
 
 
 def moved(x: torch.Tensor, before: str, after: str, lengths: tuple[int, int]) -> torch.Tensor:
-    """From one layout into another, with as few ops as possible."""
+    """A value of every token, from one layout into another."""
+    if before == after:
+        return x
     (by_sequence, merged), (then_by_sequence, then_merged) = LAYOUTS[before], LAYOUTS[after]
     if merged:
-        x = x.view(*(lengths if by_sequence else lengths[::-1]), x.shape[-1])
+        x = x.view(*(lengths if by_sequence else lengths[::-1]), *x.shape[1:])
     x = x if by_sequence == then_by_sequence else x.transpose(0, 1)
-    return x.reshape(-1, x.shape[-1]) if then_merged else x
+    return x.reshape(-1, *x.shape[2:]) if then_merged else x
+
+
+def run(program: Program, x: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, *parameters: torch.Tensor):
+    layout, left = program.start, iter(parameters)
+
+    def here(of_tokens: torch.Tensor) -> torch.Tensor:
+        return moved(of_tokens, program.start, layout, program.sizes[:2])
+
+    for name, *arguments in program.steps:
+        given = [next(left) if isinstance(argument, list) else argument for argument in arguments]
+        if name == "layout":
+            x, layout = moved(x, layout, given[0], program.sizes[:2]), given[0]
+        elif name == "mask":
+            x = x.masked_fill(here(mask).unsqueeze(-1), given[0])
+        else:
+            x = STEPS[name](x, *given)
+    return ENDS[program.end](x, here(labels), here(mask))
 
 
 def rms_norm(x, weight):
@@ -104,9 +108,9 @@ def residual(x, weight):
 
 
 STEPS = {
-    "linear": F.linear,
+    "linear": nn.functional.linear,
     "activation": lambda x, name: ACTIVATIONS[name](x),
-    "layer_norm": lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias),
+    "layer_norm": lambda x, weight, bias: nn.functional.layer_norm(x, weight.shape, weight, bias),
     "rms_norm": rms_norm,
     "softmax": lambda x: x.softmax(-1),
     "scale": lambda x, factor: x * factor,
@@ -117,7 +121,9 @@ STEPS = {
 
 
 def cross_entropy(reduction, x, labels, mask):
-    return F.cross_entropy(x.reshape(-1, x.shape[-1]), labels.reshape(-1), reduction=reduction, ignore_index=IGNORED)
+    return nn.functional.cross_entropy(
+        x.reshape(-1, x.shape[-1]), labels.reshape(-1), reduction=reduction, ignore_index=IGNORED
+    )
 
 
 def picked_mean(x, labels, mask):
@@ -147,26 +153,34 @@ def programs(draw: st.DrawFn) -> Program:
     sizes = (draw(st.sampled_from([1, 3])), draw(st.integers(2, 6)), draw(st.sampled_from(WIDTHS)))
     start = draw(st.sampled_from(list(LAYOUTS)))
     width, steps = sizes[2], []
-    for _ in range(draw(st.integers(1, 6))):
-        step = draw(step_of(width))
-        width = {"linear": lambda: step[1][0], "gate": lambda: width // 2}.get(step[0], lambda: width)()
-        steps.append(step)
-        if width == 1:  # too narrow for what comes next
-            steps.append(("linear", [WIDTHS[0], 1]))
+    for kind in [linear_of, *[step_of] * draw(st.integers(0, 5))]:
+        steps.append(draw(kind(width)))
+        width = width_after(steps[-1], width)
+        if width % 2:  # a gate needs halves
+            steps.append(("linear", [WIDTHS[0], width]))
             width = WIDTHS[0]
     end, ignored = draw(st.sampled_from(list(ENDS))), draw(st.sampled_from(["none", "some", "first"]))
     return Program(sizes, start, steps, end, ignored)
 
 
+def width_after(step: tuple, width: int) -> int:
+    if step[0] == "gate":
+        return width // 2
+    return step[1][0] if step[0] == "linear" else width
+
+
+def linear_of(width: int) -> st.SearchStrategy[tuple]:
+    """Without or with a bias."""
+    return st.sampled_from(WIDTHS).flatmap(
+        lambda out: st.sampled_from([("linear", [out, width]), ("linear", [out, width], [out])])
+    )
+
+
 def step_of(width: int) -> st.SearchStrategy[tuple]:
     """One step on values of this many features."""
     activation = st.sampled_from(list(ACTIVATIONS))
-    linear = st.sampled_from(WIDTHS).flatmap(
-        lambda out: st.sampled_from([("linear", [out, width]), ("linear", [out, width], [out])])
-    )
     return st.one_of(
-        linear,
-        linear,  # twice: what the library is for
+        linear_of(width),
         st.tuples(st.just("activation"), activation),
         st.tuples(st.just("gate"), activation),
         st.tuples(st.just("layout"), st.sampled_from(list(LAYOUTS))),
@@ -182,7 +196,3 @@ def step_of(width: int) -> st.SearchStrategy[tuple]:
             ]
         ),
     )
-
-
-def describe(steps: Sequence[tuple]) -> str:
-    return " ".join(step[0] for step in steps)

@@ -2,31 +2,161 @@
 
 import pytest
 import torch
-from hypothesis import event, example, given, note, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from looping import Call, aten_graph, as_list, differentiably_looped, placeholders
-from programs import Program, inputs_of, programs, run
+from looping import Call, as_list, aten_graph, differentiably_looped, indices, placeholders, values
+from programs import ENDS, IGNORED, LAYOUTS, STEPS, Program, inputs_of, programs, run
+from torch import nn
 
+from mst_fx.body import Gradients, gradient_body
 from mst_fx.lower import OPENINGS
 from mst_fx.stages import cut
 
-CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+CLOSE = {"rtol": 1e-9, "atol": 1e-11, "equal_nan": True}
+
+
+def check(call, chunk, in_forward=False, any_length=False):
+    """The stages, once their loop has given what eager execution gives."""
+    module = aten_graph(call, OPENINGS)
+    stages = cut(module, placeholders(module)[0])
+    chunk = min(chunk, stages.length)
+    results = differentiably_looped(module, stages, call.inputs, chunk, in_forward, any_length)
+    expected = as_list(call.function(*call.inputs))
+    torch.testing.assert_close(results, expected, **CLOSE)
+    torch.testing.assert_close(gradients(results, call.inputs), gradients(expected, call.inputs), **CLOSE)
+    return stages
 
 
 def gradients(outputs, inputs):
-    """Of all outputs at once, with an upstream gradient other than 1."""
+    """Of all outputs at once; the upstream gradient is not 1."""
     leaves = [x for x in inputs if x.requires_grad]
-    upstream = [torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y) * 1.7 for y in outputs]
+    upstream = [torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y) for y in outputs]
     return torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)
 
 
-def check(function, inputs, chunk, in_forward=False, any_length=False):
-    """The stages, after their loop has given what eager execution gives."""
-    module = aten_graph(Call(function, inputs), OPENINGS)
-    note(module.code) if in_hypothesis else None
-    stages = cut(module, placeholders(module)[0])
-    results = differentiably_looped(module, stages, inputs, min(chunk, stages.length), in_forward, any_length)
-    expected = as_list(function(*inputs))
-    torch.testing.assert_close(results, expected, **CLOSE)
-    torch.testing.assert_close(gradients(results, inputs), gradients(expected, inputs), **CLOSE)
-    return stages
+def call_of(program):
+    return Call(lambda *inputs: run(program, *inputs), inputs_of(program))
+
+
+def learnt(*shape, seed=0):
+    return values(*shape, seed=seed).requires_grad_()
+
+
+@given(programs(), st.integers(1, 7), st.booleans(), st.booleans())
+@settings(max_examples=60)
+def test_random_programs(program, chunk, in_forward, any_length):
+    stages = check(call_of(program), chunk, in_forward, any_length)
+    event(f"ragged: {stages.length % min(chunk, stages.length) > 0}")
+
+
+ARGUMENTS = {
+    "linear": ([4, 4], [4]),
+    "activation": ("gelu",),
+    "layer_norm": ([4], [4]),
+    "rms_norm": ([4],),
+    "scale": ([],),
+    "gate": ("silu",),
+    "per_head": (2,),
+    "residual": ([4, 4],),
+    "mask": (0.0,),
+}
+
+
+@pytest.mark.parametrize("step", [*STEPS, "mask"])
+@pytest.mark.parametrize("sizes", [(1, 5, 4), (3, 5, 4)])
+def test_every_step(step, sizes):
+    steps = [("linear", [4, 4]), (step, *ARGUMENTS.get(step, ()))]
+    stages = check(call_of(Program(sizes, "BSD", steps, "value", "none")), 2)
+    assert stages.length == 5
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("in_forward", [True, False])
+def test_every_end(end, in_forward):
+    check(call_of(Program((3, 5, 4), "BSD", [("linear", [4, 4], [4])], end, "some")), 2, in_forward)
+
+
+@pytest.mark.parametrize("before", LAYOUTS)
+@pytest.mark.parametrize("after", LAYOUTS)
+def test_every_layout(before, after):
+    steps = [("linear", [4, 4]), ("layout", after), ("linear", [4, 4]), ("layout", before)]
+    stages = check(call_of(Program((3, 5, 4), before, steps, "cross_entropy", "some")), 2)
+    assert stages.length == (15 if before == after and "[" in before else 5)
+
+
+@pytest.mark.parametrize("chunk", range(1, 8))
+@pytest.mark.parametrize("any_length", [False, True])
+def test_every_chunk_length(chunk, any_length):
+    steps = [("linear", [4, 4], [4]), ("activation", "gelu"), ("linear", [2, 4])]
+    check(call_of(Program((3, 7, 4), "BSD", steps, "cross_entropy", "first")), chunk, True, any_length)
+
+
+def loss(x, w, labels, **options):
+    return nn.functional.cross_entropy(
+        (x @ w.t()).view(-1, w.shape[0]), labels.view(-1), ignore_index=IGNORED, **options
+    )
+
+
+@pytest.mark.parametrize("in_forward", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_chunk_without_any_label(in_forward, reduction):
+    labels = indices(2, 6, below=5)
+    labels[:, 2:4] = IGNORED
+    function = lambda x, w, labels: loss(x, w, labels, reduction=reduction)  # noqa: E731
+    check(Call(function, [learnt(2, 6, 4), learnt(5, 4), labels]), 2, in_forward)
+
+
+@pytest.mark.parametrize("in_forward", [True, False])
+def test_no_label_at_all(in_forward):
+    # the loss is nan, its gradients are not
+    labels = torch.full((2, 6), IGNORED)
+    check(Call(loss, [learnt(2, 6, 4), learnt(5, 4), labels]), 4, in_forward)
+
+
+@pytest.mark.parametrize("in_forward", [True, False])
+def test_class_weights(in_forward):
+    function = lambda x, w, labels, weight: loss(x, w, labels, weight=weight)  # noqa: E731
+    inputs = [learnt(2, 6, 4), learnt(5, 4), indices(2, 6, below=5), values(5).abs()]
+    check(Call(function, inputs), 4, in_forward)
+
+
+# what runs before the loop, and how gradients of whole operands add up
+
+
+def test_what_only_depends_on_weights_runs_before_the_loop():
+    def scaled(x, w, scale):
+        return (x @ (w * scale.exp()).t()).relu()
+
+    stages = check(Call(scaled, [learnt(2, 6, 4), learnt(5, 4), learnt(5, 1)]), 4)
+    assert [node.target for node in stages.prologue] == [torch.ops.aten.exp.default, torch.ops.aten.mul.Tensor]
+    assert not set(stages.prologue) & set(stages.loop)
+
+
+def test_a_weight_that_is_used_twice():
+    check(Call(lambda x, w: torch.tanh(x @ w) @ w.t(), [learnt(3, 5, 4), learnt(4, 6)]), 2)
+    check(Call(lambda x, w: torch.tanh(x @ w) @ w, [learnt(3, 5, 4), learnt(4, 4)]), 2)
+
+
+def test_halves_of_one_weight():
+    def gated(x, w):
+        gate, up = w.chunk(2)
+        return nn.functional.silu(x @ gate.t()) * (x @ up.t())
+
+    check(Call(gated, [learnt(3, 5, 4), learnt(12, 4)]), 2)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_weight_gradient_leaves_the_body_as_two_factors(transposed):
+    function = (lambda x, w, b: x @ w.t() + b) if transposed else (lambda x, w, b: x @ w + b)
+    stages = check(Call(function, [learnt(6, 4), learnt(4, 4), learnt(4)]), 4)
+    body = gradient_body(stages, Gradients((1, 2), (0,), False, "float32"), 4)
+    assert [kind[0] for kind in body.outs] == ["outer", "sum"]
+    assert len([node for node in body.module.graph.nodes if node.target == torch.ops.aten.mm.default]) == 0
+
+
+def test_a_result_that_depends_on_no_learnt_value_has_no_gradient():
+    def masked(x, w, mask):
+        return ((x @ w).sum(-1) * mask).sum() / mask.sum()
+
+    stages = check(Call(masked, [learnt(3, 5, 4), learnt(4, 4), values(3, 5).abs()]), 2)
+    assert len(stages.results) == 2

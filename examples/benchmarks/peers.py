@@ -3,8 +3,8 @@
     python examples/benchmarks/peers.py                 # a GPU: Llama-3-8B's shapes, about four minutes
     python examples/benchmarks/peers.py --small         # anywhere: tiny shapes, times only
 
-Times are medians over rounds in which every method takes its turn, in random order and after an untimed step of its
-own, so that clocks, which follow the power that the last kernels drew, are the same for all. "Peak" is device
+Times are medians over rounds in which every method takes its turn, in random order: one untimed step, then a few timed
+in a row, so that clocks, which follow the power that the last kernels drew, are fair to all. "Peak" is device
 memory above the inputs, gradients included. Peers that are not installed are left out. Prints a Markdown table; --json
 writes the numbers.
 """
@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 import mst_fx
 
 Step = Callable[[], Any]
+IN_A_ROW = 3
 
 
 @dataclass
@@ -155,7 +156,7 @@ def measure(
     for _ in range(rounds):
         random.shuffle(alive)
         for name in alive:
-            steps[name]()  # clocks depend on what ran before: let that be the method itself
+            steps[name]()  # clocks depend on the power that what ran before drew: let that be the method itself
             times[name].append(time_of(steps[name], device))
     for name in alive:
         rows[name].ms = statistics.median(times[name])
@@ -181,17 +182,19 @@ def peak_of(step: Step, device: torch.device, leaves: Sequence[torch.Tensor]) ->
 
 
 def time_of(step: Step, device: torch.device) -> float:
-    """Milliseconds of one step."""
+    """Milliseconds of one step, the mean of a few in a row."""
     if device.type != "cuda":
         start = time.perf_counter()
-        step()
-        return (time.perf_counter() - start) * 1e3
+        for _ in range(IN_A_ROW):
+            step()
+        return (time.perf_counter() - start) * 1e3 / IN_A_ROW
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    step()
+    for _ in range(IN_A_ROW):
+        step()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end)
+    return begin.elapsed_time(end) / IN_A_ROW
 
 
 def table(rows: list[Row]) -> str:

@@ -1,0 +1,90 @@
+"""Hugging Face models, unmodified, trained through the backend: one through Inductor, the rest through AOTAutograd.
+
+In float32: transformers' norms and losses cast to float32 whatever the model's dtype is.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import assert_as_good_as_eager
+
+V = 160
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": V,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "use_cache": False,
+    "attn_implementation": "eager",
+}
+
+
+def config(name):
+    if name == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": V}
+        off = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "use_cache": False}
+        ends = {"bos_token_id": 1, "eos_token_id": 2}
+        return transformers.GPT2Config(**sizes, **off, **ends, attn_implementation="eager")
+    kinds = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "gemma2": "Gemma2Config", "phi3": "Phi3Config"}
+    extra = {"head_dim": 8} if name == "gemma2" else {}
+    return getattr(transformers, kinds[name])(**SIZES, **extra)
+
+
+def loss_of(model, ids, labels):
+    return model(input_ids=ids, labels=labels).loss
+
+
+PATTERNS = {"gpt2": "mlp"}
+NAMES = ["llama", "qwen2", "gpt2", "gemma2", "phi3"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_with_eagers_gradients(name, batch, checkpointing):
+    inner = "inductor" if (name, batch, checkpointing) == ("llama", 3, True) else "aot_eager"
+    model = make(name, checkpointing)
+    ids = torch.randint(0, V, (batch, 37))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    report = assert_as_good_as_eager(
+        model, (ids, labels), step=loss_of, dtype=torch.float32, chunk_tokens=16 * batch, inner=inner
+    )
+    patterns = [region.pattern for region in report.regions]
+    assert patterns.count(PATTERNS.get(name, "gated_mlp")) == 2, str(report)
+    assert patterns.count("cross_entropy") == 1, str(report)
+    assert {region.chunks for region in report.regions} == {3}
+
+
+def make(name, checkpointing=False):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config(name)).train()
+    model.loss_type = "ForCausalLM"  # transformers cannot tell it from GPT-2's class name; its warning breaks the graph
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def test_generation_prefill_computes_no_gradient():
+    import mst_fx
+
+    torch._dynamo.reset()
+    model = make("llama").eval()
+    ids = torch.randint(0, V, (2, 37))
+    compiled = torch.compile(
+        model, backend=mst_fx.backend, options={"min_bytes": 0, "chunk_tokens": 32, "inner": "eager"}
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+    report = mst_fx.reports()[-1]
+    assert {region.backward for region in report.regions} == {"none"}
+    assert [refusal.reason for refusal in report.refusals] == ["NO_LOSS"]

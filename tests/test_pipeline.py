@@ -1,0 +1,246 @@
+"""The backend as torch.compile sees it: options, modes, failures, refusals, the explanation."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from models import D, Gelu, MlpLM, V, tokens
+from numerics import looped
+from torch import nn
+
+import mst_fx
+from mst_fx import pipeline
+
+QUICK = {"min_bytes": 0, "chunk_tokens": 16, "inner": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def _reset():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+def test_entry_point_needs_no_import():
+    code = (
+        "import torch, sys; assert 'mst_fx' not in sys.modules;"
+        "f = torch.compile(lambda x: x + 1, backend='mst_fx', options={'inner': 'eager'});"
+        "print(f(torch.ones(2)).tolist(), 'mst_fx' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path("/"), check=True)
+    assert out.stdout.split("\n")[0] == "[2.0, 2.0] True"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk_token": 4}, "unknown option 'chunk_token'; ours are accumulate, chunk_tokens, disable, inner"),
+        ({"chunk_tokens": "4"}, "'chunk_tokens' takes a positive int or None, not '4'"),
+        ({"num_chunks": 0}, "'num_chunks' takes a positive int"),
+        ({"chunk_tokens": 4, "num_chunks": 2}, "exclude each other"),
+        ({"min_bytes": True}, "'min_bytes' takes an int of bytes"),
+        ({"accumulate": "bf16"}, "'accumulate' takes .*float32.*native"),
+        ({"inner": "nothing"}, "'inner' takes a callable or one of"),
+        ({"strict": 1}, "'strict' takes a bool"),
+        ({"disable": ["mpl"]}, "no pattern is called .*mpl.*; there are .*cross_entropy.*gated_mlp.*mlp"),
+        ({"inner": "eager", "max_autotune": True}, "takes neither a mode nor .*max_autotune"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_errors(options, message):
+    compiled = torch.compile(lambda x: x + 1, backend=mst_fx.backend, options=options)
+    with pytest.raises(Exception, match=message):
+        compiled(torch.ones(2))
+
+
+def test_mode_and_foreign_options_reach_inductor(monkeypatch):
+    from torch._inductor import compile_fx as module
+
+    seen = []
+    original = module.compile_fx
+    monkeypatch.setattr(module, "compile_fx", lambda *a, **k: seen.append(k.get("config_patches")) or original(*a, **k))
+    torch.compile(lambda x: x + 1, backend=mst_fx.backend, mode="max-autotune-no-cudagraphs")(torch.ones(2))
+    torch.compile(lambda x: x + 2, backend=mst_fx.backend, options={"epilogue_fusion": False, "strict": True})(
+        torch.ones(2)
+    )
+    patches = [entry for entry in seen if entry]  # compile_fx calls itself
+    assert patches[0]["max_autotune"] is True
+    assert patches[1] == {"epilogue_fusion": False}
+
+
+def test_mode_reaches_a_callable():
+    seen = {}
+
+    def inner(gm, inputs, **kwargs):
+        seen.update(kwargs)
+        return gm
+
+    torch.compile(lambda x: x + 1, backend=mst_fx.backend, options={"inner": inner, "triton.cudagraphs": True})(
+        torch.ones(2)
+    )
+    assert seen == {"options": {"triton.cudagraphs": True}}
+
+
+def broken(*args, **kwargs):
+    raise KeyError("a bug")
+
+
+def test_a_bug_in_the_pass_never_breaks_the_compile(monkeypatch, caplog):
+    monkeypatch.setattr(pipeline, "cut", broken)
+    model = MlpLM()
+    with caplog.at_level(logging.WARNING, "mst_fx"):
+        loss = torch.compile(model, backend=mst_fx.backend, options=QUICK)(*tokens())
+    torch.testing.assert_close(loss, model(*tokens()))
+    assert len([record for record in caplog.records if record.name == "mst_fx"]) == 1
+    assert [refusal.reason for refusal in mst_fx.reports()[-1].refusals] == ["INTERNAL"]
+
+
+def test_a_bug_in_the_pass_is_raised_when_strict(monkeypatch):
+    monkeypatch.setattr(pipeline, "cut", broken)
+    with pytest.raises(Exception, match="a bug"):
+        torch.compile(MlpLM(), backend=mst_fx.backend, options={**QUICK, "strict": True})(*tokens())
+
+
+def test_a_looped_graph_that_does_not_compile_is_compiled_unlooped(caplog):
+    def picky(gm, inputs):
+        if any("mini_sequence" in node.name for node in gm.graph.nodes):
+            raise RuntimeError("no loops here")
+        return gm
+
+    model = MlpLM()
+    with caplog.at_level(logging.WARNING, "mst_fx"):
+        loss = torch.compile(model, backend=mst_fx.backend, options={**QUICK, "inner": picky})(*tokens())
+    torch.testing.assert_close(loss, model(*tokens()))
+    assert "does not compile" in caplog.text
+
+
+def test_cpp_wrapper_is_refused():
+    torch.compile(MlpLM(), backend=mst_fx.backend, options={"min_bytes": 0, "cpp_wrapper": True})
+    _, report = pipeline._rewrite_safely(torch.fx.symbolic_trace(lambda x: x), mst_fx.Config(), {"cpp_wrapper": True})
+    assert [refusal.reason for refusal in report.refusals] == ["BACKEND"]
+
+
+def test_explain():
+    report = mst_fx.explain(MlpLM(), *tokens(2), options={"min_bytes": 0, "chunk_tokens": 32})
+    mlp, head = report.regions
+    assert (mlp.pattern, mlp.module, mlp.backward) == ("gated_mlp", "mlp.down", "recompute")
+    assert (head.pattern, head.backward, head.axis) == ("cross_entropy", "in_forward", "dim 1 (37 positions)")
+    assert mlp.chunks == head.chunks == 3
+    assert "models.py" in mlp.source
+    assert "self.down(F.silu(self.gate(x)) * self.up(x))" in mlp.source
+    assert "2 looped, 0 left alone" in str(report)
+
+
+def test_explain_of_a_small_model_says_why_not():
+    report = mst_fx.explain(MlpLM(), *tokens())
+    assert [refusal.reason for refusal in report.refusals] == ["SMALL", "SMALL"]
+    assert "min_bytes is 67,108,864" in str(report)
+
+
+def test_explain_counts_graphs():
+    def broken_in_two(x):
+        y = x + 1
+        torch._dynamo.graph_break()
+        return y * 2
+
+    assert mst_fx.explain(broken_in_two, torch.ones(2)).graphs == 2
+
+
+def test_disabled_pattern():
+    report = mst_fx.explain(MlpLM(), *tokens(), options={"min_bytes": 0, "disable": ["gated_mlp", "mlp"]})
+    assert [region.pattern for region in report.regions] == ["cross_entropy"]
+
+
+def test_num_chunks():
+    report = mst_fx.explain(MlpLM(), *tokens(2, 40), options={"min_bytes": 0, "num_chunks": 4})
+    assert [region.chunks for region in report.regions] == [4, 4]
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.mlp, self.head = nn.Embedding(V, D), Gelu(), nn.Linear(D, V)
+
+    def forward(self, ids, labels):
+        x = self.tokens(ids)
+        logits = self.head(x + self.mlp(x))
+        return logits, F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def test_returned_logits_are_refused_with_advice():
+    report = mst_fx.explain(Head(), *tokens(), options={"min_bytes": 0})
+    (refusal,) = report.refusals
+    assert (refusal.pattern, refusal.reason) == ("cross_entropy", "ESCAPES")
+    assert "is returned" in refusal.text
+    assert "do not return it" in refusal.advice
+
+
+def test_dropout_inside_is_refused():
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(D, 128), nn.Linear(128, D)
+
+        def forward(self, x):
+            return self.down(F.dropout(F.gelu(self.up(x)), 0.5, self.training))
+
+    model = MlpLM(Dropped())
+    report = mst_fx.explain(model, *tokens(), options={"min_bytes": 0})
+    assert [(refusal.pattern, refusal.reason) for refusal in report.refusals] == [("mlp", "RANDOM")]
+    assert "F.dropout(F.gelu(self.up(x)), 0.5, self.training)" in report.refusals[0].source
+    assert len(mst_fx.explain(model.eval(), *tokens(), options={"min_bytes": 0}).regions) == 2
+
+
+def test_one_compile_serves_every_length():
+    model = MlpLM()
+    compiled = looped(model)
+    before = len(mst_fx.reports())
+    for length in (37, 50, 2, 16, 17, 33, 64, 100, 5):
+        batch = tokens(2, length, ignored=1)
+        torch.testing.assert_close(compiled(*batch), model(*batch))
+    made = mst_fx.reports()[before:]
+    assert len(made) == 2  # the first length, then all of them
+    assert len(made[1].regions) == 2
+
+
+def test_ragged_lengths_through_inductor_with_one_compile():
+    model = MlpLM()
+    compiled = looped(model, inner="inductor")
+    before = len(mst_fx.reports())
+    for length in (37, 50, 3, 48, 41):
+        batch = tokens(1, length, ignored=1)
+        grads = []
+        for step in (model, compiled):
+            model.zero_grad()
+            step(*batch).backward()
+            grads.append([p.grad for p in model.parameters()])
+        for ours, eager in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, eager)
+    assert len(mst_fx.reports()) - before == 2
+
+
+CACHE_PROBE = """
+import sys, torch
+from torch._dynamo.utils import counters
+sys.path.insert(0, {tests!r})
+from models import MlpLM, tokens
+from numerics import looped
+torch.manual_seed(0)
+looped(MlpLM(), inner="inductor")(*tokens()).backward()
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+def test_second_process_hits_inductors_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    code = CACHE_PROBE.format(tests=str(Path(__file__).parent))
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(2)
+    ]
+    assert runs == [["0", "2"], ["2", "0"]]
