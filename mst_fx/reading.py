@@ -77,6 +77,11 @@ class Reader:
         weight = fake_value(right)
         return Contraction(left, right) if weight.dim() == 2 else None
 
+    def multiplies(self, node: Node) -> bool:
+        """Whether the node opens into a matrix product of any kind, as attention does."""
+        opened = self.opened(node)
+        return opened is not None and any(op.target in CONTRACTIONS for op in opened.graph.nodes)
+
     def obstacle(self, node: Node) -> Refusal | None:
         """Why a region must not run through this node; None where each of its ops has a placement rule."""
         if writes(node):
@@ -128,7 +133,12 @@ def _source(arg: Any) -> Any:
 
 
 def _is_weight(node: Node) -> bool:
-    return node.op in ("placeholder", "get_attr") and fake_value(node).dim() == 2
+    """A matrix that comes into the graph, or a view or cast of one."""
+    if fake_value(node).dim() != 2:
+        return False
+    return node.op in ("placeholder", "get_attr") or (
+        len(node.all_input_nodes) == 1 and _is_weight(node.all_input_nodes[0])
+    )
 
 
 def _signature(args: Any) -> Any:

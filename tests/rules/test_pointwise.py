@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from looping import Call, accepted_axes, aten_graph, loop_everything, looped, placed, placeholders, values
 from strategies import broadcasts, chunk_by_chunk, shapes
 
-from mst_fx.placement import Split
+from mst_fx.placement import WHOLE, Split
 from mst_fx.refusal import Reason, Refusal
 
 aten = torch.ops.aten
@@ -81,6 +81,15 @@ def test_a_short_operand_is_aligned_from_the_right(function):
 @pytest.mark.parametrize("function", [f for f, count in OPERANDS.items() if count == 3])
 def test_a_whole_operand_without_the_dim_stays_whole(function):
     assert placed(Call(function, [values(4, 6), values(6), values(1, 6)]), Split(0)) == [Split(0)]
+
+
+@pytest.mark.parametrize("op", [aten.add.Tensor, aten.mul.Tensor])
+def test_a_scalar_operand_stays_whole(op):
+    inputs = [values(4, 6), values()]
+    module = aten_graph(Call(op, inputs))
+    stages = loop_everything(module, placeholders(module)[0], Split(0))
+    assert stages.placements.of[placeholders(module)[1]] == WHOLE
+    torch.testing.assert_close(looped(module, stages, inputs, 3), [op(*inputs)])
 
 
 def test_operands_split_along_different_dims_are_refused():

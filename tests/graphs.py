@@ -1,0 +1,75 @@
+"""Captured graphs, the rewrite without a compiler behind it, and graphs as text for goldens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+import mst_fx
+from mst_fx.loop import VERSION
+from mst_fx.mini_sequence import CallSpec, mini_sequence
+from mst_fx.pattern import patterns
+from mst_fx.pipeline import rewrite
+
+
+def captured(fn: Callable[..., Any], *inputs: Any) -> GraphModule:
+    """The graph that Dynamo hands to a backend."""
+    seen: list[GraphModule] = []
+    torch._dynamo.reset()
+    torch.compile(fn, backend=lambda gm, _: seen.append(gm) or gm, fullgraph=True)(*inputs)
+    return seen[0]
+
+
+def rewritten(gm: GraphModule, **options: Any) -> tuple[GraphModule, mst_fx.Report]:
+    """The graph with loops of 4 tokens, and the report."""
+    config = mst_fx.Config(**{"min_bytes": 0, "chunk_tokens": 4, **options})
+    return rewrite(gm, config, patterns(config.disable))
+
+
+def text(gm: GraphModule) -> str:
+    """One line a node."""
+    return "\n".join(_line(node) for node in gm.graph.nodes) + "\n"
+
+
+def _line(node: Node) -> str:
+    if node.op in ("placeholder", "get_attr"):
+        return f"{node.op} {node.name}"
+    if node.op == "output":
+        return f"return {_show(node.args[0])}"
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    arguments = [_show(arg) for arg in node.args] + [f"{key}={_show(value)}" for key, value in node.kwargs.items()]
+    if node.target is mini_sequence:
+        spec = [f"\n    {_show(field)}" for field in CallSpec(*node.args[4])]
+        arguments = ["\n    " + ", ".join(arguments[:4]), *spec, "\n    " + ", ".join(arguments[5:])]
+        return f"{node.name} = {name}({','.join(arguments)})"
+    return f"{node.name} = {'.' if node.op == 'call_method' else ''}{name}({', '.join(arguments)})"
+
+
+def _show(arg: Any) -> str:
+    if isinstance(arg, (tuple, list)):
+        return "(" + ", ".join(_show(item) for item in arg if item != VERSION) + ")"
+    return str(arg)
+
+
+def refusal_of(fn: Callable[..., Any], *inputs: Any, **options: Any) -> mst_fx.report.RefusedRegion:
+    """The one refusal of a graph, which must have stayed as it was."""
+    gm = captured(fn, *inputs)
+    before = text(gm)
+    after, report = rewritten(gm, **options)
+    assert after is gm
+    assert text(gm) == before
+    assert not report.regions
+    (refusal,) = report.refusals
+    return refusal
+
+
+def assert_untouched(fn: Callable[..., Any], *inputs: Any) -> None:
+    """No pattern has anything to say."""
+    gm = captured(fn, *inputs)
+    after, report = rewritten(gm)
+    assert after is gm
+    assert not report.regions
+    assert not report.refusals

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import expecttest
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from graphs import assert_untouched, captured, refusal_of, rewritten, text
+
+N, D, V = 10, 8, 50
+
+
+def inputs(batch=None):
+    shape = (N, D) if batch is None else (batch, N, D)
+    x, w = torch.randn(*shape, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    return x, w, torch.randint(0, V, shape[:-1])
+
+
+def loss(x, w, y):
+    return F.cross_entropy(F.linear(x, w).float().view(-1, V), y.view(-1))
+
+
+class TestGolden(expecttest.TestCase):
+    def test_mean(self):
+        gm = captured(loss, *inputs())
+        self.assertExpectedInline(
+            text(gm),
+            """\
+placeholder l_x_
+placeholder l_w_
+placeholder l_y_
+linear = linear(l_x_, l_w_)
+float_1 = .float(linear)
+view = .view(float_1, -1, 50)
+view_1 = .view(l_y_, -1)
+cross_entropy = cross_entropy(view, view_1)
+return (cross_entropy)
+""",
+        )
+        looped, _ = rewritten(gm)
+        self.assertExpectedInline(
+            text(looped),
+            """\
+placeholder l_x_
+placeholder l_w_
+placeholder l_y_
+view_1 = .view(l_y_, -1)
+get_attr mini_sequence_forward_0
+get_attr mini_sequence_forward_tail_0
+get_attr mini_sequence_backward_0
+get_attr mini_sequence_backward_tail_0
+mini_sequence = mini_sequence(
+    mini_sequence_forward_0, mini_sequence_forward_tail_0, mini_sequence_backward_0, mini_sequence_backward_tail_0,
+    in_forward,
+    (4, ((0, 1, 1), None, (0, 1, 1)), ((sum, torch.float32), (sum, torch.float32))),
+    (4, ((0, 1, 1), None, (0, 1, 1)), ((sum, torch.float32), (sum, torch.float32), (rows, 1, (0, 1, 1), (0, 8)), (outer, torch.float32, torch.float32))),
+    (0),
+    (0, 1),
+    l_x_, l_w_, view_1)
+getitem = getitem(mini_sequence, 0)
+getitem_1 = getitem(mini_sequence, 1)
+div = div.Tensor(getitem, getitem_1)
+return (div)
+""",
+        )
+        self.assertExpectedInline(
+            text(looped.mini_sequence_forward_0),
+            """\
+placeholder arg0_1
+placeholder arg1_1
+placeholder arg2_1
+t = t.default(arg1_1)
+mm = mm.default(arg0_1, t)
+view = view.default(mm, (4, 50))
+_log_softmax = _log_softmax.default(view, 1, False)
+nll_loss_forward = nll_loss_forward.default(_log_softmax, arg2_1, None, 2, -100)
+getitem = getitem(nll_loss_forward, 0)
+getitem_1 = getitem(nll_loss_forward, 1)
+return (getitem, getitem_1)
+""",
+        )
+
+    def test_batch_and_shifted_labels(self):
+        def shifted(x, w, y):
+            y = F.pad(y, (0, 1), value=-100)[..., 1:].contiguous()
+            return F.cross_entropy(torch.tanh(F.linear(x, w) / 30).view(-1, V) * 30, y.view(-1), reduction="sum")
+
+        looped, _ = rewritten(captured(shifted, *inputs(3)))
+        self.assertExpectedInline(
+            text(looped),
+            """\
+placeholder l_y_
+placeholder l_x_
+placeholder l_w_
+pad = pad(l_y_, (0, 1), constant, -100)
+getitem = getitem(pad, (Ellipsis, slice(1, None, None)))
+y = .contiguous(getitem)
+view_1 = .view(y, -1)
+get_attr mini_sequence_forward_0
+get_attr mini_sequence_backward_0
+mini_sequence = mini_sequence(
+    mini_sequence_forward_0, None, mini_sequence_backward_0, None,
+    in_forward,
+    (1, ((1, 1, 1), None, (0, 3, 1)), ((sum, torch.float32))),
+    (1, ((1, 1, 1), None, (0, 3, 1)), ((sum, torch.float32), (cat, 1, 1, 1), (outer, torch.float32, torch.float32))),
+    (0),
+    (0, 1),
+    l_x_, l_w_, view_1)
+getitem_1 = getitem(mini_sequence, 0)
+return (getitem_1)
+""",
+        )
+
+
+def test_rewriting_twice_changes_nothing():
+    looped, _ = rewritten(captured(loss, *inputs(2)))
+    again, report = rewritten(looped)
+    assert again is looped
+    assert not report.regions
+
+
+def test_per_token_losses_recompute():
+    def per_token(x, w, y):
+        return F.cross_entropy(F.linear(x, w), y, reduction="none")
+
+    _, report = rewritten(captured(per_token, *inputs()))
+    assert [region.backward for region in report.regions] == ["recompute"]
+
+
+def test_hinge_loss_is_no_cross_entropy():
+    assert_untouched(lambda x, w, y: F.multi_margin_loss(F.linear(x, w), y), *inputs())
+
+
+def test_returned_logits():
+    def both(x, w, y):
+        logits = F.linear(x, w)
+        return logits, F.cross_entropy(logits, y)
+
+    refusal = refusal_of(both, *inputs())
+    assert (refusal.pattern, refusal.reason) == ("cross_entropy", "ESCAPES")
+    assert refusal.text == "torch.nn.functional.linear is returned"
+
+
+def test_logits_without_a_loss():
+    refusal = refusal_of(lambda x, w, y: F.linear(x, w), *inputs())
+    assert (refusal.pattern, refusal.reason) == ("cross_entropy", "NO_LOSS")
+
+
+def test_loss_without_a_head():
+    refusal = refusal_of(lambda logits, y: F.cross_entropy(logits, y), torch.randn(N, V), torch.randint(0, V, (N,)))
+    assert (refusal.pattern, refusal.reason) == ("cross_entropy", "NO_HEAD")
+
+
+@pytest.mark.parametrize("shift", [lambda z: z - z.mean(), lambda z: z - z.mean(0)])
+def test_logits_centred_over_tokens(shift):
+    refusal = refusal_of(lambda x, w, y: F.cross_entropy(shift(F.linear(x, w)), y), *inputs())
+    assert refusal.reason == "TWO_PASSES"
