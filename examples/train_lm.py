@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -66,7 +65,6 @@ class Row:
 
     loss: float
     step_ms: float
-    compile_s: float
     state_mib: float
     peak_mib: float
 
@@ -160,30 +158,16 @@ class Trainer:
         return Row(
             loss=statistics.mean(last),
             step_ms=median * 1e3,
-            compile_s=sum(self.seconds[:COMPILING_STEPS]) - COMPILING_STEPS * median,
             state_mib=state_bytes(self.model, self.optimizer) / 2**20,
             peak_mib=peak_bytes(self.step, input_ids) / 2**20,
         )
 
 
-def compile_both(plain: Trainer, looped: Trainer, first: list[torch.Tensor], bar: tqdm) -> None:
-    """The first steps; each run with empty caches and a warm compiler, else the compile times do not compare."""
-    for name, trainer in (("torch.compile", plain), ("mst_fx", looped)):
-        bar.set_description(f"compiling, {name}")
-        with fresh_cache():
-            warm_up = torch.ones(64, device=first[0].device, requires_grad=True)
-            torch.compile(lambda x: x.sin().sum())(warm_up).backward()
-            for input_ids in first:
-                trainer.step(input_ids)
-    bar.update(len(first))
-
-
 def train(plain: Trainer, looped: Trainer, data: Iterator[torch.Tensor], steps: int) -> None:
     """Both take every step in turn, so that whatever else the machine does slows both alike."""
     with tqdm(total=steps, unit="step") as bar:
-        compile_both(plain, looped, [next(data) for _ in range(COMPILING_STEPS)], bar)
-        bar.set_description("training")
-        for _ in range(COMPILING_STEPS, steps):
+        for step in range(steps):
+            bar.set_description("compiling" if step < COMPILING_STEPS else "training")
             input_ids = next(data)
             plain.step(input_ids)
             looped.step(input_ids)
@@ -218,7 +202,6 @@ def table(plain: Row, looped: Row) -> str:
     rows = [
         (f"loss, mean of last {LAST_STEPS} steps", plain.loss, looped.loss, ".4f"),
         ("step, ms (median)", plain.step_ms, looped.step_ms, ".1f"),
-        ("compile, s", plain.compile_s, looped.compile_s, ".1f"),
         ("weights and optimizer, MiB", plain.state_mib, looped.state_mib, ",.1f"),
         ("peak of a step above these, MiB", plain.peak_mib, looped.peak_mib, ",.1f"),
     ]
