@@ -95,8 +95,13 @@ class _GradientsInForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         factor = tangents[ctx.spec.differentiable[0]]
-        grads = tuple((grad * factor).to(grad.dtype) for grad in ctx.saved_tensors)
+        grads = tuple(_scaled(grad, factor) for grad in ctx.saved_tensors)
         return (None, None, None, *_placed(ctx.spec, grads, ctx.count))
+
+
+def _scaled(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Times the upstream factor, but 0 stays 0: without any label the factor is infinite, and the gradients are 0."""
+    return torch.where(grad == 0, grad, grad * factor).to(grad.dtype)
 
 
 def _placed(spec: CallSpec, grads: tuple[torch.Tensor, ...], count: int) -> list[torch.Tensor | None]:

@@ -72,6 +72,10 @@ def through_view(split: Split, before: Sequence[int], after: Sequence[int]) -> S
     return None
 
 
+def _refines(part: Split, split: Split) -> bool:
+    return sure(part.outer % split.outer == 0) and sure(part.inner % split.inner == 0)
+
+
 def refinements(split: Split, before: Sequence[int], after: Sequence[int]) -> list[Split]:
     """The parts of an axis that a view spreads over several dims, as splits of the value before the view."""
     in_front = prod(before[: split.dim])
@@ -81,6 +85,6 @@ def refinements(split: Split, before: Sequence[int], after: Sequence[int]) -> li
         front, back = prod(after[:dim]), prod(after[dim + 1 :])
         if sure(size > 1) and sure(front % in_front == 0) and sure(back % behind == 0):
             part = Split(split.dim, front // in_front, back // behind)
-            if sure(part.outer * size * part.inner == before[split.dim]) and sure(part.outer % split.outer == 0):
+            if sure(part.outer * size * part.inner == before[split.dim]) and _refines(part, split):
                 parts.append(part)
     return parts

@@ -60,9 +60,8 @@ def _rows(value: Node, kind: Kind) -> tuple[list[Factors], Kind]:
     """The products that add up to the rows of a result whose chunks lie one behind the other."""
     sizes = list(value.meta["val"].shape)
     dim, outer, inner = kind[1:]
-    products = _summands(value, sizes[-1])
-    if outer != 1 or prod(sizes[:dim]) != 1 or dim == len(sizes) - 1 or not products:
-        return [], kind
+    contiguous = outer == 1 and prod(sizes[:dim]) == 1
+    products = _summands(value, sizes[-1]) if contiguous and dim < len(sizes) - 1 else []
     sizes[dim] = 0
     return products, ("rows", len(products), (dim, outer, inner), tuple(sizes))
 
@@ -71,7 +70,7 @@ def _summands(value: Node, width: int) -> list[Factors]:
     """Factors of the products that a value is the sum of; none where it is anything else."""
     while value.target in (*RESHAPES, aten.detach.default):
         value = value.all_input_nodes[0]
-    if value.meta["val"].shape[-1] != width:
+    if list(value.meta["val"].shape[-1:]) != [width]:
         return []
     if value.target == aten.mm.default:
         left, right = value.args

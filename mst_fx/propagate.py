@@ -20,6 +20,7 @@ from mst_fx.lower import is_size
 from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.rules import Demand, Result, args_of, demands_of, mixed, rule_for
+from mst_fx.rules.creation import FILLS
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def propagate(graph: Graph, seeds: Mapping[Node, Split]) -> Placements:
         Refusal: an op without a rule, or one that makes positions of the axis depend on one another.
         Spans: the axis must be cut along a part of it.
     """
+    for node in graph.nodes:
+        forbid_effects(node)
     forced: dict[Node, Split] = dict(seeds)
     while True:
         try:
@@ -77,8 +80,16 @@ def _walk(graph: Graph, forced: Mapping[Node, Split]) -> Placements:
             _check_epilogue(node, flow.placements, epilogue)
             epilogue[node] = None
             continue
+        if node in forced and node.target not in FILLS:  # a fill reads no more than its operand's dtype
+            _check_forced(node, flow)
         flow.placements[node] = forced.get(node) or _place(node, flow)
     return Placements(flow.placements, tuple(epilogue))
+
+
+def _check_forced(node: Node, flow: _Walk) -> None:
+    """What makes a part by itself must not read parts of something."""
+    if any(flow.placements[operand] != WHOLE for operand in node.all_input_nodes):
+        raise mixed(node, "is needed split one way, and its operand is split another way")
 
 
 def _place(node: Node, flow: _Walk) -> Result:
@@ -92,7 +103,6 @@ def _place(node: Node, flow: _Walk) -> Result:
         source, index = args_of(node)
         placement = flow.placements[source]
         return placement[index] if isinstance(placement, tuple) else placement
-    forbid_effects(node)
     rule = rule_for(node.target)
     if rule is None:
         if all(flow.placements[operand] == WHOLE for operand in node.all_input_nodes):
@@ -102,10 +112,9 @@ def _place(node: Node, flow: _Walk) -> Result:
 
 
 def forbid_unruled(node: Node) -> None:
-    """Raise a refusal for an aten node that no region can hold, wherever its operands lie."""
+    """Raise a refusal for an aten node that has no placement rule."""
     if is_size(node.meta.get("val")) or getattr(node.target, "__name__", "") == "getitem":
         return
-    forbid_effects(node)
     if rule_for(node.target) is None:
         raise Refusal(Reason.UNKNOWN_OP, node, f"{node.target} has no placement rule")
 
@@ -120,7 +129,6 @@ def forbid_effects(node: Node) -> None:
 
 
 def _check_epilogue(node: Node, placements: Mapping[Node, Result], epilogue: Mapping[Node, None]) -> None:
-    forbid_effects(node)
     for operand in node.all_input_nodes:
         if operand not in epilogue and isinstance(placements[operand], Split):
             text = f"{node.target} needs a sum over the axis and every position of it"

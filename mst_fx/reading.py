@@ -52,8 +52,8 @@ class Reader:
             return None
         if writes(node):
             return None  # running it would change the captured values
-        if any(fake_value(operand) is None for operand in node.all_input_nodes):
-            return None
+        if not _tensors(node) or any(fake_value(operand) is None for operand in node.all_input_nodes):
+            return None  # what gives no tensor is there for its effect: autocast, grad mode, ...
         try:
             return lower(self.owner, [node], node.all_input_nodes, [node])
         except Exception:  # the user's op may do anything; one that cannot be traced alone is simply not understood
@@ -102,9 +102,12 @@ class Reader:
 
     def numel(self, node: Node) -> int:
         """Elements of the node's value as captured, added up where it is a tuple."""
-        value = fake_value(node)
-        tensors = value if isinstance(value, (tuple, list)) else [value]
-        return sum(hint(t.numel()) for t in tensors if isinstance(t, torch.Tensor))
+        return sum(hint(tensor.numel()) for tensor in _tensors(node))
+
+
+def _tensors(node: Node) -> list[torch.Tensor]:
+    value = fake_value(node)
+    return [x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, torch.Tensor)]
 
 
 def writes(node: Node) -> bool:

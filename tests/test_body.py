@@ -145,13 +145,26 @@ def test_halves_of_one_weight():
     check(Call(gated, [learnt(3, 5, 4), learnt(12, 4)]), 2)
 
 
-@pytest.mark.parametrize("transposed", [True, False])
-def test_a_weight_gradient_leaves_the_body_as_two_factors(transposed):
-    function = (lambda x, w, b: x @ w.t() + b) if transposed else (lambda x, w, b: x @ w + b)
-    stages = check(Call(function, [learnt(6, 4), learnt(4, 4), learnt(4)]), 4)
+@pytest.mark.parametrize(("sizes", "length"), [((2, 5, 4), 5), ((5, 2, 4), 5)])
+def test_a_result_in_merged_dims(sizes, length):
+    steps = [("linear", [4, 4]), ("activation", "tanh"), ("layout", "[BS]D"), ("activation", "silu")]
+    assert check(call_of(Program(sizes, "BSD", steps, "value", "none")), 2).length == length
+
+
+WEIGHTS = {
+    "x @ w": lambda: (lambda x, w, b: x @ w + b, learnt(4, 6)),
+    "x @ w.t()": lambda: (lambda x, w, b: x @ w.t() + b, learnt(6, 4)),
+    "columns in memory": lambda: (lambda x, w, b: x @ w + b, values(6, 4).t().requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_weight_gradient_leaves_the_body_as_two_factors(weight):
+    function, w = WEIGHTS[weight]()
+    stages = check(Call(function, [learnt(7, 4), w, learnt(6)]), 4)
     body = gradient_body(stages, Gradients((1, 2), (0,), False, "float32"), 4)
     assert [kind[0] for kind in body.outs] == ["outer", "sum"]
-    assert len([node for node in body.module.graph.nodes if node.target == torch.ops.aten.mm.default]) == 0
+    assert not any(node.target == torch.ops.aten.mm.default for node in body.module.graph.nodes)
 
 
 def test_a_result_that_depends_on_no_learnt_value_has_no_gradient():

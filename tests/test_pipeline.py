@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from models import D, Gelu, MlpLM, V, tokens
-from numerics import looped
+from numerics import looped, relative_error
 from torch import nn
 
 import mst_fx
@@ -220,7 +220,7 @@ def test_ragged_lengths_through_inductor_with_one_compile():
             step(*batch).backward()
             grads.append([p.grad for p in model.parameters()])
         for ours, eager in zip(*grads, strict=True):
-            torch.testing.assert_close(ours, eager)
+            assert relative_error(ours, eager) < 1e-5
     assert len(mst_fx.reports()) - before == 2
 
 
@@ -229,7 +229,7 @@ import sys, torch
 from torch._dynamo.utils import counters
 sys.path.insert(0, {tests!r})
 from models import MlpLM, tokens
-from numerics import looped
+from numerics import looped, relative_error
 torch.manual_seed(0)
 looped(MlpLM(), inner="inductor")(*tokens()).backward()
 print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])

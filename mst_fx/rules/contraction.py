@@ -26,13 +26,15 @@ def product_plus(node: Node, flow: Flow) -> Placement:
     result = _product(node, flow, left, right)
     if result == PARTIAL:
         raise mixed(node, "adds a bias to a sum over the axis")
+    expected: Placement = WHOLE
     if isinstance(result, Split):
         shape = shape_of(bias)
         dim = result.dim - len(shape_of(node)) + len(shape)
-        if dim >= 0 and shape[dim] != 1 and flow.of(bias) != result.moved(dim):
-            raise Demand(_node(bias), result.moved(dim))
-    elif flow.of(bias) != WHOLE:
-        raise mixed(node, "adds a split bias to a whole product")
+        expected = result.moved(dim) if dim >= 0 and shape[dim] != 1 else WHOLE
+    if flow.of(bias) == WHOLE and isinstance(expected, Split):
+        raise Demand(_node(bias), expected)
+    if flow.of(bias) != expected:
+        raise mixed(node, f"adds a bias placed as {flow.of(bias)} to a product placed as {result}")
     return result
 
 
@@ -56,6 +58,7 @@ def product_back(node: Node, split: Split) -> dict[Node, Split]:
 
 def _product(node: Node, flow: Flow, left: object, right: object) -> Placement:
     rows, inner = len(shape_of(left)) - 2, len(shape_of(left)) - 1
+    batch = {0: 0} if rows == 1 else {}
     a, b = flow.of(left), flow.of(right)
     if isinstance(a, Split) and a.dim == inner and b == a.moved(rows):
         return PARTIAL
@@ -64,19 +67,17 @@ def _product(node: Node, flow: Flow, left: object, right: object) -> Placement:
     if a == WHOLE and b == WHOLE:
         return WHOLE
     if isinstance(a, Split) and b == WHOLE:
-        return _one_split(node, a, free=rows, partner=right, partner_dim={inner: rows, 0: 0}.get(a.dim))
+        return _one_split(node, a, free=rows, partner=right, shared={inner: rows, **batch})
     if isinstance(b, Split) and a == WHOLE:
-        return _one_split(node, b, free=inner, partner=left, partner_dim={rows: inner, 0: 0}.get(b.dim))
+        return _one_split(node, b, free=inner, partner=left, shared={**batch, rows: inner})
     raise mixed(node, f"combines values placed as {a} and {b}")
 
 
-def _one_split(node: Node, split: Split, free: int, partner: object, partner_dim: int | None) -> Placement:
+def _one_split(node: Node, split: Split, free: int, partner: object, shared: dict[int, int]) -> Placement:
     """Only one operand is split: along its free dim the result is; along a shared dim the partner must be too."""
     if split.dim == free:
         return split
-    if partner_dim is None:
-        raise mixed(node, f"shares the split dim {split.dim} with nothing")
-    raise Demand(_node(partner), split.moved(partner_dim))
+    raise Demand(_node(partner), split.moved(shared[split.dim]))
 
 
 def _node(arg: object) -> Node:

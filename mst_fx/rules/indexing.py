@@ -25,6 +25,8 @@ def gather(node: Node, flow: Flow) -> Placement:
         return WHOLE
     if split.dim == dim % len(shape_of(source)):
         raise mixed(node, "gathers along the split dim")
+    if shape_of(source)[split.dim] != shape_of(index)[split.dim]:
+        raise mixed(node, "has fewer indices than rows")
     for operand, placement in ((source, a), (index, b)):
         if placement == WHOLE:
             raise Demand(operand, split)

@@ -18,8 +18,8 @@ def nll_loss(node: Node, flow: Flow) -> Result:
     scores, target, weight, reduction = args_of(node)[:4]
     split = flow.of(scores)
     if not isinstance(split, Split):
-        if flow.of(target) != WHOLE:
-            raise mixed(node, "has split targets for whole scores")
+        if flow.of(target) != WHOLE or flow.of(weight) != WHOLE:
+            raise mixed(node, "has split targets or class weights for whole scores")
         return (WHOLE, WHOLE)
     if split.dim == len(shape_of(scores)) - 1 or reduction == MEAN:
         raise mixed(node, "reduces over the split dim")

@@ -6,6 +6,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.placement import WHOLE, Placement, Split
+from mst_fx.refusal import Reason, Refusal
 from mst_fx.rules.registry import Demand, Flow, back, mixed, rule, shape_of
 
 aten = torch.ops.aten
@@ -25,6 +26,8 @@ COPIES = (
 @rule("pointwise", *COPIES)
 def pointwise(node: Node, flow: Flow) -> Placement:
     """Every operand that has the split dim must be split there; a size of 1 broadcasts."""
+    if not isinstance(node.meta["val"], torch.Tensor):
+        raise Refusal(Reason.UNKNOWN_OP, node, f"{node.target} has several results and no rule of its own")
     rank = len(shape_of(node))
     split = aligned_split(node, flow, rank)
     if split is None:

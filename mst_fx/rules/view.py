@@ -112,6 +112,8 @@ def join(node: Node, flow: Flow) -> Placement:
     if split is None:
         return WHOLE
     for part in parts:
+        if len(shape_of(part)) != len(shape_of(parts[0])):
+            raise mixed(node, "joins values of different ranks")
         if flow.of(part) == WHOLE:
             raise Demand(part, split)
         if flow.of(part) != split:
