@@ -46,20 +46,16 @@ placeholder l_up_
 placeholder l_a_
 placeholder l_down_
 placeholder l_b_
-_to_copy = _to_copy.default(l_a_, dtype=torch.bfloat16)
-_to_copy_1 = _to_copy.default(l_up_, dtype=torch.bfloat16)
-_to_copy_3 = _to_copy.default(l_b_, dtype=torch.bfloat16)
-_to_copy_4 = _to_copy.default(l_down_, dtype=torch.bfloat16)
 get_attr mini_sequence_forward_0
 get_attr mini_sequence_backward_0
 mini_sequence = mini_sequence(
     mini_sequence_forward_0, None, mini_sequence_backward_0, None,
     recompute,
     (2, ((1, 1, 1), None, None, None, None), ((cat, 1, 1, 1))),
-    (2, ((1, 1, 1), (1, 1, 1), None, None, None, None), ((cat, 1, 1, 1), (sum, torch.float32), (outer, torch.float32, torch.bfloat16), (sum, torch.float32), (outer, torch.float32, torch.bfloat16))),
+    (2, ((1, 1, 1), (1, 1, 1), None, None, None, None), ((cat, 1, 1, 1), (outer, torch.float32, torch.float32), (sum, torch.float32), (outer, torch.float32, torch.float32), (sum, torch.float32))),
     (0),
     (0, 1, 2, 3, 4),
-    l_x_, _to_copy, _to_copy_1, _to_copy_3, _to_copy_4)
+    l_x_, l_up_, l_a_, l_down_, l_b_)
 getitem = getitem(mini_sequence, 0)
 return (getitem)
 """,
@@ -80,20 +76,16 @@ placeholder l_up_
 placeholder l_b_
 placeholder l_down_
 view = .view(l_x_, -1, 8)
-_to_copy = _to_copy.default(l_up_, dtype=torch.bfloat16)
-_to_copy_2 = _to_copy.default(l_a_, dtype=torch.bfloat16)
-_to_copy_3 = _to_copy.default(l_down_, dtype=torch.bfloat16)
-_to_copy_4 = _to_copy.default(l_b_, dtype=torch.bfloat16)
 get_attr mini_sequence_forward_0
 get_attr mini_sequence_backward_0
 mini_sequence = mini_sequence(
     mini_sequence_forward_0, None, mini_sequence_backward_0, None,
     recompute,
-    (2, ((0, 2, 1), None, None, None, None), ((cat, 0, 2, 1))),
-    (2, ((0, 2, 1), (0, 2, 1), None, None, None, None), ((cat, 0, 2, 1), (outer, torch.float32, torch.bfloat16), (sum, torch.float32), (outer, torch.float32, torch.bfloat16), (sum, torch.float32))),
+    (2, (None, (0, 2, 1), None, None, None), ((cat, 0, 2, 1))),
+    (2, ((0, 2, 1), None, (0, 2, 1), None, None, None), ((sum, torch.float32), (cat, 0, 2, 1), (outer, torch.float32, torch.float32), (sum, torch.float32), (outer, torch.float32, torch.float32))),
     (0),
     (0, 1, 2, 3, 4),
-    view, _to_copy, _to_copy_2, _to_copy_3, _to_copy_4)
+    l_a_, view, l_up_, l_b_, l_down_)
 getitem = getitem(mini_sequence, 0)
 view_3 = .view(getitem, 2, 10, 8)
 return (view_3)

@@ -71,7 +71,7 @@ MM, ADDMM, BMM, BADDBMM = aten.mm.default, aten.addmm.default, aten.bmm.default,
         (MM, [X, W], 0, Split(0), Split(0)),
         (MM, [X, W], 1, Split(1), Split(1)),
         (MM, [X, W], 0, Split(1), PARTIAL),
-        (MM, [X, W], 1, Split(0), PARTIAL),
+        (MM, [X, W], 1, Split(0), PARTIAL),  # the left operand is split for the right one's sake
         (ADDMM, [values(5), X, W], 1, Split(0, outer=2), Split(0, outer=2)),
         (ADDMM, [values(4, 5), X, W], 1, Split(0), Split(0)),
         (ADDMM, [values(5), X, W], 2, Split(1), Split(1)),
@@ -96,6 +96,7 @@ def test_accepted(op, inputs, position, split, expected):
         (lambda x: MM(x, x.t()), [X], Split(0)),
         (lambda x, w, b: ADDMM(b, x, w), [X, W, values(5)], Split(1)),
         (lambda b, x, w: ADDMM(b, x, w), [values(5), X, W], Split(0)),
+        # a bias whose own split dim is not the product's
         (lambda x, w: ADDMM(x.select(1, 0), x, w), [values(4, 4), values(4, 4)], Split(0)),
         (lambda x, w: BADDBMM(x, x.unsqueeze(0), w), [values(4, 4), values(1, 4, 4)], Split(1)),
     ],

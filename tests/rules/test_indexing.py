@@ -89,6 +89,12 @@ def test_refused(op, inputs, position, split):
     assert refused.value.reason is Reason.AXIS_MIXED
 
 
+def test_a_look_up_whose_gradient_counts_the_indices_is_refused():
+    # scale_grad_by_freq: a chunk does not know how often an index occurs in the others
+    with pytest.raises(Refusal):
+        placed(Call(lambda table, ids: aten.embedding.default(table, ids, -1, True), [TABLE, IDS]), Split(1), 1)
+
+
 def test_a_gather_of_whole_values_stays_whole():
     call = Call(lambda x, w, i: [x + 1, gather(w, i)], [values(4), X, LABELS])
     assert placed(call, Split(0)) == [Split(0), WHOLE]

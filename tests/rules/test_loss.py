@@ -65,7 +65,7 @@ def test_whole_operands_stay_whole():
         (nll, [SCORES, TARGETS], 0, Split(1)),
         (nll, [values(3), targets([], 3)], 0, Split(0)),
         (nll, [SCORES, TARGETS], 1, Split(0)),
-        (nll, [SCORES, TARGETS, WEIGHT], 2, Split(0)),
+        (nll, [SCORES, TARGETS, WEIGHT], 2, Split(0)),  # class weights that are split, with whole scores
         (lambda s, t: nll(s, t, reduction=MEAN), [SCORES, TARGETS], 0, Split(0)),
         (lambda s, t: nll(s, t, s.select(1, 0)), [values(3, 3), targets([3], 3)], 0, Split(0)),
         (lambda s, t: nll(s, aten.argmax.default(s, 0)), [values(3, 3), targets([3], 3)], 0, Split(1)),

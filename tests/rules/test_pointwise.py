@@ -85,6 +85,7 @@ def test_a_whole_operand_without_the_dim_stays_whole(function):
 
 @pytest.mark.parametrize("op", [aten.add.Tensor, aten.mul.Tensor])
 def test_a_scalar_operand_stays_whole(op):
+    # a sum at the end of a body is searched for products, also where an operand has no dim at all
     inputs = [values(4, 6), values()]
     module = aten_graph(Call(op, inputs))
     stages = loop_everything(module, placeholders(module)[0], Split(0))
@@ -129,6 +130,7 @@ def test_every_op_that_torch_tags_pointwise():
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_two_results_are_refused_or_right(dim):
+    # frexp is tagged pointwise, and its value is a tuple
     inputs = [values(4, 5)]
     call = Call(lambda x: [part.sum(dim) for part in torch.frexp(x)], inputs)
     module = aten_graph(call)
