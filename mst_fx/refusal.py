@@ -17,7 +17,7 @@ class Reason(Enum):
     NO_HEAD = "Compile the head and the loss in one function, so that one graph holds both."
     NO_LOSS = "Compute the loss inside the compiled function; logits that are returned must exist."
     RANDOM = "Move random ops (dropout) out of the region or set their probability to 0."
-    MUTATION = "Use the out-of-place form of the op."
+    MUTATION = "Use the out-of-place form of the op, or one that torch does not open into in-place steps."
     UNKNOWN_OP = "Write the step with ops that have a placement rule (see mst_fx/rules), or add a rule."
     AXIS_MIXED = "Keep the tokens independent of one another between the projections."
     TWO_PASSES = "Reduce over tokens last: a later step here needs both the sum and every token."

@@ -40,6 +40,8 @@ def look_up(node: Node, flow: Flow) -> Placement:
     """A whole table, split indices."""
     if flow.of(args_of(node)[0]) != WHOLE:
         raise mixed(node, "looks up in a split table")
+    if any(args_of(node)[3:]):
+        raise mixed(node, "has a gradient that counts all indices or is sparse")
     return flow.of(args_of(node)[1])
 
 
