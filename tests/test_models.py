@@ -65,6 +65,11 @@ def test_trains_with_eagers_gradients(name, batch, checkpointing):
     assert {region.chunks for region in report.regions} == {3}
 
 
+def test_bfloat16():
+    ids = torch.randint(0, V, (3, 37))
+    assert_as_good_as_eager(make("llama"), (ids, ids), step=loss_of, dtype=torch.bfloat16, regions=3)
+
+
 def make(name, checkpointing=False):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config(name)).train()
