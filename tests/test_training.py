@@ -182,9 +182,10 @@ def test_weight_used_as_up_and_gate():
     assert_as_good_as_eager(MlpLM(Shared()), tokens(2), regions=2)
 
 
-def test_retain_graph_gives_the_same_gradients_twice():
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_retain_graph_gives_the_same_gradients_twice(inner):
     model = MlpLM().double()
-    loss = looped(model, inner="eager")(*tokens(2))
+    loss = looped(model, inner=inner)(*tokens(2))
     loss.backward(retain_graph=True)
     first = {name: p.grad.clone() for name, p in model.named_parameters()}
     loss.backward()
