@@ -1,4 +1,4 @@
-"""What a file in passes/ provides: one pattern that recognises a subgraph with a large intermediate."""
+"""What a file in passes/ provides (one pattern that recognises a kind of subgraph), and what it may use for that."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from typing import ClassVar, TypeVar
 
 from torch.fx import Node
 
-from mst_fx.reading import Reader
-from mst_fx.region import Region
+from mst_fx.reading import Contraction as Contraction
+from mst_fx.reading import Reader as Reader
+from mst_fx.refusal import Reason as Reason
+from mst_fx.refusal import Refusal as Refusal
+from mst_fx.region import Region as Region
+from mst_fx.region import Trunk as Trunk
+from mst_fx.region import region_of as region_of
+from mst_fx.region import trunk_of as trunk_of
 
 
 class Pattern(ABC):

@@ -77,6 +77,10 @@ class Reader:
         weight = fake_value(right)
         return Contraction(left, right) if weight.dim() == 2 else None
 
+    def tensor_operands(self, node: Node) -> list[Node]:
+        """The operands that are tensors, or tuples of them; no sizes, no subgraphs."""
+        return [operand for operand in node.all_input_nodes if _tensors(operand)]
+
     def multiplies(self, node: Node) -> bool:
         """Whether the node opens into a matrix product of any kind, as attention does."""
         opened = self.opened(node)

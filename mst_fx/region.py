@@ -119,7 +119,7 @@ def _kind(reader: Reader, node: Node, wide: int, amplifying: bool) -> _Kind:
         return _Kind.UP
     obstacle = reader.obstacle(node)
     opaque = obstacle is not None and obstacle.reason in (Reason.UNKNOWN_OP, Reason.RANDOM)
-    if reader.multiplies(node) or (opaque and len(node.all_input_nodes) != 1):
+    if reader.multiplies(node) or (opaque and len(reader.tensor_operands(node)) != 1):
         return _Kind.LIVE_IN  # attention, a scan, ...: whatever lies behind it belongs to something else
     return _Kind.THROUGH
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from mst_fx.pattern import Pattern, register
-from mst_fx.reading import Contraction, Reader
-from mst_fx.refusal import Reason, Refusal
-from mst_fx.region import Region, region_of, trunk_of
+from mst_fx.pattern import Contraction, Pattern, Reader, Reason, Refusal, Region, region_of, register, trunk_of
 
 NEGATIVE_LOG_LIKELIHOODS = (torch.ops.aten.nll_loss_forward.default,)
 

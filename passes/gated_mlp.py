@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from mst_fx.pattern import Pattern, register
-from mst_fx.reading import Reader
-from mst_fx.region import Region, Trunk, region_of, trunk_of
+from mst_fx.pattern import Pattern, Reader, Region, Trunk, region_of, register, trunk_of
 
 
 @register

@@ -120,7 +120,6 @@ def test_a_looped_graph_that_does_not_compile_is_compiled_unlooped(caplog):
 
 
 def test_cpp_wrapper_is_refused():
-    torch.compile(MlpLM(), backend=mst_fx.backend, options={"min_bytes": 0, "cpp_wrapper": True})
     _, report = pipeline._rewrite_safely(torch.fx.symbolic_trace(lambda x: x), mst_fx.Config(), {"cpp_wrapper": True})
     assert [refusal.reason for refusal in report.refusals] == ["BACKEND"]
 
