@@ -26,6 +26,7 @@ CHUNK_BYTES = {"float32": 2**30, "native": 2**29}
 """Aim for the widest matrix product of a chunk (bytes): a float32 accumulator is twice the traffic a chunk, so half as
 many chunks cost the same."""
 MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 1024, 7680
+"""Below, matmuls lose speed; above, they gain less than 1 % for memory in proportion (SwiGLU of 8B, H200)."""
 FORWARD_FACTOR = 2
 """A forward chunk needs a third of the memory that its gradients need, so a recomputing region's may be longer."""
 ALIGNMENT = 16
