@@ -19,8 +19,7 @@ def temporary_bytes(stages: Stages, length: int) -> int:
     total = 0
     for node in stages.loop:
         placement = stages.placements.of[node]
-        free = node.target in FREE or getattr(node.target, "__name__", "") == "getitem"
-        if node in stages.results or free or not isinstance(placement, Split):
+        if node in stages.results or node.target in FREE or not isinstance(placement, Split):
             continue
         value: torch.Tensor = node.meta["val"]
         per_position = hint(value.numel()) // hint(placement.axis_length(value.shape))

@@ -129,7 +129,7 @@ def replacement_for(pattern: str, region: Region, config: Config) -> tuple[Repla
     stages = cut(lowered, placeholders[region.live_ins.index(region.stream)])
     plan = make_plan(region, stages, _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True))), config)
     bodies, spec = _bodies(stages, plan, config)
-    return Replacement(region, stages, region.live_ins, bodies, spec), looped(pattern, region, stages, plan)
+    return Replacement(region, stages, bodies, spec), looped(pattern, region, stages, plan)
 
 
 def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool]:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,7 @@ def _place(node: Node, flow: _Walk) -> Result:
         raise Refusal(Reason.UNKNOWN_OP, node, f"{node.op} {node.target} stands in the region")
     if is_size(node.meta.get("val")):
         return WHOLE  # a size of the whole; what is split takes its sizes from the chunk
-    if getattr(node.target, "__name__", "") == "getitem":
+    if node.target is operator.getitem:
         source, index = args_of(node)
         placement = flow.placements[source]
         return placement[index] if isinstance(placement, tuple) else placement
@@ -113,7 +114,7 @@ def _place(node: Node, flow: _Walk) -> Result:
 
 def forbid_unruled(node: Node) -> None:
     """Raise a refusal for an aten node that has no placement rule."""
-    if is_size(node.meta.get("val")) or getattr(node.target, "__name__", "") == "getitem":
+    if is_size(node.meta.get("val")) or node.target is operator.getitem:
         return
     if rule_for(node.target) is None:
         raise Refusal(Reason.UNKNOWN_OP, node, f"{node.target} has no placement rule")

@@ -21,14 +21,12 @@ class Replacement:
     Attributes:
         region: what is replaced.
         stages: its aten graph, cut.
-        live_ins: the region's live-ins in order of the aten graph's placeholders.
         bodies: forward, forward tail, backward, backward tail; None where not needed.
         spec: of the call.
     """
 
     region: Region
     stages: Stages
-    live_ins: tuple[Node, ...]
     bodies: tuple[GraphModule | None, GraphModule | None, GraphModule | None, GraphModule | None]
     spec: CallSpec
 
@@ -47,9 +45,7 @@ def splice(owner: GraphModule, replacement: Replacement, node_of: Mapping[Node, 
     region, stages, graph = replacement.region, replacement.stages, owner.graph
     sink = node_of[region.sink]
     placeholders = (node for node in stages.graph.nodes if node.op == "placeholder")
-    env: dict[Node, Node] = {
-        inner: node_of[outer] for inner, outer in zip(placeholders, replacement.live_ins, strict=True)
-    }
+    env: dict[Node, Node] = {inner: node_of[outer] for inner, outer in zip(placeholders, region.live_ins, strict=True)}
     with graph.inserting_before(sink):
         for node in stages.prologue:
             env[node] = _copied(graph.node_copy(node, env.__getitem__), node)

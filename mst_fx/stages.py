@@ -160,7 +160,7 @@ def _check_operand(node: Node, placements: Placements) -> None:
 
 def _costs(node: Node) -> bool:
     """Whether a whole node computes something from a tensor: views and fills are free, inside the loop too."""
-    free = node.target in FREE or node.target in FILLS or getattr(node.target, "__name__", "") == "getitem"
+    free = node.target in FREE or node.target in FILLS
     return not free and bool(node.all_input_nodes)
 
 

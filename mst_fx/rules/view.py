@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -23,7 +24,15 @@ RESHAPES = (
 )
 PERMUTES = (aten.t.default, aten.transpose.int, aten.permute.default)
 SLICES = (aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default)
-FREE = (*RESHAPES, *PERMUTES, *SLICES, aten.expand.default, aten.select.int, aten.unbind.int)  # no memory of their own
+FREE = (
+    *RESHAPES,
+    *PERMUTES,
+    *SLICES,
+    aten.expand.default,
+    aten.select.int,
+    aten.unbind.int,
+    operator.getitem,
+)  # no memory of their own
 
 
 @rule(*RESHAPES)
