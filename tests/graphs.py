@@ -73,3 +73,16 @@ def assert_untouched(fn: Callable[..., Any], *inputs: Any) -> None:
     assert after is gm
     assert not report.regions
     assert not report.refusals
+
+
+def assert_idempotent(fn: Callable[..., Any], *inputs: Any) -> None:
+    """A graph with loops has nothing more to loop."""
+    looped, _ = rewritten(captured(fn, *inputs))
+    again, report = rewritten(looped)
+    assert again is looped
+    assert not report.regions
+
+
+def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Random leaves that need a gradient."""
+    return [torch.randn(*shape, requires_grad=True) for shape in shapes]

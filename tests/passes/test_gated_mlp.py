@@ -4,13 +4,9 @@ import expecttest
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from graphs import assert_untouched, captured, refusal_of, rewritten, text
+from graphs import assert_idempotent, assert_untouched, captured, refusal_of, rewritten, tensors, text
 
 N, D, FF = 10, 8, 24
-
-
-def tensors(*shapes):
-    return [torch.randn(*shape, requires_grad=True) for shape in shapes]
 
 
 INPUTS = (N, D), (FF, D), (FF, D), (D, FF)
@@ -111,10 +107,7 @@ return (getitem)
 
 
 def test_rewriting_twice_changes_nothing():
-    looped, _ = rewritten(captured(swiglu, *tensors(*INPUTS)))
-    again, report = rewritten(looped)
-    assert again is looped
-    assert not report.regions
+    assert_idempotent(swiglu, *tensors(*INPUTS))
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,9 @@ import expecttest
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from graphs import assert_untouched, captured, refusal_of, rewritten, text
+from graphs import assert_idempotent, assert_untouched, captured, refusal_of, rewritten, tensors, text
 
 N, D, FF = 10, 8, 32
-
-
-def tensors(*shapes):
-    return [torch.randn(*shape, requires_grad=True) for shape in shapes]
 
 
 INPUTS = (2, N, D), (FF, D), (FF,), (D, FF), (D,)
@@ -94,10 +90,7 @@ return (view_3)
 
 
 def test_rewriting_twice_changes_nothing():
-    looped, _ = rewritten(captured(gelu_mlp, *tensors(*INPUTS)))
-    again, report = rewritten(looped)
-    assert again is looped
-    assert not report.regions
+    assert_idempotent(gelu_mlp, *tensors(*INPUTS))
 
 
 @pytest.mark.parametrize(
