@@ -13,18 +13,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node, map_arg
+from torch.fx import GraphModule, Node
 
 from mst_fx.config import Accumulate
 from mst_fx.loop import Axis, axis_length
 from mst_fx.lower import hint, on_fakes, trace
 from mst_fx.placement import PARTIAL, Split, sure
 from mst_fx.products import take_out_products
-from mst_fx.rules.creation import FILLS
-from mst_fx.rules.view import RESHAPES, dim_of
+from mst_fx.resize import run_resized
 from mst_fx.stages import Stages
 
-aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -116,33 +114,13 @@ def _run_chunk(stages: Stages, operands: Sequence[torch.Tensor]) -> tuple[torch.
     length = axis_length([axis_of(stages, node) for node in stages.operands], operands)
     env: dict[Node, Any] = dict(zip(stages.operands, operands, strict=True))
     for node in stages.loop:
-        env[node] = _run_node(stages, node, length, env)
         placement = stages.placements.of[node]
+        env[node] = run_resized(node, placement, length, env)
         if isinstance(placement, Split):
             expected = placement.chunk_shape(node.meta["val"].shape, length)
             if not all(sure(a == b) for a, b in zip(env[node].shape, expected, strict=True)):
                 raise AssertionError(f"{node.target} gave {list(env[node].shape)}, its placement says {expected}")
     return tuple(env[node] for node in stages.results)
-
-
-def _run_node(stages: Stages, node: Node, length: int, env: dict[Node, Any]) -> Any:
-    args: Any
-    args, kwargs = map_arg((node.args, node.kwargs), env.get)  # a size of the whole is not there, and not read
-    placement = stages.placements.of[node]
-    target: Any = node.target
-    if not isinstance(placement, Split):
-        return target(*args, **kwargs)
-    sizes = placement.chunk_shape(node.meta["val"].shape, length)
-    if target in RESHAPES:
-        return args[0].reshape(sizes)
-    if target == aten.expand.default:
-        return args[0].expand(sizes)
-    if target in FILLS:
-        position = FILLS[target]
-        return target(*args[:position], sizes, *args[position + 1 :], **kwargs)
-    if target == aten.slice.Tensor and dim_of(node, 1) == placement.dim:
-        return args[0]  # a full slice: the rule allows no other
-    return target(*args, **kwargs)
 
 
 def _result_kind(stages: Stages, node: Node) -> tuple[Any, ...]:

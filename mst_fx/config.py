@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 Accumulate = Literal["float32", "native"]
+ReturnedLogits = Literal["keep", "detach"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 
 
@@ -20,6 +21,8 @@ class Config:
         num_chunks: number of mini-sequences in place of `chunk_tokens`; at most one of the two may be set.
         accumulate: dtype in which the weight gradients of half-precision weights add up over the chunks:
             "float32" (as accurate as no loop; 4 bytes an element while the loop runs) or "native" (the weight's).
+        returned_logits: what becomes of logits that the compiled function also returns: "keep" their gradient (a
+            backward then starts from a gradient as large as they are, zeros if nobody used it), or "detach" them.
         disable: names of patterns that shall not be used.
         inner: what compiles the rewritten graph: "inductor", "aot_eager", "eager" or a backend callable.
         strict: raise exceptions of the pass itself in place of compiling the graph unrewritten.
@@ -29,6 +32,7 @@ class Config:
     chunk_tokens: int | None = None
     num_chunks: int | None = None
     accumulate: Accumulate = "float32"
+    returned_logits: ReturnedLogits = "keep"
     disable: tuple[str, ...] = ()
     inner: Inner | Callable[..., Any] = "inductor"
     strict: bool = False
@@ -42,6 +46,8 @@ class Config:
         if self.chunk_tokens is not None and self.num_chunks is not None:
             raise ValueError("mst_fx: chunk_tokens and num_chunks exclude each other")
         _check(self.accumulate in get_args(Accumulate), "accumulate", str(get_args(Accumulate)), self.accumulate)
+        known = self.returned_logits in get_args(ReturnedLogits)
+        _check(known, "returned_logits", str(get_args(ReturnedLogits)), self.returned_logits)
         _check(isinstance(self.disable, tuple), "disable", "a tuple or list of pattern names", self.disable)
         known = callable(self.inner) or self.inner in get_args(Inner)
         _check(known, "inner", f"a callable or one of {get_args(Inner)}", self.inner)

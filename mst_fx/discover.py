@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from mst_fx.pattern import Pattern
 from mst_fx.reading import Reader
-from mst_fx.refusal import Refusal
+from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region
 
 
@@ -22,24 +22,28 @@ class Found:
 
 
 def discover(owner: GraphModule, patterns: Sequence[Pattern]) -> list[Found]:
-    """Ask every pattern about every node, in graph order."""
+    """Ask every pattern about every node, in graph order; the first pattern that takes a node has it."""
     reader = Reader(owner)
     taken: set[Node] = set()
-    found = []
-    for node in owner.graph.nodes:
-        if node.op in ("placeholder", "get_attr", "output"):
-            continue
-        for pattern in patterns:
+    refused: set[tuple[Reason, Node | None]] = set()
+    found: list[tuple[int, Found]] = []
+    for pattern in patterns:
+        for position, node in enumerate(owner.graph.nodes):
+            if node in taken or node.op in ("placeholder", "get_attr", "output"):
+                continue
             try:
                 region = pattern.match(reader, node)
             except Refusal as refusal:
-                found.append(Found(pattern.name, refusal))
-                break
-            if region is not None and taken.isdisjoint(region.nodes):
+                if (refusal.reason, refusal.node) not in refused:
+                    refused.add((refusal.reason, refusal.node))
+                    found.append((position, Found(pattern.name, refusal)))
+                continue
+            while region is not None and not taken.isdisjoint(region.nodes):
+                region = region.smaller
+            if region is not None:
                 taken.update(region.nodes)
-                found.append(Found(pattern.name, region))
-                break
-    return found
+                found.append((position, Found(pattern.name, region)))
+    return [entry for _, entry in sorted(found, key=lambda entry: entry[0])]
 
 
 def nested(owner: GraphModule) -> Iterator[tuple[str, GraphModule]]:

@@ -1,13 +1,14 @@
 """Nodes of the captured torch-level graph -> an aten graph of the same computation.
 
-Composite ops are opened, autocast's casts become explicit nodes, and a mean over rows becomes a sum and a division, so
-that the division can run after the loop. Nothing is decomposed further: autograd's own formulas still apply.
+Composite ops are opened (see `openings`), autocast's casts become explicit nodes, no_grad blocks become detach nodes,
+and writes to values of the region itself become out-of-place ops.
 
 Private torch API: fake tensors and the fake mode of the captured values. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
@@ -15,14 +16,17 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Node, map_arg
+from torch.fx import GraphModule, Interpreter, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta, set_current_meta
+from torch.utils._pytree import tree_map_only
+
+from mst_fx.modes import Mode
+from mst_fx.openings import openings
 
 T = TypeVar("T")
 aten = torch.ops.aten
-MEAN, SUM = 1, 2  # aten's codes for `reduction`
 
 
 def lower(
@@ -30,7 +34,7 @@ def lower(
     nodes: Sequence[Node],
     live_ins: Sequence[Node],
     outputs: Sequence[Node],
-    autocast: Sequence[Sequence[Any]] = (),
+    modes: Mapping[Node, Mode],
 ) -> GraphModule:
     """Trace `nodes` of `owner` (in graph order) into aten.
 
@@ -39,32 +43,58 @@ def lower(
         nodes: what to trace.
         live_ins: the values that the nodes read from outside; they become placeholders, in this order.
         outputs: the values to return, in this order.
-        autocast: arguments of the autocast blocks to trace under, outermost first.
+        modes: of the nodes.
 
     Returns:
         A graph module whose nodes carry fake values in `meta["val"]`.
     """
+    recorded = any(modes[node].grad for node in nodes)
 
     def run(*values: Any) -> list[Any]:
         env = dict(zip(live_ins, values, strict=True))
         for node in nodes:
-            with set_current_meta(node):  # each aten op remembers the user's line
+            with set_current_meta(node), under(modes[node].autocast):  # each aten op remembers the user's line
                 env[node] = execute(owner, node, env)
+                if recorded and not modes[node].grad:
+                    env[node] = tree_map_only(torch.Tensor, torch.Tensor.detach, env[node])
         return [env[node] for node in outputs]
 
     examples = [fake_value(node) for node in live_ins]
+    with tracing(examples):
+        lowered = make_fx(run, decomposition_table=openings())(*examples)
+        if any(_writes(node) for node in lowered.graph.nodes):
+            out_of_place = torch.func.functionalize(Interpreter(lowered).run, remove="mutations")
+            with without_autocast():  # its casts are explicit by now
+                lowered = make_fx(out_of_place, decomposition_table=openings())(*examples)
+    return lowered
+
+
+@contextmanager
+def tracing(examples: Sequence[Any]) -> Iterator[None]:
+    """In the fake mode of the captured values; gradients are the body's business."""
     modes = {value.fake_mode for value in examples if hasattr(value, "fake_mode")}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(preserve_node_meta())
-        for device_type, dtype, enabled, cache in autocast:
-            stack.enter_context(torch.autocast(device_type, dtype, enabled, cache))
         if len(modes) == 1:
             stack.enter_context(modes.pop())
         if any(map(is_symbolic, _sizes(examples))):
             stack.enter_context(enable_python_dispatcher())  # else composite ops ask for sizes of their own
             stack.enter_context(ShapeEnv().suppress_guards())  # for this thread: what is asked here guards nothing
-        return make_fx(run, decomposition_table=OPENINGS)(*examples)
+        yield
+
+
+@contextmanager
+def under(autocast: Sequence[Sequence[Any]]) -> Iterator[None]:
+    """Inside these autocast blocks, outermost first."""
+    with ExitStack() as stack:
+        for device_type, dtype, enabled, cache in autocast:
+            stack.enter_context(torch.autocast(device_type, dtype, enabled, cache))
+        yield
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _sizes(values: Sequence[Any]) -> list[Any]:
@@ -116,7 +146,10 @@ def without_autocast() -> Iterator[None]:
 
 def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
     """Run one node on the values of its operands."""
+    args: Any
     args, kwargs = map_arg((node.args, node.kwargs), lambda operand: env[operand])
+    if node.target is operator.setitem and isinstance(args[2], int | float):
+        args = (*args[:2], torch.full((), args[2], dtype=args[0].dtype, device=args[0].device))
     if node.op == "call_function":
         function: Any = node.target
         return function(*args, **kwargs)
@@ -147,44 +180,3 @@ def is_size(value: Any) -> bool:
 def is_symbolic(size: Any) -> bool:
     """Whether a size is only known at run time."""
     return isinstance(size, torch.SymInt)
-
-
-def _open_nll_mean(
-    scores: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, reduction: int, ignore_index: int
-) -> Any:
-    if reduction != MEAN:
-        return NotImplemented
-    loss, count = aten.nll_loss_forward.default(scores, target, weight, SUM, ignore_index)
-    return loss / count, count
-
-
-def _open_mean(x: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return _divided(x.sum(dtype=_accumulator(x, dtype)), x.numel(), x, dtype)
-
-
-def _open_mean_dim(
-    x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
-) -> Any:
-    dims = [d % x.dim() for d in dim] if dim else list(range(x.dim()))
-    if dims == [x.dim() - 1] and x.dim() > 1:
-        return NotImplemented  # over features: the loop runs it as it is
-    count = 1
-    for d in dims:
-        count = count * x.shape[d]
-    return _divided(x.sum(dims, keepdim=keepdim, dtype=_accumulator(x, dtype)), count, x, dtype)
-
-
-def _accumulator(x: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """Half precision sums in float32, as a mean does inside."""
-    return torch.promote_types(dtype or x.dtype, torch.float32)
-
-
-def _divided(total: torch.Tensor, count: int, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return (total / count).to(dtype or x.dtype)
-
-
-OPENINGS: dict[Any, Callable[..., Any]] = {
-    aten.nll_loss_forward.default: _open_nll_mean,
-    aten.mean.default: _open_mean,
-    aten.mean.dim: _open_mean_dim,
-}

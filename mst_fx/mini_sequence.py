@@ -76,9 +76,10 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         spec: CallSpec = ctx.spec
         upstream = [tangents[i] for i in spec.differentiable]
+        operands = ctx.saved_tensors  # once: under activation checkpointing, each look recomputes
         with without_autocast():
-            grads = mini_sequence_loop(*ctx.bodies, spec.backward_spec, *upstream, *ctx.saved_tensors)
-        return (None, None, *_placed(spec, grads, len(ctx.saved_tensors)))
+            grads = mini_sequence_loop(*ctx.bodies, spec.backward_spec, *upstream, *operands)
+        return (None, None, *_placed(spec, grads, len(operands)))
 
 
 class _GradientsInForward(torch.autograd.Function):

@@ -9,6 +9,9 @@ from typing import ClassVar, TypeVar
 
 from torch.fx import Node
 
+from mst_fx.growth import Growth as Growth
+from mst_fx.growth import grow as grow
+from mst_fx.growth import region_of_growth as region_of_growth
 from mst_fx.reading import Contraction as Contraction
 from mst_fx.reading import Reader as Reader
 from mst_fx.refusal import Reason as Reason

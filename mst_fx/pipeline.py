@@ -1,5 +1,6 @@
 """backend(): the graph that Dynamo captured -> the same graph with loops, compiled.
 
+narrow     gm                       -> gm in which heads project only the tokens that are read
 discover   gm, patterns             -> Region | Refusal
 lower      region                   -> aten graph
 cut        aten graph, stream       -> stages before, in and after the loop (placements inside)
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from mst_fx.body import Body, Gradients, axis_of, forward_body, gradient_body
 from mst_fx.config import Config
@@ -25,12 +27,14 @@ from mst_fx.inner import inductor_options, inner_compiler, writes_python
 from mst_fx.loop import VERSION
 from mst_fx.lower import fake_value, lower
 from mst_fx.mini_sequence import CallSpec
+from mst_fx.narrow import cut_heads
 from mst_fx.pattern import Pattern, patterns
 from mst_fx.plan import Plan, make_plan
+from mst_fx.reading import Reader
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region
-from mst_fx.report import LoopedRegion, RefusedRegion, Report, looped, record, refused
-from mst_fx.rewrite import Replacement, splice
+from mst_fx.report import LoopedRegion, Report, cut_head, looped, record, refused
+from mst_fx.rewrite import Edit, Replacement, rebuilt, splice, splice_nodes
 from mst_fx.stages import Stages, cut
 
 log = logging.getLogger("mst_fx")
@@ -91,45 +95,82 @@ def _rewrite_safely(gm: GraphModule, config: Config, foreign: dict[str, Any]) ->
 
 
 def rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple[GraphModule, Report]:
-    """The graph with loops, and the decisions; `gm` itself where nothing is looped."""
-    replacements: list[Replacement] = []
-    decisions: list[LoopedRegion | RefusedRegion] = []
+    """The graph with loops, and the decisions; `gm` itself where nothing is changed."""
+    gm, report = _cut_early(gm, config)
+    edits: list[Edit] = []
     for found in discover(gm, chosen):
         try:
             if isinstance(found.outcome, Refusal):
                 raise found.outcome
-            replacement, entry = replacement_for(found.pattern, found.outcome, config)
-            replacements.append(replacement)
-            decisions.append(entry)
+            replacement, entry = best_replacement(found.pattern, found.outcome, config)
+            edits.append(partial(splice, replacement=replacement))
+            report = report.joined(Report(regions=(entry,)))
         except Refusal as refusal:
-            decisions.append(refused(found.pattern, refusal))
+            report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
     children: dict[str, GraphModule] = {}
-    report = Report(
-        tuple(entry for entry in decisions if isinstance(entry, LoopedRegion)),
-        tuple(entry for entry in decisions if isinstance(entry, RefusedRegion)),
-    )
     for name, child in nested(gm):
         new_child, inner_report = rewrite(child, config, chosen)
-        report = Report(report.regions + inner_report.regions, report.refusals + inner_report.refusals)
+        report = report.joined(inner_report)
         if new_child is not child:
             children[name] = new_child
-    if not replacements and not children:
-        return gm, report
-    return _rebuilt(gm, replacements, children), report
+    return rebuilt(gm, edits, children) if edits or children else gm, report
 
 
-def replacement_for(pattern: str, region: Region, config: Config) -> tuple[Replacement, LoopedRegion]:
-    """Everything that stands between a region and its loop.
+def _cut_early(gm: GraphModule, config: Config) -> tuple[GraphModule, Report]:
+    """The graph in which heads project only the tokens that are read."""
+    report = Report()
+    while True:
+        found = [head for head in cut_heads(Reader(gm)) if head.bytes_before >= config.min_bytes]
+        if not found:
+            return gm, report
+        report = report.joined(Report(cuts=tuple(map(cut_head, found))))
+        gm = rebuilt(gm, [partial(splice_nodes, region=head.region, graph=head.cut_first.graph) for head in found])
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A region that can be looped, and how."""
+
+    region: Region
+    stages: Stages
+    plan: Plan
+
+
+def best_replacement(pattern: str, region: Region, config: Config) -> tuple[Replacement, LoopedRegion]:
+    """Everything that stands between a region, or the best part of it, and its loop.
 
     Raises:
-        Refusal: the region must not, or need not, be looped.
+        Refusal: the region must not, or need not, be looped, nor any part of it.
     """
-    lowered = lower(region.owner, region.nodes, region.live_ins, [region.sink], region.autocast)
+    chosen = _best_part(region, config)
+    bodies, spec = _bodies(chosen.stages, chosen.plan, config)
+    replacement = Replacement(chosen.region, chosen.stages, bodies, spec, chosen.plan.detached)
+    return replacement, looped(pattern, chosen.region, chosen.stages, chosen.plan)
+
+
+def _best_part(region: Region, config: Config) -> Planned:
+    """The largest part that can be looped; where large values are returned, the one that leaves the fewest bytes."""
+    parts: list[Planned] = []
+    refusal: Refusal | None = None
+    part: Region | None = region
+    while part is not None and (part.returned or not parts):
+        try:
+            parts.append(_planned(part, config))
+        except Refusal as error:
+            refusal = refusal or error
+        part = part.smaller
+    if not parts:
+        assert refusal is not None
+        raise refusal
+    return min(parts, key=lambda part: part.plan.bytes_after)
+
+
+def _planned(region: Region, config: Config) -> Planned:
+    lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes)
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     stages = cut(lowered, placeholders[region.live_ins.index(region.stream)])
-    plan = make_plan(region, stages, _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True))), config)
-    bodies, spec = _bodies(stages, plan, config)
-    return Replacement(region, stages, bodies, spec), looped(pattern, region, stages, plan)
+    needs_grad = _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True)))
+    return Planned(region, stages, make_plan(region, stages, needs_grad, config))
 
 
 def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool]:
@@ -167,20 +208,3 @@ def _full_and_tail(
     if tail is not None and tail.outs != full.outs:
         raise AssertionError(f"the bodies of {chunk} and {ragged} positions differ: {full.outs}, {tail.outs}")
     return (full.module, tail.module if tail is not None else None), full.outs
-
-
-def _rebuilt(gm: GraphModule, replacements: list[Replacement], children: dict[str, GraphModule]) -> GraphModule:
-    """A copy of the graph over the same attributes, with the loops and the rewritten subgraphs in it."""
-    graph = Graph()
-    node_of: dict[Node, Node] = {}
-    output = graph.graph_copy(gm.graph, node_of)
-    graph.output(output)
-    copy = GraphModule(gm, graph, gm.__class__.__name__)
-    copy.meta = dict(gm.meta)
-    for name, child in children.items():
-        setattr(copy, name, child)
-    for replacement in replacements:
-        splice(copy, replacement, node_of)
-    graph.lint()
-    copy.recompile()
-    return copy

@@ -11,11 +11,11 @@ from torch.fx import Node
 
 from mst_fx.body import differentiable_results
 from mst_fx.config import Config
-from mst_fx.lower import fake_value, hint
+from mst_fx.lower import hint
 from mst_fx.memory import temporary_bytes
 from mst_fx.placement import PARTIAL, Split
 from mst_fx.refusal import Reason, Refusal
-from mst_fx.region import Region
+from mst_fx.region import Region, needs_gradient
 from mst_fx.rules import shape_of
 from mst_fx.rules.contraction import CONTRACTIONS
 from mst_fx.stages import Stages
@@ -45,6 +45,7 @@ class Plan:
         wanted: positions of the loop's operands that get a gradient.
         differentiable: positions of the loop's results that have one.
         bytes_before, bytes_after: of the region's temporaries, whole and for one chunk.
+        detached: large values that the graph returns, and that carry no gradient.
     """
 
     chunk: int
@@ -55,6 +56,7 @@ class Plan:
     differentiable: tuple[int, ...]
     bytes_before: int
     bytes_after: int
+    detached: tuple[Node, ...] = ()
 
 
 def make_plan(region: Region, stages: Stages, needs_grad: dict[Node, bool], config: Config) -> Plan:
@@ -73,10 +75,10 @@ def make_plan(region: Region, stages: Stages, needs_grad: dict[Node, bool], conf
     before = temporary_bytes(stages, length)
     if before < config.min_bytes:
         text = f"its temporaries are {before:,} bytes, min_bytes is {config.min_bytes:,}"
-        raise Refusal(Reason.SMALL, region.sink, text)
+        raise Refusal(Reason.SMALL, region.last, text)
     chunk = _chunk(stages, config)
     wanted = tuple(i for i, node in enumerate(stages.operands) if needs_grad[node])
-    differentiable = differentiable_results(stages, wanted) if wanted and _needs_grad(region.sink) else ()
+    differentiable = _differentiable(region, stages, wanted, config) if wanted else ()
     backward = _backward(stages, differentiable)
     chosen = config.chunk_tokens is None and config.num_chunks is None
     longer = _bounded(stages, FORWARD_FACTOR * chunk) if chosen and backward == "recompute" else chunk
@@ -88,23 +90,46 @@ def make_plan(region: Region, stages: Stages, needs_grad: dict[Node, bool], conf
         wanted=wanted if differentiable else (),
         differentiable=differentiable,
         bytes_before=before,
-        bytes_after=temporary_bytes(stages, min(chunk, length)),
+        bytes_after=temporary_bytes(stages, min(chunk, length)) + _large_gradient_bytes(stages, needs_grad),
+        detached=region.returned if config.returned_logits == "detach" else (),
     )
 
 
-def _needs_grad(sink: Node) -> bool:
-    value = fake_value(sink)
-    return isinstance(value, torch.Tensor) and bool(value.requires_grad)
+def _large_gradient_bytes(stages: Stages, needs_grad: dict[Node, bool]) -> int:
+    """Of the stream's gradient, where the stream itself is large: nothing in the loop makes it from less."""
+    if _multiplies(stages) or not needs_grad.get(stages.stream):
+        return 0
+    value: torch.Tensor = stages.stream.meta["val"]
+    return hint(value.numel()) * value.element_size()
+
+
+def _multiplies(stages: Stages) -> bool:
+    return any(node.target in CONTRACTIONS for node in stages.loop)
+
+
+def _differentiable(region: Region, stages: Stages, wanted: tuple[int, ...], config: Config) -> tuple[int, ...]:
+    """Positions of the loop's results from which a gradient can come back."""
+    inside = set(region.nodes)
+    detached = region.returned if config.returned_logits == "detach" else ()
+    outputs = zip(region.outputs, stages.outputs, strict=True)
+    ends = [inner for outer, inner in outputs if needs_gradient(outer, inside) and outer not in detached]
+    reached = stages.results_behind(ends)
+    if not reached:
+        return ()
+    return tuple(i for i in differentiable_results(stages, wanted) if stages.results[i] in reached)
 
 
 def _backward(stages: Stages, differentiable: tuple[int, ...]) -> Backward:
-    """Gradients come in the forward where one scalar comes out; fp16 needs the true upstream scale: it recomputes."""
+    """Gradients come in the forward where one scalar comes out, and recomputing it would cost a matrix product.
+
+    fp16 needs the true upstream scale: it recomputes.
+    """
     if not differentiable:
         return "none"
     sink = stages.results[differentiable[0]]
     scalar = len(differentiable) == 1 and stages.placements.of[sink] == PARTIAL and sink.meta["val"].numel() == 1
     half = any(node.meta["val"].dtype == torch.float16 for node in (*stages.loop, *stages.operands) if _is_tensor(node))
-    return "in_forward" if scalar and not half else "recompute"
+    return "in_forward" if scalar and _multiplies(stages) and not half else "recompute"
 
 
 def _is_tensor(node: Node) -> bool:
@@ -118,7 +143,8 @@ def _chunk(stages: Stages, config: Config) -> int:
     per_position = _tokens_per_position(stages)
     if config.chunk_tokens is not None:
         return _bounded(stages, max(1, config.chunk_tokens // per_position))
-    widest = max(_bytes_per_position(stages, node) for node in stages.loop if node.target in CONTRACTIONS)
+    products = [node for node in stages.loop if node.target in CONTRACTIONS]
+    widest = max(_bytes_per_position(stages, node) for node in products or stages.loop)
     tokens = max(1, CHUNK_BYTES[config.accumulate] * per_position // max(1, widest))
     tokens = min(MAX_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, 1 << (tokens.bit_length() - 1)))
     length = max(1, tokens // per_position)
@@ -142,5 +168,7 @@ def _bytes_per_position(stages: Stages, node: Node) -> int:
     placement = stages.placements.of[node]
     if not isinstance(placement, Split):
         return 0
-    value: torch.Tensor = node.meta["val"]
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return 0
     return hint(value.numel()) * value.element_size() // hint(placement.axis_length(value.shape))

@@ -68,8 +68,10 @@ def _rows(value: Node, kind: Kind) -> tuple[list[Factors], Kind]:
 
 def _summands(value: Node, width: int) -> list[Factors]:
     """Factors of the products that a value is the sum of; none where it is anything else."""
-    while value.target in (*RESHAPES, aten.detach.default):
+    while value.target in (*RESHAPES, aten.detach.default) and len(value.users) == 1:
         value = value.all_input_nodes[0]
+    if len(value.users) > 1:
+        return []  # the body needs it all the same
     if list(value.meta["val"].shape[-1:]) != [width]:
         return []
     if value.target == aten.mm.default:

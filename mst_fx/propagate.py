@@ -4,24 +4,26 @@
 2. Walk forward through the rules.
 3. A rule that needs a whole operand split raises a demand: follow it back to the placeholders (or to an op that can
    make the rows of one mini-sequence by itself), split those too, and walk again.
-4. What reads a partial sum belongs to the epilogue, which runs once, after the loop.
+4. A partial sum stays one through linear ops; what else reads it belongs to the epilogue, which runs once, after the
+   loop.
+5. A sum that does not depend on the given placeholders (a count of labels) is whole: it is known before the loop.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from mst_fx.lower import is_size
+from mst_fx.lower import hint, is_size
 from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.refusal import Reason, Refusal
-from mst_fx.rules import Demand, Result, args_of, demands_of, mixed, rule_for
-from mst_fx.rules.creation import FILLS
+from mst_fx.rules import Demand, Result, args_of, demands_of, is_linear, mixed, rule_for
+from mst_fx.rules.creation import DRAWS, FILLS
 
 
 @dataclass(frozen=True)
@@ -31,30 +33,35 @@ class Placements:
     Attributes:
         of: placement of each node that runs before or in the loop (a tuple for several results).
         epilogue: the nodes that run once, after the loop, in graph order.
+        made: split values that are made whole, before the loop, and split then.
     """
 
     of: Mapping[Node, Result]
     epilogue: tuple[Node, ...]
+    made: frozenset[Node] = frozenset()
 
 
-def propagate(graph: Graph, seeds: Mapping[Node, Split]) -> Placements:
-    """Place every value of `graph` when the placeholders `seeds` are split.
+def propagate(graph: Graph, seeds: Mapping[Node, Split], until: Node | None = None) -> Placements:
+    """Place every value of `graph` (in front of `until`) when the values `seeds` are split.
 
     Raises:
         Refusal: an op without a rule, or one that makes positions of the axis depend on one another.
         Spans: the axis must be cut along a part of it.
     """
-    for node in graph.nodes:
+    nodes = [node for node in graph.nodes if node.op != "output"]
+    if until is not None:
+        nodes = nodes[: nodes.index(until)]
+    for node in nodes:
         forbid_effects(node)
     forced: dict[Node, Split] = dict(seeds)
     while True:
         try:
-            return _walk(graph, forced)
+            return _walk(nodes, frozenset(seeds), forced)
         except Demand as demand:
-            origins = _origins(demand.node, demand.split)
-            if all(forced.get(node) == split for node, split in origins.items()):
+            found = origins(demand.node, demand.split)
+            if all(forced.get(node) == split for node, split in found.items()):
                 raise mixed(demand.node, "is needed both whole and split") from None
-            for node, split in origins.items():
+            for node, split in found.items():
                 if forced.setdefault(node, split) != split:
                     raise mixed(node, f"is needed split as {forced[node]} and {split}") from None
 
@@ -71,20 +78,46 @@ class _Walk:
         return placement
 
 
-def _walk(graph: Graph, forced: Mapping[Node, Split]) -> Placements:
+def _walk(nodes: Sequence[Node], seeds: frozenset[Node], forced: Mapping[Node, Split]) -> Placements:
     flow = _Walk()
     epilogue: dict[Node, None] = {}
-    for node in graph.nodes:
-        if node.op == "output":
-            break
-        if any(operand in epilogue or flow.placements[operand] == PARTIAL for operand in node.all_input_nodes):
+    dependent = set(seeds)
+    for node in nodes:
+        operands = node.all_input_nodes
+        if not dependent.isdisjoint(operands):
+            dependent.add(node)
+        late = not epilogue.keys().isdisjoint(operands)
+        if not late and any(flow.placements[operand] == PARTIAL for operand in operands):
+            late = not is_linear(node, flow)
+            flow.placements[node] = PARTIAL
+        elif not late:
+            if node in forced and node.target not in FILLS:  # a fill reads no more than its operand's dtype
+                _check_forced(node, flow)
+            flow.placements[node] = forced.get(node) or _place(node, flow)
+            if flow.placements[node] == PARTIAL and node not in dependent and _is_small(node, seeds):
+                flow.placements[node] = WHOLE
+        if late:
+            flow.placements.pop(node, None)
             _check_epilogue(node, flow.placements, epilogue)
             epilogue[node] = None
-            continue
-        if node in forced and node.target not in FILLS:  # a fill reads no more than its operand's dtype
-            _check_forced(node, flow)
-        flow.placements[node] = forced.get(node) or _place(node, flow)
-    return Placements(flow.placements, tuple(epilogue))
+    made = (node for node in forced if node.op == "call_function" and node.target not in MADE_IN_PARTS)
+    return Placements(flow.placements, tuple(epilogue), frozenset(made))
+
+
+MADE_IN_PARTS = (*FILLS, torch.ops.aten.expand.default)
+
+
+def _is_small(node: Node, seeds: frozenset[Node]) -> bool:
+    """Whether nothing that a value is made of is larger than what is split."""
+    limit = max(hint(seed.meta["val"].numel()) for seed in seeds)
+    pending, seen = [node], set()
+    while pending:
+        value = pending.pop()
+        if value not in seen:
+            seen.add(value)
+            pending.extend(value.all_input_nodes)
+    tensors = (value.meta["val"] for value in seen if isinstance(value.meta.get("val"), torch.Tensor))
+    return all(hint(tensor.numel()) <= limit for tensor in tensors)
 
 
 def _check_forced(node: Node, flow: _Walk) -> None:
@@ -123,7 +156,7 @@ def forbid_unruled(node: Node) -> None:
 def forbid_effects(node: Node) -> None:
     """Raise a refusal for an aten node that draws random numbers or writes to an operand."""
     if isinstance(node.target, torch._ops.OpOverload):
-        if torch.Tag.nondeterministic_seeded in node.target.tags:
+        if torch.Tag.nondeterministic_seeded in node.target.tags and node.target not in DRAWS:
             raise Refusal(Reason.RANDOM, node, f"{node.target} draws random numbers, which a recompute cannot replay")
         if node.target._schema.is_mutable:
             raise Refusal(Reason.MUTATION, node, f"{node.target} writes to its operand")
@@ -136,12 +169,12 @@ def _check_epilogue(node: Node, placements: Mapping[Node, Result], epilogue: Map
             raise Refusal(Reason.TWO_PASSES, node, text)
 
 
-def _origins(node: Node, split: Split) -> dict[Node, Split]:
+def origins(node: Node, split: Split) -> dict[Node, Split]:
     """The placeholders and self-made values to split so that `node` comes out as `split`."""
     if node.op == "placeholder":
         return {node: split}
     demands = demands_of(node, split)
     found: dict[Node, Split] = {} if demands else {node: split}
     for operand, demanded in demands.items():
-        found |= _origins(operand, demanded)
+        found |= origins(operand, demanded)
     return found

@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.lower import fake_value, hint, lower
+from mst_fx.modes import Mode, modes_of
 from mst_fx.propagate import forbid_effects, forbid_unruled
 from mst_fx.provenance import op_name
 from mst_fx.refusal import Reason, Refusal
@@ -33,6 +34,7 @@ class Reader:
     def __init__(self, owner: GraphModule) -> None:
         self.owner = owner
         self.order = {node: position for position, node in enumerate(owner.graph.nodes)}
+        self.modes = modes_of(owner.graph)
         self._opened: dict[Any, GraphModule | None] = {}
 
     def opened(self, node: Node) -> GraphModule | None:
@@ -50,12 +52,13 @@ class Reader:
             return None
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return None
-        if writes(node):
-            return None  # running it would change the captured values
-        if not _tensors(node) or any(fake_value(operand) is None for operand in node.all_input_nodes):
+        result = node if _tensors(node) else written_by(node)
+        if _reshapes_in_place(node) or result is None:
             return None  # what gives no tensor is there for its effect: autocast, grad mode, ...
+        if any(fake_value(operand) is None for operand in node.all_input_nodes):
+            return None
         try:
-            return lower(self.owner, [node], node.all_input_nodes, [node])
+            return lower(self.owner, [node], node.all_input_nodes, [result], {node: Mode()})
         except Exception:  # the user's op may do anything; one that cannot be traced alone is simply not understood
             return None
 
@@ -88,14 +91,14 @@ class Reader:
 
     def obstacle(self, node: Node) -> Refusal | None:
         """Why a region must not run through this node; None where each of its ops has a placement rule."""
-        if writes(node):
-            return Refusal(Reason.MUTATION, node, f"{op_name(node)} writes to its operand")
         opened = self.opened(node)
         if opened is None:
             return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} cannot be opened into aten ops")
         if any(op.op == "get_attr" for op in opened.graph.nodes):
             return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} holds a constant tensor")
-        ops = [op for op in opened.graph.nodes if op.op == "call_function"]
+        # opened alone, a write to an operand ends in a copy into it; in a region the operand is a value like any other
+        written = torch.ops.aten.copy_.default if writes(node) else None
+        ops = [op for op in opened.graph.nodes if op.op == "call_function" and op.target != written]
         try:
             for forbid in (forbid_effects, forbid_unruled):  # what an op does comes before that nobody knows it
                 for op in ops:
@@ -103,6 +106,10 @@ class Reader:
         except Refusal as refusal:
             return Refusal(refusal.reason, node, f"{op_name(node)}: {refusal.text}")
         return None
+
+    def storages(self, node: Node) -> set[torch.UntypedStorage]:
+        """The memory that the node's value lies in, as captured."""
+        return {tensor.untyped_storage() for tensor in _tensors(node) if tensor.layout == torch.strided}
 
     def numel(self, node: Node) -> int:
         """Elements of the node's value as captured, added up where it is a tuple."""
@@ -112,6 +119,22 @@ class Reader:
 def _tensors(node: Node) -> list[torch.Tensor]:
     value = fake_value(node)
     return [x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, torch.Tensor)]
+
+
+def written_by(node: Node) -> Node | None:
+    """The operand that a torch-level node writes to, if any."""
+    if not writes(node):
+        return None
+    out = node.kwargs.get("out", node.kwargs.get("self", node.args[0] if node.args else None))
+    return out if isinstance(out, Node) else None
+
+
+def _reshapes_in_place(node: Node) -> bool:
+    """Whether opening the node would change the shape of a captured value."""
+    packet = getattr(torch.ops.aten, str(node.target), None) if node.op == "call_method" else None
+    if packet is None or not writes(node):
+        return False
+    return any(torch.Tag.inplace_view in getattr(packet, overload).tags for overload in packet.overloads())
 
 
 def writes(node: Node) -> bool:

@@ -1,7 +1,7 @@
-"""A region: the nodes that one loop replaces. Grown backward from a sink, closed, checked.
+"""A region: the nodes that one loop replaces, closed and checked; and the walk back from a sink that finds an MLP's.
 
 Terms
-  sink      the node where the large values end (a down-projection, a loss); the region's one output
+  sink      the node where the large values end (a down-projection)
   up        a contraction that makes a large value (an up-projection, a head)
   live-in   a value that the region reads from outside
   stream    the live-in that carries the tokens; the split axis is one of its dims
@@ -9,14 +9,18 @@ Terms
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
 from torch.fx import GraphModule, Node
 
+from mst_fx.lower import fake_value
+from mst_fx.modes import Mode
 from mst_fx.provenance import op_name
-from mst_fx.reading import Reader, writes
+from mst_fx.reading import Reader, written_by
 from mst_fx.refusal import Reason, Refusal
 
 
@@ -26,22 +30,139 @@ class Region:
 
     Attributes:
         owner: the module whose graph holds the nodes.
-        nodes: every node of the region; the last one is the sink.
+        nodes: every node of the region.
+        outputs: the nodes whose values the rest of the graph reads.
         live_ins: values read from outside, in order of first use.
         stream: the live-in that carries the tokens.
-        autocast: arguments of the autocast blocks of the graph that the region stands in, outermost first.
+        before: the node of the graph that the loop is put in front of.
+        early: nodes behind that place that make live-ins, and are moved in front of it.
+        modes: of the nodes.
+        returned: large values that the caller of the graph gets, made by the nodes or read by them.
+        smaller: a part of the region to loop where the whole cannot be, None where there is none.
     """
 
     owner: GraphModule
     nodes: tuple[Node, ...]
+    outputs: tuple[Node, ...]
     live_ins: tuple[Node, ...]
     stream: Node
-    autocast: tuple[tuple[object, ...], ...] = ()
+    before: Node
+    early: tuple[Node, ...]
+    modes: Mapping[Node, Mode]
+    returned: tuple[Node, ...] = ()
+    smaller: Region | None = None
 
     @property
-    def sink(self) -> Node:
-        """The node whose value the rest of the graph reads."""
+    def last(self) -> Node:
+        """The last node, which names the region in reports."""
         return self.nodes[-1]
+
+
+def close(
+    reader: Reader,
+    nodes: Collection[Node],
+    stream: Node,
+    returned: tuple[Node, ...] = (),
+    smaller: Region | None = None,
+) -> Region:
+    """Nodes -> a region, if one call can stand in their place.
+
+    Raises:
+        Refusal: a value leaves the nodes and comes back, no place is behind all live-ins and in front of all readers,
+            or memory that the nodes read or make is written to in between.
+    """
+    inside = with_parts(nodes)
+    ordered = tuple(sorted(inside, key=reader.order.__getitem__))
+    outputs = tuple(node for node in ordered if not inside.issuperset(node.users))
+    live_ins = tuple(dict.fromkeys(o for n in ordered for o in n.all_input_nodes if o not in inside))
+    before, early = _place(reader, ordered, outputs, live_ins)
+    last = max(before, ordered[-1], key=reader.order.__getitem__)
+    _check_writes(reader, inside, (*live_ins, *early), ordered[0], last)
+    modes = {node: reader.modes[node] for node in ordered}
+    return Region(reader.owner, ordered, outputs, live_ins, stream, before, early, modes, returned, smaller)
+
+
+def needs_gradient(node: Node, inside: Collection[Node]) -> bool:
+    """Whether what reads the value outside can send a gradient back."""
+    readers = (user for user in node.users if user not in inside)
+    return has_gradient(node) and any(user.op == "output" or has_gradient(user) for user in readers)
+
+
+def has_gradient(node: Node) -> bool:
+    """Whether the value needed a gradient when it was captured; of several values, whether one did."""
+    value = fake_value(node)
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
+
+
+def with_parts(nodes: Collection[Node]) -> set[Node]:
+    """The nodes, and the parts of their values that are tuples."""
+    inside, pending = set(nodes), list(nodes)
+    while pending:
+        node = pending.pop()
+        if isinstance(fake_value(node), (tuple, list)):
+            parts = [user for user in node.users if user.target is operator.getitem and user not in inside]
+            inside.update(parts)
+            pending += parts
+    return inside
+
+
+def _place(
+    reader: Reader, nodes: tuple[Node, ...], outputs: tuple[Node, ...], live_ins: tuple[Node, ...]
+) -> tuple[Node, tuple[Node, ...]]:
+    """Where the loop goes: the node to put it in front of, and the nodes to move in front of it.
+
+    No output has been read there, and no mode is in force that is not the nodes' own. Live-ins that are made later are
+    moved up.
+    """
+    inside = set(nodes)
+    readers = [user for node in outputs for user in node.users if user not in inside and user.op != "output"]
+    first_reader = min([nodes[-1], *readers], key=reader.order.__getitem__)
+    early = _made_after(reader, first_reader, live_ins)
+    known = max((reader.order[node] for node in live_ins if node not in early), default=-1)
+    grad = any(reader.modes[node].grad for node in nodes)
+    place = first_reader
+    while reader.order.get(place, -1) > known:
+        if reader.modes[place].grad == grad and reader.modes[place].autocast in ((), reader.modes[nodes[0]].autocast):
+            return place, early
+        place = place.prev
+    raise Refusal(Reason.GRAD_MODE, first_reader, f"{op_name(first_reader)} stands in another mode than the region")
+
+
+def _made_after(reader: Reader, place: Node, live_ins: tuple[Node, ...]) -> tuple[Node, ...]:
+    """What must be moved in front of `place` for the live-ins to be known there.
+
+    Raises:
+        Refusal: one of them is more than a plain computation.
+    """
+    late: set[Node] = set()
+    pending = [node for node in live_ins if reader.order[node] >= reader.order[place]]
+    while pending:
+        node = pending.pop()
+        if node in late:
+            continue
+        late.add(node)
+        obstacle = reader.obstacle(node)
+        moves = reader.modes[node] == reader.modes[place] and written_by(node) is None
+        if not moves or (obstacle is not None and obstacle.reason is not Reason.UNKNOWN_OP):
+            text = f"{op_name(place)} reads a result of the region before {op_name(node)} makes an operand of it"
+            raise Refusal(Reason.NOT_CONVEX, place, text)
+        pending += [operand for operand in node.all_input_nodes if reader.order[operand] >= reader.order[place]]
+    return tuple(sorted(late, key=reader.order.__getitem__))
+
+
+def _check_writes(reader: Reader, inside: set[Node], live_ins: Collection[Node], first: Node, last: Node) -> None:
+    """The region runs late, as a whole: nothing may have changed what it reads, nor may it change what others read."""
+    foreign = set().union(*map(reader.storages, live_ins))
+    own = set().union(*map(reader.storages, inside)) - foreign
+    node = first
+    while node is not last.next:
+        target = written_by(node)
+        if target is not None:
+            memory = reader.storages(target)
+            if not memory.isdisjoint(foreign) or (node not in inside and not memory.isdisjoint(own)):
+                raise Refusal(Reason.MUTATION, node, f"{op_name(node)} writes to its operand")
+        node = node.next
 
 
 @dataclass(frozen=True)
@@ -59,13 +180,14 @@ class Trunk:
     obstacle: Refusal | None
 
 
-def trunk_of(reader: Reader, top: Node, *, amplifying: bool) -> Trunk | None:
+def trunk_of(reader: Reader, top: Node) -> Trunk | None:
     """Walk back from `top` (the sink's large operand) to the contractions that made it.
+
+    Gives up at a wide contraction that does not widen its activation, as a projection of attention.
 
     Args:
         reader: of the graph.
         top: the value to explain.
-        amplifying: give up at a wide contraction that does not widen its activation, as a projection of attention.
 
     Returns:
         The trunk, None where no contraction feeds `top`.
@@ -77,7 +199,7 @@ def trunk_of(reader: Reader, top: Node, *, amplifying: bool) -> Trunk | None:
         node = pending.pop()
         if node in kinds:
             continue
-        kinds[node] = _kind(reader, node, wide, amplifying)
+        kinds[node] = _kind(reader, node, wide)
         if kinds[node] is _Kind.ALIEN:
             return None
         if kinds[node] is _Kind.THROUGH:
@@ -107,16 +229,14 @@ class _Kind(Enum):
     ALIEN = "a sign that this is no such trunk"
 
 
-def _kind(reader: Reader, node: Node, wide: int, amplifying: bool) -> _Kind:
+def _kind(reader: Reader, node: Node, wide: int) -> _Kind:
     if node.op in ("placeholder", "get_attr"):
         return _Kind.LIVE_IN
     contraction = reader.contraction(node)
     if contraction is not None:
         if reader.numel(node) < wide:
             return _Kind.LIVE_IN
-        if amplifying and reader.numel(node) <= reader.numel(contraction.activation):
-            return _Kind.ALIEN
-        return _Kind.UP
+        return _Kind.UP if reader.numel(node) > reader.numel(contraction.activation) else _Kind.ALIEN
     obstacle = reader.obstacle(node)
     opaque = obstacle is not None and obstacle.reason in (Reason.UNKNOWN_OP, Reason.RANDOM)
     if reader.multiplies(node) or (opaque and len(reader.tensor_operands(node)) != 1):
@@ -125,55 +245,19 @@ def _kind(reader: Reader, node: Node, wide: int, amplifying: bool) -> _Kind:
 
 
 def region_of(reader: Reader, trunk: Trunk, sink: Node) -> Region:
-    """Close a trunk into a region that ends in `sink`.
+    """Close a trunk into a region that ends in `sink`, its one output.
 
     Raises:
-        Refusal: a large value escapes, an op writes to memory or changes the grad mode, or an op may not be inside.
+        Refusal: a large value escapes, an op may not be inside, or one of `close`.
     """
     if trunk.obstacle is not None:
         raise trunk.obstacle
     nodes = (*trunk.nodes, sink)
-    inside = set(nodes)
     for node in trunk.nodes:
         for user in node.users:
-            if user not in inside:
+            if user not in nodes:
                 where = "is returned" if user.op == "output" else f"is also read by {op_name(user)}"
                 raise Refusal(Reason.ESCAPES, user if user.op != "output" else node, f"{op_name(node)} {where}")
-    _check_span(reader, nodes, inside)
     first = reader.contraction(trunk.ups[0])
     assert first is not None
-    return Region(
-        owner=reader.owner,
-        nodes=nodes,
-        live_ins=tuple(dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in inside)),
-        stream=first.activation,
-        autocast=_autocast_at(reader, nodes[0]),
-    )
-
-
-def _check_span(reader: Reader, nodes: tuple[Node, ...], inside: Iterable[Node]) -> None:
-    """Between the first node and the sink nothing may write to memory or change a mode: the loop runs at the sink."""
-    node = nodes[0]
-    while node is not nodes[-1]:
-        name = getattr(node.target, "__name__", "")
-        if name in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast"):
-            raise Refusal(Reason.GRAD_MODE, node, f"{op_name(node)} stands between the region's nodes")
-        if writes(node):
-            raise Refusal(Reason.MUTATION, node, f"{op_name(node)} writes to its operand")
-        node = node.next
-    if writes(nodes[-1]):
-        raise Refusal(Reason.MUTATION, nodes[-1], f"{op_name(nodes[-1])} writes to its operand")
-
-
-def _autocast_at(reader: Reader, node: Node) -> tuple[tuple[object, ...], ...]:
-    """The graph's own autocast blocks that are open at `node`."""
-    blocks: list[tuple[Node, tuple[object, ...]]] = []
-    for earlier in reader.owner.graph.nodes:
-        if earlier is node:
-            break
-        name = getattr(earlier.target, "__name__", "")
-        if name == "_enter_autocast":
-            blocks.append((earlier, tuple(earlier.args)))
-        elif name == "_exit_autocast":
-            blocks = [block for block in blocks if block[0] is not earlier.args[0]]
-    return tuple(arguments for _, arguments in blocks)
+    return close(reader, nodes, first.activation)

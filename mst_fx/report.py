@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
+from torch.fx import Node
+
+from mst_fx.lower import fake_value, hint
+from mst_fx.narrow import CutHead
 from mst_fx.plan import Plan
 from mst_fx.provenance import module_path, op_name, source_line
 from mst_fx.refusal import Refusal
-from mst_fx.region import Region
+from mst_fx.region import Region, has_gradient
 from mst_fx.stages import Stages
 
 
@@ -24,6 +29,8 @@ class LoopedRegion:
         chunks: number of mini-sequences.
         bytes_before, bytes_after: of the region's temporaries, unlooped and with one mini-sequence alive.
         backward: "recompute", "in_forward" or "none".
+        returned_bytes: of logits that the compiled function returns, so that they exist as a whole.
+        returned_gradient_bytes: of their gradient, with which backward starts even if nobody used them.
     """
 
     pattern: str
@@ -34,13 +41,22 @@ class LoopedRegion:
     bytes_before: int
     bytes_after: int
     backward: str
+    returned_bytes: int = 0
+    returned_gradient_bytes: int = 0
 
     def __str__(self) -> str:
-        return (
+        lines = [
             f"{self.pattern} at {self.module or 'the top'}: {self.axis} in {self.chunks} chunks, "
             f"{_readable(self.bytes_before)} -> {_readable(self.bytes_after)} of temporaries, "
-            f"backward {self.backward.replace('_', ' ')}\n    {self.source}"
-        )
+            f"backward {self.backward.replace('_', ' ')}",
+            self.source,
+        ]
+        if self.returned_bytes:
+            lines.append(f"Returned logits have to exist: {_readable(self.returned_bytes)}.")
+        if self.returned_gradient_bytes:
+            size = _readable(self.returned_gradient_bytes)
+            lines.append(f"Backward starts with their gradient, {size}; returned_logits='detach' does without it.")
+        return "\n    ".join(lines)
 
 
 @dataclass(frozen=True)
@@ -73,41 +89,81 @@ class RefusedRegion:
 
 
 @dataclass(frozen=True)
+class EarlyCut:
+    """A projection whose result was cut along the tokens, and whose operand is cut now.
+
+    Attributes:
+        module: path of the module that cuts.
+        source: file, line and code of the cut.
+        bytes_before, bytes_after: of what the projection makes.
+    """
+
+    module: str
+    source: str
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        sizes = f"{_readable(self.bytes_before)} -> {_readable(self.bytes_after)} of logits"
+        return f"cut before the head at {self.module or 'the top'}: {sizes}\n    {self.source}"
+
+
+@dataclass(frozen=True)
 class Report:
     """The decisions of one compile, in graph order.
 
     Attributes:
         regions: what is looped.
         refusals: what is not, and why.
+        cuts: projections that make less than was written.
         graphs: number of graphs that were seen; more than one after a graph break.
     """
 
     regions: tuple[LoopedRegion, ...] = ()
     refusals: tuple[RefusedRegion, ...] = ()
+    cuts: tuple[EarlyCut, ...] = ()
     graphs: int = 1
 
     def __add__(self, other: Report) -> Report:
-        return Report(self.regions + other.regions, self.refusals + other.refusals, self.graphs + other.graphs)
+        return replace(self.joined(other), graphs=self.graphs + other.graphs)
+
+    def joined(self, other: Report) -> Report:
+        """With the decisions about a part of the same graph."""
+        regions, refusals = self.regions + other.regions, self.refusals + other.refusals
+        return Report(regions, refusals, self.cuts + other.cuts, self.graphs)
 
     def __str__(self) -> str:
-        if not self.regions and not self.refusals:
+        if not self.regions and not self.refusals and not self.cuts:
             return f"mst_fx: nothing to loop in {self.graphs} graph(s): no pattern matched"
         head = f"mst_fx: {len(self.regions)} looped, {len(self.refusals)} left alone, {self.graphs} graph(s)"
-        return "\n".join([head, *map(str, self.regions), *map(str, self.refusals)])
+        return "\n".join([head, *map(str, self.regions), *map(str, self.cuts), *map(str, self.refusals)])
 
 
 def looped(pattern: str, region: Region, stages: Stages, plan: Plan) -> LoopedRegion:
     """The entry of a region that was rewritten."""
     return LoopedRegion(
         pattern=pattern,
-        module=module_path(region.sink),
-        source=source_line(region.sink),
+        module=module_path(region.last),
+        source=source_line(region.last),
         axis=f"dim {stages.axis.dim} ({stages.length} positions)",
         chunks=plan.chunks,
         bytes_before=plan.bytes_before,
         bytes_after=plan.bytes_after,
         backward=plan.backward,
+        returned_bytes=sum(map(_bytes, region.returned)),
+        returned_gradient_bytes=sum(_bytes(n) for n in region.returned if has_gradient(n) and n not in plan.detached),
     )
+
+
+def _bytes(node: Node) -> int:
+    value: torch.Tensor = fake_value(node)
+    return hint(value.numel()) * value.element_size()
+
+
+def cut_head(head: CutHead) -> EarlyCut:
+    """The entry of a projection that makes less than was written."""
+    cut = head.region.last
+    return EarlyCut(module_path(cut), source_line(cut), head.bytes_before, head.bytes_after)
 
 
 def refused(pattern: str, refusal: Refusal) -> RefusedRegion:

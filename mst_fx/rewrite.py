@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from mst_fx.mini_sequence import CallSpec, mini_sequence
 from mst_fx.region import Region
@@ -23,12 +23,35 @@ class Replacement:
         stages: its aten graph, cut.
         bodies: forward, forward tail, backward, backward tail; None where not needed.
         spec: of the call.
+        detached: values that the graph shall return without a gradient.
     """
 
     region: Region
     stages: Stages
     bodies: tuple[GraphModule | None, GraphModule | None, GraphModule | None, GraphModule | None]
     spec: CallSpec
+    detached: tuple[Node, ...] = ()
+
+
+Edit: TypeAlias = Callable[..., None]
+"""A change of a copied graph; takes the copy as `owner`, and `node_of`, a map from the original's nodes to its own."""
+
+
+def rebuilt(gm: GraphModule, edits: Sequence[Edit], children: Mapping[str, GraphModule] | None = None) -> GraphModule:
+    """A copy of the graph over the same attributes, with the edits and other subgraphs in it."""
+    graph = Graph()
+    node_of: dict[Node, Node] = {}
+    output = graph.graph_copy(gm.graph, node_of)
+    graph.output(output)
+    copy = GraphModule(gm, graph, gm.__class__.__name__)
+    copy.meta = dict(gm.meta)
+    for name, child in (children or {}).items():
+        setattr(copy, name, child)
+    for edit in edits:
+        edit(owner=copy, node_of=node_of)
+    graph.lint()
+    copy.recompile()
+    return copy
 
 
 BODY_NAMES = ("forward", "forward_tail", "backward", "backward_tail")
@@ -43,25 +66,57 @@ def splice(owner: GraphModule, replacement: Replacement, node_of: Mapping[Node, 
         node_of: maps nodes of the region's graph to nodes of `owner`'s.
     """
     region, stages, graph = replacement.region, replacement.stages, owner.graph
-    sink = node_of[region.sink]
     placeholders = (node for node in stages.graph.nodes if node.op == "placeholder")
     env: dict[Node, Node] = {inner: node_of[outer] for inner, outer in zip(placeholders, region.live_ins, strict=True)}
-    with graph.inserting_before(sink):
+    for node in region.early:
+        node_of[region.before].prepend(node_of[node])
+    with graph.inserting_before(node_of[region.before]):
         for node in stages.prologue:
             env[node] = _copied(graph.node_copy(node, env.__getitem__), node)
         bodies = [_body(owner, name, body) for name, body in zip(BODY_NAMES, replacement.bodies, strict=True)]
         operands = [env[node] for node in stages.operands]
         call = graph.call_function(mini_sequence, (*bodies, tuple(replacement.spec), *operands))
-        call.meta = {key: value for key, value in sink.meta.items() if key != "example_value"}
+        call.meta = {key: value for key, value in region.last.meta.items() if key != "example_value"}
         for position, node in enumerate(stages.results):
             env[node] = _copied(graph.call_function(operator.getitem, (call, position)), node)
         for node in stages.epilogue:
             env[node] = _copied(graph.node_copy(node, env.__getitem__), node)
-    (output,) = stages.outputs
-    env[output].meta = dict(sink.meta)
-    sink.replace_all_uses_with(env[output])
+    _detach(owner, [node_of[node] for node in replacement.detached if node not in region.outputs])
+    _replace(owner, region, [env[node] for node in stages.outputs], node_of)
+
+
+def splice_nodes(owner: GraphModule, region: Region, graph: Graph, node_of: Mapping[Node, Node]) -> None:
+    """Put the nodes of an aten graph in place of the region; arguments as above."""
+    placeholders = (node for node in graph.nodes if node.op == "placeholder")
+    env: dict[Node, Node] = {inner: node_of[outer] for inner, outer in zip(placeholders, region.live_ins, strict=True)}
+    for node in region.early:
+        node_of[region.before].prepend(node_of[node])
+    with owner.graph.inserting_before(node_of[region.before]):
+        for node in graph.nodes:
+            if node.op == "call_function":
+                env[node] = _copied(owner.graph.node_copy(node, env.__getitem__), node)
+                origin = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
+                env[node].meta.update(origin)
+    returned: Any = graph.output_node().args[0]
+    _replace(owner, region, [env[node] for node in returned], node_of)
+
+
+def _detach(owner: GraphModule, values: Sequence[Node]) -> None:
+    """The graph returns these values without a gradient."""
+    returned = owner.graph.output_node()
+    for value in values:
+        with owner.graph.inserting_before(returned):
+            detached = owner.graph.call_method("detach", (value,))
+        detached.meta = {"example_value": value.meta["example_value"].detach()}
+        returned.replace_input_with(value, detached)
+
+
+def _replace(owner: GraphModule, region: Region, values: Sequence[Node], node_of: Mapping[Node, Node]) -> None:
+    for outer, value in zip(region.outputs, values, strict=True):
+        value.meta = dict(outer.meta)
+        node_of[outer].replace_all_uses_with(value)
     for node in reversed(region.nodes):
-        graph.erase_node(node_of[node])
+        owner.graph.erase_node(node_of[node])
 
 
 def _body(owner: GraphModule, name: str, body: GraphModule | None) -> Node | None:

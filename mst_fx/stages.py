@@ -19,7 +19,7 @@ from mst_fx.placement import WHOLE, Placement, Split
 from mst_fx.propagate import Placements, propagate
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.rules import Spans, shape_of
-from mst_fx.rules.creation import FILLS
+from mst_fx.rules.creation import DRAWS, FILLS
 from mst_fx.rules.view import FREE
 
 
@@ -55,6 +55,18 @@ class Stages:
     def dynamic(self) -> bool:
         """Whether the length is only known at run time."""
         return is_symbolic(self.length)
+
+    def results_behind(self, outputs: Iterable[Node]) -> set[Node]:
+        """The loop's results that make these outputs, straight or by way of the epilogue."""
+        found: set[Node] = set()
+        pending = list(outputs)
+        while pending:
+            node = pending.pop()
+            if node not in found and node in self.results:
+                found.add(node)
+            elif node in self.epilogue:
+                pending.extend(node.all_input_nodes)
+        return found
 
     def placement(self, node: Node) -> Placement:
         """Of a tensor-valued node of the loop."""
@@ -107,7 +119,8 @@ def _splittable(stream: Node, shape: tuple[int, ...]) -> list[int]:
 
 def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length: int) -> Stages:
     (output,) = (node for node in graph.nodes if node.op == "output")
-    outputs = tuple(output.all_input_nodes)
+    returned = output.args[0]
+    outputs = (returned,) if isinstance(returned, Node) else tuple(returned)  # one value may stand there twice
     epilogue = set(placements.epilogue)
     results = _ordered(graph, (n for n in outputs if n not in epilogue), (_operands(placements.epilogue)))
     results = tuple(n for n in results if n not in epilogue and placements.of[n] != WHOLE)
@@ -118,7 +131,8 @@ def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length
     def whole(node: Node) -> bool:
         return node not in epilogue and placements.of[node] == WHOLE
 
-    hoisted = {n for n in graph.nodes if n.op == "call_function" and whole(n) and _costs(n)}
+    made = placements.made
+    hoisted = {n for n in graph.nodes if n.op == "call_function" and (n in made or (whole(n) and _costs(n)))}
 
     def reads(node: Node) -> list[Node]:
         """A split value's sizes come from the chunk, not from nodes that compute the whole's."""
@@ -127,7 +141,8 @@ def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length
 
     loop = _ancestors(results, reads, stop=lambda n: n.op == "placeholder" or n in hoisted)
     operands = _ordered(graph, (n for node in loop for n in reads(node) if n not in loop))
-    outside = [n for n in (*operands, *_operands(placements.epilogue)) if n not in epilogue and whole(n)]
+    early = (n for n in (*operands, *_operands(placements.epilogue)) if n not in epilogue)
+    outside = [n for n in early if n in made or whole(n)]
     prologue = _ancestors(outside, lambda n: n.all_input_nodes, stop=lambda n: n.op == "placeholder")
     for node in operands:
         _check_operand(node, placements)
@@ -159,9 +174,9 @@ def _check_operand(node: Node, placements: Placements) -> None:
 
 
 def _costs(node: Node) -> bool:
-    """Whether a whole node computes something from a tensor: views and fills are free, inside the loop too."""
+    """Whether a whole node draws a number or computes something from a tensor: the rest is free inside the loop too."""
     free = node.target in FREE or node.target in FILLS
-    return not free and bool(node.all_input_nodes)
+    return node.target in DRAWS or (not free and bool(node.all_input_nodes))
 
 
 def _operands(nodes: Iterable[Node]) -> list[Node]:

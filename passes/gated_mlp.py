@@ -22,7 +22,7 @@ class GatedMlp(Pattern):
         down = reader.contraction(node)
         if down is None or reader.numel(down.activation) <= reader.numel(node):
             return None
-        trunk = trunk_of(reader, down.activation, amplifying=True)
+        trunk = trunk_of(reader, down.activation)
         if trunk is None or not is_gated(reader, trunk, down.activation):
             return None
         return region_of(reader, trunk, node)

@@ -22,7 +22,7 @@ class Mlp(Pattern):
         down = reader.contraction(node)
         if down is None or reader.numel(down.activation) <= reader.numel(node):
             return None
-        trunk = trunk_of(reader, down.activation, amplifying=True)
+        trunk = trunk_of(reader, down.activation)
         if trunk is None or len(trunk.ups) != 1:
             return None
         return region_of(reader, trunk, node)

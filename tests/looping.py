@@ -40,9 +40,13 @@ def indices(*shape: int, below: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-def aten_graph(call: Call, openings: Mapping[Any, Callable[..., Any]] | None = None) -> GraphModule:
+def aten_graph(
+    call: Call, table: Mapping[Any, Callable[..., Any]] | None = None, functional: bool = False
+) -> GraphModule:
+    """The aten graph of a function, with these decompositions, with writes made out of place if so wanted."""
+    function = torch.func.functionalize(call.function, remove="mutations") if functional else call.function
     with torch.no_grad():  # as the library lowers: autograd would leave detach nodes behind
-        return make_fx(lambda *inputs: call.function(*inputs), decomposition_table=openings)(*call.inputs)
+        return make_fx(lambda *inputs: function(*inputs), decomposition_table=table)(*call.inputs)
 
 
 def placeholders(module: GraphModule) -> list[Node]:
@@ -82,13 +86,12 @@ def accepted_axes(module: GraphModule, seed: Node, split: Split) -> Iterator[Sta
 def loop_everything(module: GraphModule, seed: Node, split: Split) -> Stages:
     """Stages whose loop holds every value that is not whole, so that each placement is put to the test."""
     placements = propagate(module.graph, {seed: split})
-    prologue: list[Node] = []
-    loop: list[Node] = []
-    for node in module.graph.nodes:
-        if node.op == "call_function" and node not in placements.epilogue:
-            whole = _is_whole(placements.of[node])
-            assert not (whole and _reads_split(node, placements.of)), f"{node} is whole but reads a split value"
-            (prologue if whole and not any(o in loop for o in node.all_input_nodes) else loop).append(node)
+    computed = [n for n in module.graph.nodes if n.op == "call_function" and n not in placements.epilogue]
+    early = {node for node in computed if _is_whole(placements.of[node]) or node in placements.made}
+    loop = [node for node in computed if node not in early]
+    prologue = early | set().union(*(ancestors(node) for node in early))
+    assert seed not in prologue, "what runs before the loop depends on what is split"
+    prologue = [node for node in module.graph.nodes if node in prologue and node.op == "call_function"]
     outside = [o for node in loop for o in node.all_input_nodes if o not in loop]
     left = [*returned(module), *(o for node in placements.epilogue for o in node.all_input_nodes)]
     return Stages(
@@ -110,9 +113,15 @@ def _is_whole(result: Result) -> bool:
     return all(part == WHOLE for part in as_list(result))
 
 
-def _reads_split(node: Node, placements: Mapping[Node, Result]) -> bool:
-    reads = any(isinstance(placements[operand], Split) for operand in node.all_input_nodes)
-    return reads and node.target not in FILLS  # a fill takes a dtype from its operand, and no rows
+def ancestors(node: Node) -> set[Node]:
+    found: set[Node] = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node not in found and node.target not in FILLS:  # a fill takes a dtype from its operand, and no rows
+            pending.extend(node.all_input_nodes)
+        found.add(node)
+    return found
 
 
 def looped(module: GraphModule, stages: Stages, inputs: Sequence[torch.Tensor], chunk: int) -> list[torch.Tensor]:

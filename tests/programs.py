@@ -138,7 +138,7 @@ def masked_mean(x, labels, mask):
 
 ENDS = {
     "value": lambda x, labels, mask: x,
-    "cross_entropy": lambda *given: cross_entropy("mean", *given),
+    "head": lambda *given: cross_entropy("mean", *given),
     "cross_entropy_sum": lambda *given: cross_entropy("sum", *given),
     "cross_entropy_none": lambda *given: cross_entropy("none", *given),
     "picked_mean": picked_mean,

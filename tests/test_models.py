@@ -61,7 +61,7 @@ def test_trains_with_eagers_gradients(name, batch, checkpointing):
     )
     patterns = [region.pattern for region in report.regions]
     assert patterns.count(PATTERNS.get(name, "gated_mlp")) == 2, str(report)
-    assert patterns.count("cross_entropy") == 1, str(report)
+    assert patterns.count("head") == 1, str(report)
     assert {region.chunks for region in report.regions} == {3}
 
 

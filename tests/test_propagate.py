@@ -4,7 +4,7 @@ import pytest
 import torch
 from looping import EXACT, Call, accepted_axes, aten_graph, indices, looped, placeholders, returned, values
 
-from mst_fx.lower import OPENINGS
+from mst_fx.openings import openings
 from mst_fx.placement import PARTIAL, WHOLE, Split
 from mst_fx.propagate import propagate
 from mst_fx.refusal import Reason, Refusal
@@ -15,25 +15,25 @@ B, S, D, V = 3, 4, 6, 5
 STREAM, HEAD, LABELS = values(B, S, D), values(V, D), indices(B, S, below=V)
 
 
-def propagated(function, *inputs, split, openings=None):
+def propagated(function, *inputs, split, table=None):
     """Placements of the operands, and of the results ("epilogue" for what runs after the loop)."""
-    module = aten_graph(Call(function, inputs), openings)
+    module = aten_graph(Call(function, inputs), table)
     operands = placeholders(module)
     placements = propagate(module.graph, {operands[0]: split})
     results = ["epilogue" if node in placements.epilogue else placements.of[node] for node in returned(module)]
     return [placements.of[node] for node in operands], results
 
 
-def refusal(function, *inputs, openings=None):
+def refusal(function, *inputs, table=None):
     with pytest.raises(Refusal) as refused:
-        propagated(function, *inputs, split=Split(0), openings=openings)
+        propagated(function, *inputs, split=Split(0), table=table)
     return refused.value
 
 
 def loops_exactly(function, *inputs, split, position=0):
     """Whether the split is accepted; it must then give the same for every chunk length."""
     call = Call(function, inputs)
-    module = aten_graph(call, OPENINGS)
+    module = aten_graph(call, openings())
     found = list(accepted_axes(module, placeholders(module)[position], split))
     for stages in found:
         for chunk in range(1, stages.length + 1):
@@ -80,9 +80,9 @@ def test_a_demand_goes_back_through_merged_dims():
 
 
 def test_labels_are_split_with_the_scores():
-    operands, results = propagated(cross_entropy, STREAM, HEAD, LABELS, split=Split(1), openings=OPENINGS)
+    operands, results = propagated(cross_entropy, STREAM, HEAD, LABELS, split=Split(1), table=openings())
     assert operands == [Split(1), WHOLE, Split(1)]
-    assert results == ["epilogue"]
+    assert results == [PARTIAL]  # the count of labels is known before the loop
     assert loops_exactly(cross_entropy, STREAM, HEAD, LABELS, split=Split(1))
 
 
@@ -116,9 +116,20 @@ def test_a_demand_on_a_mixing_op_is_refused():
     assert found.reason is Reason.AXIS_MIXED
 
 
-def test_a_demand_on_positions_is_refused():
-    found = refusal(lambda x: x + torch.arange(4).unsqueeze(1), values(4, 3))
-    assert found.reason is Reason.AXIS_MIXED
+def test_a_demand_on_positions():
+    positioned = lambda x: x + torch.arange(4).unsqueeze(1)  # noqa: E731
+    assert propagated(positioned, values(4, 3), split=Split(0)) == ([Split(0)], [Split(0)])
+    assert loops_exactly(positioned, values(4, 3), split=Split(0))
+
+
+def test_a_demand_on_a_slice():
+    def shifted(x, y):
+        return x * y[:, 1:].unsqueeze(-1)
+
+    labels = values(B, S + 1)
+    operands, results = propagated(shifted, STREAM, labels, split=Split(1))
+    assert (operands, results) == ([Split(1), WHOLE], [Split(1)])
+    assert loops_exactly(shifted, STREAM, labels, split=Split(1))
 
 
 def test_an_expanded_operand_is_not_split_another_way():
@@ -134,14 +145,68 @@ def test_an_expanded_operand_is_not_split_another_way():
 
 
 def test_what_reads_a_sum_runs_after_the_loop():
-    def mean_of_squares(x):
-        return x.square().sum() / x.numel()
+    def root_of_squares(x):
+        return x.square().sum().sqrt()
 
-    module = aten_graph(Call(mean_of_squares, [STREAM]))
+    module = aten_graph(Call(root_of_squares, [STREAM]))
     placements = propagate(module.graph, {placeholders(module)[0]: Split(1)})
-    assert [node.target for node in placements.epilogue] == [aten.div.Tensor]
+    assert [node.target for node in placements.epilogue] == [aten.sqrt.default]
     assert placements.of[placements.epilogue[0].args[0]] == PARTIAL
-    assert loops_exactly(mean_of_squares, STREAM, split=Split(1))
+    assert loops_exactly(root_of_squares, STREAM, split=Split(1))
+
+
+LINEAR = [
+    lambda x, w: x.sum((0, 1)) / w.sum(),
+    lambda x, w: -(x.sum((0, 1)) * w.sum()).view(2, 3) * 2.0,
+    lambda x, w: x.sum((0, 1)) - 2 * x.square().sum((0, 1)),
+    lambda x, w: torch.stack([x.sum((0, 1)), x.exp().sum((0, 1))])[1].sum() / 3,
+    lambda x, w: torch.cat([x.sum((0, 1)), x.exp().sum((0, 1))])[2:].expand(2, -1).t(),
+]
+NOT_LINEAR = [
+    lambda x, w: x.sum((0, 1)) + w,
+    lambda x, w: w / x.sum((0, 1)),
+    lambda x, w: x.sum((0, 1)) * x.sum((0, 1)),
+    lambda x, w: x.sum((0, 1)) * x.exp().sum((0, 1)),
+    lambda x, w: x.sum((0, 1)) / x.exp().sum((0, 1)),
+    lambda x, w: torch.stack([x.sum((0, 1)), w]),
+    lambda x, w: x.sum((0, 1)).to(torch.float32),
+]
+
+
+@pytest.mark.parametrize("function", LINEAR)
+def test_a_sum_stays_one_through_linear_ops(function):
+    assert propagated(function, STREAM, values(D), split=Split(1))[1] == [PARTIAL]
+    assert loops_exactly(function, STREAM, values(D), split=Split(1))
+
+
+@pytest.mark.parametrize("function", NOT_LINEAR)
+def test_other_ops_wait_for_the_whole_sum(function):
+    assert propagated(function, STREAM, values(D), split=Split(1))[1] == ["epilogue"]
+    assert loops_exactly(function, STREAM, values(D), split=Split(1))
+
+
+def test_a_sum_over_what_only_labels_make_is_known_before_the_loop():
+    def masked(x, mask):
+        return (x.sum(-1) * mask).sum() / (mask > 0).sum()
+
+    module = aten_graph(Call(masked, [STREAM, values(B, S)]))
+    placements = propagate(module.graph, {placeholders(module)[0]: Split(1)})
+    sums = [node for node in module.graph.nodes if node.target == aten.sum.default]
+    (count,) = (node for node in sums if node.meta["val"].dtype == torch.int64)
+    assert placements.of[count] == WHOLE
+    assert not placements.epilogue
+    assert loops_exactly(masked, STREAM, values(B, S), split=Split(1))
+
+
+def test_a_sum_of_large_values_is_not_taken_out_of_the_loop():
+    def scaled(x, table):
+        return (x.sum(-1) * table.exp().sum(-1)).sum() + table.exp().sum() * x.sum()
+
+    module = aten_graph(Call(scaled, [STREAM, values(B, S, 9 * D)]))
+    assert loops_exactly(scaled, STREAM, values(B, S, 9 * D), split=Split(1))
+    placements = propagate(module.graph, {placeholders(module)[0]: Split(1)})
+    sums = [node for node in module.graph.nodes if node.target == aten.sum.default and node in placements.of]
+    assert WHOLE not in [placements.of[node] for node in sums]
 
 
 def test_a_chain_after_a_sum_runs_after_the_loop():
@@ -158,7 +223,7 @@ def test_a_mean_is_opened_into_a_sum():
 
 @pytest.mark.parametrize("centred", [lambda x: x - x.mean(0), lambda x: x / x.sum(), lambda x: x + x.t().mm(x)])
 def test_two_passes_over_the_axis_are_refused(centred):
-    assert refusal(centred, values(4, 4), openings=OPENINGS).reason is Reason.TWO_PASSES
+    assert refusal(centred, values(4, 4), table=openings()).reason is Reason.TWO_PASSES
 
 
 def test_a_random_op_after_the_loop_is_refused():

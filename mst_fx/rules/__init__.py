@@ -11,6 +11,7 @@ from mst_fx.rules import loss as loss
 from mst_fx.rules import pointwise as pointwise
 from mst_fx.rules import reduction as reduction
 from mst_fx.rules import view as view
+from mst_fx.rules.linear import is_linear as is_linear
 from mst_fx.rules.registry import Demand as Demand
 from mst_fx.rules.registry import Result as Result
 from mst_fx.rules.registry import Spans as Spans

@@ -10,6 +10,9 @@ from mst_fx.rules.registry import Flow, back, rule
 
 aten = torch.ops.aten
 
+RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+DRAWS = (aten.randint.low,)
+"""Random ops without operands: they run once, before the loop."""
 FILLS = {
     aten.full.default: 0,
     aten.zeros.default: 0,
@@ -21,13 +24,13 @@ FILLS = {
 """Fills with one value, and the position of their size argument: any part of such a value can be made alone."""
 
 
-@rule(*FILLS, aten.scalar_tensor.default, aten.arange.default, aten.arange.start, aten.arange.start_step)
+@rule(*FILLS, *RANGES, *DRAWS, aten.scalar_tensor.default)
 def create(node: Node, flow: Flow) -> Placement:
     """No operand's rows end up in the result."""
     return WHOLE
 
 
-@back(*FILLS)
+@back(*FILLS, *RANGES)
 def part(node: Node, split: Split) -> dict[Node, Split]:
-    """A fill makes any part of itself alone."""
+    """A fill makes any part of itself alone; a range is made whole before the loop, and split."""
     return {}

@@ -20,6 +20,10 @@ COPIES = (
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,
+    aten.empty_like.default,
+    aten.fill.Scalar,
+    aten.fill.Tensor,
+    aten.copy.default,
 )
 
 

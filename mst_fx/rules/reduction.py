@@ -8,21 +8,13 @@ import torch
 from torch.fx import Node
 
 from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
-from mst_fx.rules.registry import Flow, Result, args_of, mixed, rule, shape_of
+from mst_fx.rules.registry import Flow, Result, args_of, back, mixed, result_shape, rule, shape_of
 
 aten = torch.ops.aten
 
 
-@rule(aten.sum.default, aten.sum.dim_IntList)
-def total(node: Node, flow: Flow) -> Placement:
-    """A sum over the split dim adds up over the mini-sequences."""
-    split, dims = flow.of(args_of(node)[0]), _dims(node)
-    if isinstance(split, Split) and split.dim in dims:
-        return PARTIAL
-    return _without(node, split, dims)
-
-
-@rule(
+SUMS = (aten.sum.default, aten.sum.dim_IntList)
+REDUCTIONS = (
     aten.amax.default,
     aten.amin.default,
     aten.logsumexp.default,
@@ -36,6 +28,19 @@ def total(node: Node, flow: Flow) -> Placement:
     aten.all.dim,
     aten.linalg_vector_norm.default,
 )
+PAIRS = (aten.var_mean.correction, aten.max.dim, aten.min.dim)
+
+
+@rule(*SUMS)
+def total(node: Node, flow: Flow) -> Placement:
+    """A sum over the split dim adds up over the mini-sequences."""
+    split, dims = flow.of(args_of(node)[0]), _dims(node)
+    if isinstance(split, Split) and split.dim in dims:
+        return PARTIAL
+    return _without(node, split, dims)
+
+
+@rule(*REDUCTIONS)
 def reduce(node: Node, flow: Flow) -> Placement:
     """Over other dims only."""
     split, dims = flow.of(args_of(node)[0]), _dims(node)
@@ -44,11 +49,22 @@ def reduce(node: Node, flow: Flow) -> Placement:
     return _without(node, split, dims)
 
 
-@rule(aten.var_mean.correction, aten.max.dim, aten.min.dim)
+@rule(*PAIRS)
 def reduce_to_two(node: Node, flow: Flow) -> Result:
     """Two results, placed alike."""
     placement: Any = reduce(node, flow)
     return (placement, placement)
+
+
+@back(*SUMS, *REDUCTIONS, *PAIRS)
+def reduce_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The dims that are gone stood among the others."""
+    operand: Any = args_of(node)[0]
+    dim = split.dim
+    if len(result_shape(node)) < len(shape_of(operand)):
+        for lost in sorted(_dims(node)):
+            dim += dim >= lost
+    return {operand: split.moved(dim)}
 
 
 @rule(
@@ -99,7 +115,6 @@ def _without(node: Node, split: Placement, dims: set[int]) -> Placement:
     """The placement once `dims` are gone, or kept with size 1."""
     if not isinstance(split, Split):
         return split
-    value = node.meta["val"] if isinstance(node.meta["val"], torch.Tensor) else node.meta["val"][0]
-    if value.dim() == len(shape_of(args_of(node)[0])):
+    if len(result_shape(node)) == len(shape_of(args_of(node)[0])):
         return split
     return split.moved(split.dim - sum(dim < split.dim for dim in dims))

@@ -7,6 +7,7 @@ a sum runs after the loop.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
@@ -98,11 +99,13 @@ def demands_of(node: Node, split: Split) -> dict[Node, Split]:
     Raises:
         Refusal: no operand can bring the split.
     """
+    if node.target is operator.getitem:
+        node = args_of(node)[0]  # one of several results: all of them lie alike
     if node.target in _BACKS:
         return _BACKS[node.target](node, split)
     if torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return _BACKS["pointwise"](node, split)
-    alike = [operand for operand in node.all_input_nodes if shape_of(operand) == shape_of(node)]
+    alike = [operand for operand in node.all_input_nodes if shape_of(operand) == result_shape(node)]
     if node.op != "call_function" or not alike:
         raise mixed(node, "is needed split, but its operands are whole")
     return dict.fromkeys(alike, split)
@@ -112,6 +115,12 @@ def shape_of(arg: Any) -> tuple[int, ...]:
     """Shape of a tensor node, () for anything else."""
     value = arg.meta.get("val") if isinstance(arg, Node) else None
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def result_shape(node: Node) -> tuple[int, ...]:
+    """Shape of the value, of the first one where there are several."""
+    value = node.meta["val"]
+    return tuple((value[0] if isinstance(value, tuple | list) else value).shape)
 
 
 def args_of(node: Node) -> tuple[Any, ...]:

@@ -100,6 +100,12 @@ def cut(node: Node, flow: Flow) -> Result:
     return split if isinstance(pieces, torch.Tensor) else (split,) * len(pieces)
 
 
+@back(aten.slice.Tensor)
+def slice_back(node: Node, split: Split) -> dict[Node, Split]:
+    """A slice along the demanded dim is made whole, and then split."""
+    return {} if dim_of(node, 1) == split.dim else {operand_of(node): split}
+
+
 @rule(aten.select.int, aten.unbind.int)
 def pick(node: Node, flow: Flow) -> Result:
     """The picked dim goes away."""
@@ -111,6 +117,40 @@ def pick(node: Node, flow: Flow) -> Result:
         split = split.moved(split.dim - (split.dim > dim))
     pieces = node.meta["val"]
     return split if isinstance(pieces, torch.Tensor) else (split,) * len(pieces)
+
+
+@back(aten.split.Tensor, aten.split_with_sizes.default)
+def pieces_back(node: Node, split: Split) -> dict[Node, Split]:
+    """Pieces of another dim."""
+    return {operand_of(node): split}
+
+
+@back(aten.select.int, aten.unbind.int)
+def select_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The picked dim stood among the others."""
+    return {operand_of(node): split.moved(split.dim + (split.dim >= dim_of(node, 1)))}
+
+
+@rule(aten.slice_scatter.default, aten.select_scatter.default)
+def write_part(node: Node, flow: Flow) -> Placement:
+    """A value with a part of another dim replaced; both are split alike."""
+    value, part = args_of(node)[:2]
+    dim = dim_of(node, 2)
+    lost = node.target == aten.select_scatter.default
+    split = flow.of(value)
+    if not isinstance(split, Split):
+        inner = flow.of(part)
+        if not isinstance(inner, Split):
+            return WHOLE
+        raise Demand(value, inner.moved(inner.dim + (lost and inner.dim >= dim)))
+    if split.dim == dim:
+        raise mixed(node, "writes to a part of the split dim")
+    expected = split.moved(split.dim - (lost and split.dim > dim))
+    if flow.of(part) == WHOLE:
+        raise Demand(part, expected)
+    if flow.of(part) != expected:
+        raise mixed(node, "joins values that are split differently")
+    return split
 
 
 @rule(aten.cat.default, aten.stack.default)
@@ -133,6 +173,14 @@ def join(node: Node, flow: Flow) -> Placement:
     if dim == split.dim:
         raise mixed(node, "joins along the split dim")
     return split
+
+
+@back(aten.cat.default, aten.stack.default)
+def join_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The parts lie alike; the new dim of a stack is none of theirs."""
+    dim = dim_of(node, 1, rank=len(shape_of(node)))
+    before = split.moved(split.dim - (node.target == aten.stack.default and split.dim > dim))
+    return {part: before for part in args_of(node)[0]}
 
 
 def dim_order(node: Node) -> list[int]:

@@ -164,9 +164,19 @@ def test_sum_over_tokens_and_every_token():
     assert refusal_of(centred, *tensors(*INPUTS)).reason == "TWO_PASSES"
 
 
-def test_in_place_op():
+def test_in_place_op_on_a_value_of_its_own():
     def in_place(x, g, u, d):
-        return F.linear(F.silu(F.linear(x, g), inplace=True) * F.linear(x, u), d)
+        return F.linear(F.silu(F.linear(x, g), inplace=True).mul_(F.linear(x, u)), d)
+
+    _, report = rewritten(captured(in_place, *tensors(*INPUTS)))
+    assert [region.pattern for region in report.regions] == ["gated_mlp"]
+
+
+def test_in_place_op_on_a_live_in():
+    def in_place(x, g, u, d):
+        x = x * 2
+        gate = F.silu(F.linear(x, g))
+        return F.linear(gate * F.linear(x.mul_(3), u), d)
 
     assert refusal_of(in_place, *tensors(*INPUTS)).reason == "MUTATION"
 
@@ -180,12 +190,16 @@ def test_unknown_op():
 
 
 def test_autocast_that_begins_inside():
+    # every node runs in the mode that it was written in
     def halfway(x, g, u, d):
         gate = F.linear(x, g)
         with torch.autocast("cpu", torch.bfloat16):
             return F.linear(F.silu(gate) * F.linear(x, u), d)
 
-    assert refusal_of(halfway, *tensors(*INPUTS)).reason == "GRAD_MODE"
+    looped, report = rewritten(captured(halfway, *tensors(*INPUTS)))
+    assert [region.pattern for region in report.regions] == ["gated_mlp"]
+    casts = [n for n in looped.mini_sequence_forward_0.graph.nodes if n.target == torch.ops.aten._to_copy.default]
+    assert len(casts) >= 2  # of the gate's activation and of the stream
 
 
 def test_one_row():

@@ -124,14 +124,30 @@ def test_gated_takes_precedence():
 
 
 def test_random_op():
-    refusal = refusal_of(lambda x, u, a, d, b: F.linear(F.dropout(F.linear(x, u, a), 0.3), d, b), *tensors(*INPUTS))
+    def noisy(x, up, a, down, b):
+        return F.linear(F.linear(x, up, a) * torch.randn(FF), down, b)
+
+    def jittered(x, up, a, down, b):
+        return F.linear(torch.normal(F.linear(x, up, a), 0.1), down, b)
+
+    refusal = refusal_of(jittered, *tensors(*INPUTS))
     assert (refusal.pattern, refusal.reason) == ("mlp", "RANDOM")
+    _, report = rewritten(captured(noisy, *tensors(*INPUTS)))  # drawn outside
+    assert len(report.regions) == 1
+
+
+def test_dropout():
+    looped, report = rewritten(
+        captured(lambda x, u, a, d, b: F.linear(F.dropout(F.linear(x, u, a)), d, b), *tensors(*INPUTS))
+    )
+    assert [region.pattern for region in report.regions] == ["mlp"]
+    assert any(node.target == torch.ops.aten.randint.low for node in looped.graph.nodes)  # one seed, before the loop
 
 
 def test_buffer_written_while_the_region_waits():
     def writes(x, up, a, down, b):
-        hidden = F.gelu(F.linear(x, up, a))
         x = x * 1
+        hidden = F.gelu(F.linear(x, up, a))
         x.add_(1)
         return F.linear(hidden, down, b) + x
 

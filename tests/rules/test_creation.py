@@ -8,7 +8,6 @@ from looping import Call, placed, values
 from strategies import broadcasts, chunk_by_chunk, shapes
 
 from mst_fx.placement import WHOLE, Split
-from mst_fx.refusal import Reason, Refusal
 
 aten = torch.ops.aten
 
@@ -73,7 +72,7 @@ def test_positions_along_another_dim_are_whole(make):
 
 
 @pytest.mark.parametrize("make", COUNTS)
-def test_positions_along_the_axis_are_refused(make):
-    with pytest.raises(Refusal) as refused:
-        placed(Call(lambda x: x + make(3), [values(4, 3)]), Split(1))
-    assert refused.value.reason is Reason.AXIS_MIXED
+def test_positions_along_the_axis_are_made_before_the_loop(make):
+    call = Call(lambda x: x + make(3), [values(4, 3)])
+    assert placed(call, Split(1)) == [Split(1)]
+    assert placed(Call(lambda x: x.view(12) + make(12), [values(4, 3)]), Split(1)) == [Split(0, outer=4)]

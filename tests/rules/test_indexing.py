@@ -75,7 +75,6 @@ def test_accepted(op, inputs, position, split, expected):
     ("op", "inputs", "position", "split"),
     [
         (gather, [X, LABELS], 0, Split(1)),
-        (gather, [X, X.argsort()], 1, Split(1)),
         (aten.embedding.default, [TABLE, IDS], 0, Split(0)),
         (aten.embedding.default, [TABLE, IDS], 0, Split(1)),
         (select, [X, indices(3, below=6)], 0, Split(1)),
@@ -87,6 +86,11 @@ def test_refused(op, inputs, position, split):
     with pytest.raises(Refusal) as refused:
         placed(Call(op, inputs), split, position)
     assert refused.value.reason is Reason.AXIS_MIXED
+
+
+def test_an_index_along_the_dim_of_the_look_up():
+    assert placed(Call(gather, [X, X.argsort()]), Split(1), 1) == [Split(1)]
+    assert placed(Call(gather, [values(6), indices(4, below=6)]), Split(0), 1) == [Split(0)]
 
 
 def test_a_look_up_whose_gradient_counts_the_indices_is_refused():

@@ -15,8 +15,8 @@ NONE, MEAN, SUM = 0, 1, 2
 IGNORED = -100
 
 
-def nll(scores, target, weight=None, reduction=SUM):
-    loss, count = aten.nll_loss_forward.default(scores, target, weight, reduction, IGNORED)
+def nll(scores, target, weight=None, reduction=SUM, op=aten.nll_loss_forward.default):
+    loss, count = op(scores, target, weight, reduction, IGNORED)
     return loss if reduction == NONE else (loss, count)  # without reduction the count means nothing
 
 
@@ -37,9 +37,20 @@ def calls(draw):
     )
 
 
+@st.composite
+def images(draw):
+    sizes = draw(st.lists(st.sampled_from([1, 2, 3]), min_size=3, max_size=3).filter(lambda s: max(s) > 1))
+    classes, reduction = draw(st.integers(2, 4)), draw(st.sampled_from([NONE, SUM, SUM, MEAN]))
+    weight = [values(classes, seed=2).abs()] if draw(st.booleans()) else []
+    return Call(
+        lambda s, t, w=None: nll(s, t, w, reduction, aten.nll_loss2d_forward.default),
+        [values(sizes[0], classes, *sizes[1:]), targets(sizes, classes), *weight],
+    )
+
+
 @given(st.data())
 def test_chunk_by_chunk(data):
-    chunk_by_chunk(data, data.draw(calls()))
+    chunk_by_chunk(data, data.draw(calls() | images()))
 
 
 SCORES, TARGETS, WEIGHT = values(6, 3), targets([6], 3), values(3).abs()

@@ -85,11 +85,26 @@ def join(draw, shape):
     )
 
 
+def write_part(draw, shape):
+    dim = draw(dims(shape))
+    start, end = sorted(draw(st.tuples(*[st.integers(0, shape[dim])] * 2)))
+    index = draw(st.integers(0, shape[dim] - 1))
+    return draw(
+        st.sampled_from(
+            [
+                lambda x: aten.slice_scatter.default(x, x.narrow(dim, start, end - start).exp(), dim, start, end),
+                lambda x: aten.select_scatter.default(x, x.select(dim, index).exp(), dim, index),
+                lambda x: aten.slice_scatter.default(torch.zeros_like(x), x.narrow(dim, 0, end), dim, 0, end),
+            ]
+        )
+    )
+
+
 def turn(draw, shape):
     return aten.t.default if len(shape) < 3 else lambda x: x
 
 
-KINDS = (view, unsqueeze, squeeze, transpose, permute, expand, cut, split, pick, join, turn)
+KINDS = (view, unsqueeze, squeeze, transpose, permute, expand, cut, split, pick, join, write_part, turn)
 
 
 @st.composite

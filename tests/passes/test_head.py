@@ -44,6 +44,8 @@ placeholder l_x_
 placeholder l_w_
 placeholder l_y_
 view_1 = .view(l_y_, -1)
+ne = ne.Scalar(view_1, -100)
+sum_1 = sum.default(ne, dtype=torch.float32)
 get_attr mini_sequence_forward_0
 get_attr mini_sequence_forward_tail_0
 get_attr mini_sequence_backward_0
@@ -51,15 +53,13 @@ get_attr mini_sequence_backward_tail_0
 mini_sequence = mini_sequence(
     mini_sequence_forward_0, mini_sequence_forward_tail_0, mini_sequence_backward_0, mini_sequence_backward_tail_0,
     in_forward,
-    (4, ((0, 1, 1), None, (0, 1, 1)), ((sum, torch.float32), (sum, torch.float32))),
-    (4, ((0, 1, 1), None, (0, 1, 1)), ((sum, torch.float32), (sum, torch.float32), (rows, 1, (0, 1, 1), (0, 8)), (outer, torch.float32, torch.float32))),
+    (4, ((0, 1, 1), None, (0, 1, 1), None), ((sum, torch.float32))),
+    (4, ((0, 1, 1), None, (0, 1, 1), None), ((sum, torch.float32), (rows, 1, (0, 1, 1), (0, 8)), (outer, torch.float32, torch.float32))),
     (0),
     (0, 1),
-    l_x_, l_w_, view_1)
+    l_x_, l_w_, view_1, sum_1)
 getitem = getitem(mini_sequence, 0)
-getitem_1 = getitem(mini_sequence, 1)
-div = div.Tensor(getitem, getitem_1)
-return (div)
+return (getitem)
 """,
         )
         self.assertExpectedInline(
@@ -68,14 +68,15 @@ return (div)
 placeholder arg0_1
 placeholder arg1_1
 placeholder arg2_1
+placeholder arg3_1
 t = t.default(arg1_1)
 mm = mm.default(arg0_1, t)
 view = view.default(mm, (4, 50))
 _log_softmax = _log_softmax.default(view, 1, False)
 nll_loss_forward = nll_loss_forward.default(_log_softmax, arg2_1, None, 2, -100)
 getitem = getitem(nll_loss_forward, 0)
-getitem_1 = getitem(nll_loss_forward, 1)
-return (getitem, getitem_1)
+div = div.Tensor(getitem, arg3_1)
+return (div)
 """,
         )
 
@@ -123,28 +124,28 @@ def test_per_token_losses_recompute():
     assert [region.backward for region in report.regions] == ["recompute"]
 
 
-def test_hinge_loss_is_no_cross_entropy():
-    assert_untouched(lambda x, w, y: F.multi_margin_loss(F.linear(x, w), y), *inputs())
-
-
-def test_returned_logits():
-    def both(x, w, y):
-        logits = F.linear(x, w)
-        return logits, F.cross_entropy(logits, y)
-
-    refusal = refusal_of(both, *inputs())
-    assert (refusal.pattern, refusal.reason) == ("cross_entropy", "ESCAPES")
-    assert refusal.text == "torch.nn.functional.linear is returned"
-
-
 def test_logits_without_a_loss():
     refusal = refusal_of(lambda x, w, y: F.linear(x, w), *inputs())
-    assert (refusal.pattern, refusal.reason) == ("cross_entropy", "NO_LOSS")
+    assert (refusal.pattern, refusal.reason) == ("head", "NO_LOSS")
 
 
 def test_loss_without_a_head():
     refusal = refusal_of(lambda logits, y: F.cross_entropy(logits, y), torch.randn(N, V), torch.randint(0, V, (N,)))
-    assert (refusal.pattern, refusal.reason) == ("cross_entropy", "NO_HEAD")
+    assert (refusal.pattern, refusal.reason) == ("head", "NO_HEAD")
+
+
+def test_narrow_head():
+    assert_untouched(lambda x, w, y: F.cross_entropy(F.linear(x, w[: D // 2]), y % 4), *inputs())
+
+
+def test_logits_that_an_unknown_op_reads():
+    def sampled(x, w, y):
+        logits = F.linear(x, w)
+        return F.cross_entropy(logits, y), torch.fft.fft(logits).real.sum()
+
+    refusal = refusal_of(sampled, *inputs())
+    assert (refusal.pattern, refusal.reason) == ("head", "UNKNOWN_OP")
+    assert refusal.op == "torch._C._fft.fft_fft"
 
 
 @pytest.mark.parametrize("shift", [lambda z: z - z.mean(), lambda z: z - z.mean(0)])

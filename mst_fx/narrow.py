@@ -1,0 +1,183 @@
+"""A head whose logits are cut along the tokens at once: the cut moves in front of the projection.
+
+`head(x)[:, :-1]` becomes `head(x[:, :-1])`, and `head(x)[:, -1]` projects one token. What nobody reads is not computed,
+and what is left can be looped along the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import set_current_meta
+
+from mst_fx.lower import execute, fake_value, lower, tracing
+from mst_fx.placement import Split
+from mst_fx.propagate import origins, propagate
+from mst_fx.reading import Reader
+from mst_fx.refusal import Refusal
+from mst_fx.region import Region, close
+from mst_fx.resize import run_resized
+from mst_fx.rules import Demand, Spans, args_of, shape_of
+from mst_fx.rules.contraction import CONTRACTIONS
+from mst_fx.rules.view import dim_of
+
+aten = torch.ops.aten
+CUTS = (aten.slice.Tensor, aten.select.int)
+
+
+@dataclass(frozen=True)
+class CutHead:
+    """A projection whose result is cut.
+
+    Attributes:
+        region: the nodes from the projection to the cut.
+        cut_first: the aten graph that computes the same from fewer tokens.
+        bytes_before, bytes_after: of what the projection makes.
+    """
+
+    region: Region
+    cut_first: GraphModule
+    bytes_before: int
+    bytes_after: int
+
+
+def cut_heads(reader: Reader) -> Iterator[CutHead]:
+    """The projections of the graph that may project less."""
+    for node in reader.owner.graph.nodes:
+        found = _chain(reader, node)
+        if found is None:
+            continue
+        nodes, activation = found
+        try:
+            region = close(reader, nodes, activation)
+            cut_first = _cut_first(region)
+        except Refusal:
+            continue  # it stays as it was written; the pattern of heads has more to say about it
+        if cut_first is not None:
+            before, after = (reader.numel(n) * fake_value(n).element_size() for n in (node, region.last))
+            yield CutHead(region, cut_first, before, after)
+
+
+def _chain(reader: Reader, head: Node) -> tuple[list[Node], Node] | None:
+    """The nodes from a widening contraction to the cut of its result, each the only reader of the one before."""
+    contraction = reader.contraction(head)
+    if contraction is None or reader.numel(head) <= reader.numel(contraction.activation):
+        return None
+    nodes = [head]
+    while len(nodes[-1].users) == 1:
+        (user,) = nodes[-1].users
+        if user.op == "output" or reader.obstacle(user) is not None or reader.multiplies(user):
+            return None
+        opened = reader.opened(user)
+        cuts = opened is not None and any(node.target in CUTS for node in opened.graph.nodes)
+        nodes.append(user)
+        if cuts and reader.numel(user) < reader.numel(nodes[-2]):
+            return nodes, contraction.activation
+    return None
+
+
+def _cut_first(region: Region) -> GraphModule | None:
+    """The region's aten graph with its cuts moved in front; None where none can be."""
+    lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes)
+    stream = region.live_ins.index(region.stream)
+    moved = None
+    examples = [fake_value(node) for node in region.live_ins]
+    for _ in range(len(lowered.graph.nodes)):  # each cut moves at most once
+        again = next(_moved(moved or lowered, stream, examples), None)
+        if again is None:
+            break
+        moved = again
+    if moved is not None and any(mode.grad for mode in region.modes.values()):
+        _revalue(moved, examples)
+    return moved
+
+
+def _revalue(module: GraphModule, examples: list[Any]) -> None:
+    """Give the nodes fake values that tell whether they need a gradient."""
+    env: dict[Node, Any] = {}
+    given = iter(examples)
+    with tracing(examples), torch.enable_grad():
+        for node in module.graph.nodes:
+            if node.op != "output":
+                env[node] = next(given) if node.op == "placeholder" else execute(module, node, env)
+                node.meta["val"] = env[node]
+
+
+def _moved(lowered: GraphModule, stream: int, examples: list[Any]) -> Iterator[GraphModule]:
+    """The graph with one cut moved, for each cut that can be."""
+    tokens = [node for node in lowered.graph.nodes if node.op == "placeholder"][stream]
+    for cut in lowered.graph.nodes:
+        if cut.target not in CUTS or shape_of(cut) == shape_of(args_of(cut)[0]) or args_of(cut)[4:] not in ((), (1,)):
+            continue
+        source, axis = args_of(cut)[0], Split(dim_of(cut, 1))
+        try:
+            sources = origins(source, axis)
+            placements = propagate(lowered.graph, sources, until=cut).of
+        except (Refusal, Spans, Demand):
+            continue
+        if tokens not in sources or any(split.inner != 1 for split in sources.values()):
+            continue
+        projects = any(node.target in CONTRACTIONS for node in _between(sources, cut))
+        if not projects or placements.get(source) != axis:
+            continue
+        yield _retraced(lowered, cut, sources, placements, examples)
+
+
+def _retraced(
+    lowered: GraphModule, cut: Node, sources: Mapping[Node, Split], placements: Mapping[Node, Any], examples: list[Any]
+) -> GraphModule:
+    """Trace the graph once more: what leads to the cut runs on the positions that it keeps."""
+    source, between = args_of(cut)[0], _between(sources, cut)
+
+    def run(*values: Any) -> Any:
+        env: dict[Node, Any] = {}
+        short: dict[Node, Any] = {}
+        given = iter(values)
+        for node in lowered.graph.nodes:
+            if node.op == "output":
+                return [env[result] for result in node.args[0]]
+            with set_current_meta(node):
+                env[node] = next(given) if node.op == "placeholder" else execute(lowered, node, env)
+                if node in sources:
+                    short[node] = _kept(env[node], sources[node], cut, env)
+                elif node in between:
+                    length = next(short[n].shape[s.dim] // s.outer for n, s in sources.items() if n in short)
+                    short[node] = run_resized(node, placements[node], length, {**env, **short})
+                if node is cut:
+                    env[node] = (
+                        short[source] if cut.target == aten.slice.Tensor else short[source].select(dim_of(cut, 1), 0)
+                    )
+        raise AssertionError("a graph ends in its output")
+
+    with tracing(examples):
+        moved = make_fx(run)(*examples)
+    moved.graph.eliminate_dead_code()
+    return moved
+
+
+def _between(sources: Mapping[Node, Split], cut: Node) -> set[Node]:
+    """What leads from the sources to the cut."""
+    found: set[Node] = set()
+    pending = [args_of(cut)[0]]
+    while pending:
+        node = pending.pop()
+        if node not in found and node not in sources and node.op == "call_function":
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return found
+
+
+def _kept(value: torch.Tensor, split: Split, cut: Node, env: Mapping[Node, Any]) -> torch.Tensor:
+    """The positions of a source that the cut keeps."""
+    bounds = [env.get(arg, arg) for arg in args_of(cut)[2:4]]
+    if cut.target == aten.select.int:
+        bounds = [bounds[0], bounds[0] + 1 if bounds[0] != -1 else None]
+    rows = value.unflatten(split.dim, (split.outer, -1)) if split.outer != 1 else value
+    dim = split.dim + (split.outer != 1)
+    kept = aten.slice.Tensor(rows, dim, *bounds)
+    return kept.flatten(split.dim, dim) if split.outer != 1 else kept

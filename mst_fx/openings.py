@@ -1,0 +1,121 @@
+"""How an aten op opens into smaller ones while a region is lowered.
+
+A mean over rows becomes a sum and a division, so that the division can be told from the sum; a loss' weight of all
+labels becomes a sum of its own, which depends on no logits; random numbers become a hash of their position; an op that
+no placement rule knows is opened by torch's own decomposition, if it has one. Nothing is opened further: autograd's own
+formulas still apply.
+
+Private torch API: the decomposition table. Run on torch 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._decomp import decomposition_table
+from torch.nn.functional import embedding
+
+from mst_fx.replay import uniform_like
+from mst_fx.rules import rule_for
+
+aten = torch.ops.aten
+MEAN, SUM = 1, 2  # aten's codes for `reduction`
+
+
+@functools.cache
+def openings() -> Mapping[Any, Callable[..., Any]]:
+    """The decompositions of the lowering, by op."""
+    table = {op: function for op, function in decomposition_table.items() if _is_foreign(op, function)}
+    return {**table, **OWN}
+
+
+def _is_foreign(op: Any, function: Callable[..., Any]) -> bool:
+    """Whether only torch's decomposition into aten ops tells what an op does.
+
+    The references (`torch._refs`) open into prims, which have no derivative.
+    """
+    if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable or rule_for(op) is not None:
+        return False
+    random = torch.Tag.nondeterministic_seeded in op.tags
+    return not random and inspect.unwrap(function).__module__ == "torch._decomp.decompositions"
+
+
+def _open_nll(
+    scores: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, reduction: int, ignore_index: int
+) -> Any:
+    if reduction != MEAN:
+        return NotImplemented
+    return _divided_by_weight(aten.nll_loss_forward.default, scores, target, weight, ignore_index)
+
+
+def _open_nll2d(
+    scores: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, reduction: int, ignore_index: int
+) -> Any:
+    if reduction != MEAN:
+        return NotImplemented
+    return _divided_by_weight(aten.nll_loss2d_forward.default, scores, target, weight, ignore_index)
+
+
+def _divided_by_weight(
+    op: Any, scores: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    loss = op(scores, target, weight, SUM, ignore_index)[0]
+    counts = target != ignore_index
+    each = counts if weight is None else embedding(target * counts, weight.unsqueeze(1)).squeeze(-1) * counts
+    total = each.sum(dtype=_accumulator(scores, None))
+    return (loss / total).to(loss.dtype), total
+
+
+def _open_mean(x: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return _divided(x.sum(dtype=_accumulator(x, dtype)), x.numel(), x, dtype)
+
+
+def _open_mean_dim(
+    x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    dims = [d % x.dim() for d in dim] if dim else list(range(x.dim()))
+    if dims == [x.dim() - 1] and x.dim() > 1:
+        return NotImplemented  # over features: the loop runs it as it is
+    count = 1
+    for d in dims:
+        count = count * x.shape[d]
+    return _divided(x.sum(dims, keepdim=keepdim, dtype=_accumulator(x, dtype)), count, x, dtype)
+
+
+def _accumulator(x: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Half precision sums in float32, as a mean does inside."""
+    return torch.promote_types(dtype or x.dtype, torch.float32)
+
+
+def _divided(total: torch.Tensor, count: int, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return (total / count).to(dtype or x.dtype)
+
+
+def _open_dropout(x: torch.Tensor, p: float, train: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if train is False:
+        return x, torch.ones_like(x, dtype=torch.bool)
+    keep = uniform_like(x) >= p
+    return x * keep * (1 / (1 - p) if p < 1 else 0.0), keep
+
+
+def _open_bernoulli(x: torch.Tensor, p: float, *, generator: Any = None) -> Any:
+    return NotImplemented if generator is not None else (uniform_like(x) < p).to(x.dtype)
+
+
+def _open_rand_like(x: torch.Tensor, *, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
+    return uniform_like(x).to(dtype or x.dtype)
+
+
+OWN: dict[Any, Callable[..., Any]] = {
+    aten.nll_loss_forward.default: _open_nll,
+    aten.nll_loss2d_forward.default: _open_nll2d,
+    aten.mean.default: _open_mean,
+    aten.mean.dim: _open_mean_dim,
+    aten.native_dropout.default: _open_dropout,
+    aten.bernoulli.p: _open_bernoulli,
+    aten.rand_like.default: _open_rand_like,
+}

@@ -1,0 +1,76 @@
+"""A head: a wide projection, and the losses, log-probabilities and metrics that are made of its logits.
+
+Legend: N tokens, D model, V vocabulary (classes); the [N, V] values are the large ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from mst_fx.pattern import Growth, Pattern, Reader, Reason, Refusal, Region, grow, region_of_growth, register
+
+aten = torch.ops.aten
+
+NEGATIVE_LOG_LIKELIHOODS = (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
+NORMALISATIONS = (*NEGATIVE_LOG_LIKELIHOODS, aten._log_softmax.default, aten._softmax.default, aten.logsumexp.default)
+"""What is made of logits and hardly of anything else: where one of these fails, the report tells."""
+
+HEAD_RATIO = 4
+"""A returned contraction that is this many times wider than its activation is taken for logits without a loss."""
+
+
+@register
+class Head(Pattern):
+    """A widening contraction all of whose large values end in smaller ones."""
+
+    name = "head"
+    priority = 30
+
+    def match(self, reader: Reader, node: Node) -> Region | None:
+        """Anchored at the head; a loss whose logits come from elsewhere is refused with advice."""
+        head = reader.contraction(node)
+        if head is None:
+            if does(reader, node, NEGATIVE_LOG_LIKELIHOODS) and not has_head(reader, node):
+                raise Refusal(Reason.NO_HEAD, node, "the logits of this loss come from outside the graph")
+            return None
+        if reader.numel(node) <= reader.numel(head.activation):
+            return None
+        growth = grow(reader, node, head.activation)
+        if growth is None:
+            return None
+        if growth.obstacle is not None:
+            if any(does(reader, inner, NORMALISATIONS) for inner in growth.nodes):
+                raise growth.obstacle
+            return None
+        if not results(growth):
+            if growth.returned and reader.numel(node) >= HEAD_RATIO * reader.numel(head.activation):
+                raise Refusal(Reason.NO_LOSS, node, "the logits leave the graph, and no loss stands behind them")
+            return None
+        return region_of_growth(reader, growth, head.activation)
+
+
+def does(reader: Reader, node: Node, ops: tuple[object, ...]) -> bool:
+    """Whether the node opens into one of the ops."""
+    opened = reader.opened(node)
+    return opened is not None and any(n.target in ops for n in opened.graph.nodes)
+
+
+def has_head(reader: Reader, node: Node) -> bool:
+    """Whether a projection of any width stands behind the node."""
+    seen: set[Node] = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            if reader.contraction(node) is not None:
+                return True
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    return False
+
+
+def results(growth: Growth) -> list[Node]:
+    """What is left of the logits: values that the rest of the graph reads, the returned large ones aside."""
+    left = (node for node in growth.nodes if not growth.nodes.issuperset(node.users))
+    return [node for node in left if node not in growth.returned]
