@@ -1,0 +1,484 @@
+"""Which losses over a large head are looped: mst_fx beside its peers, row by row.
+
+    python examples/benchmarks/losses.py                  # a GPU: peaks; about five minutes with 8 processes
+    python examples/benchmarks/losses.py --device cpu     # anywhere: bytes saved for backward
+
+Every row is a loss as users write it. The compilers (torch.compile, Inductor's auto_chunker, mst_fx) are given that
+code; libraries are called where they have a function for it. One forward and backward in bfloat16 (float32 on a CPU).
+
+    loops       right, and at most half of what plain torch.compile takes, above gradients and what must exist
+    falls back  right, with more memory than that
+    wrong       other values or gradients than eager's
+    breaks      an exception
+    -           the library has no such function, or is not installed
+
+"Right" means: loss and gradients within 3 % (bfloat16) or 0.1 % (float32) of eager's in float32. Libraries whose
+formula differs are marked with "~", and their values are not compared. Prints a Markdown table; --json writes the
+numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from typing import Any
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+Loss = Callable[..., Any]
+B, IGNORED = 2, -100
+ROWS: dict[str, Loss] = {}
+OWN_FORMULA = "~"
+
+
+def row(title: str) -> Callable[[Loss], Loss]:
+    def register(loss: Loss) -> Loss:
+        ROWS[title] = loss
+        return loss
+
+    return register
+
+
+# the losses; x [B, T, D] hidden states, w [V, D] head, y [B, T] labels
+
+
+def logits_of(x, w):
+    return F.linear(x, w).float()
+
+
+def flat(x, w, y):
+    return logits_of(x, w).flatten(0, 1), y.flatten()
+
+
+@row("cross-entropy")
+def mean(x, w, y):
+    return F.cross_entropy(*flat(x, w, y))
+
+
+@row("sum / num_items_in_batch")
+def num_items(x, w, y):
+    return F.cross_entropy(*flat(x, w, y), reduction="sum") / (y != IGNORED).sum()
+
+
+@row("label smoothing")
+def label_smoothing(x, w, y):
+    return F.cross_entropy(*flat(x, w, y), label_smoothing=0.1)
+
+
+@row("class weights")
+def class_weights(x, w, y):
+    weight = torch.linspace(0.5, 1.5, w.shape[0], device=x.device)
+    return F.cross_entropy(*flat(x, w, y), weight)
+
+
+@row("class probabilities as targets")
+def probabilities(x, w, y):
+    classes = torch.arange(w.shape[0], device=x.device)
+    targets = F.softmax(torch.cos(classes * (y.flatten().unsqueeze(-1) % 7).float() * 1e-3), -1)
+    return F.cross_entropy(flat(x, w, y)[0], targets)
+
+
+@row("soft-cap")
+def soft_cap(x, w, y):
+    return F.cross_entropy(torch.tanh(flat(x, w, y)[0] / 30) * 30, y.flatten())
+
+
+@row("z-loss")
+def z_loss(x, w, y):
+    logits, labels = flat(x, w, y)
+    return F.cross_entropy(logits, labels) + 1e-4 * logits.logsumexp(-1).square().mean()
+
+
+@row("shift by slicing the logits")
+def shifted(x, w, y):
+    return F.cross_entropy(logits_of(x, w)[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+
+
+@row("classes in dim 1, [B, V, T]")
+def images(x, w, y):
+    return F.cross_entropy(logits_of(x, w).transpose(1, 2), y)
+
+
+def chosen(logits, y):
+    return torch.gather(logits.log_softmax(-1), -1, y.unsqueeze(-1)).squeeze(-1)
+
+
+@row("log-probabilities of tokens")
+def log_probabilities(x, w, y):
+    return chosen(logits_of(x, w), y)
+
+
+@row("log-probabilities and entropy")
+def entropy(x, w, y):
+    log_probs = logits_of(x, w).log_softmax(-1)
+    return torch.gather(log_probs, -1, y.unsqueeze(-1)).squeeze(-1), -(log_probs.exp() * log_probs).sum(-1)
+
+
+@row("loss and token accuracy")
+def accuracy(x, w, y):
+    logits, labels = flat(x, w, y)
+    return F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).float().mean()
+
+
+@row("GRPO, clipped, with a mask")
+def grpo(x, w, y):
+    log_probs = chosen(logits_of(x, w)[:, :-1], y[:, 1:])
+    mask, old = (y[:, 1:] % 4 != 0).float(), log_probs.detach()
+    advantages = torch.linspace(-0.5, 1, len(y), device=x.device).unsqueeze(1)
+    ratio = torch.exp(log_probs - old)
+    each = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return ((each * mask).sum(1) / mask.sum(1)).mean()
+
+
+@row("DPO with a reference head")
+def dpo(x, w, y):
+    policy = chosen(logits_of(x, w)[:, :-1], y[:, 1:]).sum(1)
+    with torch.no_grad():
+        reference = chosen(logits_of(x * 0.9, w)[:, :-1], y[:, 1:]).sum(1)
+    margin = policy - reference
+    return -F.logsigmoid(1e-3 * (margin[: B // 2] - margin[B // 2 :])).mean()
+
+
+@row("distillation: KL to a teacher head")
+def distillation(x, w, y):
+    with torch.no_grad():
+        teacher = logits_of(x * 0.9, w).log_softmax(-1)
+    return F.kl_div(logits_of(x, w).log_softmax(-1), teacher, log_target=True, reduction="sum") / y.numel()
+
+
+@row("distillation: Jensen-Shannon")
+def jensen_shannon(x, w, y):
+    with torch.no_grad():
+        p = logits_of(x * 0.9, w).log_softmax(-1)
+    q = logits_of(x, w).log_softmax(-1)
+    m = torch.log(0.5 * (p.exp() + q.exp()))
+    kl = F.kl_div(m, p, log_target=True, reduction="none") + F.kl_div(m, q, log_target=True, reduction="none")
+    return 0.5 * kl.sum(-1).mean()
+
+
+@row("LoRA on the head")
+def lora(x, w, y):
+    a, b = w[:16], w[:, :16]
+    logits = F.linear(x, w.detach()) + F.linear(F.linear(x, a), b)
+    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+
+
+@row("two heads (multi-token prediction)")
+def two_heads(x, w, y):
+    second = F.cross_entropy(logits_of(x.tanh(), w)[:, :-2].flatten(0, 1), y[:, 2:].flatten())
+    return shifted(x, w, y) + 0.3 * second
+
+
+@row("MSE over the logits")
+def squared_error(x, w, y):
+    return F.mse_loss(logits_of(x, w), (y % 3).unsqueeze(-1).float().expand(-1, -1, w.shape[0]))
+
+
+@row("the logits are returned, too")
+def returned(x, w, y):
+    logits = F.linear(x, w)
+    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten()), logits
+
+
+# the methods
+
+
+def compilers(loss: Loss) -> dict[str, Loss]:
+    chunker = {"auto_chunker.enable": True, "auto_chunker.amplify_ratio_threshold": 1, "auto_chunker.num_chunk": 8}
+    return {
+        "torch.compile": torch.compile(loss),
+        "mst_fx": torch.compile(loss, backend="mst_fx", options={"strict": True, "chunk_tokens": 1024, "min_bytes": 0}),
+        "auto_chunker": torch.compile(loss, options=chunker),
+    }
+
+
+def liger() -> dict[str, Loss]:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearGRPOLoss, LigerFusedLinearJSDLoss
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss as Fused
+
+    def fused(**options: Any) -> Loss:
+        return lambda x, w, y: Fused(**options)(w, x.flatten(0, 1), y.flatten())
+
+    def cut(x, w, y):
+        return Fused()(w, x[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+
+    def second(x, w, y):
+        return cut(x, w, y) + 0.3 * Fused()(w, x[:, :-2].tanh().flatten(0, 1), y[:, 2:].flatten())
+
+    def weighted(x, w, y):
+        weight = torch.linspace(0.5, 1.5, w.shape[0], device=x.device)
+        return Fused(ce_weight=weight)(w, x.flatten(0, 1), y.flatten())
+
+    def policy(x, w, y):
+        advantages = torch.linspace(-0.5, 1, len(y), device=x.device)
+        mask = (y[:, 1:] % 4 != 0).float()
+        return LigerFusedLinearGRPOLoss(beta=0.0)(x[:, :-1], w, y[:, 1:], mask, advantages)[0]
+
+    def preference(x, w, y):
+        return LigerFusedLinearDPOLoss(beta=1e-3)(w, x[:, :-1], y[:, 1:], None, x[:, :-1] * 0.9, w)[0]
+
+    def divergence(x, w, y):
+        x = x.flatten(0, 1)
+        return LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0)(x, w, x * 0.9, w, y.flatten())
+
+    return {
+        "cross-entropy": fused(),
+        "sum / num_items_in_batch": lambda x, w, y: fused(reduction="sum")(x, w, y) / (y != IGNORED).sum(),
+        "label smoothing": fused(label_smoothing=0.1),
+        "class weights": weighted,
+        "soft-cap": fused(softcap=30.0),
+        "z-loss": fused(lse_square_scale=1e-4),
+        "shift by slicing the logits": cut,
+        "log-probabilities of tokens": lambda x, w, y: -fused(reduction="none")(x, w, y).view_as(y),
+        "GRPO, clipped, with a mask": policy,
+        "DPO with a reference head" + OWN_FORMULA: preference,
+        "distillation: Jensen-Shannon" + OWN_FORMULA: divergence,
+        "two heads (multi-token prediction)": second,
+    }
+
+
+def cut_cross_entropy() -> dict[str, Loss]:
+    from cut_cross_entropy import linear_cross_entropy as fused
+
+    def with_z(x, w, y):
+        loss, lse = fused(x, w, y, return_lse=True)
+        return loss + 1e-4 * lse.square().mean()
+
+    return {
+        "cross-entropy": fused,
+        "sum / num_items_in_batch": lambda x, w, y: fused(x, w, y, reduction="sum") / (y != IGNORED).sum(),
+        "soft-cap": lambda x, w, y: fused(x, w, y, softcap=30.0),
+        "z-loss": with_z,
+        "shift by slicing the logits": lambda x, w, y: fused(x, w, y, shift=1),
+        "log-probabilities of tokens": lambda x, w, y: -fused(x, w, y, reduction="none"),
+        "two heads (multi-token prediction)": lambda x, w, y: (
+            fused(x, w, y, shift=1) + 0.3 * fused(x.tanh(), w, y, shift=2)
+        ),
+    }
+
+
+def linear_cross_entropy() -> dict[str, Loss]:
+    fused = F.linear_cross_entropy  # torch 2.13 and newer
+
+    def call(x, w, y, **options: Any):
+        chunked = torch.nn.LinearCrossEntropyOptions()
+        return fused(x.flatten(0, 1), w, y.flatten(), options=chunked, **options)
+
+    def weighted(x, w, y):
+        return call(x, w, y, weight=torch.linspace(0.5, 1.5, w.shape[0], device=x.device, dtype=x.dtype))
+
+    return {
+        "cross-entropy": call,
+        "sum / num_items_in_batch": lambda x, w, y: call(x, w, y, reduction="sum") / (y != IGNORED).sum(),
+        "label smoothing": lambda x, w, y: call(x, w, y, label_smoothing=0.1),
+        "class weights": weighted,
+        "shift by slicing the logits": lambda x, w, y: call(x[:, :-1], w, y[:, 1:]),
+        "log-probabilities of tokens": lambda x, w, y: -call(x, w, y, reduction="none").view_as(y),
+        "two heads (multi-token prediction)": lambda x, w, y: (
+            call(x[:, :-1], w, y[:, 1:]) + 0.3 * call(x[:, :-2].tanh(), w, y[:, 2:])
+        ),
+    }
+
+
+LIBRARIES = {"Liger": liger, "cut-cross-entropy": cut_cross_entropy, "F.linear_cross_entropy": linear_cross_entropy}
+METHODS = ("torch.compile", "mst_fx", "auto_chunker", *LIBRARIES)
+
+
+# the measurement
+
+
+@dataclass
+class Cell:
+    """One method on one row; `bytes` above gradients and what must exist."""
+
+    row: str
+    method: str
+    status: str
+    bytes: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the work."""
+
+    device: str
+    tokens: int
+    width: int
+    vocabulary: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states and head."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+
+def tensors(shape: Shape) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    options: Any = {"device": shape.device, "dtype": shape.dtype}
+    x = torch.randn(B, shape.tokens // B, shape.width, **options)
+    w = torch.randn(shape.vocabulary, shape.width, **options) * shape.width**-0.5
+    y = torch.randint(0, shape.vocabulary, x.shape[:2], device=shape.device)
+    return [x.requires_grad_(), w.requires_grad_(), y]
+
+
+def step(loss: Loss, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One forward and backward; the first result is the loss, or is summed up with fixed weights."""
+    for tensor in inputs[:2]:
+        tensor.grad = None
+    result = loss(*inputs)
+    parts = result if isinstance(result, tuple) else (result,)
+    total = parts[0]
+    if total.numel() > 1:
+        weights = torch.linspace(-1, 1, total.numel(), device=total.device).view_as(total) / total.numel()
+        total = sum((part * weights).sum() for part in parts if part.requires_grad)
+    total.backward()
+    return total.detach()
+
+
+def saved_bytes(loss: Loss, inputs: Sequence[torch.Tensor]) -> int:
+    """Bytes of the storages that a forward saves for backward, inputs left out."""
+    storages: dict[int, int] = {}
+    keep = []
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        keep.append(x)
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = loss(*inputs)
+    for tensor in inputs:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    del result
+    return sum(storages.values())
+
+
+def measured(loss: Loss, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """The loss, and the bytes; the step has run once before."""
+    value = step(loss, inputs)
+    if not inputs[0].is_cuda:
+        return value, saved_bytes(loss, inputs)
+    gc.collect()
+    for tensor in inputs[:2]:
+        tensor.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    value = step(loss, inputs)
+    torch.cuda.synchronize()
+    return value, torch.cuda.max_memory_allocated() - start - gradient_bytes(inputs)
+
+
+def gradient_bytes(inputs: Sequence[torch.Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in inputs[:2])
+
+
+def distance(got: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
+    """Largest norm of a difference over the norm of the truth, over the loss and the gradients."""
+    pairs = zip(got, truth, strict=True)
+    return max(float((a.float() - b).norm() / b.norm().clamp_min(1e-20)) for a, b in pairs)
+
+
+def truth_of(loss: Loss, shape: Shape) -> list[torch.Tensor]:
+    """Loss and gradients of the same inputs in eager float32."""
+    exact = [t.detach().float().requires_grad_() if t.is_floating_point() else t for t in tensors(shape)]
+    value = step(loss, exact)
+    return [value, *(t.grad for t in exact[:2])]
+
+
+def measure_row(title: str, shape: Shape) -> list[Cell]:
+    """Every method on one row."""
+    loss, inputs = ROWS[title], tensors(shape)
+    truth = truth_of(loss, shape)
+    gc.collect()
+    methods: dict[str, tuple[Loss | None, bool]] = {name: (fn, True) for name, fn in compilers(loss).items()}
+    for name, library in LIBRARIES.items():
+        try:
+            known = library()
+        except (ImportError, AttributeError):
+            known = {}
+        methods[name] = (known.get(title) or known.get(title + OWN_FORMULA), title in known)
+    cells: list[Cell] = []
+    for name, (fn, compared) in methods.items():
+        if fn is None:
+            cells.append(Cell(title, name, "-"))
+            continue
+        try:
+            torch._dynamo.reset()
+            value, size = measured(fn, inputs) if step(fn, inputs) is not None else (None, 0)
+            off = distance([value, *(t.grad for t in inputs[:2])], truth) if compared else 0.0
+        except Exception as error:
+            cells.append(Cell(title, name, "breaks", error=f"{type(error).__name__}: {error}"[:300]))
+            continue
+        finally:
+            gc.collect()
+        cells.append(judged(title, name, size, off, compared, cells, shape))
+    return cells
+
+
+def judged(title: str, name: str, size: int, off: float, compared: bool, before: list[Cell], shape: Shape) -> Cell:
+    """Name what was seen."""
+    must_exist = 0
+    if title.startswith("the logits are returned"):
+        must_exist = shape.tokens * shape.vocabulary * shape.dtype.itemsize * (2 if shape.device == "cuda" else 1)
+    size = max(0, size - must_exist)
+    if off > (3e-2 if shape.dtype == torch.bfloat16 else 1e-3):
+        return Cell(title, name, "wrong", size, error=f"off by {off:.3f}")
+    plain = before[0].bytes if before and before[0].method == "torch.compile" else size
+    looped = bool(before) and size <= plain / 2
+    mark = "" if compared else " " + OWN_FORMULA
+    return Cell(title, name, ("loops" if looped else "falls back" if before else "whole") + mark, size)
+
+
+def table(cells: list[Cell]) -> str:
+    lines = ["| | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
+    for title in dict.fromkeys(cell.row for cell in cells):
+        found = {cell.method: cell for cell in cells if cell.row == title}
+        lines.append(f"| {title} | " + " | ".join(shown(found[method]) for method in METHODS) + " |")
+    return "\n".join(lines)
+
+
+def shown(cell: Cell) -> str:
+    if cell.status in ("-", "breaks", "wrong"):
+        return cell.status
+    size = f"{cell.bytes / 2**30:.2f} GiB" if cell.bytes >= 2**28 else f"{cell.bytes / 2**20:.1f} MiB"
+    return size if cell.status == "whole" else f"{cell.status}, {size}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", nargs="*", help="parts of titles; all by default")
+    parser.add_argument("--processes", type=int, default=8 if torch.cuda.is_available() else 1)
+    parser.add_argument("--json")
+    given = parser.parse_args()
+    large = given.device == "cuda"
+    shape = Shape(given.device, *((32_768, 2048, 65_536) if large else (2048, 64, 8192)))
+    titles = [title for title in ROWS if not given.rows or any(part in title for part in given.rows)]
+    cells: list[Cell] = []
+    with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
+        for title, made in zip(titles, pool.map(measure_row, titles, [shape] * len(titles)), strict=True):
+            print(f"# {title}: " + ", ".join(f"{cell.method} {shown(cell)} {cell.error}" for cell in made), flush=True)
+            cells += made
+    name = torch.cuda.get_device_name() if large else "CPU"
+    print(f"\n{name}, torch {torch.__version__}, {datetime.date.today()}, mst_fx {version('mst_fx')}; {shape}\n")
+    print(table(cells))
+    if given.json:
+        with open(given.json, "w") as file:
+            json.dump([asdict(cell) for cell in cells], file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
