@@ -3,7 +3,7 @@
 Terms
   head      a contraction that makes a large value: one with more elements than what it is made from
   large     at least as many elements as the head's activation; what depends on a head and is smaller is a result
-  returned  a large value that the graph's caller gets, so that it must exist
+  returned  a large value that the graph's caller gets, alone or joined with others, so that it must exist
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from mst_fx.lower import fake_value, is_size
@@ -64,8 +65,9 @@ def grow(reader: Reader, head: Node, activation: Node) -> Growth | None:
                 continue
             pending += [o for o in node.all_input_nodes if reader.numel(o) >= limit and _can_be_made(reader, o)]
         if reader.numel(node) >= limit:
-            pending += [user for user in node.users if user.op != "output"]
-            returned += [node for user in node.users if user.op == "output"]
+            leaves = {user for user in node.users if user.op == "output" or only_joins(reader, user)}
+            pending += [user for user in node.users if user not in leaves]
+            returned += [node] if leaves else []
         if not pending:
             pending += in_between(reader, inside)
     return Growth(frozenset(with_parts(inside)), tuple(returned), obstacle)
@@ -93,6 +95,15 @@ def region_of_growth(reader: Reader, growth: Growth, stream: Node) -> Region:
         assert refusal is not None
         raise refusal
     return region
+
+
+def only_joins(reader: Reader, node: Node) -> bool:
+    """Whether a node puts large values together for the caller of the graph, and does nothing else."""
+    opened = reader.opened(node) if all(user.op == "output" for user in node.users) else None
+    if opened is None:
+        return False
+    ops = [op.target for op in opened.graph.nodes if op.op == "call_function"]
+    return bool(ops) and set(ops) <= {torch.ops.aten.cat.default, torch.ops.aten.stack.default}
 
 
 def in_between(reader: Reader, inside: set[Node]) -> list[Node]:

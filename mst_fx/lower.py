@@ -35,6 +35,8 @@ def lower(
     live_ins: Sequence[Node],
     outputs: Sequence[Node],
     modes: Mapping[Node, Mode],
+    *,
+    gathers: bool = True,
 ) -> GraphModule:
     """Trace `nodes` of `owner` (in graph order) into aten.
 
@@ -44,6 +46,7 @@ def lower(
         live_ins: the values that the nodes read from outside; they become placeholders, in this order.
         outputs: the values to return, in this order.
         modes: of the nodes.
+        gathers: as for `openings`.
 
     Returns:
         A graph module whose nodes carry fake values in `meta["val"]`.
@@ -61,11 +64,11 @@ def lower(
 
     examples = [fake_value(node) for node in live_ins]
     with tracing(examples):
-        lowered = make_fx(run, decomposition_table=openings())(*examples)
+        lowered = make_fx(run, decomposition_table=openings(gathers))(*examples)
         if any(_writes(node) for node in lowered.graph.nodes):
             out_of_place = torch.func.functionalize(Interpreter(lowered).run, remove="mutations")
             with without_autocast():  # its casts are explicit by now
-                lowered = make_fx(out_of_place, decomposition_table=openings())(*examples)
+                lowered = make_fx(out_of_place, decomposition_table=openings(gathers))(*examples)
     return lowered
 
 

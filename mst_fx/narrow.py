@@ -18,7 +18,7 @@ from torch.fx.traceback import set_current_meta
 from mst_fx.lower import execute, fake_value, lower, tracing
 from mst_fx.placement import Split
 from mst_fx.propagate import origins, propagate
-from mst_fx.reading import Reader
+from mst_fx.reading import Reader, writes
 from mst_fx.refusal import Refusal
 from mst_fx.region import Region, close
 from mst_fx.resize import run_resized
@@ -28,6 +28,7 @@ from mst_fx.rules.view import dim_of
 
 aten = torch.ops.aten
 CUTS = (aten.slice.Tensor, aten.select.int)
+MAX = 2**63 - 1  # how aten writes an open end
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,27 @@ def cut_heads(reader: Reader) -> Iterator[CutHead]:
 
 
 def _chain(reader: Reader, head: Node) -> tuple[list[Node], Node] | None:
-    """The nodes from a widening contraction to the cut of its result, each the only reader of the one before."""
+    """The nodes from a widening contraction to the cut of its result, each the only reader of the one before.
+
+    One value on the way may also be returned.
+    """
     contraction = reader.contraction(head)
     if contraction is None or reader.numel(head) <= reader.numel(contraction.activation):
         return None
-    nodes = [head]
-    while len(nodes[-1].users) == 1:
-        (user,) = nodes[-1].users
-        if user.op == "output" or reader.obstacle(user) is not None or reader.multiplies(user):
+    nodes, returned = [head], 0
+    while True:
+        readers = [user for user in nodes[-1].users if user.op != "output"]
+        returned += len(readers) < len(nodes[-1].users)
+        if len(readers) != 1 or returned > 1:
+            return None
+        (user,) = readers
+        if reader.obstacle(user) is not None or reader.multiplies(user) or writes(user):
             return None
         opened = reader.opened(user)
         cuts = opened is not None and any(node.target in CUTS for node in opened.graph.nodes)
         nodes.append(user)
         if cuts and reader.numel(user) < reader.numel(nodes[-2]):
             return nodes, contraction.activation
-    return None
 
 
 def _cut_first(region: Region) -> GraphModule | None:
@@ -92,6 +99,8 @@ def _cut_first(region: Region) -> GraphModule | None:
         if again is None:
             break
         moved = again
+        if len(region.outputs) > 1:
+            break  # what is returned is made of the parts on both sides of one cut
     if moved is not None and any(mode.grad for mode in region.modes.values()):
         _revalue(moved, examples)
     return moved
@@ -131,27 +140,37 @@ def _moved(lowered: GraphModule, stream: int, examples: list[Any]) -> Iterator[G
 def _retraced(
     lowered: GraphModule, cut: Node, sources: Mapping[Node, Split], placements: Mapping[Node, Any], examples: list[Any]
 ) -> GraphModule:
-    """Trace the graph once more: what leads to the cut runs on the positions that it keeps."""
+    """Trace the graph once more: what leads to the cut runs on the positions that it keeps.
+
+    A value on the way that is returned is put together of what the cut keeps and what it leaves.
+    """
     source, between = args_of(cut)[0], _between(sources, cut)
+
+    def part(env: Mapping[Node, Any], start: Any, end: Any) -> dict[Node, Any]:
+        short = {node: _positions(env[node], split, start, end) for node, split in sources.items()}
+        node, split = next(iter(sources.items()))
+        length = short[node].shape[split.dim] // split.outer
+        for node in between:
+            short[node] = run_resized(node, placements[node], length, {**env, **short})
+        return short
 
     def run(*values: Any) -> Any:
         env: dict[Node, Any] = {}
-        short: dict[Node, Any] = {}
         given = iter(values)
         for node in lowered.graph.nodes:
             if node.op == "output":
                 return [env[result] for result in node.args[0]]
             with set_current_meta(node):
-                env[node] = next(given) if node.op == "placeholder" else execute(lowered, node, env)
-                if node in sources:
-                    short[node] = _kept(env[node], sources[node], cut, env)
-                elif node in between:
-                    length = next(short[n].shape[s.dim] // s.outer for n, s in sources.items() if n in short)
-                    short[node] = run_resized(node, placements[node], length, {**env, **short})
-                if node is cut:
-                    env[node] = (
-                        short[source] if cut.target == aten.slice.Tensor else short[source].select(dim_of(cut, 1), 0)
-                    )
+                if node is not cut:
+                    env[node] = next(given) if node.op == "placeholder" else execute(lowered, node, env)
+                    continue
+                start, end = _bounds(cut, env)
+                kept = part(env, start, end)
+                env[cut] = kept[source].select(dim_of(cut, 1), 0) if cut.target == aten.select.int else kept[source]
+                for result in set(lowered.graph.output_node().all_input_nodes) & set(between):
+                    pieces = [part(env, 0, start)[result]] if start not in (0, None) else []
+                    pieces += [kept[result], *([part(env, end, None)[result]] if end is not None else [])]
+                    env[result] = torch.cat(pieces, placements[result].dim)
         raise AssertionError("a graph ends in its output")
 
     with tracing(examples):
@@ -160,8 +179,17 @@ def _retraced(
     return moved
 
 
-def _between(sources: Mapping[Node, Split], cut: Node) -> set[Node]:
-    """What leads from the sources to the cut."""
+def _bounds(cut: Node, env: Mapping[Node, Any]) -> tuple[Any, Any]:
+    """First position that a cut keeps, and the one behind the last; None for the end."""
+    bounds = [env.get(arg, arg) for arg in args_of(cut)[2:4]]
+    if cut.target == aten.select.int:
+        return bounds[0], bounds[0] + 1 if bounds[0] != -1 else None
+    start, end = [*bounds, None, None][:2]
+    return start, None if end is None or (isinstance(end, int) and end == MAX) else end
+
+
+def _between(sources: Mapping[Node, Split], cut: Node) -> list[Node]:
+    """What leads from the sources to the cut, in graph order."""
     found: set[Node] = set()
     pending = [args_of(cut)[0]]
     while pending:
@@ -169,15 +197,12 @@ def _between(sources: Mapping[Node, Split], cut: Node) -> set[Node]:
         if node not in found and node not in sources and node.op == "call_function":
             found.add(node)
             pending.extend(node.all_input_nodes)
-    return found
+    return [node for node in cut.graph.nodes if node in found]
 
 
-def _kept(value: torch.Tensor, split: Split, cut: Node, env: Mapping[Node, Any]) -> torch.Tensor:
-    """The positions of a source that the cut keeps."""
-    bounds = [env.get(arg, arg) for arg in args_of(cut)[2:4]]
-    if cut.target == aten.select.int:
-        bounds = [bounds[0], bounds[0] + 1 if bounds[0] != -1 else None]
-    rows = value.unflatten(split.dim, (split.outer, -1)) if split.outer != 1 else value
-    dim = split.dim + (split.outer != 1)
-    kept = aten.slice.Tensor(rows, dim, *bounds)
-    return kept.flatten(split.dim, dim) if split.outer != 1 else kept
+def _positions(value: torch.Tensor, split: Split, start: Any, end: Any) -> torch.Tensor:
+    """Positions [start, end) of the axis; negative ones count from its end."""
+    if split.outer == 1:
+        return aten.slice.Tensor(value, split.dim, start, end)
+    rows = aten.slice.Tensor(value.unflatten(split.dim, (split.outer, -1)), split.dim + 1, start, end)
+    return rows.flatten(split.dim, split.dim + 1)

@@ -23,14 +23,18 @@ from mst_fx.replay import uniform_like
 from mst_fx.rules import rule_for
 
 aten = torch.ops.aten
-MEAN, SUM = 1, 2  # aten's codes for `reduction`
+NONE, MEAN, SUM = 0, 1, 2  # aten's codes for `reduction`
 
 
 @functools.cache
-def openings() -> Mapping[Any, Callable[..., Any]]:
-    """The decompositions of the lowering, by op."""
+def openings(gathers: bool = True) -> Mapping[Any, Callable[..., Any]]:
+    """The decompositions of the lowering, by op.
+
+    Args:
+        gathers: open gathers, too, for the sake of their backward; who wants to know what a node is leaves them.
+    """
     table = {op: function for op, function in decomposition_table.items() if _is_foreign(op, function)}
-    return {**table, **OWN}
+    return {**table, **OWN, **(GATHERS if gathers else {})}
 
 
 def _is_foreign(op: Any, function: Callable[..., Any]) -> bool:
@@ -110,6 +114,23 @@ def _open_rand_like(x: torch.Tensor, *, dtype: torch.dtype | None = None, **opti
     return uniform_like(x).to(dtype or x.dtype)
 
 
+def _open_gather(x: torch.Tensor, dim: int, index: torch.Tensor, *, sparse_grad: bool = False) -> Any:
+    """One class of each row, as a negative log-likelihood: its backward fuses with what the row's other gradients are.
+
+    That of a gather fills a tensor of zeros and adds to it.
+    """
+    rows = list(x.shape[:-1])
+    last = x.dim() > 1 and dim % x.dim() == x.dim() - 1
+    if not last or list(index.shape) != [*rows, 1] or not x.is_floating_point():
+        return NotImplemented
+    scores, target = x.reshape(-1, x.shape[-1]), index.reshape(-1)
+    picked = -aten.nll_loss_forward.default(scores, target, None, NONE, NEVER)[0]
+    return picked.view(index.shape)
+
+
+NEVER = -(2**31)
+"""An index to ignore that no gather takes."""
+GATHERS: dict[Any, Callable[..., Any]] = {aten.gather.default: _open_gather}
 OWN: dict[Any, Callable[..., Any]] = {
     aten.nll_loss_forward.default: _open_nll,
     aten.nll_loss2d_forward.default: _open_nll2d,

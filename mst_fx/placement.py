@@ -83,7 +83,7 @@ def refinements(split: Split, before: Sequence[int], after: Sequence[int]) -> li
     parts = []
     for dim, size in enumerate(after):
         front, back = prod(after[:dim]), prod(after[dim + 1 :])
-        if sure(size > 1) and sure(front % in_front == 0) and sure(back % behind == 0):
+        if not sure(size <= 1) and sure(front % in_front == 0) and sure(back % behind == 0):
             part = Split(split.dim, front // in_front, back // behind)
             if sure(part.outer * size * part.inner == before[split.dim]) and _refines(part, split):
                 parts.append(part)

@@ -58,7 +58,7 @@ class Reader:
         if any(fake_value(operand) is None for operand in node.all_input_nodes):
             return None
         try:
-            return lower(self.owner, [node], node.all_input_nodes, [result], {node: Mode()})
+            return lower(self.owner, [node], node.all_input_nodes, [result], {node: Mode()}, gathers=False)
         except Exception:  # the user's op may do anything; one that cannot be traced alone is simply not understood
             return None
 

@@ -81,8 +81,10 @@ def splice(owner: GraphModule, replacement: Replacement, node_of: Mapping[Node, 
             env[node] = _copied(graph.call_function(operator.getitem, (call, position)), node)
         for node in stages.epilogue:
             env[node] = _copied(graph.node_copy(node, env.__getitem__), node)
-    _detach(owner, [node_of[node] for node in replacement.detached if node not in region.outputs])
-    _replace(owner, region, [env[node] for node in stages.outputs], node_of)
+    values = [env[node] for node in stages.outputs]
+    made = dict(zip(region.outputs, values, strict=True))
+    _replace(owner, region, values, node_of)
+    _detach(owner, [made.get(node) or node_of[node] for node in replacement.detached])
 
 
 def splice_nodes(owner: GraphModule, region: Region, graph: Graph, node_of: Mapping[Node, Node]) -> None:
@@ -102,13 +104,13 @@ def splice_nodes(owner: GraphModule, region: Region, graph: Graph, node_of: Mapp
 
 
 def _detach(owner: GraphModule, values: Sequence[Node]) -> None:
-    """The graph returns these values without a gradient."""
+    """The graph returns these values, and what is joined of them, without a gradient."""
     returned = owner.graph.output_node()
-    for value in values:
+    for node in [node for value in values for node in (value, *value.users) if returned in node.users]:
         with owner.graph.inserting_before(returned):
-            detached = owner.graph.call_method("detach", (value,))
-        detached.meta = {"example_value": value.meta["example_value"].detach()}
-        returned.replace_input_with(value, detached)
+            detached = owner.graph.call_method("detach", (node,))
+        detached.meta = {"example_value": node.meta["example_value"].detach()}
+        returned.replace_input_with(node, detached)
 
 
 def _replace(owner: GraphModule, region: Region, values: Sequence[Node], node_of: Mapping[Node, Node]) -> None:

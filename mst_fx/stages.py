@@ -97,7 +97,8 @@ def cut(lowered: GraphModule, stream: Node) -> Stages:
         except Refusal as refusal:
             refusals.append((hint(length), refusal))
         except Spans as spans:
-            candidates += [Split(axis.dim, axis.outer * outer, axis.inner * inner) for outer, inner in spans.parts]
+            parts = [part for part in spans.parts if not any(map(is_symbolic, part))]
+            candidates += [Split(axis.dim, axis.outer * outer, axis.inner * inner) for outer, inner in parts]
             text = f"{spans.node.target} spreads the split dim over several dims"
             refusals.append((0, Refusal(Reason.AXIS_MIXED, spans.node, text)))
     if found:

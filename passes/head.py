@@ -44,7 +44,8 @@ class Head(Pattern):
                 raise growth.obstacle
             return None
         if not results(growth):
-            if growth.returned and reader.numel(node) >= HEAD_RATIO * reader.numel(head.activation):
+            leaves = any(user.op == "output" for value in growth.returned for user in value.users)
+            if leaves and reader.numel(node) >= HEAD_RATIO * reader.numel(head.activation):
                 raise Refusal(Reason.NO_LOSS, node, "the logits leave the graph, and no loss stands behind them")
             return None
         return region_of_growth(reader, growth, head.activation)

@@ -9,6 +9,8 @@ from typing import Any
 import losses
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
+from graphs import captured, rewritten
 from losses import CROSS_ENTROPY, DISTILLATION, HEADS, PER_TOKEN, REINFORCEMENT, RETURNED, SHIFTED, B, D, T, V
 from memory_probe import peak_bytes, saved_bytes
 from torch.utils._pytree import tree_leaves
@@ -114,8 +116,9 @@ def test_logits_never_exist(name, fn):
 def test_returned_logits_exist_once(name, fn, inner):
     report = check(fn, inner=inner)
     (region,) = report.regions
-    assert region.returned_bytes == LOGITS
-    assert region.returned_gradient_bytes == (0 if name == "loss_and_detached_logits" else LOGITS)
+    assert region.returned_bytes == pytest.approx(LOGITS, rel=0.01)
+    detached = name == "loss_and_detached_logits"
+    assert region.returned_gradient_bytes == (0 if detached else region.returned_bytes)
     tensors = inputs()
     compiled, plain = looped(fn, inner=inner), looped(fn, inner=inner, disable="head")
 
@@ -127,10 +130,9 @@ def test_returned_logits_exist_once(name, fn, inner):
         return logits
 
     peak, plain_peak = (peak_bytes(lambda fn=fn: backward_of_the_first(fn)) for fn in (compiled, plain))
-    gradients = 0 if name == "loss_and_detached_logits" else 3 if name == "shifted_loss_and_logits" else 1
+    gradients = 0 if name == "loss_and_detached_logits" else 1
     assert peak < (1.6 + gradients) * LOGITS
-    if name != "shifted_loss_and_logits":
-        assert peak < plain_peak
+    assert peak < plain_peak
 
 
 @pytest.mark.parametrize("name", [name for name in RETURNED if name != "loss_and_detached_logits"])
@@ -154,6 +156,67 @@ def test_detached_logits_have_no_gradient(name):
     for value, exact in zip(run(), expected, strict=True):
         torch.testing.assert_close(value.detach(), exact.detach(), rtol=1e-10, atol=1e-12)
     (region,) = mst_fx.reports()[-1].regions
-    assert (region.returned_bytes, region.returned_gradient_bytes) == (LOGITS, 0)
-    gradients = 2 if name == "shifted_loss_and_logits" else 0  # of the cut logits, and padded
-    assert peak_bytes(run) < (1.6 + gradients) * LOGITS
+    assert region.returned_bytes == pytest.approx(LOGITS, rel=0.01)
+    assert region.returned_gradient_bytes == 0
+    assert peak_bytes(run) < (2.2 if name == "shifted_loss_and_logits" else 1.6) * LOGITS  # joined of two parts
+
+
+@pytest.mark.parametrize("name", ["log_softmax_and_gather", "gather_minus_logsumexp"])
+def test_backward_of_a_picked_class_scatters_nothing(name):
+    gm, report = rewritten(captured(PER_TOKEN[name], *inputs()))
+    assert len(report.regions) == 1
+    ops = {node.target for node in gm.mini_sequence_backward_0.graph.nodes}
+    assert torch.ops.aten.nll_loss_backward.default in ops
+    assert torch.ops.aten.scatter_add.default not in ops
+
+
+def test_a_gradient_scaler_reaches_half_precision():
+    """Gradients of 1e-9 a logit vanish in fp16 unless the scale is there when they are made."""
+    tensors = inputs()
+    exact = torch.autograd.grad(small(*tensors) * 2.0**14, tensors[:2])
+    half = [t.detach().half().requires_grad_() for t in tensors[:2]]
+    compiled = looped(small)
+    (compiled(*half, tensors[2]) * 2.0**14).backward()
+    (region,) = mst_fx.reports()[-1].regions
+    assert region.backward == "recompute"
+    for tensor, truth in zip(half, exact, strict=True):
+        assert float((tensor.grad.double() - truth).norm() / truth.norm()) < 1e-2
+    late = torch.autograd.grad(small(*half, tensors[2]), half)
+    assert float((late[1].double() * 2.0**14 - exact[1]).norm() / exact[1].norm()) > 0.1  # without the scale
+
+
+def small(x, w, y):
+    return (F.cross_entropy(*losses.flat(x, w, y), reduction="none") * 2.0**-12).mean()
+
+
+@pytest.mark.parametrize("name", ["sliced_contiguous_logits", "grpo", "loss_and_accuracy", "jensen_shannon"])
+def test_one_compile_serves_every_length(name):
+    fn = {**SHIFTED, **PER_TOKEN, **REINFORCEMENT, **DISTILLATION}[name]
+    compiled = looped(fn)
+    before = len(mst_fx.reports())
+    for length in (T, 150, 201, 130, 163):
+        torch.manual_seed(length)
+        x, labels = torch.randn(B, length, D, dtype=torch.float64), torch.randint(0, V, (B, length))
+        tensors = [x.requires_grad_(), inputs()[1], labels]
+        for value, exact in zip(step(compiled, tensors), step(fn, tensors), strict=True):
+            torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-6)
+    made = mst_fx.reports()[before:]
+    assert [len(report.regions) for report in made] == [1, 1]  # the first length, then all of them
+
+
+def test_both_directions_of_two_towers_are_refused():
+    def contrastive(x, w, y):
+        scores = F.normalize(x[0], dim=-1) @ F.normalize(w, dim=-1).t()
+        columns = torch.arange(V) % T
+        return F.cross_entropy(scores, y[0]) + F.cross_entropy(scores.t(), columns)
+
+    _, report = rewritten(captured(contrastive, *inputs()))
+    (refusal,) = report.refusals
+    assert refusal.reason == "AXIS_MIXED"
+    assert "log_softmax" in refusal.text
+    assert "F.cross_entropy(scores, y[0]) + F.cross_entropy(scores.t(), columns)" in refusal.source
+
+
+def test_unknown_option_value():
+    with pytest.raises(TypeError, match="returned_logits"):
+        mst_fx.Config(returned_logits="drop")
