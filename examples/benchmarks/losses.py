@@ -1,6 +1,6 @@
 """Which losses over a large head are looped: mst_fx beside its peers, row by row.
 
-    python examples/benchmarks/losses.py                  # a GPU: peaks; about five minutes with 8 processes
+    python examples/benchmarks/losses.py                  # a GPU: peaks; about five minutes with 5 processes
     python examples/benchmarks/losses.py --device cpu     # anywhere: bytes saved for backward
 
 Every row is a loss as users write it. The compilers (torch.compile, Inductor's auto_chunker, mst_fx) are given that
@@ -370,15 +370,22 @@ def measured(loss: Loss, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, 
     value = step(loss, inputs)
     if not inputs[0].is_cuda:
         return value, saved_bytes(loss, inputs)
-    gc.collect()
     for tensor in inputs[:2]:
         tensor.grad = None
+    give_back()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated()
     value = step(loss, inputs)
     torch.cuda.synchronize()
     return value, torch.cuda.max_memory_allocated() - start - gradient_bytes(inputs)
+
+
+def give_back() -> None:
+    """Free what nobody uses: other processes share the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def gradient_bytes(inputs: Sequence[torch.Tensor]) -> int:
@@ -402,7 +409,7 @@ def measure_row(title: str, shape: Shape) -> list[Cell]:
     """Every method on one row."""
     loss, inputs = ROWS[title], tensors(shape)
     truth = truth_of(loss, shape)
-    gc.collect()
+    give_back()
     methods: dict[str, tuple[Loss | None, bool]] = {name: (fn, True) for name, fn in compilers(loss).items()}
     for name, library in LIBRARIES.items():
         try:
@@ -423,7 +430,7 @@ def measure_row(title: str, shape: Shape) -> list[Cell]:
             cells.append(Cell(title, name, "breaks", error=f"{type(error).__name__}: {error}"[:300]))
             continue
         finally:
-            gc.collect()
+            give_back()
         cells.append(judged(title, name, size, off, compared, cells, shape))
     return cells
 
@@ -461,11 +468,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", nargs="*", help="parts of titles; all by default")
-    parser.add_argument("--processes", type=int, default=8 if torch.cuda.is_available() else 1)
+    parser.add_argument("--processes", type=int, default=5 if torch.cuda.is_available() else 1)
     parser.add_argument("--json")
     given = parser.parse_args()
     large = given.device == "cuda"
-    shape = Shape(given.device, *((32_768, 2048, 65_536) if large else (2048, 64, 8192)))
+    shape = Shape(given.device, *((16_384, 2048, 32_768) if large else (2048, 64, 8192)))
     titles = [title for title in ROWS if not given.rows or any(part in title for part in given.rows)]
     cells: list[Cell] = []
     with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
