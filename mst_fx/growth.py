@@ -3,7 +3,7 @@
 Terms
   head      a contraction that makes a large value: one with more elements than what it is made from
   large     at least as many elements as the head's activation; what depends on a head and is smaller is a result
-  returned  a large value that the graph's caller gets, alone or joined with others, so that it must exist
+  returned  a large value that the graph's caller gets, itself, viewed or joined with others, so that it must exist
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from mst_fx.provenance import op_name
 from mst_fx.reading import Reader
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region, close, has_gradient, needs_gradient, with_parts
+from mst_fx.rules.view import FREE
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def grow(reader: Reader, head: Node, activation: Node) -> Growth | None:
                 continue
             pending += [o for o in node.all_input_nodes if reader.numel(o) >= limit and _can_be_made(reader, o)]
         if reader.numel(node) >= limit:
-            leaves = {user for user in node.users if user.op == "output" or only_joins(reader, user)}
+            leaves = {user for user in node.users if user.op == "output" or only_returns(reader, user)}
             pending += [user for user in node.users if user not in leaves]
             returned += [node] if leaves else []
         if not pending:
@@ -97,13 +100,13 @@ def region_of_growth(reader: Reader, growth: Growth, stream: Node) -> Region:
     return region
 
 
-def only_joins(reader: Reader, node: Node) -> bool:
-    """Whether a node puts large values together for the caller of the graph, and does nothing else."""
+def only_returns(reader: Reader, node: Node) -> bool:
+    """Whether a node views large values, or puts them together, for the caller of the graph and for nobody else."""
     opened = reader.opened(node) if all(user.op == "output" for user in node.users) else None
     if opened is None:
         return False
-    ops = [op.target for op in opened.graph.nodes if op.op == "call_function"]
-    return bool(ops) and set(ops) <= {torch.ops.aten.cat.default, torch.ops.aten.stack.default}
+    ops = {op.target for op in opened.graph.nodes if op.op == "call_function"}
+    return bool(ops) and ops <= {*FREE, aten.detach.default, aten.cat.default, aten.stack.default}
 
 
 def in_between(reader: Reader, inside: set[Node]) -> list[Node]:

@@ -74,6 +74,9 @@ def close(
     inside = with_parts(nodes)
     ordered = tuple(sorted(inside, key=reader.order.__getitem__))
     outputs = tuple(node for node in ordered if not inside.issuperset(node.users))
+    for node in outputs:
+        if not isinstance(fake_value(node), torch.Tensor):
+            raise Refusal(Reason.ESCAPES, node, f"{op_name(node)} gives what is no tensor to the rest of the graph")
     live_ins = tuple(dict.fromkeys(o for n in ordered for o in n.all_input_nodes if o not in inside))
     before, early = _place(reader, ordered, outputs, live_ins)
     last = max(before, ordered[-1], key=reader.order.__getitem__)

@@ -13,7 +13,7 @@ from mst_fx.narrow import CutHead
 from mst_fx.plan import Plan
 from mst_fx.provenance import module_path, op_name, source_line
 from mst_fx.refusal import Refusal
-from mst_fx.region import Region, has_gradient
+from mst_fx.region import Region, needs_gradient
 from mst_fx.stages import Stages
 
 
@@ -151,7 +151,9 @@ def looped(pattern: str, region: Region, stages: Stages, plan: Plan) -> LoopedRe
         bytes_after=plan.bytes_after,
         backward=plan.backward,
         returned_bytes=sum(map(_bytes, region.returned)),
-        returned_gradient_bytes=sum(_bytes(n) for n in region.returned if has_gradient(n) and n not in plan.detached),
+        returned_gradient_bytes=sum(
+            _bytes(node) for node in region.returned if needs_gradient(node, region.nodes) and node not in plan.detached
+        ),
     )
 
 

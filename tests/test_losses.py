@@ -130,7 +130,8 @@ def test_returned_logits_exist_once(name, fn, inner):
         return logits
 
     peak, plain_peak = (peak_bytes(lambda fn=fn: backward_of_the_first(fn)) for fn in (compiled, plain))
-    gradients = 0 if name == "loss_and_detached_logits" else 1
+    # autograd has one gradient for a returned view and one for what it views
+    gradients = {"loss_and_detached_logits": 0, "loss_and_views_of_logits": 2}.get(name, 1)
     assert peak < (1.6 + gradients) * LOGITS
     assert peak < plain_peak
 
