@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from mst_fx.lower import fake_value, is_size
 from mst_fx.provenance import op_name
-from mst_fx.reading import Reader
+from mst_fx.reading import Reader, written_by
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region, close, has_gradient, needs_gradient, with_parts
 from mst_fx.rules.view import FREE
@@ -40,7 +40,7 @@ class Growth:
 
 
 def grow(reader: Reader, head: Node, activation: Node) -> Growth | None:
-    """Take in every reader of a large value, what other large values those read, and what lies in between.
+    """Take in every reader of a large value, what other large values those read, who writes, and what lies in between.
 
     Args:
         reader: of the graph.
@@ -57,20 +57,19 @@ def grow(reader: Reader, head: Node, activation: Node) -> Growth | None:
     pending = [head]
     while pending:
         node = pending.pop()
-        if node in inside:
-            continue
-        inside.add(node)
-        if not _is_head(reader, node):
-            if reader.multiplies(node):
-                return None
-            obstacle = obstacle or obstacle_to(reader, node)
-            if obstacle is not None:
-                continue
-            pending += [o for o in node.all_input_nodes if reader.numel(o) >= limit and _can_be_made(reader, o)]
-        if reader.numel(node) >= limit:
+        if node not in inside:
+            inside.add(node)
+            if not _is_head(reader, node):
+                if reader.multiplies(node):
+                    return None
+                obstacle = obstacle or obstacle_to(reader, node)
+                large = [operand for operand in node.all_input_nodes if reader.numel(operand) >= limit]
+                pending += [operand for operand in large if obstacle is None and _can_be_made(reader, operand)]
             leaves = {user for user in node.users if user.op == "output" or only_returns(reader, user)}
-            pending += [user for user in node.users if user not in leaves]
-            returned += [node] if leaves else []
+            if reader.numel(node) >= limit:
+                pending += [user for user in node.users if user not in leaves]
+                returned += [node] if leaves else []
+            pending += [user for user in node.users if written_by(user) is node]
         if not pending:
             pending += in_between(reader, inside)
     return Growth(frozenset(with_parts(inside)), tuple(returned), obstacle)

@@ -17,9 +17,9 @@ from mst_fx.reading import Reader as Reader
 from mst_fx.refusal import Reason as Reason
 from mst_fx.refusal import Refusal as Refusal
 from mst_fx.region import Region as Region
-from mst_fx.region import Trunk as Trunk
-from mst_fx.region import region_of as region_of
-from mst_fx.region import trunk_of as trunk_of
+from mst_fx.trunk import Trunk as Trunk
+from mst_fx.trunk import region_of as region_of
+from mst_fx.trunk import trunk_of as trunk_of
 
 
 class Pattern(ABC):

@@ -34,7 +34,7 @@ from mst_fx.reading import Reader
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region
 from mst_fx.report import LoopedRegion, Report, cut_head, looped, record, refused
-from mst_fx.rewrite import Edit, Replacement, rebuilt, splice, splice_nodes
+from mst_fx.rewrite import Edit, Replacement, loop, nodes_of, rebuilt
 from mst_fx.stages import Stages, cut
 
 log = logging.getLogger("mst_fx")
@@ -102,8 +102,8 @@ def rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple
         try:
             if isinstance(found.outcome, Refusal):
                 raise found.outcome
-            replacement, entry = best_replacement(found.pattern, found.outcome, config)
-            edits.append(partial(splice, replacement=replacement))
+            edit, entry = best_replacement(found.pattern, found.outcome, config)
+            edits.append(edit)
             report = report.joined(Report(regions=(entry,)))
         except Refusal as refusal:
             report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
@@ -124,7 +124,8 @@ def _cut_early(gm: GraphModule, config: Config) -> tuple[GraphModule, Report]:
         if not found:
             return gm, report
         report = report.joined(Report(cuts=tuple(map(cut_head, found))))
-        gm = rebuilt(gm, [partial(splice_nodes, region=head.region, graph=head.cut_first.graph) for head in found])
+        makes = [partial(nodes_of, region=head.region, lowered=head.cut_first) for head in found]
+        gm = rebuilt(gm, [Edit(head.region, make) for head, make in zip(found, makes, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Planned:
     plan: Plan
 
 
-def best_replacement(pattern: str, region: Region, config: Config) -> tuple[Replacement, LoopedRegion]:
+def best_replacement(pattern: str, region: Region, config: Config) -> tuple[Edit, LoopedRegion]:
     """Everything that stands between a region, or the best part of it, and its loop.
 
     Raises:
@@ -144,8 +145,8 @@ def best_replacement(pattern: str, region: Region, config: Config) -> tuple[Repl
     """
     chosen = _best_part(region, config)
     bodies, spec = _bodies(chosen.stages, chosen.plan, config)
-    replacement = Replacement(chosen.region, chosen.stages, bodies, spec, chosen.plan.detached)
-    return replacement, looped(pattern, chosen.region, chosen.stages, chosen.plan)
+    make = partial(loop, replacement=Replacement(chosen.region, chosen.stages, bodies, spec))
+    return Edit(chosen.region, make, chosen.plan.detached), looped(pattern, chosen.region, chosen.stages, chosen.plan)
 
 
 def _best_part(region: Region, config: Config) -> Planned:

@@ -107,6 +107,13 @@ class Reader:
             return Refusal(refusal.reason, node, f"{op_name(node)}: {refusal.text}")
         return None
 
+    def is_pure(self, node: Node) -> bool:
+        """Whether the node does nothing but compute its value: it writes nothing and draws no random numbers."""
+        opened = self.opened(node)
+        ops = opened.graph.nodes if opened is not None else ()
+        tags = {tag for op in ops if isinstance(op.target, torch._ops.OpOverload) for tag in op.target.tags}
+        return opened is not None and not writes(node) and torch.Tag.nondeterministic_seeded not in tags
+
     def storages(self, node: Node) -> set[torch.UntypedStorage]:
         """The memory that the node's value lies in, as captured."""
         return {tensor.untyped_storage() for tensor in _tensors(node) if tensor.layout == torch.strided}

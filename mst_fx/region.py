@@ -1,8 +1,6 @@
-"""A region: the nodes that one loop replaces, closed and checked; and the walk back from a sink that finds an MLP's.
+"""A region: the nodes that one loop replaces, closed and checked.
 
 Terms
-  sink      the node where the large values end (a down-projection)
-  up        a contraction that makes a large value (an up-projection, a head)
   live-in   a value that the region reads from outside
   stream    the live-in that carries the tokens; the split axis is one of its dims
 """
@@ -12,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch.fx import GraphModule, Node
@@ -121,7 +118,7 @@ def _place(
     inside = set(nodes)
     readers = [user for node in outputs for user in node.users if user not in inside and user.op != "output"]
     first_reader = min([nodes[-1], *readers], key=reader.order.__getitem__)
-    early = _made_after(reader, first_reader, live_ins)
+    early = _made_after(reader, first_reader, live_ins, inside)
     known = max((reader.order[node] for node in live_ins if node not in early), default=-1)
     grad = any(reader.modes[node].grad for node in nodes)
     place = first_reader
@@ -132,11 +129,11 @@ def _place(
     raise Refusal(Reason.GRAD_MODE, first_reader, f"{op_name(first_reader)} stands in another mode than the region")
 
 
-def _made_after(reader: Reader, place: Node, live_ins: tuple[Node, ...]) -> tuple[Node, ...]:
+def _made_after(reader: Reader, place: Node, live_ins: tuple[Node, ...], inside: Collection[Node]) -> tuple[Node, ...]:
     """What must be moved in front of `place` for the live-ins to be known there.
 
     Raises:
-        Refusal: one of them is more than a plain computation.
+        Refusal: one of them is more than a plain computation, or depends on the region.
     """
     late: set[Node] = set()
     pending = [node for node in live_ins if reader.order[node] >= reader.order[place]]
@@ -145,9 +142,8 @@ def _made_after(reader: Reader, place: Node, live_ins: tuple[Node, ...]) -> tupl
         if node in late:
             continue
         late.add(node)
-        obstacle = reader.obstacle(node)
-        moves = reader.modes[node] == reader.modes[place] and written_by(node) is None
-        if not moves or (obstacle is not None and obstacle.reason is not Reason.UNKNOWN_OP):
+        moves = node.op == "get_attr" or (reader.is_pure(node) and reader.modes[node] == reader.modes[place])
+        if not moves or node in inside:
             text = f"{op_name(place)} reads a result of the region before {op_name(node)} makes an operand of it"
             raise Refusal(Reason.NOT_CONVEX, place, text)
         pending += [operand for operand in node.all_input_nodes if reader.order[operand] >= reader.order[place]]
@@ -166,101 +162,3 @@ def _check_writes(reader: Reader, inside: set[Node], live_ins: Collection[Node],
             if not memory.isdisjoint(foreign) or (node not in inside and not memory.isdisjoint(own)):
                 raise Refusal(Reason.MUTATION, node, f"{op_name(node)} writes to its operand")
         node = node.next
-
-
-@dataclass(frozen=True)
-class Trunk:
-    """What lies between a sink and the contractions that feed it.
-
-    Attributes:
-        ups: the contractions, in graph order.
-        nodes: everything that depends on an up and leads to the sink, the sink excluded.
-        obstacle: the first node on the way that no region may contain.
-    """
-
-    ups: tuple[Node, ...]
-    nodes: tuple[Node, ...]
-    obstacle: Refusal | None
-
-
-def trunk_of(reader: Reader, top: Node) -> Trunk | None:
-    """Walk back from `top` (the sink's large operand) to the contractions that made it.
-
-    Gives up at a wide contraction that does not widen its activation, as a projection of attention.
-
-    Args:
-        reader: of the graph.
-        top: the value to explain.
-
-    Returns:
-        The trunk, None where no contraction feeds `top`.
-    """
-    wide = reader.numel(top) // 2
-    kinds: dict[Node, _Kind] = {}
-    pending = [top]
-    while pending:
-        node = pending.pop()
-        if node in kinds:
-            continue
-        kinds[node] = _kind(reader, node, wide)
-        if kinds[node] is _Kind.ALIEN:
-            return None
-        if kinds[node] is _Kind.THROUGH:
-            pending.extend(node.all_input_nodes)
-    ups = {node for node, kind in kinds.items() if kind is _Kind.UP}
-    if not ups:
-        return None
-    inside = set(ups)
-    for node in sorted(kinds, key=reader.order.__getitem__):
-        if kinds[node] is _Kind.THROUGH and not inside.isdisjoint(node.all_input_nodes):
-            inside.add(node)
-    nodes = tuple(sorted(inside, key=reader.order.__getitem__))
-    obstacles = (reader.obstacle(node) for node in nodes if node not in ups)
-    return Trunk(
-        ups=tuple(node for node in nodes if node in ups),
-        nodes=nodes,
-        obstacle=next((obstacle for obstacle in obstacles if obstacle is not None), None),
-    )
-
-
-class _Kind(Enum):
-    """What a node is on the way back from a sink."""
-
-    UP = "the contraction to find"
-    THROUGH = "to be looked behind"
-    LIVE_IN = "whatever lies behind it does not matter"
-    ALIEN = "a sign that this is no such trunk"
-
-
-def _kind(reader: Reader, node: Node, wide: int) -> _Kind:
-    if node.op in ("placeholder", "get_attr"):
-        return _Kind.LIVE_IN
-    contraction = reader.contraction(node)
-    if contraction is not None:
-        if reader.numel(node) < wide:
-            return _Kind.LIVE_IN
-        return _Kind.UP if reader.numel(node) > reader.numel(contraction.activation) else _Kind.ALIEN
-    obstacle = reader.obstacle(node)
-    opaque = obstacle is not None and obstacle.reason in (Reason.UNKNOWN_OP, Reason.RANDOM)
-    if reader.multiplies(node) or (opaque and len(reader.tensor_operands(node)) != 1):
-        return _Kind.LIVE_IN  # attention, a scan, ...: whatever lies behind it belongs to something else
-    return _Kind.THROUGH
-
-
-def region_of(reader: Reader, trunk: Trunk, sink: Node) -> Region:
-    """Close a trunk into a region that ends in `sink`, its one output.
-
-    Raises:
-        Refusal: a large value escapes, an op may not be inside, or one of `close`.
-    """
-    if trunk.obstacle is not None:
-        raise trunk.obstacle
-    nodes = (*trunk.nodes, sink)
-    for node in trunk.nodes:
-        for user in node.users:
-            if user not in nodes:
-                where = "is returned" if user.op == "output" else f"is also read by {op_name(user)}"
-                raise Refusal(Reason.ESCAPES, user if user.op != "output" else node, f"{op_name(node)} {where}")
-    first = reader.contraction(trunk.ups[0])
-    assert first is not None
-    return close(reader, nodes, first.activation)

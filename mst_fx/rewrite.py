@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
@@ -23,18 +23,28 @@ class Replacement:
         stages: its aten graph, cut.
         bodies: forward, forward tail, backward, backward tail; None where not needed.
         spec: of the call.
-        detached: values that the graph shall return without a gradient.
     """
 
     region: Region
     stages: Stages
     bodies: tuple[GraphModule | None, GraphModule | None, GraphModule | None, GraphModule | None]
     spec: CallSpec
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of a copied graph.
+
+    Attributes:
+        region: what is replaced.
+        make: puts nodes in front of a given one, and returns those that stand for the region's outputs. It takes the
+            copied module, that node, and a map from the original's nodes to the copy's.
+        detached: values that the graph shall return without a gradient.
+    """
+
+    region: Region
+    make: Callable[[GraphModule, Node, Mapping[Node, Node]], Sequence[Node]]
     detached: tuple[Node, ...] = ()
-
-
-Edit: TypeAlias = Callable[..., None]
-"""A change of a copied graph; takes the copy as `owner`, and `node_of`, a map from the original's nodes to its own."""
 
 
 def rebuilt(gm: GraphModule, edits: Sequence[Edit], children: Mapping[str, GraphModule] | None = None) -> GraphModule:
@@ -47,30 +57,34 @@ def rebuilt(gm: GraphModule, edits: Sequence[Edit], children: Mapping[str, Graph
     copy.meta = dict(gm.meta)
     for name, child in (children or {}).items():
         setattr(copy, name, child)
-    for edit in edits:
-        edit(owner=copy, node_of=node_of)
+    for edit, place in [(edit, _place(graph, edit.region, node_of)) for edit in edits]:
+        values = edit.make(copy, place, node_of)
+        graph.erase_node(place)
+        _replace(graph, edit.region, values, node_of)
+        _detach(graph, [node_of[node] for node in edit.detached])
     graph.lint()
     copy.recompile()
     return copy
 
 
+def _place(graph: Graph, region: Region, node_of: Mapping[Node, Node]) -> Node:
+    """A mark where the region's replacement goes, which stays when the nodes around it are replaced."""
+    before = node_of[region.before]
+    for node in region.early:
+        if before < node_of[node]:
+            before.prepend(node_of[node])
+    with graph.inserting_before(before):
+        return graph.call_function(_place, ())
+
+
 BODY_NAMES = ("forward", "forward_tail", "backward", "backward_tail")
 
 
-def splice(owner: GraphModule, replacement: Replacement, node_of: Mapping[Node, Node]) -> None:
-    """Put the loop in place of the region.
-
-    Args:
-        owner: the module to change; a copy of the region's owner.
-        replacement: what to put in.
-        node_of: maps nodes of the region's graph to nodes of `owner`'s.
-    """
+def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacement: Replacement) -> list[Node]:
+    """The call of the loop, with what runs before and after it; arguments as for `Edit.make`."""
     region, stages, graph = replacement.region, replacement.stages, owner.graph
-    placeholders = (node for node in stages.graph.nodes if node.op == "placeholder")
-    env: dict[Node, Node] = {inner: node_of[outer] for inner, outer in zip(placeholders, region.live_ins, strict=True)}
-    for node in region.early:
-        node_of[region.before].prepend(node_of[node])
-    with graph.inserting_before(node_of[region.before]):
+    env = _live_ins(stages.graph, region, node_of)
+    with graph.inserting_before(place):
         for node in stages.prologue:
             env[node] = _copied(graph.node_copy(node, env.__getitem__), node)
         bodies = [_body(owner, name, body) for name, body in zip(BODY_NAMES, replacement.bodies, strict=True)]
@@ -81,44 +95,48 @@ def splice(owner: GraphModule, replacement: Replacement, node_of: Mapping[Node, 
             env[node] = _copied(graph.call_function(operator.getitem, (call, position)), node)
         for node in stages.epilogue:
             env[node] = _copied(graph.node_copy(node, env.__getitem__), node)
-    values = [env[node] for node in stages.outputs]
-    made = dict(zip(region.outputs, values, strict=True))
-    _replace(owner, region, values, node_of)
-    _detach(owner, [made.get(node) or node_of[node] for node in replacement.detached])
+    return [env[node] for node in stages.outputs]
 
 
-def splice_nodes(owner: GraphModule, region: Region, graph: Graph, node_of: Mapping[Node, Node]) -> None:
-    """Put the nodes of an aten graph in place of the region; arguments as above."""
-    placeholders = (node for node in graph.nodes if node.op == "placeholder")
-    env: dict[Node, Node] = {inner: node_of[outer] for inner, outer in zip(placeholders, region.live_ins, strict=True)}
-    for node in region.early:
-        node_of[region.before].prepend(node_of[node])
-    with owner.graph.inserting_before(node_of[region.before]):
-        for node in graph.nodes:
+def nodes_of(
+    owner: GraphModule, place: Node, node_of: Mapping[Node, Node], region: Region, lowered: GraphModule
+) -> list[Node]:
+    """The nodes of an aten graph; arguments as for `Edit.make`."""
+    env = _live_ins(lowered.graph, region, node_of)
+    with owner.graph.inserting_before(place):
+        for node in lowered.graph.nodes:
             if node.op == "call_function":
                 env[node] = _copied(owner.graph.node_copy(node, env.__getitem__), node)
                 origin = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
                 env[node].meta.update(origin)
-    returned: Any = graph.output_node().args[0]
-    _replace(owner, region, [env[node] for node in returned], node_of)
+    returned: Any = lowered.graph.output_node().args[0]
+    return [env[node] for node in returned]
 
 
-def _detach(owner: GraphModule, values: Sequence[Node]) -> None:
-    """The graph returns these values, and what is joined of them, without a gradient."""
-    returned = owner.graph.output_node()
-    for node in [node for value in values for node in (value, *value.users) if returned in node.users]:
-        with owner.graph.inserting_before(returned):
-            detached = owner.graph.call_method("detach", (node,))
-        detached.meta = {"example_value": node.meta["example_value"].detach()}
-        returned.replace_input_with(node, detached)
+def _live_ins(lowered: Graph, region: Region, node_of: Mapping[Node, Node]) -> dict[Node, Node]:
+    placeholders = (node for node in lowered.nodes if node.op == "placeholder")
+    return {inner: node_of[outer] for inner, outer in zip(placeholders, region.live_ins, strict=True)}
 
 
-def _replace(owner: GraphModule, region: Region, values: Sequence[Node], node_of: Mapping[Node, Node]) -> None:
+def _replace(graph: Graph, region: Region, values: Sequence[Node], node_of: dict[Node, Node]) -> None:
+    """The values stand for the region's outputs, for later edits as well."""
+    erased = [node_of[node] for node in reversed(region.nodes)]
     for outer, value in zip(region.outputs, values, strict=True):
         value.meta = dict(outer.meta)
         node_of[outer].replace_all_uses_with(value)
-    for node in reversed(region.nodes):
-        owner.graph.erase_node(node_of[node])
+        node_of[outer] = value
+    for node in erased:
+        graph.erase_node(node)
+
+
+def _detach(graph: Graph, values: Sequence[Node]) -> None:
+    """The graph returns these values, and what is made of them for its caller alone, without a gradient."""
+    returned = graph.output_node()
+    for node in [node for value in values for node in (value, *value.users) if returned in node.users]:
+        with graph.inserting_before(returned):
+            detached = graph.call_method("detach", (node,))
+        detached.meta = {"example_value": node.meta["example_value"].detach()}
+        returned.replace_input_with(node, detached)
 
 
 def _body(owner: GraphModule, name: str, body: GraphModule | None) -> Node | None:
