@@ -21,14 +21,13 @@ class Found:
     outcome: Region | Refusal
 
 
-def discover(owner: GraphModule, patterns: Sequence[Pattern]) -> list[Found]:
+def discover(reader: Reader, patterns: Sequence[Pattern]) -> list[Found]:
     """Ask every pattern about every node, in graph order; the first pattern that takes a node has it."""
-    reader = Reader(owner)
     taken: set[Node] = set()
     refused: set[tuple[Reason, Node | None]] = set()
     found: list[tuple[int, Found]] = []
     for pattern in patterns:
-        for position, node in enumerate(owner.graph.nodes):
+        for position, node in enumerate(reader.owner.graph.nodes):
             if node in taken or node.op in ("placeholder", "get_attr", "output"):
                 continue
             try:

@@ -96,9 +96,10 @@ def _rewrite_safely(gm: GraphModule, config: Config, foreign: dict[str, Any]) ->
 
 def rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple[GraphModule, Report]:
     """The graph with loops, and the decisions; `gm` itself where nothing is changed."""
-    gm, report = _cut_early(gm, config)
+    reader, report = _cut_early(gm, config)
+    gm = reader.owner
     edits: list[Edit] = []
-    for found in discover(gm, chosen):
+    for found in discover(reader, chosen):
         try:
             if isinstance(found.outcome, Refusal):
                 raise found.outcome
@@ -116,13 +117,14 @@ def rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple
     return rebuilt(gm, edits, children) if edits or children else gm, report
 
 
-def _cut_early(gm: GraphModule, config: Config) -> tuple[GraphModule, Report]:
-    """The graph in which heads project only the tokens that are read."""
+def _cut_early(gm: GraphModule, config: Config) -> tuple[Reader, Report]:
+    """A reader of the graph in which heads project only the tokens that are read."""
     report = Report()
     while True:
-        found = [head for head in cut_heads(Reader(gm)) if head.bytes_before >= config.min_bytes]
+        reader = Reader(gm)
+        found = [head for head in cut_heads(reader) if head.bytes_before >= config.min_bytes]
         if not found:
-            return gm, report
+            return reader, report
         report = report.joined(Report(cuts=tuple(map(cut_head, found))))
         makes = [partial(nodes_of, region=head.region, lowered=head.cut_first) for head in found]
         gm = rebuilt(gm, [Edit(head.region, make) for head, make in zip(found, makes, strict=True)])

@@ -86,22 +86,24 @@ def _walk(nodes: Sequence[Node], seeds: frozenset[Node], forced: Mapping[Node, S
         operands = node.all_input_nodes
         if not dependent.isdisjoint(operands):
             dependent.add(node)
-        late = not epilogue.keys().isdisjoint(operands)
-        if not late and any(flow.placements[operand] == PARTIAL for operand in operands):
-            late = not is_linear(node, flow)
-            flow.placements[node] = PARTIAL
-        elif not late:
-            if node in forced and node.target not in FILLS:  # a fill reads no more than its operand's dtype
-                _check_forced(node, flow)
-            flow.placements[node] = forced.get(node) or _place(node, flow)
-            if flow.placements[node] == PARTIAL and node not in dependent and _is_small(node, seeds):
-                flow.placements[node] = WHOLE
-        if late:
-            flow.placements.pop(node, None)
+        placement = _placed(node, flow, forced) if epilogue.keys().isdisjoint(operands) else None
+        if placement is None:
             _check_epilogue(node, flow.placements, epilogue)
             epilogue[node] = None
+            continue
+        known = placement == PARTIAL and node not in dependent and _is_small(node, seeds)
+        flow.placements[node] = WHOLE if known else placement
     made = (node for node in forced if node.op == "call_function" and node.target not in MADE_IN_PARTS)
     return Placements(flow.placements, tuple(epilogue), frozenset(made))
+
+
+def _placed(node: Node, flow: _Walk, forced: Mapping[Node, Split]) -> Result | None:
+    """The placement; None for what waits until a sum is whole."""
+    if any(flow.placements[operand] == PARTIAL for operand in node.all_input_nodes):
+        return PARTIAL if is_linear(node, flow) else None
+    if node in forced and node.target not in FILLS:  # a fill reads no more than its operand's dtype
+        _check_forced(node, flow)
+    return forced.get(node) or _place(node, flow)
 
 
 MADE_IN_PARTS = (*FILLS, torch.ops.aten.expand.default)
