@@ -7,7 +7,7 @@ construction. Every shape is compared with what its placement says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,12 +43,14 @@ class Gradients:
         differentiable: positions of the loop's results that have one.
         in_forward: compute the results too, with 1 as the upstream gradient.
         accumulate: dtype policy for gradients of whole operands in half precision.
+        kept: positions of the loop's results that are given, and not computed again.
     """
 
     wanted: tuple[int, ...]
     differentiable: tuple[int, ...]
     in_forward: bool
     accumulate: Accumulate
+    kept: tuple[int, ...] = ()
 
 
 def axis_of(stages: Stages, node: Node) -> Axis | None:
@@ -68,19 +70,23 @@ def forward_body(stages: Stages, length: int | None) -> Body:
 
 
 def gradient_body(stages: Stages, gradients: Gradients, length: int | None) -> Body:
-    """The body that computes gradients; its inputs are upstream gradients, then operands. Length as above."""
+    """The body that computes gradients; its inputs are upstream gradients, kept results, operands. Length as above."""
     upstream = [] if gradients.in_forward else [stages.results[i] for i in gradients.differentiable]
+    kept = [stages.results[i] for i in gradients.kept]
 
     def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        tangents, operands = inputs[: len(upstream)], [x.detach() for x in inputs[len(upstream) :]]
+        given = iter(inputs)
+        tangents = [next(given) for _ in upstream]
+        known = {node: next(given) for node in kept}
+        operands = [x.detach() for x in given]
         leaves = [operands[i].requires_grad_() for i in gradients.wanted]
-        results = _run_chunk(stages, operands)
+        results = _run_chunk(stages, operands, known)
         sinks = [results[i] for i in gradients.differentiable]
         seeds = [torch.ones_like(sink) for sink in sinks] if gradients.in_forward else tangents
         grads = torch.autograd.grad(sinks, leaves, seeds, materialize_grads=True)
         return (*results, *grads) if gradients.in_forward else grads
 
-    module = trace(run, partial(_chunk_inputs, stages, [*upstream, *stages.operands]), length)
+    module = trace(run, partial(_chunk_inputs, stages, [*upstream, *kept, *stages.operands]), length)
     kinds = [_result_kind(stages, node) for node in stages.results] if gradients.in_forward else []
     kinds += [_gradient_kind(stages, stages.operands[i], gradients.accumulate) for i in gradients.wanted]
     return Body(module, take_out_products(module, kinds))
@@ -110,12 +116,31 @@ def _chunk_inputs(stages: Stages, nodes: Sequence[Node], length: int) -> list[to
     return inputs
 
 
-def _run_chunk(stages: Stages, operands: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+class _Known(torch.autograd.Function):
+    """A value that is there already, in place of one computed from the operands; gradients go to the operands.
+
+    What computed it and nothing else is dead code.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, computed: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        return known.view_as(known)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+def _run_chunk(
+    stages: Stages, operands: Sequence[torch.Tensor], known: Mapping[Node, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, ...]:
     length = axis_length([axis_of(stages, node) for node in stages.operands], operands)
     env: dict[Node, Any] = dict(zip(stages.operands, operands, strict=True))
     for node in stages.loop:
         placement = stages.placements.of[node]
         env[node] = run_resized(node, placement, length, env)
+        if known and node in known:
+            env[node] = _Known.apply(env[node], known[node])
         if isinstance(placement, Split):
             expected = placement.chunk_shape(node.meta["val"].shape, length)
             if not all(sure(a == b) for a, b in zip(env[node].shape, expected, strict=True)):

@@ -23,8 +23,10 @@ class CallSpec(NamedTuple):
         backward: "recompute", "in_forward" or "none".
         forward_spec: of the loop that only computes results.
         backward_spec: of the loop that computes gradients (after the results where gradients come in the forward).
-        differentiable: positions of the results that have a gradient; the backward loop reads those, then the operands.
+        differentiable: positions of the results that have a gradient; the backward loop reads theirs first.
         wanted: positions of the operands whose gradients the backward loop gives, in its order.
+        kept: positions of the results that exist anyway and are not recomputed; the backward loop reads the upstream
+            gradients, then these, then the operands.
     """
 
     backward: str
@@ -32,6 +34,7 @@ class CallSpec(NamedTuple):
     backward_spec: tuple[Any, ...]
     differentiable: tuple[int, ...]
     wanted: tuple[int, ...]
+    kept: tuple[int, ...] = ()
 
 
 def mini_sequence(
@@ -65,9 +68,9 @@ def mini_sequence(
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bodies: tuple[Any, ...], spec: CallSpec, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.save_for_backward(*operands)
-        ctx.bodies, ctx.spec = bodies[2:], spec
+        ctx.bodies, ctx.spec, ctx.count = bodies[2:], spec, len(operands)
         results = mini_sequence_loop(*bodies[:2], spec.forward_spec, *operands)
+        ctx.save_for_backward(*(results[i] for i in spec.kept), *operands)
         ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in spec.differentiable))
         return results
 
@@ -76,10 +79,9 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         spec: CallSpec = ctx.spec
         upstream = [tangents[i] for i in spec.differentiable]
-        operands = ctx.saved_tensors  # once: under activation checkpointing, each look recomputes
         with without_autocast():
-            grads = mini_sequence_loop(*ctx.bodies, spec.backward_spec, *upstream, *operands)
-        return (None, None, *_placed(spec, grads, len(operands)))
+            grads = mini_sequence_loop(*ctx.bodies, spec.backward_spec, *upstream, *ctx.saved_tensors)
+        return (None, None, *_placed(spec, grads, ctx.count))
 
 
 class _GradientsInForward(torch.autograd.Function):

@@ -196,10 +196,12 @@ def _bodies(stages: Stages, plan: Plan, config: Config) -> tuple[Any, CallSpec]:
     spec = CallSpec(plan.backward, (VERSION, plan.forward_chunk, ins, outs), (), plan.differentiable, plan.wanted)
     if plan.backward == "none":
         return (*forward, None, None), spec
-    gradients = Gradients(plan.wanted, plan.differentiable, plan.backward == "in_forward", config.accumulate)
+    in_forward = plan.backward == "in_forward"
+    gradients = Gradients(plan.wanted, plan.differentiable, in_forward, config.accumulate, plan.kept)
     backward, outs = _full_and_tail(stages, plan.chunk, partial(gradient_body, stages, gradients))
-    upstream = () if gradients.in_forward else tuple(axis_of(stages, stages.results[i]) for i in plan.differentiable)
-    return (*forward, *backward), spec._replace(backward_spec=(VERSION, plan.chunk, upstream + ins, outs))
+    read = () if in_forward else (*plan.differentiable, *plan.kept)
+    given = tuple(axis_of(stages, stages.results[i]) for i in read)
+    return (*forward, *backward), spec._replace(backward_spec=(VERSION, plan.chunk, given + ins, outs), kept=plan.kept)
 
 
 def _full_and_tail(

@@ -46,6 +46,7 @@ class Plan:
         differentiable: positions of the loop's results that have one.
         bytes_before, bytes_after: of the region's temporaries, whole and for one chunk.
         detached: large values that the graph returns, and that carry no gradient.
+        kept: positions of the results that backward reads in place of computing them again.
     """
 
     chunk: int
@@ -57,6 +58,7 @@ class Plan:
     bytes_before: int
     bytes_after: int
     detached: tuple[Node, ...] = ()
+    kept: tuple[int, ...] = ()
 
 
 def make_plan(region: Region, stages: Stages, needs_grad: dict[Node, bool], config: Config) -> Plan:
@@ -92,6 +94,7 @@ def make_plan(region: Region, stages: Stages, needs_grad: dict[Node, bool], conf
         bytes_before=before,
         bytes_after=temporary_bytes(stages, min(chunk, length)) + _large_gradient_bytes(stages, needs_grad),
         detached=region.returned if config.returned_logits == "detach" else (),
+        kept=_kept(region, stages, differentiable) if backward == "recompute" else (),
     )
 
 
@@ -101,6 +104,13 @@ def _large_gradient_bytes(stages: Stages, needs_grad: dict[Node, bool]) -> int:
         return 0
     value: torch.Tensor = stages.stream.meta["val"]
     return hint(value.numel()) * value.element_size()
+
+
+def _kept(region: Region, stages: Stages, differentiable: tuple[int, ...]) -> tuple[int, ...]:
+    """Values that are returned as they are exist anyway: their product need not run twice."""
+    large = [outer in region.returned and any(user.op == "output" for user in outer.users) for outer in region.outputs]
+    returned = {inner for inner, is_large in zip(stages.outputs, large, strict=True) if is_large}
+    return tuple(i for i in differentiable if stages.results[i] in returned)
 
 
 def _multiplies(stages: Stages) -> bool:

@@ -162,6 +162,18 @@ def test_detached_logits_have_no_gradient(name):
     assert peak_bytes(run) < (2.2 if name == "shifted_loss_and_logits" else 1.6) * LOGITS  # joined of two parts
 
 
+@pytest.mark.parametrize("name", ["loss_and_logits", "loss_and_upcast_logits", "log_probabilities_and_logits"])
+def test_returned_logits_are_not_computed_again(name):
+    assert products_in_backward(RETURNED[name]) == 1  # for the hidden states; the head's leaves the body as factors
+    assert products_in_backward(PER_TOKEN["log_softmax_and_gather"]) == 2
+
+
+def products_in_backward(fn):
+    gm, report = rewritten(captured(fn, *inputs()))
+    assert report.regions[0].backward == "recompute"
+    return sum(node.target == torch.ops.aten.mm.default for node in gm.mini_sequence_backward_0.graph.nodes)
+
+
 @pytest.mark.parametrize("name", ["log_softmax_and_gather", "gather_minus_logsumexp"])
 def test_backward_of_a_picked_class_scatters_nothing(name):
     gm, report = rewritten(captured(PER_TOKEN[name], *inputs()))

@@ -53,6 +53,7 @@ mini_sequence = mini_sequence(
     (4, ((0, 1, 1), (0, 1, 1), None, None, None), ((rows, 2, (0, 1, 1), (0, 8)), (outer, torch.float32, torch.float32), (outer, torch.float32, torch.float32), (outer, torch.float32, torch.float32))),
     (0),
     (0, 1, 2, 3),
+    (),
     l_x_, l_g_, l_u_, l_d_)
 getitem = getitem(mini_sequence, 0)
 return (getitem)
@@ -99,6 +100,7 @@ mini_sequence = mini_sequence(
     (4, ((1, 1, 1), (1, 1, 1), None, None), ((rows, 1, (1, 1, 1), (1, 0, 8)), (outer, torch.float32, torch.float32), (outer, torch.float32, torch.float32))),
     (0),
     (0, 1, 2),
+    (),
     l_x_, l_gu_, l_d_)
 getitem = getitem(mini_sequence, 0)
 return (getitem)

@@ -57,6 +57,7 @@ mini_sequence = mini_sequence(
     (4, ((0, 1, 1), None, (0, 1, 1), None), ((sum, torch.float32), (rows, 1, (0, 1, 1), (0, 8)), (outer, torch.float32, torch.float32))),
     (0),
     (0, 1),
+    (),
     l_x_, l_w_, view_1, sum_1)
 getitem = getitem(mini_sequence, 0)
 return (getitem)
@@ -105,6 +106,7 @@ mini_sequence = mini_sequence(
     (1, ((1, 1, 1), None, (0, 3, 1)), ((sum, torch.float32), (cat, 1, 1, 1), (outer, torch.float32, torch.float32))),
     (0),
     (0, 1),
+    (),
     l_x_, l_w_, view_1)
 getitem_1 = getitem(mini_sequence, 0)
 return (getitem_1)

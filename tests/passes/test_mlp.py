@@ -51,6 +51,7 @@ mini_sequence = mini_sequence(
     (2, ((1, 1, 1), (1, 1, 1), None, None, None, None), ((cat, 1, 1, 1), (outer, torch.float32, torch.float32), (sum, torch.float32), (outer, torch.float32, torch.float32), (sum, torch.float32))),
     (0),
     (0, 1, 2, 3, 4),
+    (),
     l_x_, l_up_, l_a_, l_down_, l_b_)
 getitem = getitem(mini_sequence, 0)
 return (getitem)
@@ -81,6 +82,7 @@ mini_sequence = mini_sequence(
     (2, ((0, 2, 1), None, (0, 2, 1), None, None, None), ((sum, torch.float32), (cat, 0, 2, 1), (outer, torch.float32, torch.float32), (sum, torch.float32), (outer, torch.float32, torch.float32))),
     (0),
     (0, 1, 2, 3, 4),
+    (),
     l_a_, view, l_up_, l_b_, l_down_)
 getitem = getitem(mini_sequence, 0)
 view_3 = .view(getitem, 2, 10, 8)
