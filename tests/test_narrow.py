@@ -101,6 +101,23 @@ def test_results_and_gradients(cut):
     assert max(rows) < B * T
 
 
+@pytest.mark.parametrize("kept", [slice(None, -1), slice(3, -2), slice(4, None), slice(0, 5), slice(-4, None), 5, -1])
+def test_returned_results_are_joined_of_both_sides_of_the_cut(kept):
+    x, w = (t.double().detach().requires_grad_() for t in tensors((B, T, D), (V, D)))
+
+    def fn(x, w):
+        logits = F.linear(x, w)
+        return logits[:, kept].logsumexp(-1), logits
+
+    gm, found = cuts(fn, x, w)
+    assert len(found) == 1
+    expected, got = fn(x, w), gm(*named(gm, x=x, w=w))
+    torch.testing.assert_close(got, expected)
+    totals = [first.sum() + logits.square().sum() for first, logits in (expected, got)]
+    for exact, value in zip(*(torch.autograd.grad(total, (x, w)) for total in totals), strict=True):
+        torch.testing.assert_close(value, exact)
+
+
 def named(gm, **values):
     """The values in the order of the graph's placeholders."""
     return [values[n.name.split("_")[1]] for n in gm.graph.nodes if n.op == "placeholder"]

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mst_fx.openings import openings
 from mst_fx.placement import Split
 from mst_fx.replay import uniform_like
+from mst_fx.stages import cut
 
 B, T, D, FF, P = 2, 40, 8, 64, 0.3
 
@@ -72,6 +73,34 @@ def test_numbers_do_not_depend_on_the_chunks(split, chunk):
     (whole,), (parts,) = run_forward(stages, operands, 6), run_forward(stages, operands, chunk)
     assert torch.equal(whole, parts)
     assert set(whole.unique().tolist()) == {0.0, 1 / (1 - P)}
+
+
+@pytest.mark.parametrize(
+    ("draw", "mean"),
+    [
+        (lambda x: torch.native_dropout(x, P, True)[0], 1.0),
+        (lambda x: torch.native_dropout(x, P, True)[1].double(), 1 - P),
+        (lambda x: torch.native_dropout(x, P, False)[0], 1.0),
+        (lambda x: F.dropout(x, P), 1.0),
+        (lambda x: F.dropout(x, 1.0), 0.0),
+        (lambda x: torch.bernoulli(x, 0.25), 0.25),
+        (torch.rand_like, 0.5),
+    ],
+)
+def test_every_op_that_is_opened(draw, mean):
+    x = torch.ones(300, 100, dtype=torch.float64)
+    module = aten_graph(Call(draw, [x]), openings(), functional=True)
+    drawn = [n.target for n in module.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
+    assert set(drawn) <= {torch.ops.aten.randint.low}
+    torch.manual_seed(6)
+    assert float(module(x).mean()) == pytest.approx(mean, abs=0.02)
+
+
+def test_a_seed_is_drawn_before_the_loop():
+    x = torch.ones(6, 5, dtype=torch.float64)
+    module = aten_graph(Call(lambda x: x + torch.randint(0, 9, ()), [x]))
+    stages = cut(module, placeholders(module)[0])
+    assert [node.target for node in stages.prologue] == [torch.ops.aten.randint.low]
 
 
 def mlp(x, up, down):
