@@ -59,14 +59,14 @@ def grow(reader: Reader, head: Node, activation: Node) -> Growth | None:
         node = pending.pop()
         if node not in inside:
             inside.add(node)
-            if not _is_head(reader, node):
+            if reader.widening(node) is None:
                 if reader.multiplies(node):
                     return None
                 obstacle = obstacle or obstacle_to(reader, node)
                 large = [operand for operand in node.all_input_nodes if reader.numel(operand) >= limit]
                 pending += [operand for operand in large if obstacle is None and _can_be_made(reader, operand)]
-            leaves = {user for user in node.users if user.op == "output" or only_returns(reader, user)}
             if reader.numel(node) >= limit:
+                leaves = {user for user in node.users if user.op == "output" or only_returns(reader, user)}
                 pending += [user for user in node.users if user not in leaves]
                 returned += [node] if leaves else []
             pending += [user for user in node.users if written_by(user) is node]
@@ -173,16 +173,11 @@ def obstacle_to(reader: Reader, node: Node) -> Refusal | None:
     return obstacle
 
 
-def _is_head(reader: Reader, node: Node) -> bool:
-    contraction = reader.contraction(node)
-    return contraction is not None and reader.numel(node) > reader.numel(contraction.activation)
-
-
 def _can_be_made(reader: Reader, node: Node) -> bool:
     """Whether a large operand can be made in the loop as well, in place of being read by it."""
     if node.op in ("placeholder", "get_attr"):
         return False
-    return _is_head(reader, node) or obstacle_to(reader, node) is None
+    return reader.widening(node) is not None or obstacle_to(reader, node) is None
 
 
 def _is_view(reader: Reader, node: Node) -> bool:

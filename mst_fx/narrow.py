@@ -69,8 +69,8 @@ def _chain(reader: Reader, head: Node) -> tuple[list[Node], Node] | None:
 
     One value on the way may also be returned.
     """
-    contraction = reader.contraction(head)
-    if contraction is None or reader.numel(head) <= reader.numel(contraction.activation):
+    contraction = reader.widening(head)
+    if contraction is None:
         return None
     nodes, returned = [head], 0
     while True:

@@ -49,24 +49,16 @@ def _is_foreign(op: Any, function: Callable[..., Any]) -> bool:
 
 
 def _open_nll(
-    scores: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, reduction: int, ignore_index: int
+    op: Any,
+    scores: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: int,
+    ignore_index: int,
 ) -> Any:
+    """The mean of a negative log-likelihood: `op` computes the sum, over rows or over images."""
     if reduction != MEAN:
         return NotImplemented
-    return _divided_by_weight(aten.nll_loss_forward.default, scores, target, weight, ignore_index)
-
-
-def _open_nll2d(
-    scores: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, reduction: int, ignore_index: int
-) -> Any:
-    if reduction != MEAN:
-        return NotImplemented
-    return _divided_by_weight(aten.nll_loss2d_forward.default, scores, target, weight, ignore_index)
-
-
-def _divided_by_weight(
-    op: Any, scores: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int
-) -> tuple[torch.Tensor, torch.Tensor]:
     loss = op(scores, target, weight, SUM, ignore_index)[0]
     counts = target != ignore_index
     each = counts if weight is None else embedding(target * counts, weight.unsqueeze(1)).squeeze(-1) * counts
@@ -132,8 +124,8 @@ NEVER = -(2**31)
 """An index to ignore that no gather takes."""
 GATHERS: dict[Any, Callable[..., Any]] = {aten.gather.default: _open_gather}
 OWN: dict[Any, Callable[..., Any]] = {
-    aten.nll_loss_forward.default: _open_nll,
-    aten.nll_loss2d_forward.default: _open_nll2d,
+    aten.nll_loss_forward.default: functools.partial(_open_nll, aten.nll_loss_forward.default),
+    aten.nll_loss2d_forward.default: functools.partial(_open_nll, aten.nll_loss2d_forward.default),
     aten.mean.default: _open_mean,
     aten.mean.dim: _open_mean_dim,
     aten.native_dropout.default: _open_dropout,

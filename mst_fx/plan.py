@@ -80,7 +80,8 @@ def make_plan(region: Region, stages: Stages, needs_grad: dict[Node, bool], conf
         raise Refusal(Reason.SMALL, region.last, text)
     chunk = _chunk(stages, config)
     wanted = tuple(i for i, node in enumerate(stages.operands) if needs_grad[node])
-    differentiable = _differentiable(region, stages, wanted, config) if wanted else ()
+    detached = region.returned if config.returned_logits == "detach" else ()
+    differentiable = _differentiable(region, stages, wanted, detached) if wanted else ()
     backward = _backward(stages, differentiable)
     chosen = config.chunk_tokens is None and config.num_chunks is None
     longer = _bounded(stages, FORWARD_FACTOR * chunk) if chosen and backward == "recompute" else chunk
@@ -93,7 +94,7 @@ def make_plan(region: Region, stages: Stages, needs_grad: dict[Node, bool], conf
         differentiable=differentiable,
         bytes_before=before,
         bytes_after=temporary_bytes(stages, min(chunk, length)) + _large_gradient_bytes(stages, needs_grad),
-        detached=region.returned if config.returned_logits == "detach" else (),
+        detached=detached,
         kept=_kept(region, stages, differentiable) if backward == "recompute" else (),
     )
 
@@ -117,10 +118,11 @@ def _multiplies(stages: Stages) -> bool:
     return any(node.target in CONTRACTIONS for node in stages.loop)
 
 
-def _differentiable(region: Region, stages: Stages, wanted: tuple[int, ...], config: Config) -> tuple[int, ...]:
+def _differentiable(
+    region: Region, stages: Stages, wanted: tuple[int, ...], detached: tuple[Node, ...]
+) -> tuple[int, ...]:
     """Positions of the loop's results from which a gradient can come back."""
     inside = set(region.nodes)
-    detached = region.returned if config.returned_logits == "detach" else ()
     outputs = zip(region.outputs, stages.outputs, strict=True)
     ends = [inner for outer, inner in outputs if needs_gradient(outer, inside) and outer not in detached]
     reached = stages.results_behind(ends)

@@ -80,6 +80,12 @@ class Reader:
         weight = fake_value(right)
         return Contraction(left, right) if weight.dim() == 2 else None
 
+    def widening(self, node: Node) -> Contraction | None:
+        """The node as a contraction that makes more elements than its activation has, None where it is none."""
+        contraction = self.contraction(node)
+        wide = contraction is not None and self.numel(node) > self.numel(contraction.activation)
+        return contraction if wide else None
+
     def tensor_operands(self, node: Node) -> list[Node]:
         """The operands that are tensors, or tuples of them; no sizes, no subgraphs."""
         return [operand for operand in node.all_input_nodes if _tensors(operand)]

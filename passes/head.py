@@ -29,12 +29,10 @@ class Head(Pattern):
 
     def match(self, reader: Reader, node: Node) -> Region | None:
         """Anchored at the head; a loss whose logits come from elsewhere is refused with advice."""
-        head = reader.contraction(node)
+        head = reader.widening(node)
         if head is None:
             if does(reader, node, NEGATIVE_LOG_LIKELIHOODS) and not has_head(reader, node):
                 raise Refusal(Reason.NO_HEAD, node, "the logits of this loss come from outside the graph")
-            return None
-        if reader.numel(node) <= reader.numel(head.activation):
             return None
         growth = grow(reader, node, head.activation)
         if growth is None:

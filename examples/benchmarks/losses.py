@@ -1,6 +1,6 @@
 """Which losses over a large head are looped: mst_fx beside its peers, row by row.
 
-    python examples/benchmarks/losses.py                  # a GPU: peaks; about five minutes with 5 processes
+    python examples/benchmarks/losses.py                  # a GPU: peaks; about two minutes with 5 processes
     python examples/benchmarks/losses.py --device cpu     # anywhere: bytes saved for backward
 
 Every row is a loss as users write it. The compilers (torch.compile, Inductor's auto_chunker, mst_fx) are given that

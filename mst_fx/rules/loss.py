@@ -32,4 +32,4 @@ def nll_loss(node: Node, flow: Flow) -> Result:
         raise Demand(target, expected)
     if flow.of(target) != expected:
         raise mixed(node, "has targets that are split differently")
-    return (expected, PARTIAL) if reduction == NONE else (PARTIAL, PARTIAL)
+    return (expected if reduction == NONE else PARTIAL, PARTIAL)
