@@ -1,8 +1,11 @@
-"""From a head to the region of everything that is made of its logits.
+"""From a value that is larger than what it is made from to the region of everything that is made of it.
 
 Terms
-  head      a contraction that makes a large value: one with more elements than what it is made from
-  large     at least as many elements as the head's activation; what depends on a head and is smaller is a result
+  start     what makes the first large value: a contraction that widens the stream, or rows picked more than once
+  source    what the start reads: the stream
+  large     more elements than the source; what depends on the start and is not large is a result
+  up        a contraction that makes a large value from one that is not
+  sink      a contraction that makes a result from a large value (a down-projection)
   returned  a large value that the graph's caller gets, itself, viewed or joined with others, so that it must exist
 """
 
@@ -26,57 +29,124 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Growth:
-    """What grew from a head.
+    """What grew from a start.
 
     Attributes:
-        nodes: the head and what large values are made into, closed: no large value is read outside unless returned.
+        nodes: the start and what large values are made into, closed: no large value is read outside unless returned.
+        ups: the contractions among them that make large values from values that are not large, in graph order.
+        sinks: those that make values that are not large from large ones, in graph order.
         returned: the large values among them that the graph returns.
         obstacle: why something that reads a large value cannot be looped, None where the nodes are closed.
     """
 
     nodes: frozenset[Node]
+    ups: tuple[Node, ...]
+    sinks: tuple[Node, ...]
     returned: tuple[Node, ...]
     obstacle: Refusal | None
 
 
-def grow(reader: Reader, head: Node, activation: Node) -> Growth | None:
+def grow(reader: Reader, start: Node, source: Node) -> Growth | None:
     """Take in every reader of a large value, what other large values those read, who writes, and what lies in between.
+
+    Where a contraction narrows a large value to one that is still larger than the source (the source is of low rank),
+    that size is the limit of what is large.
 
     Args:
         reader: of the graph.
-        head: the contraction to start from.
-        activation: what the head projects.
+        start: the node to start from.
+        source: what it reads.
 
     Returns:
-        The growth, None where a large value is multiplied once more, as in an MLP or in attention: that is no head.
+        The growth, None where large values meet in a matrix product, as in attention, or are widened once more.
     """
-    limit = reader.numel(activation)
-    inside: set[Node] = set()
-    returned: list[Node] = []
-    obstacle: Refusal | None = None
-    pending = [head]
-    while pending:
-        node = pending.pop()
-        if node not in inside:
-            inside.add(node)
-            if reader.widening(node) is None:
-                if reader.multiplies(node):
-                    return None
-                obstacle = obstacle or obstacle_to(reader, node)
-                large = [operand for operand in node.all_input_nodes if reader.numel(operand) >= limit]
-                pending += [operand for operand in large if obstacle is None and _can_be_made(reader, operand)]
-            if reader.numel(node) >= limit:
-                leaves = {user for user in node.users if user.op == "output" or only_returns(reader, user)}
-                pending += [user for user in node.users if user not in leaves]
-                returned += [node] if leaves else []
-            pending += [user for user in node.users if written_by(user) is node]
-        if not pending:
-            pending += in_between(reader, inside)
-    return Growth(frozenset(with_parts(inside)), tuple(returned), obstacle)
+    limit = reader.numel(source)
+    while reader.numel(start) > limit:
+        growing = _Growing(reader, start, limit)
+        if growing.alien:
+            return None
+        if growing.limit == limit:
+            return growing.grown()
+        limit = growing.limit
+    return None
 
 
-def region_of_growth(reader: Reader, growth: Growth, stream: Node) -> Region:
-    """What to loop, the best first: up to one scalar; the large values alone; what stands behind returned logits.
+class _Growing:
+    """One try, with one limit; `limit` is raised where another try is worth it, `alien` says that none is."""
+
+    def __init__(self, reader: Reader, start: Node, limit: int) -> None:
+        self.reader, self.start, self.limit = reader, start, limit
+        self.inside: set[Node] = set()
+        self.ups: list[Node] = []
+        self.sinks: list[Node] = []
+        self.returned: list[Node] = []
+        self.obstacle: Refusal | None = None
+        self.alien = False
+        self.projects = reader.widening(start) is not None
+        pending = [start]
+        while pending and not self.alien and self.limit == limit:
+            node = pending.pop()
+            if node not in self.inside:
+                self.inside.add(node)
+                pending += self._operands(node) + self._readers(node)
+            if not pending:
+                pending += in_between(reader, self.inside)
+
+    def grown(self) -> Growth:
+        """The result of a try that came to its end."""
+        order = self.reader.order.__getitem__
+        ups, sinks = tuple(sorted(self.ups, key=order)), tuple(sorted(self.sinks, key=order))
+        return Growth(frozenset(with_parts(self.inside)), ups, sinks, tuple(self.returned), self.obstacle)
+
+    def _is_large(self, node: Node) -> bool:
+        return self.reader.numel(node) > self.limit
+
+    def _readers(self, node: Node) -> list[Node]:
+        """Who has to come along with a node: readers of a large value, and whoever writes to any value."""
+        writers = [user for user in node.users if written_by(user) is node]
+        if not self._is_large(node):
+            return writers
+        leaves = {user for user in node.users if user.op == "output" or only_returns(self.reader, user)}
+        self.returned += [node] if leaves else []
+        return [user for user in node.users if user not in leaves] + writers
+
+    def _operands(self, node: Node) -> list[Node]:
+        """The large operands that come along with a node: made in the loop, in place of being read by it."""
+        contraction = self.reader.contraction(node)
+        if contraction is not None and not self._is_large(contraction.activation):
+            self.ups += [node] if self._is_large(node) else []
+            return []
+        if contraction is not None:
+            self._weigh(node, contraction.activation)
+            operands = [contraction.weight] if fake_value(contraction.weight).dim() > 2 else []
+        else:
+            self.alien |= self.reader.multiplies(node)
+            self.obstacle = self.obstacle or obstacle_to(self.reader, node)
+            self.alien |= self.obstacle is not None and _mixes(self.reader, self.obstacle)
+            operands = node.all_input_nodes if node is not self.start else []
+        if self.obstacle is not None:
+            return []
+        return [operand for operand in operands if self._is_large(operand) and _can_be_made(self.reader, operand)]
+
+    def _weigh(self, node: Node, activation: Node) -> None:
+        """Tell what a contraction of a large value is."""
+        before, after = self.reader.numel(activation), self.reader.numel(node)
+        if not self._is_large(node):
+            self.sinks.append(node)
+        elif self.projects and after > before:
+            self.alien = True
+        elif self.projects and after < before:
+            self.limit = after
+
+
+def _mixes(reader: Reader, obstacle: Refusal) -> bool:
+    """Whether an obstacle is an op of several tensors that nobody knows: attention, a scan, ..."""
+    opaque = obstacle.reason in (Reason.UNKNOWN_OP, Reason.RANDOM)
+    return opaque and obstacle.node is not None and len(reader.tensor_operands(obstacle.node)) != 1
+
+
+def region_of_head(reader: Reader, growth: Growth, stream: Node) -> Region:
+    """What to loop of a head, the best first: up to one scalar; large values alone; what stands behind returned logits.
 
     Raises:
         Refusal: none of these can be closed.
@@ -97,6 +167,19 @@ def region_of_growth(reader: Reader, growth: Growth, stream: Node) -> Region:
         assert refusal is not None
         raise refusal
     return region
+
+
+def region_of_mlp(reader: Reader, growth: Growth, stream: Node) -> Region:
+    """Everything that grew, as one region whose outputs are the results.
+
+    Raises:
+        Refusal: there is an obstacle, a large value is returned, or one of `close`.
+    """
+    if growth.obstacle is not None:
+        raise growth.obstacle
+    for node in growth.returned:
+        raise Refusal(Reason.ESCAPES, node, f"{op_name(node)} is returned")
+    return close(reader, growth.nodes, stream)
 
 
 def only_returns(reader: Reader, node: Node) -> bool:

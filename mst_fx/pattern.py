@@ -11,15 +11,13 @@ from torch.fx import Node
 
 from mst_fx.growth import Growth as Growth
 from mst_fx.growth import grow as grow
-from mst_fx.growth import region_of_growth as region_of_growth
+from mst_fx.growth import region_of_head as region_of_head
+from mst_fx.growth import region_of_mlp as region_of_mlp
 from mst_fx.reading import Contraction as Contraction
 from mst_fx.reading import Reader as Reader
 from mst_fx.refusal import Reason as Reason
 from mst_fx.refusal import Refusal as Refusal
 from mst_fx.region import Region as Region
-from mst_fx.trunk import Trunk as Trunk
-from mst_fx.trunk import region_of as region_of
-from mst_fx.trunk import trunk_of as trunk_of
 
 
 class Pattern(ABC):
@@ -35,10 +33,10 @@ class Pattern(ABC):
 
     @abstractmethod
     def match(self, reader: Reader, node: Node) -> Region | None:
-        """The region that ends in `node`, None where the node ends no such region.
+        """The region that `node` begins, None where the node begins no such region.
 
         Raises:
-            Refusal: the node does end such a region, but something in it must not be looped.
+            Refusal: the node does begin such a region, but something in it must not be looped.
         """
 
 

@@ -78,7 +78,7 @@ class Reader:
         if _is_weight(left) and not _is_weight(right):
             left, right = right, left
         weight = fake_value(right)
-        return Contraction(left, right) if weight.dim() == 2 else None
+        return Contraction(left, right) if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
 
     def widening(self, node: Node) -> Contraction | None:
         """The node as a contraction that makes more elements than its activation has, None where it is none."""

@@ -5,9 +5,12 @@ SwiGLU, GeGLU and kin. Legend: N tokens, D model, F feed-forward; the [N, F] val
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
-from mst_fx.pattern import Pattern, Reader, Region, Trunk, region_of, register, trunk_of
+from mst_fx.pattern import Growth, Pattern, Reader, Region, grow, region_of_mlp, register
+
+ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
 
 
 @register
@@ -18,16 +21,31 @@ class GatedMlp(Pattern):
     priority = 10
 
     def match(self, reader: Reader, node: Node) -> Region | None:
-        """Anchored at the down-projection."""
-        down = reader.contraction(node)
-        if down is None or reader.numel(down.activation) <= reader.numel(node):
+        """Anchored at the first up-projection."""
+        up = reader.widening(node)
+        growth = grow(reader, node, up.activation) if up is not None else None
+        if up is None or growth is None or not growth.sinks or not is_gated(reader, growth):
             return None
-        trunk = trunk_of(reader, down.activation)
-        if trunk is None or not is_gated(reader, trunk, down.activation):
-            return None
-        return region_of(reader, trunk, node)
+        return region_of_mlp(reader, growth, up.activation)
 
 
-def is_gated(reader: Reader, trunk: Trunk, joined_NF: Node) -> bool:  # noqa: N803 - axes in the name
-    """Two ups, or one that is wider than what the down-projection reads."""
-    return len(trunk.ups) > 1 or reader.numel(trunk.ups[0]) > reader.numel(joined_NF)
+def is_gated(reader: Reader, growth: Growth) -> bool:
+    """Whether what a down-projection reads is smaller than what an up-projection makes, or joins two such values."""
+    down = reader.contraction(growth.sinks[0])
+    assert down is not None
+    if reader.numel(down.activation) < max(map(reader.numel, growth.ups)):
+        return True
+    behind: dict[Node, set[Node]] = {up: {up} for up in growth.ups}
+    for node in sorted(growth.nodes - behind.keys(), key=reader.order.__getitem__):
+        parts = [behind.get(operand, set()) for operand in node.all_input_nodes]
+        behind[node] = set().union(*parts)
+        apart = any(a and b and not (a <= b or b <= a) for a in parts for b in parts)
+        if apart and not adds(reader, node):
+            return True
+    return False
+
+
+def adds(reader: Reader, node: Node) -> bool:
+    """Whether the node adds its operands, as an adapter's share to a projection."""
+    opened = reader.opened(node)
+    return opened is not None and any(op.target in ADDITIONS for op in opened.graph.nodes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from mst_fx.pattern import Growth, Pattern, Reader, Reason, Refusal, Region, grow, region_of_growth, register
+from mst_fx.pattern import Growth, Pattern, Reader, Reason, Refusal, Region, grow, region_of_head, register
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ class Head(Pattern):
                 raise Refusal(Reason.NO_HEAD, node, "the logits of this loss come from outside the graph")
             return None
         growth = grow(reader, node, head.activation)
-        if growth is None:
+        if growth is None or growth.sinks:
             return None
         if growth.obstacle is not None:
             if any(does(reader, inner, NORMALISATIONS) for inner in growth.nodes):
@@ -46,7 +46,9 @@ class Head(Pattern):
             if leaves and reader.numel(node) >= HEAD_RATIO * reader.numel(head.activation):
                 raise Refusal(Reason.NO_LOSS, node, "the logits leave the graph, and no loss stands behind them")
             return None
-        return region_of_growth(reader, growth, head.activation)
+        if sum(map(reader.numel, results(growth))) >= reader.numel(node):
+            return None  # a fused projection, cut into its parts
+        return region_of_head(reader, growth, head.activation)
 
 
 def does(reader: Reader, node: Node, ops: tuple[object, ...]) -> bool:

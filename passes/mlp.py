@@ -1,4 +1,4 @@
-"""Plain MLP: down(act(up(x))), one up-projection and elementwise ops; linear, addmm and matmul forms.
+"""Plain MLP: down(act(up(x))), one up-projection and any ops that keep tokens apart; adapters on its matrices.
 
 Legend: N tokens, D model, F feed-forward; the [N, F] values are the large ones.
 """
@@ -7,22 +7,20 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from mst_fx.pattern import Pattern, Reader, Region, region_of, register, trunk_of
+from mst_fx.pattern import Pattern, Reader, Region, grow, region_of_mlp, register
 
 
 @register
 class Mlp(Pattern):
-    """One contraction that widens the stream, and one that narrows it back."""
+    """A contraction that widens the stream, and contractions that narrow everything made of it."""
 
     name = "mlp"
     priority = 20
 
     def match(self, reader: Reader, node: Node) -> Region | None:
-        """Anchored at the down-projection; what the gated pattern takes never comes here."""
-        down = reader.contraction(node)
-        if down is None or reader.numel(down.activation) <= reader.numel(node):
+        """Anchored at the up-projection; what the gated pattern takes never comes here."""
+        up = reader.widening(node)
+        growth = grow(reader, node, up.activation) if up is not None else None
+        if up is None or growth is None or not growth.sinks:
             return None
-        trunk = trunk_of(reader, down.activation)
-        if trunk is None or len(trunk.ups) != 1:
-            return None
-        return region_of(reader, trunk, node)
+        return region_of_mlp(reader, growth, up.activation)
