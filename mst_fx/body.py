@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from mst_fx.config import Accumulate
 from mst_fx.loop import Axis, axis_length
 from mst_fx.lower import hint, on_fakes, trace
-from mst_fx.placement import PARTIAL, Split, sure
+from mst_fx.placement import Split, adds_up, split_of, sure
 from mst_fx.products import take_out_products
 from mst_fx.resize import run_resized
 from mst_fx.stages import Stages
@@ -141,8 +141,9 @@ def _run_chunk(
         env[node] = run_resized(node, placement, length, env)
         if known and node in known:
             env[node] = _Known.apply(env[node], known[node])
-        if isinstance(placement, Split):
-            expected = placement.chunk_shape(node.meta["val"].shape, length)
+        split = split_of(placement)
+        if split is not None:
+            expected = split.chunk_shape(node.meta["val"].shape, length)
             if not all(sure(a == b) for a, b in zip(env[node].shape, expected, strict=True)):
                 raise AssertionError(f"{node.target} gave {list(env[node].shape)}, its placement says {expected}")
     return tuple(env[node] for node in stages.results)
@@ -152,7 +153,7 @@ def _result_kind(stages: Stages, node: Node) -> tuple[Any, ...]:
     axis = axis_of(stages, node)
     if axis is not None:
         return ("cat", *axis)
-    assert stages.placements.of[node] == PARTIAL
+    assert adds_up(stages.placements.of[node])
     return ("sum", _accumulator(node.meta["val"].dtype, "float32"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mst_fx.lower import hint
-from mst_fx.placement import Split
+from mst_fx.placement import split_of
 from mst_fx.rules.view import FREE
 from mst_fx.stages import Stages
 
@@ -18,10 +18,10 @@ def temporary_bytes(stages: Stages, length: int) -> int:
     """
     total = 0
     for node in stages.loop:
-        placement = stages.placements.of[node]
-        if node in stages.results or node.target in FREE or not isinstance(placement, Split):
+        split = split_of(stages.placements.of[node])
+        if node in stages.results or node.target in FREE or split is None:
             continue
         value: torch.Tensor = node.meta["val"]
-        per_position = hint(value.numel()) // hint(placement.axis_length(value.shape))
+        per_position = hint(value.numel()) // hint(split.axis_length(value.shape))
         total += per_position * length * value.element_size()
     return total

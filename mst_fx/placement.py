@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 sure = statically_known_true
@@ -54,9 +55,39 @@ class Partial:
     """The value is the sum of what the mini-sequences compute."""
 
 
-Placement: TypeAlias = Split | Whole | Partial
+@dataclass(frozen=True)
+class Routed:
+    """A value of one mini-sequence that is no part of the whole's: its rows were sorted (see `rules.routing`).
+
+    Attributes:
+        kind: "rows" in sorted order; the "order" that sorts; its "inverse"; "counts" of the keys and the ends of their
+            "groups"; "opaque" for memory without a meaning.
+        key: the node whose values were sorted.
+        split: how the rows would lie, unsorted.
+        per: how many sorted rows come from one row that an order names.
+    """
+
+    kind: Literal["rows", "order", "inverse", "counts", "groups", "opaque"]
+    key: Node
+    split: Split
+    per: int = 1
+
+
+Placement: TypeAlias = Split | Whole | Partial | Routed
 WHOLE = Whole()
 PARTIAL = Partial()
+
+
+def adds_up(placement: object) -> bool:
+    """Whether what the mini-sequences compute, added up, is the value of the whole."""
+    return placement == PARTIAL or (isinstance(placement, Routed) and placement.kind in ("counts", "groups"))
+
+
+def split_of(placement: object) -> Split | None:
+    """How a mini-sequence's share of a value is shaped, None where it has the shape of the whole."""
+    if isinstance(placement, Routed) and placement.kind not in ("counts", "groups"):
+        return placement.split
+    return placement if isinstance(placement, Split) else None
 
 
 def through_view(split: Split, before: Sequence[int], after: Sequence[int]) -> Split | None:

@@ -13,7 +13,7 @@ from mst_fx.body import differentiable_results
 from mst_fx.config import Config
 from mst_fx.lower import hint
 from mst_fx.memory import temporary_bytes
-from mst_fx.placement import PARTIAL, Split
+from mst_fx.placement import PARTIAL, split_of
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region, needs_gradient
 from mst_fx.rules import shape_of
@@ -177,10 +177,7 @@ def _tokens_per_position(stages: Stages) -> int:
 
 
 def _bytes_per_position(stages: Stages, node: Node) -> int:
-    placement = stages.placements.of[node]
-    if not isinstance(placement, Split):
+    split, value = split_of(stages.placements.of[node]), node.meta["val"]
+    if split is None or not isinstance(value, torch.Tensor):
         return 0
-    value = node.meta["val"]
-    if not isinstance(value, torch.Tensor):
-        return 0
-    return hint(value.numel()) * value.element_size() // hint(placement.axis_length(value.shape))
+    return hint(value.numel()) * value.element_size() // hint(split.axis_length(value.shape))

@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 from mst_fx.lower import hint, is_size
 from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.refusal import Reason, Refusal
-from mst_fx.rules import Demand, Result, args_of, demands_of, is_linear, mixed, rule_for
+from mst_fx.rules import Demand, Result, args_of, demands_of, is_linear, mixed, route, rule_for
 from mst_fx.rules.creation import DRAWS, FILLS
 
 
@@ -139,6 +139,9 @@ def _place(node: Node, flow: _Walk) -> Result:
         source, index = args_of(node)
         placement = flow.placements[source]
         return placement[index] if isinstance(placement, tuple) else placement
+    routed = route(node, flow)
+    if routed is not None:
+        return routed
     rule = rule_for(node.target)
     if rule is None:
         if all(flow.placements[operand] == WHOLE for operand in node.all_input_nodes):
@@ -166,7 +169,7 @@ def forbid_effects(node: Node) -> None:
 
 def _check_epilogue(node: Node, placements: Mapping[Node, Result], epilogue: Mapping[Node, None]) -> None:
     for operand in node.all_input_nodes:
-        if operand not in epilogue and isinstance(placements[operand], Split):
+        if operand not in epilogue and placements[operand] not in (WHOLE, PARTIAL):
             text = f"{node.target} needs a sum over the axis and every position of it"
             raise Refusal(Reason.TWO_PASSES, node, text)
 

@@ -6,6 +6,7 @@ contractions, and a custom activation of ten nodes is ten elementwise nodes. No 
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,22 @@ from mst_fx.modes import Mode, modes_of
 from mst_fx.propagate import forbid_effects, forbid_unruled
 from mst_fx.provenance import op_name
 from mst_fx.refusal import Reason, Refusal
-from mst_fx.rules.contraction import CONTRACTIONS
+from mst_fx.rules.contraction import CONTRACTIONS, GROUPED, factors
+from mst_fx.rules.creation import FILLS, RANGES
+from mst_fx.rules.pointwise import LIKE
+from mst_fx.rules.view import FREE
+
+aten = torch.ops.aten
+VIEWS = (*FREE, aten._to_copy.default, aten.clone.default)
+PICKS = (*VIEWS, aten.index.Tensor, aten.index_select.default)
+"""What makes a part of a weight, or the weight in another form."""
+REPEATS = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.repeat.default, aten.clone.default)
+"""What may make more rows than there were; an expanded value that is copied does."""
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """activation [.., n, k] times weight [k, m] or [m, k]."""
+    """activation [.., n, k] times weight [k, m] or [m, k]; or times one such matrix a group, [g, k, m]."""
 
     activation: Node
     weight: Node
@@ -72,13 +83,24 @@ class Reader:
             return None
         placeholders = [n for n in opened.graph.nodes if n.op == "placeholder"]
         operands = dict(zip(placeholders, node.all_input_nodes, strict=True))
-        left, right = (operands.get(_source(arg)) for arg in products[0].args[-2:])
+        left, right = (operands.get(_source(arg)) for arg in factors(products[0]))
         if left is None or right is None or left is right:
             return None
+        if _rank(left) == _rank(right) == 3 or products[0].target in GROUPED:
+            weights = [operand for operand in (right, left) if self._is_made_of_parameters(operand)]
+            return Contraction(left if weights[0] is right else right, weights[0]) if len(weights) == 1 else None
         if _is_weight(left) and not _is_weight(right):
             left, right = right, left
-        weight = fake_value(right)
-        return Contraction(left, right) if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
+        return Contraction(left, right) if _rank(right) == 2 else None
+
+    def _is_made_of_parameters(self, node: Node) -> bool:
+        """Whether the node is a parameter, or a view, a cast or picked rows of one."""
+        while node.op not in ("placeholder", "get_attr"):
+            opened = self.opened(node)
+            if opened is None or any(n.op == "call_function" and n.target not in PICKS for n in opened.graph.nodes):
+                return False
+            node = node.all_input_nodes[0]
+        return isinstance(fake_value(node), torch.nn.Parameter)
 
     def widening(self, node: Node) -> Contraction | None:
         """The node as a contraction that makes more elements than its activation has, None where it is none."""
@@ -86,14 +108,50 @@ class Reader:
         wide = contraction is not None and self.numel(node) > self.numel(contraction.activation)
         return contraction if wide else None
 
+    def does(self, node: Node, ops: tuple[object, ...]) -> bool:
+        """Whether the node opens into one of the ops."""
+        opened = self.opened(node)
+        return opened is not None and any(op.target in ops for op in opened.graph.nodes)
+
+    def unviewed(self, node: Node) -> Node:
+        """The value that a node is a view of, or a cast; the node itself where it is none."""
+        while node.op not in ("placeholder", "get_attr") and node.target is not operator.getitem:
+            opened = self.opened(node)
+            views = opened is not None and all(
+                op.target in VIEWS for op in opened.graph.nodes if op.op == "call_function"
+            )
+            if not views or not node.all_input_nodes:
+                break
+            node = node.all_input_nodes[0]
+        return node
+
+    def fills(self, node: Node) -> bool:
+        """Whether the node makes memory of one value, of no value, or of positions."""
+        opened = self.opened(node)
+        ops = {op.target for op in opened.graph.nodes if op.op == "call_function"} if opened is not None else set()
+        return bool(ops) and ops <= {*FILLS, *RANGES, *LIKE}
+
+    def repeats(self, node: Node) -> Node | None:
+        """What the node repeats, or picks rows of more than once; None where it does nothing of the kind."""
+        opened = self.opened(node)
+        if opened is None or not node.all_input_nodes:
+            return None
+        ops = {op.target for op in opened.graph.nodes if op.op == "call_function"}
+        source = node.all_input_nodes[0]
+        larger = self.numel(node) > max(map(self.numel, node.all_input_nodes))
+        return source if larger and ops <= {*PICKS, *REPEATS} and not ops.isdisjoint(REPEATS) else None
+
+    def rank(self, node: Node) -> int:
+        """Dims of the node's value, -1 for what is no tensor."""
+        return _rank(node)
+
     def tensor_operands(self, node: Node) -> list[Node]:
         """The operands that are tensors, or tuples of them; no sizes, no subgraphs."""
         return [operand for operand in node.all_input_nodes if _tensors(operand)]
 
     def multiplies(self, node: Node) -> bool:
         """Whether the node opens into a matrix product of any kind, as attention does."""
-        opened = self.opened(node)
-        return opened is not None and any(op.target in CONTRACTIONS for op in opened.graph.nodes)
+        return self.does(node, CONTRACTIONS)
 
     def obstacle(self, node: Node) -> Refusal | None:
         """Why a region must not run through this node; None where each of its ops has a placement rule."""
@@ -175,9 +233,14 @@ def _source(arg: Any) -> Any:
     return arg
 
 
+def _rank(node: Node) -> int:
+    value = fake_value(node)
+    return value.dim() if isinstance(value, torch.Tensor) else -1
+
+
 def _is_weight(node: Node) -> bool:
     """A matrix that comes into the graph, or a view or cast of one."""
-    if fake_value(node).dim() != 2:
+    if _rank(node) != 2:
         return False
     return node.op in ("placeholder", "get_attr") or (
         len(node.all_input_nodes) == 1 and _is_weight(node.all_input_nodes[0])

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node, map_arg
 
-from mst_fx.placement import Placement, Split
-from mst_fx.rules import Result
+from mst_fx.placement import Placement, split_of
+from mst_fx.rules import Result, inverted
 from mst_fx.rules.creation import FILLS
 from mst_fx.rules.view import RESHAPES, dim_of
 
@@ -28,9 +28,14 @@ def run_resized(node: Node, placement: Result | Placement, length: int, env: Map
     args: Any
     args, kwargs = map_arg((node.args, node.kwargs), env.get)
     target: Any = node.target
-    if not isinstance(placement, Split):
+    order = inverted(node, placement)
+    if order is not None:
+        positions = torch.arange(env[order].shape[0], dtype=env[order].dtype, device=env[order].device)
+        return aten.index_put.default(torch.empty_like(env[order]), [env[order]], positions)
+    split = split_of(placement)
+    if split is None:
         return target(*args, **kwargs)
-    sizes = placement.chunk_shape(node.meta["val"].shape, length)
+    sizes = split.chunk_shape(node.meta["val"].shape, length)
     if target in RESHAPES:
         return args[0].reshape(sizes)
     if target == aten.expand.default:
@@ -38,6 +43,6 @@ def run_resized(node: Node, placement: Result | Placement, length: int, env: Map
     if target in FILLS:
         position = FILLS[target]
         return target(*args[:position], sizes, *args[position + 1 :], **kwargs)
-    if target == aten.slice.Tensor and dim_of(node, 1) == placement.dim:
+    if target == aten.slice.Tensor and dim_of(node, 1) == split.dim:
         return args[0]  # a full slice: the rule allows no other
     return target(*args, **kwargs)

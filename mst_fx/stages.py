@@ -15,10 +15,10 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mst_fx.lower import hint, is_size, is_symbolic
-from mst_fx.placement import WHOLE, Placement, Split
+from mst_fx.placement import WHOLE, Placement, Routed, Split, adds_up, split_of
 from mst_fx.propagate import Placements, propagate
 from mst_fx.refusal import Reason, Refusal
-from mst_fx.rules import Spans, shape_of
+from mst_fx.rules import Spans, inverted, shape_of
 from mst_fx.rules.creation import DRAWS, FILLS
 from mst_fx.rules.view import FREE
 
@@ -128,6 +128,8 @@ def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length
     for node in outputs:
         if node not in epilogue and placements.of[node] == WHOLE:
             raise Refusal(Reason.AXIS_MIXED, node, "a result of the region does not depend on the split axis")
+        if node not in epilogue and isinstance(placements.of[node], Routed) and not adds_up(placements.of[node]):
+            raise Refusal(Reason.AXIS_MIXED, node, "sorted rows leave the region before they are brought back")
 
     def whole(node: Node) -> bool:
         return node not in epilogue and placements.of[node] == WHOLE
@@ -137,7 +139,10 @@ def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length
 
     def reads(node: Node) -> list[Node]:
         """A split value's sizes come from the chunk, not from nodes that compute the whole's."""
-        split = isinstance(placements.of[node], Split)
+        order = inverted(node, placements.of[node])
+        if order is not None:
+            return [order]
+        split = split_of(placements.of[node]) is not None
         return [n for n in node.all_input_nodes if not split or not is_size(n.meta.get("val"))]
 
     loop = _ancestors(results, reads, stop=lambda n: n.op == "placeholder" or n in hoisted)

@@ -11,6 +11,7 @@ from torch.fx import Node
 from mst_fx.pattern import Growth, Pattern, Reader, Region, grow, region_of_mlp, register
 
 ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
+"""What joins an adapter's share to a projection."""
 
 
 @register
@@ -40,12 +41,6 @@ def is_gated(reader: Reader, growth: Growth) -> bool:
         parts = [behind.get(operand, set()) for operand in node.all_input_nodes]
         behind[node] = set().union(*parts)
         apart = any(a and b and not (a <= b or b <= a) for a in parts for b in parts)
-        if apart and not adds(reader, node):
+        if apart and not reader.does(node, ADDITIONS):
             return True
     return False
-
-
-def adds(reader: Reader, node: Node) -> bool:
-    """Whether the node adds its operands, as an adapter's share to a projection."""
-    opened = reader.opened(node)
-    return opened is not None and any(op.target in ADDITIONS for op in opened.graph.nodes)

@@ -31,14 +31,14 @@ class Head(Pattern):
         """Anchored at the head; a loss whose logits come from elsewhere is refused with advice."""
         head = reader.widening(node)
         if head is None:
-            if does(reader, node, NEGATIVE_LOG_LIKELIHOODS) and not has_head(reader, node):
+            if reader.does(node, NEGATIVE_LOG_LIKELIHOODS) and not has_head(reader, node):
                 raise Refusal(Reason.NO_HEAD, node, "the logits of this loss come from outside the graph")
             return None
         growth = grow(reader, node, head.activation)
         if growth is None or growth.sinks:
             return None
         if growth.obstacle is not None:
-            if any(does(reader, inner, NORMALISATIONS) for inner in growth.nodes):
+            if any(reader.does(inner, NORMALISATIONS) for inner in growth.nodes):
                 raise growth.obstacle
             return None
         if not results(growth):
@@ -49,12 +49,6 @@ class Head(Pattern):
         if sum(map(reader.numel, results(growth))) >= reader.numel(node):
             return None  # a fused projection, cut into its parts
         return region_of_head(reader, growth, head.activation)
-
-
-def does(reader: Reader, node: Node, ops: tuple[object, ...]) -> bool:
-    """Whether the node opens into one of the ops."""
-    opened = reader.opened(node)
-    return opened is not None and any(n.target in ops for n in opened.graph.nodes)
 
 
 def has_head(reader: Reader, node: Node) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from mst_fx.passes.gated_mlp import is_gated
 from mst_fx.pattern import Pattern, Reader, Region, grow, region_of_mlp, register
 
 
@@ -18,9 +19,9 @@ class Mlp(Pattern):
     priority = 20
 
     def match(self, reader: Reader, node: Node) -> Region | None:
-        """Anchored at the up-projection; what the gated pattern takes never comes here."""
+        """Anchored at the up-projection."""
         up = reader.widening(node)
         growth = grow(reader, node, up.activation) if up is not None else None
-        if up is None or growth is None or not growth.sinks:
+        if up is None or growth is None or not growth.sinks or is_gated(reader, growth):
             return None
         return region_of_mlp(reader, growth, up.activation)

@@ -20,3 +20,5 @@ from mst_fx.rules.registry import demands_of as demands_of
 from mst_fx.rules.registry import mixed as mixed
 from mst_fx.rules.registry import rule_for as rule_for
 from mst_fx.rules.registry import shape_of as shape_of
+from mst_fx.rules.routing import inverted as inverted
+from mst_fx.rules.routing import route as route

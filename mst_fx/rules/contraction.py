@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -10,7 +12,15 @@ from mst_fx.rules.registry import Demand, Flow, args_of, back, mixed, rule, shap
 
 aten = torch.ops.aten
 
-CONTRACTIONS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+GROUPED = (aten._grouped_mm.default,)
+"""Rows times one matrix a group; placed by `rules.routing`."""
+CONTRACTIONS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, *GROUPED)
+
+
+def factors(node: Node) -> tuple[Any, Any]:
+    """The two operands that are multiplied."""
+    left, right = args_of(node)[:2] if node.target in GROUPED else args_of(node)[-2:]
+    return left, right
 
 
 @rule(aten.mm.default, aten.bmm.default)
@@ -38,10 +48,10 @@ def product_plus(node: Node, flow: Flow) -> Placement:
     return result
 
 
-@back(*CONTRACTIONS)
+@back(aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 def product_back(node: Node, split: Split) -> dict[Node, Split]:
     """Rows come from the left operand, columns from the right one, a batch from both, and a bias has its share."""
-    left, right = map(_node, args_of(node)[-2:])
+    left, right = map(_node, factors(node))
     rank = len(shape_of(node))
     demands = {}
     if split.dim != rank - 1:

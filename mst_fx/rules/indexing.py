@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mst_fx.placement import WHOLE, Placement, Split
+from mst_fx.placement import WHOLE, Placement, Split, sure
 from mst_fx.rules.registry import Demand, Flow, args_of, back, mixed, rule, shape_of
 
 aten = torch.ops.aten
@@ -26,7 +26,7 @@ def gather(node: Node, flow: Flow) -> Placement:
     if split.dim == dim % len(shape_of(source)):
         if a == WHOLE:
             return split
-        raise mixed(node, "gathers along the split dim")
+        raise _rows_of(node, split, source, index, b)
     if shape_of(source)[split.dim] != shape_of(index)[split.dim]:
         raise mixed(node, "has fewer indices than rows")
     for operand, placement in ((source, a), (index, b)):
@@ -43,6 +43,42 @@ def gather_back(node: Node, split: Split) -> dict[Node, Split]:
     source, dim, index = args_of(node)[:3]
     along = split.dim == dim % len(shape_of(source))
     return {index: split} if along else {source: split, index: split}
+
+
+@rule(aten.index.Tensor)
+def index(node: Node, flow: Flow) -> Placement:
+    """A whole table and split indices of its rows; or a table that is split along another dim."""
+    source, indices = args_of(node)[:2]
+    rows: Any = indices[0]
+    table = flow.of(source)
+    if all(flow.of(i) == WHOLE for i in (source, *indices)):
+        return WHOLE
+    if len(indices) > 1 or rows is None:
+        raise mixed(node, "has several indices, or one of another dim than the first")
+    if table == WHOLE:
+        return flow.of(rows)
+    if not isinstance(table, Split) or table.dim == 0:
+        raise _rows_of(node, table, source, rows, flow.of(rows))
+    if flow.of(rows) != WHOLE:
+        raise mixed(node, "combines a split table with split indices")
+    return table.moved(table.dim + len(shape_of(rows)) - 1)
+
+
+@back(aten.index.Tensor)
+def index_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The rows that the indices pick, or another dim of the table."""
+    source, (rows, *_) = args_of(node)[:2]
+    added = len(shape_of(rows)) - 1
+    return {rows: split} if split.dim <= added else {source: split.moved(split.dim - added)}
+
+
+def _rows_of(node: Node, table: Placement, source: Any, rows: Any, picked: Placement) -> Exception:
+    """What to raise where rows are picked from the split dim: only an order of the rows may do so."""
+    if isinstance(table, Split) and picked == WHOLE and len(shape_of(rows)) == 1:
+        each, rest = divmod(shape_of(rows)[0], shape_of(source)[0])
+        if sure(each >= 1) and sure(rest == 0):
+            return Demand(rows, Split(0, table.outer, table.inner * each))
+    return mixed(node, "picks rows of the split dim")
 
 
 @rule(aten.embedding.default)

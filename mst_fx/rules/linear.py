@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mst_fx.placement import PARTIAL, Placement, Split
+from mst_fx.placement import PARTIAL, WHOLE, Placement
 from mst_fx.rules.registry import Flow, args_of
 from mst_fx.rules.view import PERMUTES, RESHAPES
 
@@ -35,7 +35,7 @@ IN_ALL = (aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.stack.default
 def is_linear(node: Node, flow: Flow) -> bool:
     """Whether the sum of what the mini-sequences make of their parts is what the op makes of the sums."""
     placements: list[Placement] = [flow.of(operand) for operand in node.all_input_nodes]
-    if any(isinstance(placement, Split) for placement in placements):
+    if any(placement not in (WHOLE, PARTIAL) for placement in placements):
         return False
     first: Any = args_of(node)[0]
     sums = sum(placement == PARTIAL for placement in placements)

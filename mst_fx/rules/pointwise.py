@@ -11,16 +11,14 @@ from mst_fx.rules.registry import Demand, Flow, back, mixed, rule, shape_of
 
 aten = torch.ops.aten
 
+LIKE = (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
 COPIES = (
     aten._to_copy.default,
     aten.clone.default,
     aten.detach.default,
     aten.alias.default,
     aten.lift_fresh_copy.default,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
-    aten.empty_like.default,
+    *LIKE,
     aten.fill.Scalar,
     aten.fill.Tensor,
     aten.copy.default,

@@ -87,6 +87,16 @@ def expand_back(node: Node, split: Split) -> dict[Node, Split]:
     return {} if repeated else {operand: split.moved(dim)}
 
 
+@rule(aten.repeat.default)
+def repeat(node: Node, flow: Flow) -> Placement:
+    """New dims appear on the left; the axis lies in each copy."""
+    split = flow.of(args_of(node)[0])
+    if not isinstance(split, Split):
+        return WHOLE
+    dim = split.dim + len(shape_of(node)) - len(shape_of(args_of(node)[0]))
+    return Split(dim, split.outer * args_of(node)[1][dim], split.inner)
+
+
 @rule(*SLICES)
 def cut(node: Node, flow: Flow) -> Result:
     """Cutting another dim is free; a full slice of the split dim is none."""
