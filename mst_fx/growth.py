@@ -50,8 +50,8 @@ class Growth:
 def grow(reader: Reader, start: Node, source: Node) -> Growth | None:
     """Take in every reader of a large value, what other large values those read, who writes, and what lies in between.
 
-    Where a contraction narrows a large value to one that is still larger than the source (the source is of low rank),
-    that size is the limit of what is large.
+    Where that fails, and a contraction narrowed a large value to one that is still larger than the source (which is of
+    low rank), that size is the limit of what is large.
 
     Args:
         reader: of the graph.
@@ -64,16 +64,16 @@ def grow(reader: Reader, start: Node, source: Node) -> Growth | None:
     limit = reader.numel(source)
     while reader.numel(start) > limit:
         growing = _Growing(reader, start, limit)
-        if growing.alien:
-            return None
-        if growing.limit == limit:
+        if not growing.alien:
             return growing.grown()
-        limit = growing.limit
+        if growing.narrowed is None:
+            break
+        limit = growing.narrowed
     return None
 
 
 class _Growing:
-    """One try, with one limit; `limit` is raised where another try is worth it, `alien` says that none is."""
+    """One try, with one limit; `alien` says that it failed, `narrowed` is the limit for another one."""
 
     def __init__(self, reader: Reader, start: Node, limit: int) -> None:
         self.reader, self.start, self.limit = reader, start, limit
@@ -83,9 +83,10 @@ class _Growing:
         self.returned: list[Node] = []
         self.obstacle: Refusal | None = None
         self.alien = False
+        self.narrowed: int | None = None
         self.projects = reader.widening(start) is not None
         pending = [start]
-        while pending and not self.alien and self.limit == limit:
+        while pending and not self.alien:
             node = pending.pop()
             if node not in self.inside:
                 self.inside.add(node)
@@ -137,7 +138,7 @@ class _Growing:
         elif self.projects and after > before:
             self.alien = True
         elif self.projects and after < before:
-            self.limit = after
+            self.narrowed = self.narrowed or after
 
 
 def _mixes(reader: Reader, obstacle: Refusal) -> bool:

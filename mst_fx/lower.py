@@ -169,8 +169,21 @@ def fake_value(node: Node) -> Any:
 
 
 def hint(size: Any) -> int:
-    """The size that was seen when the graph was captured; asking for it adds no guard."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    """The size that was seen when the graph was captured; asking for it adds no guard.
+
+    Of a size that depends on the data nothing was seen: any will do, the region is refused later.
+    """
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return int(size.node.hint) if size.node.has_hint() else UNSEEN
+
+
+UNSEEN = 64
+
+
+def depends_on_data(size: Any) -> bool:
+    """Whether a size was not even known when the graph was captured."""
+    return isinstance(size, torch.SymInt) and not size.node.has_hint()
 
 
 def is_size(value: Any) -> bool:

@@ -18,7 +18,7 @@ from mst_fx.modes import Mode, modes_of
 from mst_fx.propagate import forbid_effects, forbid_unruled
 from mst_fx.provenance import op_name
 from mst_fx.refusal import Reason, Refusal
-from mst_fx.rules.contraction import CONTRACTIONS, GROUPED, factors
+from mst_fx.rules.contraction import CONTRACTIONS, factors
 from mst_fx.rules.creation import FILLS, RANGES
 from mst_fx.rules.pointwise import LIKE
 from mst_fx.rules.view import FREE
@@ -86,12 +86,10 @@ class Reader:
         left, right = (operands.get(_source(arg)) for arg in factors(products[0]))
         if left is None or right is None or left is right:
             return None
-        if _rank(left) == _rank(right) == 3 or products[0].target in GROUPED:
-            weights = [operand for operand in (right, left) if self._is_made_of_parameters(operand)]
-            return Contraction(left if weights[0] is right else right, weights[0]) if len(weights) == 1 else None
-        if _is_weight(left) and not _is_weight(right):
+        weights = [operand for operand in (left, right) if self._is_made_of_parameters(operand)]
+        if weights == [left] or (not weights and _is_weight(left) and not _is_weight(right)):
             left, right = right, left
-        return Contraction(left, right) if _rank(right) == 2 else None
+        return Contraction(left, right) if _rank(right) == 2 or len(weights) == 1 else None
 
     def _is_made_of_parameters(self, node: Node) -> bool:
         """Whether the node is a parameter, or a view, a cast or picked rows of one."""
@@ -138,7 +136,7 @@ class Reader:
             return None
         ops = {op.target for op in opened.graph.nodes if op.op == "call_function"}
         source = node.all_input_nodes[0]
-        larger = self.numel(node) > max(map(self.numel, node.all_input_nodes))
+        larger = self.numel(node) > self.numel(source)
         return source if larger and ops <= {*PICKS, *REPEATS} and not ops.isdisjoint(REPEATS) else None
 
     def rank(self, node: Node) -> int:

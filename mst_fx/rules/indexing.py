@@ -74,7 +74,8 @@ def index_back(node: Node, split: Split) -> dict[Node, Split]:
 
 def _rows_of(node: Node, table: Placement, source: Any, rows: Any, picked: Placement) -> Exception:
     """What to raise where rows are picked from the split dim: only an order of the rows may do so."""
-    if isinstance(table, Split) and picked == WHOLE and len(shape_of(rows)) == 1:
+    single = len(shape_of(rows)) == 1 or shape_of(rows)[1:] == shape_of(source)[1:]
+    if isinstance(table, Split) and table.dim == 0 and picked == WHOLE and single:
         each, rest = divmod(shape_of(rows)[0], shape_of(source)[0])
         if sure(each >= 1) and sure(rest == 0):
             return Demand(rows, Split(0, table.outer, table.inner * each))

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import expecttest
+import pytest
+import torch
+from experts import (
+    DENSE,
+    FORMS,
+    GROUPED,
+    D,
+    Experts,
+    K,
+    ends_of_groups,
+    gated,
+    grouped,
+    routed,
+    sorted_and_brought_back,
+)
+from graphs import assert_idempotent, captured, rewritten, text
+from memory_probe import peak_bytes, saved_bytes
+from numerics import assert_as_good_as_eager, looped
+
+N = 24
+
+
+def tokens(*shape):
+    return torch.randn(*(shape or (N, D)), generator=torch.Generator().manual_seed(0))
+
+
+def model(form, **sizes):
+    torch.manual_seed(0)
+    return Experts(form, **sizes).bfloat16()  # a grouped product is compiled in this precision only
+
+
+def inputs():
+    return tokens().bfloat16(), routed(N)
+
+
+class TestGolden(expecttest.TestCase):
+    def test_sorted_and_brought_back(self):
+        gm = captured(model(sorted_and_brought_back), *inputs())
+        self.assertExpectedInline(text(gm), """\
+placeholder l_self_modules_router_parameters_weight_
+placeholder l_x_nd_
+placeholder l_experts_nk_
+placeholder l_self_parameters_up_
+placeholder l_self_parameters_down_
+linear = linear(l_x_nd_, l_self_modules_router_parameters_weight_, None)
+softmax = .softmax(linear, -1)
+weights_NK = .gather(softmax, -1, l_experts_nk_)
+reshape = .reshape(l_experts_nk_, -1)
+sort = sort(reshape)
+keys = getitem(sort, 0)
+order = getitem(sort, 1)
+float_1 = .float(keys)
+counts = histc(float_1, 4, 0, 3)
+cumsum = .cumsum(counts, 0)
+ends = .to(cumsum, torch.int32)
+floordiv = floordiv(order, 2)
+getitem_2 = getitem(l_x_nd_, floordiv)
+rows = _grouped_mm(getitem_2, l_self_parameters_up_, offs=ends, bias=None, out_dtype=None)
+chunk = .chunk(rows, 2, -1)
+gate = getitem(chunk, 0)
+up = getitem(chunk, 1)
+silu = silu(gate)
+mul = mul(silu, up)
+_grouped_mm_1 = _grouped_mm(mul, l_self_parameters_down_, offs=ends, bias=None, out_dtype=None)
+reshape_1 = .reshape(weights_NK, -1)
+getitem_5 = getitem(reshape_1, order)
+unsqueeze = .unsqueeze(getitem_5, -1)
+rows_1 = mul(_grouped_mm_1, unsqueeze)
+inverse = empty_like(order)
+arange = arange(48, device=cpu)
+setitem = setitem(inverse, order, arange)
+getitem_6 = getitem(rows_1, inverse)
+view = .view(getitem_6, 24, 2, -1)
+sum_1 = .sum(view, -2)
+return (sum_1)
+""")
+        after, _ = rewritten(gm)
+        self.assertExpectedInline(text(after), """\
+placeholder l_self_modules_router_parameters_weight_
+placeholder l_x_nd_
+placeholder l_experts_nk_
+placeholder l_self_parameters_up_
+placeholder l_self_parameters_down_
+linear = linear(l_x_nd_, l_self_modules_router_parameters_weight_, None)
+softmax = .softmax(linear, -1)
+get_attr mini_sequence_forward_0
+get_attr mini_sequence_backward_0
+mini_sequence = mini_sequence(
+    mini_sequence_forward_0, None, mini_sequence_backward_0, None,
+    recompute,
+    (4, ((0, 1, 1), (0, 1, 1), (0, 1, 1), None, None), ((cat, 0, 1, 1))),
+    (4, ((0, 1, 1), (0, 1, 1), (0, 1, 1), (0, 1, 1), None, None), ((cat, 0, 1, 1), (sum, torch.float32), (sum, torch.float32))),
+    (0),
+    (0, 3, 4),
+    (),
+    softmax, l_experts_nk_, l_x_nd_, l_self_parameters_up_, l_self_parameters_down_)
+getitem = getitem(mini_sequence, 0)
+return (getitem)
+""")
+
+
+def test_rewriting_twice_changes_nothing():
+    assert_idempotent(model(sorted_and_brought_back), *inputs())
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_forms(form):
+    report = assert_as_good_as_eager(
+        model(form),
+        inputs(),
+        step=lambda m, *args: m(*args).square().sum(),
+        dtype=torch.bfloat16 if form in GROUPED else torch.float32,
+        chunk_tokens=7,
+    )
+    (region,) = report.regions
+    assert region.chunks == 4
+    assert not report.refusals
+
+
+def test_batches_of_sequences():
+    def step(m, x, chosen):
+        return m(x.view(-1, D), chosen).view(x.shape).square().sum()
+
+    report = assert_as_good_as_eager(
+        model(sorted_and_brought_back), (tokens(3, 8, D), routed(N)), step=step, dtype=torch.bfloat16, chunk_tokens=12
+    )
+    assert [region.pattern for region in report.regions] == ["experts"]
+
+
+def refusal(form):
+    gm = captured(model(form), *inputs())
+    before = text(gm)
+    after, report = rewritten(gm)
+    assert after is gm
+    assert text(gm) == before
+    assert not report.regions
+    return next(entry for entry in report.refusals if entry.pattern == "experts")
+
+
+def test_largest_key_first():
+    def descending(x, weights, experts, up, down):
+        order = experts.view(-1).argsort(descending=True)
+        ends = ends_of_groups(experts.view(-1), up.shape[0])
+        rows = grouped(gated(grouped(x[order // K], up, ends)), down, ends)
+        return torch.zeros_like(x).index_add(0, order // K, rows)
+
+    refused = refusal(descending)
+    assert (refused.reason, "the largest first" in refused.text) == ("AXIS_MIXED", True)
+
+
+def test_groups_of_other_keys():
+    def others(x, weights, experts, up, down):
+        order = experts.view(-1).argsort()
+        ends = ends_of_groups(up.shape[0] - 1 - experts.view(-1), up.shape[0])
+        rows = grouped(gated(grouped(x[order // K], up, ends)), down, ends)
+        return torch.zeros_like(x).index_add(0, order // K, rows)
+
+    assert refusal(others).reason == "AXIS_MIXED"
+
+
+def test_rows_that_stay_sorted():
+    def unsorted(x, weights, experts, up, down):
+        order = experts.view(-1).argsort()
+        ends = ends_of_groups(experts.view(-1), up.shape[0])
+        return grouped(gated(grouped(x[order // K], up, ends)), down, ends).view(-1, K, x.shape[1]).sum(1)
+
+    refused = refusal(unsorted)
+    assert (refused.reason, "sorted rows for rows in their own order" in refused.text) == ("AXIS_MIXED", True)
+
+
+def test_arithmetic_on_positions():
+    def shifted(x, weights, experts, up, down):
+        order = (experts.view(-1).argsort() + 1) % experts.numel()
+        ends = ends_of_groups(experts.view(-1), up.shape[0])
+        rows = grouped(gated(grouped(x[order // K], up, ends)), down, ends)
+        return torch.zeros_like(x).index_add(0, order // K, rows)
+
+    refused = refusal(shifted)
+    assert (refused.reason, "positions of the split dim" in refused.text) == ("AXIS_MIXED", True)
+
+
+def test_counts_may_leave():
+    def counted(x, weights, experts, up, down):
+        order = experts.view(-1).argsort()
+        counts = torch.histc(experts.view(-1).float(), up.shape[0], 0, up.shape[0] - 1)
+        ends = counts.cumsum(0).to(torch.int32)
+        rows = grouped(gated(grouped(x[order // K], up, ends)), down, ends)
+        return torch.zeros_like(x).index_add(0, order // K, rows) * counts.max()
+
+    report = assert_as_good_as_eager(
+        model(counted), inputs(), step=lambda m, *args: m(*args).square().sum(), dtype=torch.bfloat16, chunk_tokens=7
+    )
+    assert [region.chunks for region in report.regions] == [4]
+
+
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_shapes_that_depend_on_the_data():
+    def one_by_one(x, weights, experts, up, down):
+        result = torch.zeros_like(x)
+        for e in range(up.shape[0]):
+            token, slot = torch.where(experts == e)
+            share = gated(x[token] @ up[e]) @ down[e]
+            result = result.index_add(0, token, share * weights[token, slot, None])
+        return result
+
+    _, report = rewritten(captured(model(one_by_one), *inputs()))
+    assert not report.regions
+    assert {entry.reason for entry in report.refusals} == {"DYNAMIC"}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_routed_rows_are_never_whole(form):
+    n, d, f, e = 512, 32, 128, 4
+    m = model(form, d=d, f=f, e=e)
+    m = m if form in GROUPED else m.float()
+    x = (torch.randn(n, d) * 0.1).to(m.up.dtype).requires_grad_()
+    known = [x, *m.parameters()]
+    routed_bytes = n * (e if form in DENSE[1:] else K) * f * x.element_size()
+    torch._dynamo.reset()
+    compiled, unlooped = looped(m, chunk_tokens=32), torch.compile(m, backend="aot_eager")
+    small = n * (K + e) * 16  # the choice, the scores
+    assert saved_bytes(lambda: compiled(x, routed(n)), known) <= small < routed_bytes
+    assert saved_bytes(lambda: unlooped(x, routed(n)), known) >= 2 * routed_bytes
+    upstream = torch.ones(n, d, dtype=x.dtype)
+    peak = peak_bytes(lambda: compiled(x, routed(n)).backward(upstream))
+    assert peak < peak_bytes(lambda: unlooped(x, routed(n)).backward(upstream)) / 2
