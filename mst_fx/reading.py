@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -182,7 +183,7 @@ class Reader:
 
     def numel(self, node: Node) -> int:
         """Elements of the node's value as captured, added up where it is a tuple."""
-        return sum(hint(tensor.numel()) for tensor in _tensors(node))
+        return sum(prod(map(hint, tensor.shape)) for tensor in _tensors(node))
 
 
 def _tensors(node: Node) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ class Reason(Enum):
     NOT_CONVEX = "Let no value leave the region and come back into it."
     SHAPE = "Use lengths above 1; a region of one row has nothing to split."
     DYNAMIC = "Compile with static shapes (dynamic=False) or make only the split dim dynamic."
+    DATA_DEPENDENT = "Route tokens without sizes that depend on them: sort them by expert and multiply group by group."
     SMALL = "Lower min_bytes to loop it all the same."
     DISABLED = "Remove the pattern's name from `disable`."
     BACKEND = "Use the Python wrapper of Inductor (cpp_wrapper=False)."

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from mst_fx.lower import fake_value
+from mst_fx.lower import depends_on_data, fake_value
 from mst_fx.modes import Mode
 from mst_fx.provenance import op_name
 from mst_fx.reading import Reader, written_by
@@ -65,8 +65,8 @@ def close(
     """Nodes -> a region, if one call can stand in their place.
 
     Raises:
-        Refusal: a value leaves the nodes and comes back, no place is behind all live-ins and in front of all readers,
-            or memory that the nodes read or make is written to in between.
+        Refusal: a size depends on the data, a value leaves the nodes and comes back, no place is behind all live-ins
+            and in front of all readers, or memory that the nodes read or make is written to in between.
     """
     inside = with_parts(nodes)
     ordered = tuple(sorted(inside, key=reader.order.__getitem__))
@@ -74,6 +74,10 @@ def close(
     for node in outputs:
         if not isinstance(fake_value(node), torch.Tensor):
             raise Refusal(Reason.ESCAPES, node, f"{op_name(node)} gives what is no tensor to the rest of the graph")
+    if any(map(depends_on_data, fake_value(stream).shape)):
+        raise Refusal(
+            Reason.DATA_DEPENDENT, ordered[0], f"the sizes of {list(fake_value(stream).shape)} depend on data"
+        )
     live_ins = tuple(dict.fromkeys(o for n in ordered for o in n.all_input_nodes if o not in inside))
     before, early = _place(reader, ordered, outputs, live_ins)
     last = max(before, ordered[-1], key=reader.order.__getitem__)

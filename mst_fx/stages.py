@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from mst_fx.lower import depends_on_data, hint, is_size, is_symbolic
+from mst_fx.lower import hint, is_size, is_symbolic
 from mst_fx.placement import WHOLE, Placement, Routed, Split, adds_up, split_of
 from mst_fx.propagate import Placements, propagate
 from mst_fx.refusal import Reason, Refusal
@@ -112,8 +112,6 @@ def cut(lowered: GraphModule, stream: Node) -> Stages:
 def _splittable(stream: Node, shape: tuple[int, ...]) -> list[int]:
     """Every dim but the features'; where one length is only known at run time, that dim alone."""
     dims = list(range(len(shape) - 1)) or [0]
-    if any(map(depends_on_data, shape)):
-        raise Refusal(Reason.DYNAMIC, stream, f"the sizes of {list(shape)} depend on the data")
     dynamic = [dim for dim in range(len(shape)) if is_symbolic(shape[dim])]
     if len(dynamic) > 1 or not set(dynamic) <= set(dims):
         raise Refusal(Reason.DYNAMIC, stream, f"several dims of {list(shape)} are only known at run time")

@@ -1,0 +1,254 @@
+"""Tiny random models of any architecture that transformers registers, and inputs for one training step of each.
+
+A config class is shrunk by the names of its fields: widths, depths, heads and vocabularies get small values wherever they
+stand, everything else keeps its default. The widths are chosen so that a feed-forward width is met nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+HIDDEN, HEADS, HEAD_DIM, LAYERS, VOCAB = 64, 4, 16, 2, 331
+DENSE, EXPERT, SHARED = 176, 112, 208
+FEED_FORWARD = frozenset([DENSE, EXPERT, SHARED, 4 * HIDDEN])
+"""Widths inside of MLPs: those that a config sets, and four times the model's."""
+BATCH, LENGTH, IMAGE, PATCH = 2, 24, 32, 8
+
+SIZES: list[tuple[str, Any]] = [  # the first expression that matches the whole name of a field decides
+    (r"(src_|tgt_|decoder_|text_|unpadded_)?vocab_size(_per_layer_input)?", VOCAB),
+    (r".*_vocab_size|.*vocab_size_.*|audio_vocab.*", 64),
+    (r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k|num_selected_experts|moe_num_active.*|router_topk", 2),
+    (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|zero_expert_num", 4),
+    (r"n_groups|n_group|topk_group|num_expert_group|n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
+    (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
+    (r"(shared|moe_shared).*intermediate_size", SHARED),
+    (r"(moe|expert).*(intermediate|ffn|ffn_hidden)_?(size|dim)", EXPERT),
+    (
+        r"(dense_)?intermediate_size(_mlp)?|.*ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|n_inner|d_inner|mlp_dim|"
+        r"feed_forward_size|hidden_dim_mlp|inner_dim",
+        DENSE,
+    ),
+    (r"(num|n)_(key_value|kv)_heads|num_kv_heads|swa_num_key_value_heads|num_query_groups", HEADS),
+    (r"(.*_)?(num_attention|attention|num|n)_heads?|n_head|encoder_attention_heads|decoder_attention_heads", HEADS),
+    (r"linear_num_(key|value)_heads|linear_num_heads|mamba_n_heads|n_mamba_heads|mamba_num_heads", HEADS),
+    (
+        r"(.*_)?head_dim|attention_head_size|attention_head_dim|d_kv|d_head|dim_head|kv_channels|v_head_dim|"
+        r"qk_nope_head_dim|linear_(key|value|)_?head_dim",
+        HEAD_DIM,
+    ),
+    (r"mamba_d_head|mamba_headdim|mamba_head_dim", 2 * HEAD_DIM),
+    (r"qk_rope_head_dim|rotary_dim", 8),
+    (r"(kv|q|o)_lora_rank|.*_lora_rank|.*lowrank", 32),
+    (r"(num_|n_)?(hidden_|encoder_|decoder_)?(layers?|blocks)|depth|n_layers?|num_layers_per_stack", LAYERS),
+    (
+        r"hidden_size|d_model|n_embd|embed_dim|emb_dim|dim|embedding_size|embedding_dim|.*hidden_size|hidden_dim|"
+        r"word_embed_proj_dim|lru_width|projection_dim|.*embedding_size|out_hidden_size|vision_output_dim",
+        HIDDEN,
+    ),
+    (
+        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|max_sequence_length|seq_length|"
+        r"max_(source|target)_positions|model_max_length",
+        128,
+    ),
+    (r"sliding_window(_size)?|attention_window_size|attention_chunk_size|local_attention|window_size_1d", 16),
+    (r"(mamba_)?chunk_size|index_block_size|chunk_size_feed_forward", 8),
+    (r"image_size|crop_size", IMAGE),
+    (r"patch_size", PATCH),
+]
+ZERO = re.compile(
+    r".*(dropout|drop|dropout_prob|pdrop|drop_path_rate|layerdrop|jitter_noise|dropout_rate|dropout_p|"
+    r"drop_rate)$|mask_time_prob|mask_feature_prob|.*_drop_prob"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture: a task of transformers and the class that it registers for a model type."""
+
+    task: str
+    model_type: str
+    class_name: str
+
+    @property
+    def name(self) -> str:
+        """Unique, and a file name."""
+        return f"{self.task}.{self.class_name}.{self.model_type}"
+
+
+TASKS = {
+    "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "image-text": "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "ctc": "MODEL_FOR_CTC_MAPPING_NAMES",
+    "speech-seq2seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+}
+
+
+def cases(tasks: tuple[str, ...]) -> Iterator[Case]:
+    """Every class that the installed transformers registers for the tasks, once per task."""
+    seen: set[tuple[str, str]] = set()
+    for task in tasks:
+        for model_type, names in getattr(modeling_auto, TASKS[task]).items():
+            for name in [names] if isinstance(names, str) else names:
+                if (task, name) not in seen:
+                    seen.add((task, name))
+                    yield Case(task, model_type, name)
+
+
+EXTRA: dict[str, dict[str, Any]] = {  # what the names of fields do not tell
+    "bamba": {"attn_layer_indices": [1]},
+    "big_bird": {"attention_type": "original_full"},
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "longcat_flash": {"qk_rope_head_dim": 16, "qk_head_dim": 32, "head_dim": 16},
+    "mamba2": {"head_dim": 32},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds": False,
+        "attn_layers": ["local", "local"],
+        "local_attn_chunk_length": 8,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+    "xmod": {"default_language": "en_XX"},
+}
+
+
+def make(case: Case) -> PreTrainedModel:
+    """The model with random weights, in training mode, without dropout."""
+    cls = getattr(transformers, case.class_name)
+    config = tiny(cls.config_class or CONFIG_MAPPING[case.model_type], EXTRA.get(case.model_type, {}))
+    torch.manual_seed(0)
+    if getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0
+    model = cls(config).train()
+    if "labels" in inspect.signature(model.forward).parameters and case.task == "causal-lm":
+        model.loss_type = "ForCausalLM"  # where the class name does not tell, transformers warns and breaks the graph
+    set_experts(model, "batched_mm")
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    return model
+
+
+def set_experts(model: PreTrainedModel, implementation: str) -> bool:
+    """Choose how experts are computed; False where the model has none, or one way only."""
+    try:
+        model.set_experts_implementation(implementation)
+    except (AttributeError, ValueError):
+        return False
+    return True
+
+
+def tiny(config_class: type[PretrainedConfig], extra: dict[str, Any]) -> PretrainedConfig:
+    """A config of the class with small sizes."""
+    default = config_class()
+    wanted = merged(small_fields(default), extra)
+    config = config_class(**wanted)
+    return config_class(**merged(wanted, shortened(config)))
+
+
+def merged(fields: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Fields with others in their place, sub-configs field by field."""
+    out = dict(fields)
+    for name, value in more.items():
+        both = isinstance(value, dict) and isinstance(out.get(name), dict)
+        out[name] = merged(out[name], value) if both else value
+    return out
+
+
+def small_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """The fields that differ from the defaults."""
+    wanted: dict[str, Any] = {}
+    staged = any(
+        isinstance(getattr(config, name, None), (list, tuple)) for name in ("depths", "hidden_sizes", "num_heads")
+    )
+    for name, value in config.to_dict().items():
+        child = getattr(config, name, None) if isinstance(value, dict) else None
+        if isinstance(child, PretrainedConfig):
+            wanted[name] = small_fields(child)
+        elif staged and name == "depths":
+            wanted[name] = [1] * len(value)
+        elif staged and not ZERO.fullmatch(name):
+            continue  # a pyramid: its widths and the sizes of its maps depend on one another
+        elif isinstance(value, float) and ZERO.fullmatch(name):
+            wanted[name] = 0.0
+        elif name == "use_cache":
+            wanted[name] = False
+        elif value is None and name in ("head_dim", "num_key_value_heads", "pad_token_id"):
+            wanted[name] = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS, "pad_token_id": 0}[name]
+        elif isinstance(value, int) and not isinstance(value, bool):
+            small = next((small for pattern, small in SIZES if re.fullmatch(pattern, name)), None)
+            if small is not None and value > 0:
+                wanted[name] = small
+            elif name.endswith(("_token_id", "_token_index")) and value >= VOCAB:
+                wanted[name] = 5
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+    name = (config.attribute_map or {}).get("layer_types", "layer_types")
+    given = getattr(getattr(type(config), name, None), "fset", True) is not None
+    if kinds and given and "num_hidden_layers" in wanted:
+        wanted["layer_types"] = (kinds * LAYERS)[: max(LAYERS, len(kinds))]
+        wanted["num_hidden_layers"] = len(wanted["layer_types"])
+    return wanted
+
+
+def shortened(config: PretrainedConfig) -> dict[str, Any]:
+    """Lists with one entry a layer of the default depth, cut to the layers that are left."""
+    lists: dict[str, Any] = {}
+    layers = getattr(config, "num_hidden_layers", None)
+    for name, value in config.to_dict().items():
+        child = getattr(config, name, None) if isinstance(value, dict) else None
+        if isinstance(child, PretrainedConfig):
+            lists[name] = shortened(child)
+        elif isinstance(value, list) and layers and len(value) > max(layers, 8):
+            lists[name] = value[:layers]
+    return lists
+
+
+def inputs(case: Case, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """One batch with labels."""
+    generator = torch.Generator().manual_seed(1)
+    config = model.config
+
+    def ids(length: int = LENGTH, high: int = VOCAB) -> torch.Tensor:
+        return torch.randint(10, high, (BATCH, length), generator=generator)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(BATCH, *shape, generator=generator)
+
+    labels = ids()
+    labels[:, :3] = -100
+    if case.task in ("causal-lm", "masked-lm", "seq2seq"):
+        return {"input_ids": ids(), "labels": labels}
+    if case.task == "image-classification":
+        size = getattr(config, "image_size", IMAGE)
+        size = size if isinstance(size, int) else size[0]
+        classes = torch.randint(0, config.num_labels, (BATCH,), generator=generator)
+        return {"pixel_values": noise(getattr(config, "num_channels", 3), size, size), "labels": classes}
+    if case.task == "image-text":
+        size = model.config.vision_config.image_size
+        return {"input_ids": ids(), "pixel_values": noise(3, size, size), "return_loss": True}
+    name = model.main_input_name
+    if name == "input_values":
+        features = noise(8000)
+    else:
+        mel = getattr(config, "num_mel_bins", getattr(config, "input_feat_per_channel", 80))
+        length = 2 * getattr(config, "max_source_positions", 64)
+        features = noise(mel, length) if "whisper" in case.model_type else noise(length, mel)
+    return {name: features, "labels": ids(8) if case.task == "ctc" else labels}
