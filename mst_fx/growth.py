@@ -18,11 +18,11 @@ import torch
 from torch.fx import Node
 
 from mst_fx.lower import fake_value, is_size
+from mst_fx.order import company, with_orders
 from mst_fx.provenance import op_name
 from mst_fx.reading import Reader, written_by
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region, close, has_gradient, needs_gradient, with_parts
-from mst_fx.rules.routing import SORTS
 from mst_fx.rules.view import FREE
 
 aten = torch.ops.aten
@@ -182,29 +182,9 @@ def region_of_mlp(reader: Reader, growth: Growth, stream: Node) -> Region:
     for node in growth.returned:
         raise Refusal(Reason.ESCAPES, node, f"{op_name(node)} is returned")
     nodes = with_orders(reader, growth.nodes, stream)
-    if stream in nodes:
-        raise Refusal(Reason.AXIS_MIXED, stream, f"{op_name(stream)} gives rows in an order that the region needs, too")
+    while stream in nodes:  # picked in an order: the rows that it was picked from
+        stream = stream.all_input_nodes[0]
     return close(reader, nodes, stream)
-
-
-def with_orders(reader: Reader, nodes: frozenset[Node], stream: Node) -> set[Node]:
-    """The nodes, and all between them and the keys that their rows are sorted by: an order is a mini-sequence's own."""
-    inside, keys, seen = set(nodes), set[Node](), set[Node]()
-    pending = [operand for node in nodes for operand in node.all_input_nodes]
-    while pending:
-        node = pending.pop()
-        if node in seen or node in nodes or reader.numel(node) >= reader.numel(stream):
-            continue
-        seen.add(node)
-        if reader.does(node, SORTS):
-            keys.add(reader.unviewed(node.all_input_nodes[0]))
-        pending += node.all_input_nodes
-    while keys:
-        more = set(company(reader, inside | keys)) - inside - keys
-        if not more:
-            break
-        inside |= more
-    return inside
 
 
 def only_returns(reader: Reader, node: Node) -> bool:
@@ -214,24 +194,6 @@ def only_returns(reader: Reader, node: Node) -> bool:
         return False
     ops = {op.target for op in opened.graph.nodes if op.op == "call_function"}
     return bool(ops) and ops <= {*FREE, aten.detach.default, aten.cat.default, aten.stack.default}
-
-
-def company(reader: Reader, inside: set[Node]) -> list[Node]:
-    """Nodes outside that have to come in: what stands in between, what writes, and what was made to be written."""
-    writers = [user for node in inside for user in node.users if user not in inside and written_by(user) in inside]
-    fills = [o for node in inside for o in node.all_input_nodes if o not in inside and reader.fills(o)]
-    written = [o for o in fills if inside.issuperset(o.users) or any(written_by(user) is o for user in o.users)]
-    return in_between(reader, inside) + writers + written
-
-
-def in_between(reader: Reader, inside: set[Node]) -> list[Node]:
-    """Nodes outside that depend on nodes inside and that nodes inside depend on."""
-    first = min(map(reader.order.__getitem__, inside))
-    dependent = set(inside)
-    for node in reader.owner.graph.nodes:
-        if reader.order[node] > first and not dependent.isdisjoint(node.all_input_nodes):
-            dependent.add(node)
-    return [o for node in inside for o in node.all_input_nodes if o in dependent and o not in inside]
 
 
 def to_a_scalar(reader: Reader, growth: Growth) -> frozenset[Node] | None:

@@ -98,6 +98,11 @@ def _open_dropout(x: torch.Tensor, p: float, train: bool | None) -> tuple[torch.
     return x * keep * (1 / (1 - p) if p < 1 else 0.0), keep
 
 
+def _open_glu(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    value, gate = x.chunk(2, dim)
+    return value * gate.sigmoid()
+
+
 def _open_bernoulli(x: torch.Tensor, p: float, *, generator: Any = None) -> Any:
     return NotImplemented if generator is not None else (uniform_like(x) < p).to(x.dtype)
 
@@ -130,5 +135,6 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.mean.dim: _open_mean_dim,
     aten.native_dropout.default: _open_dropout,
     aten.bernoulli.p: _open_bernoulli,
+    aten.glu.default: _open_glu,
     aten.rand_like.default: _open_rand_like,
 }

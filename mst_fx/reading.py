@@ -88,6 +88,8 @@ class Reader:
         if left is None or right is None or left is right:
             return None
         weights = [operand for operand in (left, right) if self._is_made_of_parameters(operand)]
+        if len(weights) == 2:
+            return None  # adapters merged into their weight: no tokens
         if weights == [left] or (not weights and _is_weight(left) and not _is_weight(right)):
             left, right = right, left
         return Contraction(left, right) if _rank(right) == 2 or len(weights) == 1 else None
@@ -102,10 +104,18 @@ class Reader:
         return isinstance(fake_value(node), torch.nn.Parameter)
 
     def widening(self, node: Node) -> Contraction | None:
-        """The node as a contraction that makes more elements than its activation has, None where it is none."""
+        """The node as a contraction that makes more elements than its activation has, None where it is none.
+
+        Of an activation of low rank counts what it was projected from: an adapter gives back what it took.
+        """
         contraction = self.contraction(node)
-        wide = contraction is not None and self.numel(node) > self.numel(contraction.activation)
-        return contraction if wide else None
+        if contraction is None or self.numel(node) <= self.numel(contraction.activation):
+            return None
+        source = contraction.activation
+        while self.contraction(source) is None and len(self.tensor_operands(source)) == 1:
+            (source,) = self.tensor_operands(source)
+        before = self.contraction(source)
+        return None if before is not None and self.numel(node) <= self.numel(before.activation) else contraction
 
     def does(self, node: Node, ops: tuple[object, ...]) -> bool:
         """Whether the node opens into one of the ops."""

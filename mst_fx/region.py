@@ -8,7 +8,7 @@ Terms
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,8 +80,8 @@ def close(
         )
     live_ins = tuple(dict.fromkeys(o for n in ordered for o in n.all_input_nodes if o not in inside))
     before, early = _place(reader, ordered, outputs, live_ins)
-    last = max(before, ordered[-1], key=reader.order.__getitem__)
-    _check_writes(reader, inside, (*live_ins, *early), ordered[0], last)
+    moved = {operand for node in early for operand in (node, *node.all_input_nodes)}
+    _check_writes(reader, ordered, {*live_ins, *moved}, before)
     modes = {node: reader.modes[node] for node in ordered}
     return Region(reader.owner, ordered, outputs, live_ins, stream, before, early, modes, returned, smaller)
 
@@ -154,15 +154,24 @@ def _made_after(reader: Reader, place: Node, live_ins: tuple[Node, ...], inside:
     return tuple(sorted(late, key=reader.order.__getitem__))
 
 
-def _check_writes(reader: Reader, inside: set[Node], live_ins: Collection[Node], first: Node, last: Node) -> None:
-    """The region runs late, as a whole: nothing may have changed what it reads, nor may it change what others read."""
+def _check_writes(reader: Reader, nodes: Sequence[Node], live_ins: Collection[Node], before: Node) -> None:
+    """The region runs in one place: nothing may change what it reads between there and where it read it before.
+
+    Nor may the region change what others read.
+    """
+    inside, order = set(nodes), reader.order
     foreign = set().union(*map(reader.storages, live_ins))
     own = set().union(*map(reader.storages, inside)) - foreign
-    node = first
-    while node is not last.next:
+    read: set[torch.UntypedStorage] = set()
+    node, end = nodes[0], max(order[before], order[nodes[-1]])
+    while order.get(node, end + 1) <= end:
+        if node in inside:
+            read.update(*map(reader.storages, node.all_input_nodes))
         target = written_by(node)
         if target is not None:
-            memory = reader.storages(target)
-            if not memory.isdisjoint(foreign) or (node not in inside and not memory.isdisjoint(own)):
+            late = node in inside or order[node] >= order[before]
+            if not reader.storages(target).isdisjoint(foreign if late else foreign & read) or (
+                node not in inside and not reader.storages(target).isdisjoint(own)
+            ):
                 raise Refusal(Reason.MUTATION, node, f"{op_name(node)} writes to its operand")
         node = node.next

@@ -19,8 +19,9 @@ class Experts(Pattern):
     priority = 5
 
     def match(self, reader: Reader, node: Node) -> Region | None:
-        """Anchored where the tokens are repeated."""
-        tokens = reader.repeats(node)
+        """Anchored where the tokens are repeated, or multiplied by the experts' matrices if each goes to one expert."""
+        up = reader.widening(node) if multiplies_by_experts(reader, node) else None
+        tokens = up.activation if up is not None else reader.repeats(node)
         growth = grow(reader, node, tokens) if tokens is not None else None
         if tokens is None or growth is None or not any(multiplies_by_experts(reader, n) for n in growth.nodes):
             return None

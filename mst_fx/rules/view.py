@@ -38,23 +38,23 @@ FREE = (
 @rule(*RESHAPES)
 def reshape(node: Node, flow: Flow) -> Placement:
     """The axis must stay within one dim."""
-    split, shape = flow.of(args_of(node)[0]), shape_of(args_of(node)[0])
-    if not isinstance(split, Split):
-        return WHOLE
-    result = through_view(split, shape, shape_of(node))
-    if result is None:
-        parts = refinements(split, shape, shape_of(node))
-        raise Spans(node, [(part.outer // split.outer, part.inner // split.inner) for part in parts])
-    return result
+    split = flow.of(args_of(node)[0])
+    return _viewed(node, split, shape_of(args_of(node)[0]), shape_of(node)) if isinstance(split, Split) else WHOLE
 
 
 @back(*RESHAPES)
 def reshape_back(node: Node, split: Split) -> dict[Node, Split]:
     """The same memory, read the other way."""
-    before = through_view(split, shape_of(node), shape_of(args_of(node)[0]))
-    if before is None:
-        raise mixed(node, "spreads the split dim over several dims")
-    return {operand_of(node): before}
+    return {operand_of(node): _viewed(node, split, shape_of(node), shape_of(args_of(node)[0]))}
+
+
+def _viewed(node: Node, split: Split, before: tuple[int, ...], after: tuple[int, ...]) -> Split:
+    """Where the axis lies when the memory is read in another shape."""
+    result = through_view(split, before, after)
+    if result is None:
+        parts = refinements(split, before, after)
+        raise Spans(node, [(part.outer // split.outer, part.inner // split.inner) for part in parts])
+    return result
 
 
 @rule(*PERMUTES)
