@@ -26,9 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.testing
 import transformers
-from tiny_models import FEED_FORWARD, TASKS, VOCAB, Case, cases, inputs, make, set_experts
+from tiny_models import FEED_FORWARD, TASKS, Case, cases, inputs, make, set_experts, vocabulary_of
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 import mst_fx
@@ -51,36 +54,55 @@ class Result:
     mlps: int = 0
     mlps_looped: int = 0
     experts: int = 0
-    experts_looped: int = 0
     grouped_looped: int = 0
     grouped_error: float = 0.0
     heads: int = 0
     heads_looped: int = 0
     graphs: int = 0
+    plain_graphs: int = 0
     refusals: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
 class Products(TorchDispatchMode):
-    """Counts the matrix products that narrow an MLP's width, and those that make logits."""
+    """Counts the MLPs, expert layers and heads that a forward runs, by its matrix products.
 
-    def __init__(self) -> None:
+    An MLP is a product that widens the tokens, ops that keep tokens apart, and a product that narrows them again.
+    Experts are counted by the products that narrow, heads by the vocabulary.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
         super().__init__()
+        self.vocabulary = vocabulary
         self.mlps = self.experts = self.heads = 0
+        self.wide = WeakTensorKeyDictionary()  # what is made of widened tokens, and of nothing else as large
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the op, and count it."""
         result = func(*args, **(kwargs or {}))
         if func in (aten.mm.default, aten.addmm.default):
-            weight = args[-1]
-            whole = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+            tokens, weight = args[-2:]
             inner, outer = weight.shape
-            if inner in FEED_FORWARD and outer < inner:
-                self.mlps += whole
-                self.experts += not whole
-            self.heads += outer == VOCAB
-        if func in (aten.bmm.default, aten._grouped_mm.default):
-            self.experts += any(size in FEED_FORWARD for size in args[0].shape[1:]) and max(result.shape[1:]) < 112
+            whole = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+            self.mlps += outer < inner and tokens in self.wide and whole
+            self.experts += outer < inner and tokens in self.wide and not whole
+            self.heads += outer == self.vocabulary and outer > inner
+            if outer > inner and outer != self.vocabulary:
+                self.wide[result] = True
+        elif func in (aten.bmm.default, aten._grouped_mm.default):
+            narrows = any(size in FEED_FORWARD for size in args[0].shape[1:])
+            self.experts += narrows and max(result.shape[1:]) < min(FEED_FORWARD)
+        elif not any(word in func.__name__ for word in MIXING):
+            operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            for made in (x for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
+                large = [x for x in operands if 2 * x.numel() >= made.numel()]
+                if large and all(x in self.wide for x in large):
+                    self.wide[made] = True
         return result
+
+
+MIXING = ("conv", "attention", "batch_norm", "cum", "sort", "scan", "fft", "index", "gather", "pool")
+"""Parts of the names of ops that make tokens depend on one another, or tell nothing about it."""
 
 
 def examine(case: Case, inner: str) -> Result:
@@ -91,32 +113,32 @@ def examine(case: Case, inner: str) -> Result:
     try:
         model, batch = make(case), inputs(case, make(case))
         stage = "eager fails"
-        products = Products()
+        products = Products(vocabulary_of(case))
         with products:
             model(**batch)
         result.mlps, result.experts, result.heads = products.mlps, products.experts, products.heads
         truth = step(model, batch, loss_of(model))
         stage = "not ours"
-        result.plain = "ok"
-        plain = step(model, batch, torch.compile(loss_of(model), backend=inner))
+        plain_graphs = torch._dynamo.testing.CompileCounterWithBackend(inner)
+        plain = step(model, batch, torch.compile(loss_of(model), backend=plain_graphs))
+        result.plain, result.plain_graphs = "ok", plain_graphs.frame_count
         result.plain_error = difference(truth, plain)
         torch._dynamo.reset()
         stage = "fails"
-        watched = Watched({"inner": inner, "min_bytes": 0, "chunk_tokens": 16, "strict": True})
+        options = {"inner": inner, "min_bytes": 0, "chunk_tokens": 16, "strict": True}
+        watched = Watched(options)
         looped = step(model, batch, torch.compile(loss_of(model), backend=watched))
         result.mst_error = difference(truth, looped)
-        watched.tell(result)
+        result.mlps_looped, result.heads_looped = watched.looped("mlp", "experts"), watched.looped("head")
+        result.graphs, result.refusals = watched.graphs, watched.refusals()
         if result.experts and set_experts(model, "grouped_mm"):
             torch._dynamo.reset()
             model.to(torch.bfloat16)
             batch = {k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
-            truth = step(model, batch, loss_of(model))
-            grouped = Watched({"inner": inner, "min_bytes": 0, "chunk_tokens": 16, "strict": True})
+            truth, grouped = step(model, batch, loss_of(model)), Watched(options)
             result.grouped_error = difference(truth, step(model, batch, torch.compile(loss_of(model), backend=grouped)))
-            grouped_result = Result("")
-            grouped.tell(grouped_result)
-            result.grouped_looped = grouped_result.experts_looped
-            result.refusals += ["grouped: " + x for x in grouped_result.refusals]
+            result.grouped_looped = grouped.looped("mlp", "experts")
+            result.refusals += [f"grouped: {refusal}" for refusal in grouped.refusals()]
         bound = max(TOLERANCE, 2 * result.plain_error)
         result.status = "trains" if result.mst_error <= bound else "differs"
     except Exception as error:
@@ -160,15 +182,15 @@ def difference(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor
 
 
 class Watched:
-    """The backend, counting what each compiled graph loops as often as it runs."""
+    """The backend, keeping the report of a graph for each time that it runs."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
-        self.runs: list[mst_fx.report.Report] = []
-        self.refusals: dict[str, None] = {}
+        self.runs: list[mst_fx.Report] = []
         self.graphs = 0
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        """Compile a graph."""
         compiled = mst_fx.backend(gm, example_inputs, options=self.options)
         report = mst_fx.reports()[-1]
         self.graphs += 1
@@ -179,18 +201,16 @@ class Watched:
 
         return run
 
-    def tell(self, result: Result) -> None:
-        """Fill in what was looped and refused."""
-        regions = [region for report in self.runs for region in report.regions]
-        result.heads_looped = sum(region.pattern == "head" for region in regions)
-        result.mlps_looped = sum("mlp" in region.pattern for region in regions)
-        result.experts_looped = sum("expert" in region.pattern for region in regions)
-        result.graphs = self.graphs
-        for report in self.runs:
-            for refusal in report.refusals:
-                where = refusal.source.strip().rpartition("/")[2]
-                result.refusals.append(f"{refusal.pattern} {refusal.reason}: {refusal.text} | {where}")
-        result.refusals = list(dict.fromkeys(result.refusals))
+    def looped(self, *parts: str) -> int:
+        """How many regions ran in loops whose pattern's name has one of these parts."""
+        regions = (region for report in self.runs for region in report.regions)
+        return sum(any(part in region.pattern for part in parts) for region in regions)
+
+    def refusals(self) -> list[str]:
+        """Every refusal once, with the line of the model."""
+        found = (refusal for report in self.runs for refusal in report.refusals)
+        lines = (f"{r.pattern} {r.reason}: {r.text} ({r.source.strip().rpartition('/')[2]})" for r in found)
+        return list(dict.fromkeys(lines))
 
 
 def run_one(case: Case, inner: str, path: Path) -> None:
@@ -234,36 +254,36 @@ def summary(results: list[Result]) -> str:
     lines = [f"{len(results)} architectures; plain torch.compile trains {len(trained)}."]
     lines += [f"Same loss and gradients with mst_fx: {len(right)} of {len(trained)}."]
     lines += [f"    {r.name} {r.status}: {r.mst_error:.0e} {cell(r.error)}" for r in trained if r not in right]
-    for what, found, looped in (
-        ("every dense MLP", "mlps", "mlps_looped"),
-        ("every expert layer (one matrix a row, float32)", "experts", "experts_looped"),
-        ("every expert layer (grouped, bfloat16)", "experts", "grouped_looped"),
-        ("the head", "heads", "heads_looped"),
-    ):
-        having = [result for result in right if getattr(result, found)]
-        short = [result for result in having if getattr(result, looped) < expected(result, found)]
-        lines.append(f"With {what} looped: {len(having) - len(short)} of {len(having)}.")
-        lines += [f"    not {result.name}: {getattr(result, looped)} of {expected(result, found)}" for result in short]
-    lines += [f"Not ours: {status}: {n}" for status, n in Counter(r.status for r in results if r.plain != "ok").items()]
+    lines += shortfall("every MLP", right, lambda r: r.mlps + r.experts, lambda r: r.mlps_looped)
+    grouped = [result for result in right if result.grouped_error]
+    lines += shortfall("every MLP, experts grouped", grouped, lambda r: r.mlps + r.experts, lambda r: r.grouped_looped)
+    lines += shortfall("every head", right, lambda r: r.heads, lambda r: r.heads_looped)
+    lines += [f"Not ours: {n} {status}" for status, n in Counter(r.status for r in results if r.plain != "ok").items()]
     return "\n".join(lines)
 
 
-def expected(result: Result, found: str) -> int:
-    """What there is to loop; experts are counted by their down-projections."""
-    return int(getattr(result, found))
+def shortfall(
+    what: str, results: list[Result], found: Callable[[Result], int], looped: Callable[[Result], int]
+) -> Iterator[str]:
+    """How many architectures have all of something looped, and who has not."""
+    having = [result for result in results if found(result)]
+    short = [result for result in having if looped(result) < found(result)]
+    yield f"{what} looped: {len(having) - len(short)} of {len(having)}"
+    for r in short:
+        yield f"    not {r.name}: {looped(r)} of {found(r)}, {r.graphs} graphs; {cell('; '.join(r.refusals))}"
 
 
 def table(results: list[Result]) -> str:
     """One row an architecture, in Markdown."""
     packages = f"torch {torch.__version__}, transformers {transformers.__version__}"
     lines = [f"# Coverage\n\n{packages}\n\n```text\n{summary(results)}\n```\n"]
-    lines.append("| architecture | torch.compile | mst_fx | error | MLPs | experts | head | refusals, or what failed |")
+    lines.append("| architecture | torch.compile | mst_fx | error | graphs | MLPs | heads | refusals, or what failed |")
     lines.append("|---|---|---|---|---|---|---|---|")
     for r in results:
-        counts = [f"{r.mlps_looped} / {r.mlps}", f"{r.experts_looped} / {r.experts}", f"{r.heads_looped} / {r.heads}"]
         why = "<br>".join(cell(text) for text in [*r.refusals, r.error] if text)
+        counts = f"{r.graphs} | {r.mlps_looped} / {r.mlps + r.experts} | {r.heads_looped} / {r.heads}"
         error = f"{r.mst_error:.0e}" if r.plain == "ok" else ""
-        lines.append(f"| {r.name} | {r.plain or r.status} | {r.status} | {error} | {' | '.join(counts)} | {why} |")
+        lines.append(f"| {r.name} | {r.plain or r.status} | {r.status} | {error} | {counts} | {why} |")
     return "\n".join(lines) + "\n"
 
 

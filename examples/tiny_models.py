@@ -1,14 +1,14 @@
 """Tiny random models of any architecture that transformers registers, and inputs for one training step of each.
 
-A config class is shrunk by the names of its fields: widths, depths, heads and vocabularies get small values wherever they
-stand, everything else keeps its default. The widths are chosen so that a feed-forward width is met nowhere else.
+A config class is shrunk by the names of its fields: widths, depths, heads and vocabularies get small values wherever
+they stand, everything else keeps its default.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-HIDDEN, HEADS, HEAD_DIM, LAYERS, VOCAB = 64, 4, 16, 2, 331
+HIDDEN, HEADS, HEAD_DIM, LAYERS, VOCAB, LETTERS = 64, 4, 16, 2, 331, 32
 DENSE, EXPERT, SHARED = 176, 112, 208
 FEED_FORWARD = frozenset([DENSE, EXPERT, SHARED, 4 * HIDDEN])
-"""Widths inside of MLPs: those that a config sets, and four times the model's."""
+"""Widths inside of MLPs and experts: those that a config sets, and four times the model's."""
 BATCH, LENGTH, IMAGE, PATCH = 2, 24, 32, 8
 
 SIZES: list[tuple[str, Any]] = [  # the first expression that matches the whole name of a field decides
@@ -130,10 +130,16 @@ EXTRA: dict[str, dict[str, Any]] = {  # what the names of fields do not tell
 }
 
 
+def vocabulary_of(case: Case) -> int:
+    """Letters, where speech is spelled; else tokens."""
+    return LETTERS if case.task == "ctc" else VOCAB
+
+
 def make(case: Case) -> PreTrainedModel:
     """The model with random weights, in training mode, without dropout."""
     cls = getattr(transformers, case.class_name)
-    config = tiny(cls.config_class or CONFIG_MAPPING[case.model_type], EXTRA.get(case.model_type, {}))
+    extra = EXTRA.get(case.model_type, {}) | ({"vocab_size": vocabulary_of(case)} if case.task == "ctc" else {})
+    config = tiny(cls.config_class or CONFIG_MAPPING[case.model_type], extra)
     torch.manual_seed(0)
     if getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 0
@@ -183,29 +189,38 @@ def small_fields(config: PretrainedConfig) -> dict[str, Any]:
         child = getattr(config, name, None) if isinstance(value, dict) else None
         if isinstance(child, PretrainedConfig):
             wanted[name] = small_fields(child)
-        elif staged and name == "depths":
-            wanted[name] = [1] * len(value)
-        elif staged and not ZERO.fullmatch(name):
-            continue  # a pyramid: its widths and the sizes of its maps depend on one another
-        elif isinstance(value, float) and ZERO.fullmatch(name):
+        elif ZERO.fullmatch(name) and isinstance(value, float):
             wanted[name] = 0.0
-        elif name == "use_cache":
-            wanted[name] = False
-        elif value is None and name in ("head_dim", "num_key_value_heads", "pad_token_id"):
-            wanted[name] = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS, "pad_token_id": 0}[name]
-        elif isinstance(value, int) and not isinstance(value, bool):
-            small = next((small for pattern, small in SIZES if re.fullmatch(pattern, name)), None)
-            if small is not None and value > 0:
-                wanted[name] = small
-            elif name.endswith(("_token_id", "_token_index")) and value >= VOCAB:
-                wanted[name] = 5
+        elif staged:  # a pyramid: its widths and the sizes of its maps depend on one another
+            wanted |= {name: [1] * len(value)} if name == "depths" else {}
+        else:
+            small = small_value(name, value)
+            wanted |= {name: small} if small is not None else {}
+    return wanted | few_layers(config, wanted)
+
+
+def small_value(name: str, value: Any) -> Any:
+    """The value of one field; None where the default stays."""
+    if name == "use_cache":
+        return False
+    if value is None:
+        return {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS, "pad_token_id": 0}.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        return None
+    if name.endswith(("_token_id", "_token_index")):
+        return 5 if value >= VOCAB else None
+    return next((small for pattern, small in SIZES if re.fullmatch(pattern, name)), None)
+
+
+def few_layers(config: PretrainedConfig, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Where layers differ in kind, one of each kind."""
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
     name = (config.attribute_map or {}).get("layer_types", "layer_types")
     given = getattr(getattr(type(config), name, None), "fset", True) is not None
-    if kinds and given and "num_hidden_layers" in wanted:
-        wanted["layer_types"] = (kinds * LAYERS)[: max(LAYERS, len(kinds))]
-        wanted["num_hidden_layers"] = len(wanted["layer_types"])
-    return wanted
+    if not kinds or not given or "num_hidden_layers" not in wanted:
+        return {}
+    types = (kinds * LAYERS)[: max(LAYERS, len(kinds))]
+    return {"layer_types": types, "num_hidden_layers": len(types)}
 
 
 def shortened(config: PretrainedConfig) -> dict[str, Any]:
@@ -251,4 +266,4 @@ def inputs(case: Case, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         mel = getattr(config, "num_mel_bins", getattr(config, "input_feat_per_channel", 80))
         length = 2 * getattr(config, "max_source_positions", 64)
         features = noise(mel, length) if "whisper" in case.model_type else noise(length, mel)
-    return {name: features, "labels": ids(8) if case.task == "ctc" else labels}
+    return {name: features, "labels": ids(8, LETTERS) if case.task == "ctc" else labels}
