@@ -109,6 +109,7 @@ def examine(case: Case, inner: str) -> Result:
     """Run the steps of one architecture."""
     result = Result(case.name)
     torch.set_num_threads(1)
+    torch._dynamo.reset()
     stage = "not built"
     try:
         model, batch = make(case), inputs(case, make(case))

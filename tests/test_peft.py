@@ -1,4 +1,4 @@
-"""Adapters on the head, as PEFT makes them."""
+"""Adapters as PEFT makes them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,17 @@ def test_head_with_an_adapter(model):
     ids = torch.randint(0, V, (2, TOKENS))
     report = assert_as_good_as_eager(model, (ids, ids), step=loss_of, dtype=torch.float32, chunk_tokens=16)
     assert [(region.pattern, region.backward) for region in report.regions][-1] == ("head", "in_forward")
+    assert not report.refusals
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"target_modules": ["down_proj"]}], ids=repr)
+def test_adapters_on_every_projection(options):
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    config = peft.LoraConfig(r=4, init_lora_weights=False, **{"target_modules": "all-linear", **options})
+    model, ids = peft.get_peft_model(base, config), torch.randint(0, V, (2, TOKENS))
+    report = assert_as_good_as_eager(model, (ids, ids), step=loss_of, dtype=torch.float32, chunk_tokens=16)
+    assert [region.pattern for region in report.regions] == ["gated_mlp", "gated_mlp", "head"]
     assert not report.refusals
 
 
