@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ BATCH, LENGTH, IMAGE, PATCH = 2, 24, 32, 8
 
 SIZES: list[tuple[str, Any]] = [  # the first expression that matches the whole name of a field decides
     (r"(src_|tgt_|decoder_|text_|unpadded_)?vocab_size(_per_layer_input)?", VOCAB),
-    (r".*_vocab_size|.*vocab_size_.*|audio_vocab.*", 64),
+    (r".*_vocab_size|.*vocab_size_.*|audio_vocab.*|.*_vocab", 64),
     (r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k|num_selected_experts|moe_num_active.*|router_topk", 2),
     (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|zero_expert_num", 4),
     (r"n_groups|n_group|topk_group|num_expert_group|n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
@@ -34,11 +34,11 @@ SIZES: list[tuple[str, Any]] = [  # the first expression that matches the whole 
     (r"(shared|moe_shared).*intermediate_size", SHARED),
     (r"(moe|expert).*(intermediate|ffn|ffn_hidden)_?(size|dim)", EXPERT),
     (
-        r"(dense_)?intermediate_size(_mlp)?|.*ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|n_inner|d_inner|mlp_dim|"
-        r"feed_forward_size|hidden_dim_mlp|inner_dim",
+        r"(dense_|.*encoder_)?intermediate_size(_mlp)?|.*ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|n_inner|d_inner|"
+        r"mlp_dim|feed_forward_size|hidden_dim_mlp|inner_dim",
         DENSE,
     ),
-    (r"(num|n)_(key_value|kv)_heads|num_kv_heads|swa_num_key_value_heads|num_query_groups", HEADS),
+    (r"(cross_)?(num|n)_(key_value|kv)_heads|num_kv_heads|swa_num_key_value_heads|num_query_groups", HEADS),
     (r"(.*_)?(num_attention|attention|num|n)_heads?|n_head|encoder_attention_heads|decoder_attention_heads", HEADS),
     (r"linear_num_(key|value)_heads|linear_num_heads|mamba_n_heads|n_mamba_heads|mamba_num_heads", HEADS),
     (
@@ -46,13 +46,18 @@ SIZES: list[tuple[str, Any]] = [  # the first expression that matches the whole 
         r"qk_nope_head_dim|linear_(key|value|)_?head_dim",
         HEAD_DIM,
     ),
+    (r"mamba_d_ssm", 2 * HIDDEN),
     (r"mamba_d_head|mamba_headdim|mamba_head_dim", 2 * HEAD_DIM),
     (r"qk_rope_head_dim|rotary_dim", 8),
     (r"(kv|q|o)_lora_rank|.*_lora_rank|.*lowrank", 32),
-    (r"(num_|n_)?(hidden_|encoder_|decoder_)?(layers?|blocks)|depth|n_layers?|num_layers_per_stack", LAYERS),
     (
-        r"hidden_size|d_model|n_embd|embed_dim|emb_dim|dim|embedding_size|embedding_dim|.*hidden_size|hidden_dim|"
-        r"word_embed_proj_dim|lru_width|projection_dim|.*embedding_size|out_hidden_size|vision_output_dim",
+        r"(num_|n_)?(hidden_|encoder_|decoder_)?(layers?|blocks)|depth|n_layers?|num_layers_per_stack|"
+        r".*attends_per_block|num_(spatial|temporal|auxiliary)_layers",
+        LAYERS,
+    ),
+    (
+        r"hidden_size(_global)?|d_model|d_latents|n_embd|embed_dim|emb_dim|dim|embedding_dim|.*hidden_size|hidden_dim|"
+        r"word_embed_proj_dim|lru_width|projection_dim|.*embedding_size|vision_output_dim|.*_bottleneck_size",
         HIDDEN,
     ),
     (
@@ -65,6 +70,7 @@ SIZES: list[tuple[str, Any]] = [  # the first expression that matches the whole 
     (r"image_size|crop_size", IMAGE),
     (r"patch_size", PATCH),
 ]
+DEPTHS = ("depths", "num_block_repeats", "n_attn_blocks")
 ZERO = re.compile(
     r".*(dropout|drop|dropout_prob|pdrop|drop_path_rate|layerdrop|jitter_noise|dropout_rate|dropout_p|"
     r"drop_rate)$|mask_time_prob|mask_feature_prob|.*_drop_prob"
@@ -96,37 +102,63 @@ TASKS = {
 }
 
 
+NO_LOSS = re.compile(r".*WithTeacher|PPLCNet.*|ShieldGemma2.*|Gemma4.*Assistant.*|Blip2ForImageTextRetrieval")
+"""Classes for inference alone: whatever they are given, they return no loss to train with."""
+
+
 def cases(tasks: tuple[str, ...]) -> Iterator[Case]:
-    """Every class that the installed transformers registers for the tasks, once per task."""
+    """Every class that the installed transformers registers for the tasks, once per task, if it computes a loss."""
     seen: set[tuple[str, str]] = set()
     for task in tasks:
         for model_type, names in getattr(modeling_auto, TASKS[task]).items():
             for name in [names] if isinstance(names, str) else names:
-                if (task, name) not in seen:
+                if (task, name) not in seen and not NO_LOSS.fullmatch(name):
                     seen.add((task, name))
                     yield Case(task, model_type, name)
 
 
-EXTRA: dict[str, dict[str, Any]] = {  # what the names of fields do not tell
+EFFICIENT = {"image_size": IMAGE, "width_coefficient": 0.2, "depth_coefficient": 1.0}
+INDEXER = dict(indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=4)
+LOCAL = {"axial_pos_embds": False, "attn_layers": ["local", "local"], "local_attn_chunk_length": 8, "is_decoder": False}
+TWICE = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "hybrid", "hybrid"], "hybrid_layer_ids": [1, 2]}
+SHARED_BLOCK = TWICE | {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM}  # tied: it takes two
+FILTERS = {"num_filters": 4}
+THETA = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
+EXTRA: dict[str, dict[str, Any]] = {  # what the names of fields do not tell, by model type or class
+    "align": {"vision_config": EFFICIENT},
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": {"attention_type": "original_full"},
     "bigbird_pegasus": {"attention_type": "original_full"},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": THETA}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "efficientnet": EFFICIENT | {"hidden_dim": 4 * HIDDEN},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": HIDDEN // 4}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granite_speech5_ctc": {"encoder_config": {"vocab_size": LETTERS}},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kyutai_speech_to_text": {"codec_config": {"upsample_groups": HIDDEN}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"qk_rope_head_dim": 16, "qk_head_dim": 32, "head_dim": 16},
     "mamba2": {"head_dim": 32},
-    "reformer": {
-        "is_decoder": True,
-        "axial_pos_embds": False,
-        "attn_layers": ["local", "local"],
-        "local_attn_chunk_length": 8,
-    },
-    "zaya": {"num_experts_per_tok": 1},
+    "mimo_v2_flash": {"num_key_value_heads": HEADS // 2},
+    "mobilevitv2": {"patch_size": 2},
+    "moonshine_streaming": {"num_key_value_heads": HEADS},
+    "musicflamingo": {"audio_config": {"model_type": "audioflamingo3_encoder"}},
+    "perceiver": {"num_cross_attention_heads": 1, "num_latents": 16},
+    "qwen4_exp": INDEXER,
+    "reformer": LOCAL | {"is_decoder": True},
+    "ReformerForMaskedLM": LOCAL,
+    "speech-encoder-decoder": {"pad_token_id": 0},
+    "vibevoice": {"audio_config": FILTERS, "semantic_model_config": FILTERS},
+    "vibevoice_asr": {"acoustic_tokenizer_encoder_config": FILTERS, "semantic_tokenizer_encoder_config": FILTERS},
+    "videoprism": {"vision_config": {"num_frames": 2, "tubelet_size": [1, PATCH, PATCH]}},
     "xmod": {"default_language": "en_XX"},
+    "zamba": SHARED_BLOCK,
+    "zamba2": SHARED_BLOCK,
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -138,7 +170,8 @@ def vocabulary_of(case: Case) -> int:
 def make(case: Case) -> PreTrainedModel:
     """The model with random weights, in training mode, without dropout."""
     cls = getattr(transformers, case.class_name)
-    extra = EXTRA.get(case.model_type, {}) | ({"vocab_size": vocabulary_of(case)} if case.task == "ctc" else {})
+    extra = EXTRA.get(case.model_type, {}) | EXTRA.get(case.class_name, {})
+    extra |= {"vocab_size": vocabulary_of(case)} if case.task == "ctc" else {}
     config = tiny(cls.config_class or CONFIG_MAPPING[case.model_type], extra)
     torch.manual_seed(0)
     if getattr(config, "decoder_start_token_id", None) is None:
@@ -183,7 +216,7 @@ def small_fields(config: PretrainedConfig) -> dict[str, Any]:
     """The fields that differ from the defaults."""
     wanted: dict[str, Any] = {}
     staged = any(
-        isinstance(getattr(config, name, None), (list, tuple)) for name in ("depths", "hidden_sizes", "num_heads")
+        isinstance(getattr(config, name, None), (list, tuple)) for name in (*DEPTHS, "hidden_sizes", "num_heads")
     )
     for name, value in config.to_dict().items():
         child = getattr(config, name, None) if isinstance(value, dict) else None
@@ -192,7 +225,7 @@ def small_fields(config: PretrainedConfig) -> dict[str, Any]:
         elif ZERO.fullmatch(name) and isinstance(value, float):
             wanted[name] = 0.0
         elif staged:  # a pyramid: its widths and the sizes of its maps depend on one another
-            wanted |= {name: [1] * len(value)} if name == "depths" else {}
+            wanted |= {name: [1] * len(value)} if name in DEPTHS else {}
         else:
             small = small_value(name, value)
             wanted |= {name: small} if small is not None else {}
@@ -204,7 +237,7 @@ def small_value(name: str, value: Any) -> Any:
     if name == "use_cache":
         return False
     if value is None:
-        return {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS, "pad_token_id": 0}.get(name)
+        return {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS, "pad_token_id": 0, "vocab_size": VOCAB}.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         return None
     if name.endswith(("_token_id", "_token_index")):
@@ -236,34 +269,87 @@ def shortened(config: PretrainedConfig) -> dict[str, Any]:
     return lists
 
 
-def inputs(case: Case, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """One batch with labels."""
-    generator = torch.Generator().manual_seed(1)
-    config = model.config
+Random = torch.Generator
+Inputs = dict[str, Any]
 
-    def ids(length: int = LENGTH, high: int = VOCAB) -> torch.Tensor:
-        return torch.randint(10, high, (BATCH, length), generator=generator)
 
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(BATCH, *shape, generator=generator)
+def ids(random: Random, *shape: int, high: int = VOCAB) -> torch.Tensor:
+    return torch.randint(10, high, (BATCH, *shape), generator=random)
 
-    labels = ids()
+
+def noise(random: Random, *shape: int) -> torch.Tensor:
+    return torch.randn(BATCH, *shape, generator=random)
+
+
+def inputs(case: Case, model: PreTrainedModel) -> Inputs:
+    """One batch with labels, the same in every run."""
+    random = Random().manual_seed(1)
+    special = SPECIAL.get(case.class_name) or SPECIAL.get(case.model_type) or (lambda random: {})
+    return INPUTS.get(case.task, text_inputs)(random, model) | special(random)
+
+
+def text_inputs(random: Random, model: PreTrainedModel) -> Inputs:
+    labels = ids(random, LENGTH)
     labels[:, :3] = -100
-    if case.task in ("causal-lm", "masked-lm", "seq2seq"):
-        return {"input_ids": ids(), "labels": labels}
-    if case.task == "image-classification":
-        size = getattr(config, "image_size", IMAGE)
-        size = size if isinstance(size, int) else size[0]
-        classes = torch.randint(0, config.num_labels, (BATCH,), generator=generator)
-        return {"pixel_values": noise(getattr(config, "num_channels", 3), size, size), "labels": classes}
-    if case.task == "image-text":
-        size = model.config.vision_config.image_size
-        return {"input_ids": ids(), "pixel_values": noise(3, size, size), "return_loss": True}
-    name = model.main_input_name
-    if name == "input_values":
-        features = noise(8000)
-    else:
-        mel = getattr(config, "num_mel_bins", getattr(config, "input_feat_per_channel", 80))
-        length = 2 * getattr(config, "max_source_positions", 64)
-        features = noise(mel, length) if "whisper" in case.model_type else noise(length, mel)
-    return {name: features, "labels": ids(8, LETTERS) if case.task == "ctc" else labels}
+    return {"input_ids": ids(random, LENGTH), "labels": labels}
+
+
+def image_inputs(random: Random, model: PreTrainedModel) -> Inputs:
+    labels = torch.randint(0, model.config.num_labels, (BATCH,), generator=random)
+    if model.main_input_name == "input_ids":  # pixels are tokens
+        return {"input_ids": ids(random, LENGTH), "labels": labels}
+    size = getattr(model.config, "image_size", IMAGE)
+    size = size if isinstance(size, int) else size[0]
+    return {"pixel_values": noise(random, getattr(model.config, "num_channels", 3), size, size), "labels": labels}
+
+
+def image_text_inputs(random: Random, model: PreTrainedModel) -> Inputs:
+    size = getattr(model.config.vision_config, "image_size", IMAGE)
+    video = model.main_input_name == "pixel_values_videos"
+    pixels = noise(random, *((2,) if video else ()), 3, size, size)
+    name = "pixel_values_videos" if video else "pixel_values"
+    return {"input_ids": ids(random, LENGTH), name: pixels, "return_loss": True}
+
+
+def speech_inputs(random: Random, model: PreTrainedModel) -> Inputs:
+    text, name, config = text_inputs(random, model), model.main_input_name, model.config
+    if name == "input_ids":  # it reads text, and listens where it is given speech
+        return text
+    if name in ("inputs", "input_values"):
+        return {"input_values": noise(random, 8000), "labels": text["labels"]}
+    mel = found(config, ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim"), 80)
+    shape = (2 * getattr(config, "max_source_positions", 64), mel)
+    return {name: noise(random, *(shape[::-1] if "whisper" in config.model_type else shape)), "labels": text["labels"]}
+
+
+def ctc_inputs(random: Random, model: PreTrainedModel) -> Inputs:
+    speech = speech_inputs(random, model) | {"labels": ids(random, 8, high=LETTERS)}
+    if "input_features" in speech:  # some take the lengths from the mask alone
+        speech["attention_mask"] = torch.ones(speech["input_features"].shape[:2], dtype=torch.long)
+    return speech
+
+
+def found(config: PretrainedConfig, names: tuple[str, ...], default: int) -> int:
+    """The first of the fields that the config or one of its sub-configs has."""
+    places = [config, *(child for child in vars(config).values() if isinstance(child, PretrainedConfig))]
+    return next((getattr(place, name) for place in places for name in names if hasattr(place, name)), default)
+
+
+VISION = {"image-classification": image_inputs, "image-text": image_text_inputs}
+INPUTS = VISION | {"ctc": ctc_inputs, "speech-seq2seq": speech_inputs}
+PATCHES = (IMAGE // PATCH) ** 2
+SPECIAL: dict[str, Callable[[Random], Inputs]] = {  # on top of those, by model type or class; 4, 9 and 32 codebooks
+    "musicgen": lambda r: {"input_ids": ids(r, 4, LENGTH, high=64).flatten(0, 1), "labels": ids(r, LENGTH, 4, high=64)},
+    "dia": lambda r: {"decoder_input_ids": ids(r, LENGTH, 9), "labels": ids(r, 9, LENGTH).flatten(0, 1)},
+    "kyutai_speech_to_text": lambda r: {"input_ids": ids(r, LENGTH, 1 + 32, high=64)},
+    "git": lambda r: {"pixel_values": noise(r, 3, IMAGE, IMAGE)},
+    "siglip2": lambda r: {
+        "pixel_values": noise(r, PATCHES, 3 * PATCH**2),
+        "pixel_attention_mask": torch.ones(BATCH, PATCHES, dtype=torch.long),
+        "spatial_shapes": torch.full((BATCH, 2), IMAGE // PATCH),
+    },
+    "PerceiverForMaskedLM": lambda r: {"input_ids": ids(r, 128), "labels": ids(r, 128)},  # it pads to its full length
+    "granite_speech5_ctc": lambda r: {"input_features": noise(r, 128, 4 * 80)},  # four frames together
+    "voxtral_realtime": lambda r: {"input_features": noise(r, 128, 8 * LENGTH)},  # eight frames to a token
+}
+SPECIAL["musicgen_melody"] = SPECIAL["musicgen"]

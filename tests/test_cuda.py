@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import experts
 import losses
 import pytest
 import torch
@@ -37,6 +38,38 @@ def test_gradients_through_triton(dtype, mlp):
     assert len(mst_fx.reports()[-1].regions) == 2
     for name, value in truth.items():
         assert relative_error(ours[name], value) <= relative_error(eager[name], value) + TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("form", experts.FORMS.values(), ids=experts.FORMS)
+def test_experts_through_triton(form):
+    n, d = 512, 64
+    model = experts.Experts(form, d=d, f=128).cuda()
+    batch = [torch.randn(n, d, device="cuda"), experts.routed(n).cuda()]
+
+    def step(x, chosen):
+        return model(x.to(model.up.dtype), chosen).square().mean()
+
+    truth = gradients(model.double(), step, batch)
+    model.bfloat16()
+    eager = gradients(model, step, batch)
+    ours = gradients(model, looped(step, chunk_tokens=128, inner="inductor"), batch)
+    assert [region.chunks for region in mst_fx.reports()[-1].regions] == [4]
+    for name, value in truth.items():
+        assert relative_error(ours[name], value) <= relative_error(eager[name], value) + TOLERANCE[torch.bfloat16], name
+
+
+def test_experts_peak():
+    n, d, f, e = 16384, 256, 512, 16
+    model = experts.Experts(experts.sorted_and_brought_back, d=d, f=f, e=e).cuda().bfloat16()
+    x = torch.randn(n, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    chosen = experts.routed(n, e).cuda()
+    compiled = looped(model, chunk_tokens=1024, inner="inductor")
+    unlooped = torch.compile(model)
+    wide = n * experts.K * f * 2
+    peak = peak_bytes(lambda: compiled(x, chosen).square().mean().backward(), "cuda")
+    matrices = sum(p.numel() for p in model.parameters()) * (2 + 4 + 2)  # gradients, their sums, a chunk's
+    assert peak <= matrices + 5 * n * d * 4 + 8 * wide // 16
+    assert peak_bytes(lambda: unlooped(x, chosen).square().mean().backward(), "cuda") >= 3 * wide + peak
 
 
 def test_handwritten_gpt_with_many_lengths():

@@ -1,6 +1,6 @@
-"""LM head + loss and SwiGLU MLP, forward + backward: mst_fx beside its peers, interleaved in one process.
+"""LM head + loss, SwiGLU MLP, mixture of experts, forward + backward: mst_fx beside its peers, in one process.
 
-    python examples/benchmarks/peers.py                 # a GPU: Llama-3-8B's shapes, about four minutes
+    python examples/benchmarks/peers.py                 # a GPU: Llama-3-8B's shapes, about five minutes
     python examples/benchmarks/peers.py --small         # anywhere: tiny shapes, times only
 
 Times are medians over rounds in which every method takes its turn, in random order: one untimed step, then a few timed
@@ -53,6 +53,19 @@ def head_loss(x, w, y):
 
 def swiglu(x, g, u, d):
     return F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d)
+
+
+def experts(x_TH, weights_TK, experts_TK, up, down):
+    """Tokens sorted by expert, multiplied group by group, brought back and added up over K."""
+    keys, order = torch.sort(experts_TK.reshape(-1))
+    ends = torch.histc(keys.int(), up.shape[0], 0, up.shape[0] - 1).cumsum(0, dtype=torch.int32)
+    rows = F.grouped_mm(x_TH[order // weights_TK.shape[1]], up.transpose(-2, -1), offs=ends)
+    gate, value = rows.chunk(2, -1)
+    rows = F.grouped_mm(F.silu(gate) * value, down.transpose(-2, -1), offs=ends)
+    rows = rows * weights_TK.reshape(-1)[order, None]
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.shape[0], device=order.device)
+    return rows[inverse].view(*weights_TK.shape, -1).sum(1)
 
 
 def looped(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -123,6 +136,22 @@ def mlp_methods(chunks: Sequence[int]) -> dict[str, Callable[..., Any]]:
         methods["Liger tiled MLP"] = liger
     except ImportError:
         pass
+    return methods
+
+
+def experts_methods(chunks: Sequence[int]) -> dict[str, Callable[..., Any]]:
+    def checkpointed(*args: torch.Tensor) -> torch.Tensor:
+        return checkpoint(experts, *args, use_reentrant=False)
+
+    methods: dict[str, Callable[..., Any]] = {
+        "torch.compile + checkpoint": torch.compile(checkpointed),
+        "mst_fx, native accumulation": looped(experts, accumulate="native"),
+        "mst_fx": looped(experts),
+        "torch.compile": torch.compile(experts),
+        "eager": experts,
+    }
+    for chunk in chunks:
+        methods[f"mst_fx, native, chunk {chunk}"] = looped(experts, accumulate="native", chunk_tokens=chunk)
     return methods
 
 
@@ -214,7 +243,7 @@ def main() -> None:
     parser.add_argument(
         "--chunks", type=int, nargs="*", default=[], help="chunk lengths (tokens) to try beside the plan's"
     )
-    parser.add_argument("--work", choices=["head", "mlp", "both"], default="both")
+    parser.add_argument("--work", choices=["head", "mlp", "experts"], nargs="*", default=["head", "mlp", "experts"])
     parser.add_argument("--json", help="write the rows to this file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -227,7 +256,7 @@ def main() -> None:
         return (torch.randn(*shape, device=device, dtype=torch.float32) * scale).to(dtype).requires_grad_()
 
     rows: list[Row] = []
-    if args.work != "mlp":
+    if "head" in args.work:
         t, h, v = head
         x_TH, w_VH = tensor(t, h, scale=1.0), tensor(v, h)
         inputs = [x_TH, w_VH, torch.randint(0, v, (t,), device=device)]
@@ -235,12 +264,23 @@ def main() -> None:
         rows += measure(f"LM head + CE, {t:,} x {h:,} x {v:,}", steps, args.rounds, device, [x_TH, w_VH])
         del inputs, steps, x_TH, w_VH
         gc.collect()
-    if args.work != "head":
+    if "mlp" in args.work:
         t, h, f = mlp
         leaves = [tensor(t, h, scale=1.0), tensor(f, h), tensor(f, h), tensor(h, f)]
         upstream = torch.randn(t, h, device=device, dtype=torch.float32).to(dtype)
         steps = {name: make_step(fn, leaves, upstream) for name, fn in mlp_methods(args.chunks).items()}
         rows += measure(f"SwiGLU MLP, {t:,} x {h:,} x {f:,}", steps, args.rounds, device, leaves)
+        del steps, leaves
+        gc.collect()
+    if "experts" in args.work and device.type == "cuda":  # a CPU's grouped product is no yardstick
+        t, h, f, e, k = (512, 64, 128, 8, 2) if args.small else (32768, 2048, 768, 128, 8)
+        x_TH, up, down = tensor(t, h, scale=1.0), tensor(e, 2 * f, h), tensor(e, h, f)
+        weights, chosen = torch.topk(torch.rand(t, e, device=device), k)
+        leaves = [x_TH, weights.to(dtype).requires_grad_(), up, down]
+        inputs, upstream = [*leaves[:2], chosen, up, down], torch.randn_like(x_TH)
+        steps = {name: make_step(fn, inputs, upstream) for name, fn in experts_methods(args.chunks).items()}
+        work = f"{e} experts, {k} a token, {t:,} x {h:,} x {f:,}"
+        rows += measure(work, steps, args.rounds, device, leaves)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, mst_fx on {datetime.date.today()}, {dtype}, median of {args.rounds}")
     print(table(rows))
