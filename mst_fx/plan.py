@@ -13,11 +13,11 @@ from mst_fx.body import differentiable_results
 from mst_fx.config import Config
 from mst_fx.lower import hint
 from mst_fx.memory import temporary_bytes
-from mst_fx.placement import PARTIAL, split_of
+from mst_fx.placement import PARTIAL, WHOLE, split_of
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region, needs_gradient
 from mst_fx.rules import shape_of
-from mst_fx.rules.contraction import CONTRACTIONS
+from mst_fx.rules.contraction import CONTRACTIONS, factors
 from mst_fx.stages import Stages
 
 Backward = Literal["recompute", "in_forward", "none"]
@@ -25,8 +25,10 @@ Backward = Literal["recompute", "in_forward", "none"]
 CHUNK_BYTES = {"float32": 2**30, "native": 2**29}
 """Aim for the widest matrix product of a chunk (bytes): a float32 accumulator is twice the traffic a chunk, so half as
 many chunks cost the same."""
-MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 1024, 7680
-"""Below, matmuls lose speed; above, they gain less than 1 % for memory in proportion (SwiGLU of 8B, H200)."""
+MIN_ROWS, MAX_ROWS = 1024, 7680
+"""Rows that a matrix meets in a chunk: one a token, fewer where tokens are shared out among experts.
+
+Below, matmuls lose speed; above, they gain less than 1 % for memory in proportion (SwiGLU of 8B, H200)."""
 FORWARD_FACTOR = 2
 """A forward chunk needs a third of the memory that its gradients need, so a recomputing region's may be longer."""
 ALIGNMENT = 16
@@ -158,7 +160,8 @@ def _chunk(stages: Stages, config: Config) -> int:
     products = [node for node in stages.loop if node.target in CONTRACTIONS]
     widest = max(_bytes_per_position(stages, node) for node in products or stages.loop)
     tokens = max(1, CHUNK_BYTES[config.accumulate] * per_position // max(1, widest))
-    tokens = min(MAX_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, 1 << (tokens.bit_length() - 1)))
+    sharing = max([1.0, *(_tokens_per_row(stages, node) for node in products)])
+    tokens = int(min(MAX_ROWS * sharing, max(MIN_ROWS * sharing, 1 << (tokens.bit_length() - 1))))
     length = max(1, tokens // per_position)
     if stages.dynamic:
         return length
@@ -174,6 +177,15 @@ def _bounded(stages: Stages, chunk: int) -> int:
 def _tokens_per_position(stages: Stages) -> int:
     """Rows of the stream behind one position of the axis: the batch, where the axis is the sequence."""
     return max(1, hint(prod(shape_of(stages.stream)[:-1])) // hint(stages.length))
+
+
+def _tokens_per_row(stages: Stages, product: Node) -> float:
+    """Tokens for each row that one of the product's matrices meets, where it has one for each group; else 0."""
+    weight = factors(product)[1]
+    if stages.placements.of[weight] != WHOLE or len(shape_of(weight)) != 3:
+        return 0.0
+    rows = hint(prod(shape_of(product)[:-1]))
+    return shape_of(weight)[0] * hint(prod(shape_of(stages.stream)[:-1])) / rows
 
 
 def _bytes_per_position(stages: Stages, node: Node) -> int:

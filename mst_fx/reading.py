@@ -19,7 +19,7 @@ from mst_fx.modes import Mode, modes_of
 from mst_fx.propagate import forbid_effects, forbid_unruled
 from mst_fx.provenance import op_name
 from mst_fx.refusal import Reason, Refusal
-from mst_fx.rules.contraction import CONTRACTIONS, factors
+from mst_fx.rules.contraction import CONTRACTIONS, GROUPED, factors
 from mst_fx.rules.creation import FILLS, RANGES
 from mst_fx.rules.pointwise import LIKE
 from mst_fx.rules.view import FREE
@@ -87,21 +87,32 @@ class Reader:
         left, right = (operands.get(_source(arg)) for arg in factors(products[0]))
         if left is None or right is None or left is right:
             return None
-        weights = [operand for operand in (left, right) if self._is_made_of_parameters(operand)]
-        if len(weights) == 2:
-            return None  # adapters merged into their weight: no tokens
-        if weights == [left] or (not weights and _is_weight(left) and not _is_weight(right)):
-            left, right = right, left
-        return Contraction(left, right) if _rank(right) == 2 or len(weights) == 1 else None
+        weights = self._weights(left, right, products[0].target in GROUPED)
+        if len(weights) != 1:
+            return None
+        return Contraction(left, right) if weights == [right] else Contraction(right, left)
 
-    def _is_made_of_parameters(self, node: Node) -> bool:
-        """Whether the node is a parameter, or a view, a cast or picked rows of one."""
-        while node.op not in ("placeholder", "get_attr"):
+    def _weights(self, left: Node, right: Node, grouped: bool) -> list[Node]:
+        """Which of two factors are weights: what comes from a parameter, or from an input if it looks like a weight."""
+        roots = {operand: self._input_behind(operand) for operand in (left, right)}
+        found = [operand for operand, root in roots.items() if isinstance(fake_value(root), torch.nn.Parameter)]
+        if found:
+            return found  # two of them are an adapter and its weight, being merged: no tokens
+        if _rank(left) == _rank(right) == 3:
+            return [operand for operand, root in roots.items() if _is_input(root) and _rank(root) == 3]
+        if grouped:
+            return [right]
+        weight = left if _is_weight(left) and not _is_weight(right) else right
+        return [weight] if _rank(weight) == 2 else []
+
+    def _input_behind(self, node: Node) -> Node:
+        """The input of the graph that a node views, casts or picks rows of; whatever else is made of none."""
+        while not _is_input(node):
             opened = self.opened(node)
             if opened is None or any(n.op == "call_function" and n.target not in PICKS for n in opened.graph.nodes):
-                return False
+                break
             node = node.all_input_nodes[0]
-        return isinstance(fake_value(node), torch.nn.Parameter)
+        return node
 
     def widening(self, node: Node) -> Contraction | None:
         """The node as a contraction that makes more elements than its activation has, None where it is none.
@@ -124,7 +135,7 @@ class Reader:
 
     def unviewed(self, node: Node) -> Node:
         """The value that a node is a view of, or a cast; the node itself where it is none."""
-        while node.op not in ("placeholder", "get_attr") and node.target is not operator.getitem:
+        while not _is_input(node) and node.target is not operator.getitem:
             opened = self.opened(node)
             views = opened is not None and all(
                 op.target in VIEWS for op in opened.graph.nodes if op.op == "call_function"
@@ -247,13 +258,15 @@ def _rank(node: Node) -> int:
     return value.dim() if isinstance(value, torch.Tensor) else -1
 
 
+def _is_input(node: Node) -> bool:
+    return node.op in ("placeholder", "get_attr")
+
+
 def _is_weight(node: Node) -> bool:
     """A matrix that comes into the graph, or a view or cast of one."""
     if _rank(node) != 2:
         return False
-    return node.op in ("placeholder", "get_attr") or (
-        len(node.all_input_nodes) == 1 and _is_weight(node.all_input_nodes[0])
-    )
+    return _is_input(node) or (len(node.all_input_nodes) == 1 and _is_weight(node.all_input_nodes[0]))
 
 
 def _signature(args: Any) -> Any:

@@ -273,7 +273,7 @@ def main() -> None:
         del steps, leaves
         gc.collect()
     if "experts" in args.work and device.type == "cuda":  # a CPU's grouped product is no yardstick
-        t, h, f, e, k = (512, 64, 128, 8, 2) if args.small else (32768, 2048, 768, 128, 8)
+        t, h, f, e, k = (512, 64, 128, 8, 2) if args.small else (131072, 2048, 768, 128, 8)
         x_TH, up, down = tensor(t, h, scale=1.0), tensor(e, 2 * f, h), tensor(e, h, f)
         weights, chosen = torch.topk(torch.rand(t, e, device=device), k)
         leaves = [x_TH, weights.to(dtype).requires_grad_(), up, down]

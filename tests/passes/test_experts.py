@@ -127,6 +127,24 @@ def test_forms(form):
     assert not report.refusals
 
 
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_weights_that_are_no_parameters(form):
+    m = model(form)
+    weights = [x.detach().requires_grad_() for x in (m.up, m.down)]
+    scores = torch.rand(N, K).bfloat16().requires_grad_()
+    x, chosen = inputs()
+    _, report = rewritten(captured(lambda *args: m.mix(*args), x, scores, chosen, *weights))
+    assert len(report.regions) == 1
+
+
+def test_a_chunk_is_long_enough_for_each_expert():
+    n, e = 65536, 16
+    x, chosen = torch.randn(n, D).bfloat16(), torch.randint(0, e, (n, K))
+    _, report = rewritten(captured(model(sorted_and_brought_back, e=e), x, chosen), chunk_tokens=None)
+    (region,) = report.regions
+    assert region.chunks == n // (7680 * e // K) + 1  # the most rows that a matrix gains by
+
+
 def test_batches_of_sequences():
     def step(m, x, chosen):
         return m(x.view(-1, D), chosen).view(x.shape).square().sum()
