@@ -109,6 +109,7 @@ PLAIN = {
     "adaptive norm": adaptive_norm,
     "encoder layer": lambda m, x: m.norm(x + m.down(F.dropout(F.relu(m.up(x)), 0.0))),
     "adapters": lambda m, x: m.adapted(m.down, 2, F.gelu(m.adapted(m.up, 1, x))),
+    "factorised": lambda m, x: m.attention(x + m.down(F.gelu(m.widen[1](m.narrow[1](x))))),
     "adapter on down": lambda m, x: m.adapted(m.down, 2, F.gelu(m.up(x))),
     "quantised weights": quantised,
     "statistics of the activation": lambda m, x: m.down(y := F.relu(m.up(x))) * (y > 0).double().mean().to(x.dtype),

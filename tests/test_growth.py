@@ -109,6 +109,30 @@ def test_memory_that_is_written_in_between():
     assert refusal_of(fn, *inputs()).reason == "MUTATION"
 
 
+def test_memory_that_is_written_behind_the_place():
+    def late(x, w, y, mask):
+        mask = mask * 1
+        logits = F.linear(x, w)
+        total = logits.logsumexp(-1)
+        spectrum = torch.fft.fft(total)  # the loop must stand in front of this
+        mask.add_(1)
+        return (logits * mask).sum(-1), spectrum
+
+    refusal = refusal_of(late, *inputs(), torch.ones(V))
+    assert (refusal.reason, "add_" in refusal.op) == ("MUTATION", True)
+
+
+def test_memory_that_is_written_before_it_is_read():
+    def shifted(x, w, y):
+        logits = F.linear(x, w)
+        targets = torch.zeros_like(y).fill_(-100)
+        targets[:-1] = y[1:]
+        return F.cross_entropy(logits, targets)
+
+    _, report = rewritten(captured(shifted, *inputs()))
+    assert [region.pattern for region in report.regions] == ["head"]
+
+
 def test_a_result_that_is_written_to_afterwards():
     def fn(x, w, y):
         each = F.cross_entropy(F.linear(x, w), y, reduction="none")
