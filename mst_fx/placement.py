@@ -1,6 +1,6 @@
-"""How a value of a region lies across the mini-sequences: split along a dim, a partial sum, or whole.
+"""How a value of a region lies across the mini-sequences: split along a dim, a partial sum, whole, or sorted by each.
 
-Split / Partial / Whole are DTensor's Shard / Partial / Replicate, in time instead of space.
+Split / Partial / Whole are DTensor's Shard / Partial / Replicate, in time instead of space; Routed has no counterpart.
 
 Terms
   axis    the one factor that is cut into mini-sequences, of length L; usually the tokens of one sequence

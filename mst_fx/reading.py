@@ -75,7 +75,7 @@ class Reader:
             return None
 
     def contraction(self, node: Node) -> Contraction | None:
-        """The node as activation times 2-d weight, None where it is something else."""
+        """The node as activation times weight, None where it is something else."""
         opened = self.opened(node)
         if opened is None or not isinstance(fake_value(node), torch.Tensor):
             return None

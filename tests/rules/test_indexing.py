@@ -41,13 +41,24 @@ def selections(draw):
     )
 
 
+@st.composite
+def row_picks(draw):
+    shape = draw(shapes())
+    rows = draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
+    return Call(lambda x, i: aten.index.Tensor(x, [i]), [values(*shape), indices(*rows, below=shape[0])])
+
+
 @given(st.data())
 def test_chunk_by_chunk(data):
-    chunk_by_chunk(data, data.draw(gathers() | look_ups() | selections()))
+    chunk_by_chunk(data, data.draw(gathers() | look_ups() | selections() | row_picks()))
 
 
 def gather(x, i):
     return aten.gather.default(x, -1, i)
+
+
+def rows(x, i):
+    return aten.index.Tensor(x, [i])
 
 
 def select(x, i):
@@ -65,6 +76,8 @@ X, TABLE, LABELS, IDS = values(4, 6), values(6, 3), indices(4, 1, below=6), indi
         (aten.embedding.default, [TABLE, IDS], 1, Split(1), Split(1)),
         (aten.embedding.default, [TABLE, IDS], 1, Split(0), Split(0)),
         (select, [X, indices(3, below=6)], 0, Split(0), Split(0)),
+        (rows, [TABLE, IDS], 1, Split(1), Split(1)),
+        (rows, [TABLE, IDS], 0, Split(1), Split(2)),
     ],
 )
 def test_accepted(op, inputs, position, split, expected):
@@ -79,6 +92,9 @@ def test_accepted(op, inputs, position, split, expected):
         (aten.embedding.default, [TABLE, IDS], 0, Split(1)),
         (select, [X, indices(3, below=6)], 0, Split(1)),
         (select, [X, indices(3, below=6)], 1, Split(0)),
+        (rows, [TABLE, IDS], 0, Split(0)),
+        (lambda x, i: aten.index.Tensor(x, [i, i]), [X, indices(3, below=4)], 1, Split(0)),
+        (lambda x, i: aten.index.Tensor(x, [None, i]), [X, indices(3, below=4)], 1, Split(0)),
         (gather, [X, indices(2, 1, below=6)], 0, Split(0)),  # fewer indices than rows: chunks would not pair up
     ],
 )

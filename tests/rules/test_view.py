@@ -52,6 +52,12 @@ def expand(draw, shape):
     return lambda x: aten.expand.default(x, sizes)
 
 
+def repeat(draw, shape):
+    added = draw(st.lists(st.integers(1, 2), max_size=1))
+    times = [*added, *(draw(st.integers(1, 3)) for _ in shape)]
+    return lambda x: aten.repeat.default(x, times)
+
+
 def cut(draw, shape):
     dim = draw(dims(shape))
     start, end = sorted(draw(st.tuples(*[st.integers(0, shape[dim])] * 2)))
@@ -104,7 +110,7 @@ def turn(draw, shape):
     return aten.t.default if len(shape) < 3 else lambda x: x
 
 
-KINDS = (view, unsqueeze, squeeze, transpose, permute, expand, cut, split, pick, join, write_part, turn)
+KINDS = (view, unsqueeze, squeeze, transpose, permute, expand, repeat, cut, split, pick, join, write_part, turn)
 
 
 @st.composite
