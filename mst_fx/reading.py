@@ -120,13 +120,18 @@ class Reader:
         Of an activation of low rank counts what it was projected from: an adapter gives back what it took.
         """
         contraction = self.contraction(node)
-        if contraction is None or self.numel(node) <= self.numel(contraction.activation):
+        if contraction is None or self.numel(node) <= self.numel(self.unprojected(contraction.activation)):
             return None
-        source = contraction.activation
+        return contraction
+
+    def unprojected(self, activation: Node) -> Node:
+        """What an activation of low rank was projected from; the activation itself where it was not."""
+        source = activation
         while self.contraction(source) is None and len(self.tensor_operands(source)) == 1:
             (source,) = self.tensor_operands(source)
         before = self.contraction(source)
-        return None if before is not None and self.numel(node) <= self.numel(before.activation) else contraction
+        narrowed = before is not None and self.numel(before.activation) > self.numel(activation)
+        return before.activation if before is not None and narrowed else activation
 
     def does(self, node: Node, ops: tuple[object, ...]) -> bool:
         """Whether the node opens into one of the ops."""

@@ -17,7 +17,7 @@ NORMALISATIONS = (*NEGATIVE_LOG_LIKELIHOODS, aten._log_softmax.default, aten._so
 """What is made of logits and hardly of anything else: where one of these fails, the report tells."""
 
 HEAD_RATIO = 4
-"""A returned contraction that is this many times wider than its activation is taken for logits without a loss."""
+"""A returned contraction that is this many times wider than the tokens is taken for logits without a loss."""
 
 
 @register
@@ -43,7 +43,7 @@ class Head(Pattern):
             return None
         if not results(growth):
             leaves = any(user.op == "output" for value in growth.returned for user in value.users)
-            if leaves and reader.numel(node) >= HEAD_RATIO * reader.numel(head.activation):
+            if leaves and reader.numel(node) >= HEAD_RATIO * reader.numel(reader.unprojected(head.activation)):
                 raise Refusal(Reason.NO_LOSS, node, "the logits leave the graph, and no loss stands behind them")
             return None
         if sum(map(reader.numel, results(growth))) >= reader.numel(node):

@@ -154,3 +154,8 @@ def test_logits_that_an_unknown_op_reads():
 def test_logits_centred_over_tokens(shift):
     refusal = refusal_of(lambda x, w, y: F.cross_entropy(shift(F.linear(x, w)), y), *inputs())
     assert refusal.reason == "TWO_PASSES"
+
+
+def test_an_adapter_that_is_returned_is_no_head():
+    down, up = torch.nn.Linear(8, 2, bias=False), torch.nn.Linear(2, 24, bias=False)
+    assert_untouched(lambda x: up(down(x)), torch.randn(10, 8))
