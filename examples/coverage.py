@@ -4,9 +4,9 @@
     python examples/coverage.py --tasks causal-lm --only llama,mamba --jobs 4
 
 For each architecture a tiny random model (`tiny_models.py`) runs one training step in eager mode, with torch.compile
-and with mst_fx, in a process of its own. Loss and gradients are compared with eager's. The MLPs and heads that a model
-has are counted in eager's matrix products, by the widths that the tiny configs reserve for them; what is looped and
-refused comes from the reports. Each result is a file in `--out`; a second run takes up where the first one stopped.
+and with mst_fx, in a process of its own. Loss and gradients are compared with eager's and with torch.compile's. The
+MLPs, experts and heads that a model has are counted in the matrix products that eager runs (`Products`); what is looped
+and refused comes from the reports. Each result is a file in `--out`; a second run takes up where the first one stopped.
 `coverage.md` and `coverage.json` there hold the table.
 """
 

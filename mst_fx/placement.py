@@ -65,12 +65,14 @@ class Routed:
         key: the node whose values were sorted.
         split: how the rows would lie, unsorted.
         per: how many sorted rows come from one row that an order names.
+        by: the sort; another one of the same key may put rows of equal keys in another order.
     """
 
     kind: Literal["rows", "order", "inverse", "counts", "groups", "opaque"]
     key: Node
     split: Split
     per: int = 1
+    by: Node | None = None
 
 
 Placement: TypeAlias = Split | Whole | Partial | Routed

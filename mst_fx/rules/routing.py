@@ -76,7 +76,7 @@ def _sort(node: Node, flow: Flow) -> Result:
     if any(positional) or node.kwargs.get("descending"):
         raise mixed(node, "sorts the split dim, the largest first")
     if isinstance(placement, Split):
-        rows = Routed("rows", key_of(source), placement)
+        rows = Routed("rows", key_of(source), placement, by=node)
         return (rows, replace(rows, kind="order"))
     ordered = isinstance(placement, Routed) and placement.kind == "order" and placement.per == 1
     if isinstance(placement, Routed) and ordered and len(shape_of(source)) == 1:
@@ -90,7 +90,7 @@ def _count(node: Node, flow: Flow) -> Result:
     if isinstance(placement, Split):
         return Routed("counts", key_of(source), placement)
     if isinstance(placement, Routed) and placement.kind == "rows":
-        return replace(placement, kind="counts")
+        return replace(placement, kind="counts", by=None)
     raise mixed(node, "counts something else than keys")
 
 
@@ -150,7 +150,7 @@ def _add(node: Node, flow: Flow) -> Result:
         if order.per == 1 and isinstance(source, Node) and _counts_up(source, shape_of(index)):
             return replace(order, kind="inverse")
         raise mixed(node, "writes to rows in an order of its own")
-    if not isinstance(rows, Routed) or (rows.kind, rows.key, rows.split.dim) != ("rows", order.key, 0):
+    if not isinstance(rows, Routed) or (rows.kind, rows.by, rows.split.dim) != ("rows", order.by, 0):
         raise mixed(node, "adds rows that are in another order")
     expected = _narrowed(order)
     if flow.of(target) == WHOLE:
@@ -164,8 +164,8 @@ def _apart(node: Node, flow: Flow) -> Result:
     """An op that keeps rows apart does so in any order."""
     found = {p for p in (flow.of(arg) for arg in node.all_input_nodes if _is_tensor(arg)) if p != WHOLE}
     kinds = {p.kind if isinstance(p, Routed) else "" for p in found}
-    keys = {p.key for p in found if isinstance(p, Routed)}
-    if len(kinds) != 1 or len(keys) != 1:
+    sorts = {(p.key, p.by) for p in found if isinstance(p, Routed)}
+    if len(kinds) != 1 or len(sorts) != 1:
         raise mixed(node, "combines rows in different orders")
     (kind,) = kinds
     routed: Any = next(iter(found))

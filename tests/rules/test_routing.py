@@ -92,6 +92,8 @@ def test_a_sort_along_another_dim_is_none_of_this():
         (lambda x, ids, table: x[order(ids) // K] + x.repeat_interleave(K, 0), "in different orders"),
         (lambda x, ids, table: x[order(ids) // K][inverse(order(ids + 1))], "in an order of its own"),
         (lambda x, ids, table: x[order(ids) // K][inverse(order(-ids))], "in an order of its own"),
+        (lambda x, ids, table: x[order(ids) // K][inverse(order(ids))], "in an order of its own"),
+        (lambda x, ids, table: x[order(ids) // K] + table[aten.sort.default(ids.reshape(-1))[0]], "different orders"),
         (lambda x, ids, table: x[order(ids) // 3], "positions of the split dim"),
         (lambda x, ids, table: x[(order(ids) * 1) // K], "positions of the split dim"),
         (lambda x, ids, table: x[order(ids) // K].cumsum(0), "mixes the split dim"),
