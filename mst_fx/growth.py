@@ -189,10 +189,7 @@ def region_of_mlp(reader: Reader, growth: Growth, stream: Node) -> Region:
 
 def only_returns(reader: Reader, node: Node) -> bool:
     """Whether a node views large values, or puts them together, for the caller of the graph and for nobody else."""
-    opened = reader.opened(node) if all(user.op == "output" for user in node.users) else None
-    if opened is None:
-        return False
-    ops = {op.target for op in opened.graph.nodes if op.op == "call_function"}
+    ops = (reader.ops(node) or set()) if all(user.op == "output" for user in node.users) else set()
     return bool(ops) and ops <= {*FREE, aten.detach.default, aten.cat.default, aten.stack.default}
 
 

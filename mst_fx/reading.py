@@ -105,15 +105,6 @@ class Reader:
         weight = left if _is_weight(left) and not _is_weight(right) else right
         return [weight] if _rank(weight) == 2 else []
 
-    def _input_behind(self, node: Node) -> Node:
-        """The input of the graph that a node views, casts or picks rows of; whatever else is made of none."""
-        while not _is_input(node):
-            opened = self.opened(node)
-            if opened is None or any(n.op == "call_function" and n.target not in PICKS for n in opened.graph.nodes):
-                break
-            node = node.all_input_nodes[0]
-        return node
-
     def widening(self, node: Node) -> Contraction | None:
         """The node as a contraction that makes more elements than its activation has, None where it is none.
 
@@ -133,38 +124,43 @@ class Reader:
         narrowed = before is not None and self.numel(before.activation) > self.numel(activation)
         return before.activation if before is not None and narrowed else activation
 
+    def ops(self, node: Node) -> set[object] | None:
+        """The ops that a node opens into; None where it cannot be opened."""
+        opened = self.opened(node)
+        return None if opened is None else {op.target for op in opened.graph.nodes if op.op == "call_function"}
+
     def does(self, node: Node, ops: tuple[object, ...]) -> bool:
         """Whether the node opens into one of the ops."""
-        opened = self.opened(node)
-        return opened is not None and any(op.target in ops for op in opened.graph.nodes)
+        return not (self.ops(node) or set()).isdisjoint(ops)
 
     def unviewed(self, node: Node) -> Node:
         """The value that a node is a view of, or a cast; the node itself where it is none."""
-        while not _is_input(node) and node.target is not operator.getitem:
-            opened = self.opened(node)
-            views = opened is not None and all(
-                op.target in VIEWS for op in opened.graph.nodes if op.op == "call_function"
-            )
-            if not views or not node.all_input_nodes:
-                break
+        while not _is_input(node) and node.target is not operator.getitem and self._does_only(node, VIEWS):
             node = node.all_input_nodes[0]
         return node
 
+    def _input_behind(self, node: Node) -> Node:
+        """The input of the graph that a node views, casts or picks rows of; whatever else is made of none."""
+        while not _is_input(node) and self._does_only(node, PICKS):
+            node = node.all_input_nodes[0]
+        return node
+
+    def _does_only(self, node: Node, ops: tuple[object, ...]) -> bool:
+        """Whether a node makes something of its operands by these ops alone."""
+        found = self.ops(node)
+        return found is not None and found <= {*ops} and bool(node.all_input_nodes)
+
     def fills(self, node: Node) -> bool:
         """Whether the node makes memory of one value, of no value, or of positions."""
-        opened = self.opened(node)
-        ops = {op.target for op in opened.graph.nodes if op.op == "call_function"} if opened is not None else set()
-        return bool(ops) and ops <= {*FILLS, *RANGES, *LIKE}
+        found = self.ops(node) or set()
+        return bool(found) and found <= {*FILLS, *RANGES, *LIKE}
 
     def repeats(self, node: Node) -> Node | None:
         """What the node repeats, or picks rows of more than once; None where it does nothing of the kind."""
-        opened = self.opened(node)
-        if opened is None or not node.all_input_nodes:
+        if not self._does_only(node, (*PICKS, *REPEATS)) or not self.does(node, REPEATS):
             return None
-        ops = {op.target for op in opened.graph.nodes if op.op == "call_function"}
         source = node.all_input_nodes[0]
-        larger = self.numel(node) > self.numel(source)
-        return source if larger and ops <= {*PICKS, *REPEATS} and not ops.isdisjoint(REPEATS) else None
+        return source if self.numel(node) > self.numel(source) else None
 
     def rank(self, node: Node) -> int:
         """Dims of the node's value, -1 for what is no tensor."""

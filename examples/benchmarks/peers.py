@@ -106,17 +106,23 @@ def head_methods(chunks: Sequence[int]) -> dict[str, Callable[..., Any]]:
     return methods
 
 
-def mlp_methods(chunks: Sequence[int]) -> dict[str, Callable[..., Any]]:
-    def checkpointed(*args: torch.Tensor) -> torch.Tensor:
-        return checkpoint(swiglu, *args, use_reentrant=False)
+def recomputing_methods(fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """The ways to run what can be recomputed in backward."""
 
-    methods: dict[str, Callable[..., Any]] = {
+    def checkpointed(*args: torch.Tensor) -> torch.Tensor:
+        return checkpoint(fn, *args, use_reentrant=False)
+
+    return {
         "torch.compile + checkpoint": torch.compile(checkpointed),
-        "mst_fx, native accumulation": looped(swiglu, accumulate="native"),
-        "mst_fx": looped(swiglu),
-        "torch.compile": torch.compile(swiglu),
-        "eager": swiglu,
+        "mst_fx, native accumulation": looped(fn, accumulate="native"),
+        "mst_fx": looped(fn),
+        "torch.compile": torch.compile(fn),
+        "eager": fn,
     }
+
+
+def mlp_methods(chunks: Sequence[int]) -> dict[str, Callable[..., Any]]:
+    methods = recomputing_methods(swiglu)
     for chunk in chunks:
         methods[f"mst_fx, chunk {chunk}"] = looped(swiglu, chunk_tokens=chunk)
     try:
@@ -140,16 +146,7 @@ def mlp_methods(chunks: Sequence[int]) -> dict[str, Callable[..., Any]]:
 
 
 def experts_methods(chunks: Sequence[int]) -> dict[str, Callable[..., Any]]:
-    def checkpointed(*args: torch.Tensor) -> torch.Tensor:
-        return checkpoint(experts, *args, use_reentrant=False)
-
-    methods: dict[str, Callable[..., Any]] = {
-        "torch.compile + checkpoint": torch.compile(checkpointed),
-        "mst_fx, native accumulation": looped(experts, accumulate="native"),
-        "mst_fx": looped(experts),
-        "torch.compile": torch.compile(experts),
-        "eager": experts,
-    }
+    methods = recomputing_methods(experts)
     for chunk in chunks:
         methods[f"mst_fx, native, chunk {chunk}"] = looped(experts, accumulate="native", chunk_tokens=chunk)
     return methods
