@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 Accumulate = Literal["float32", "native"]
@@ -12,13 +14,34 @@ Inner = Literal["inductor", "aot_eager", "eager"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Wish:
+    """What the user wants of one region.
+
+    Attributes:
+        loop: True or False where that is decided, None where the plan decides.
+        chunk_tokens, num_chunks: as in `Config`.
+    """
+
+    loop: bool | None = None
+    chunk_tokens: int | None = None
+    num_chunks: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Options of `mst_fx.backend`.
 
     Attributes:
-        min_bytes: a region whose temporaries are smaller (bytes, over the whole sequence) is left alone; 0 loops all.
+        memory_budget: what a training step of the compiled function may take on its device (inputs, parameters and
+            gradients included): a number of bytes, "40GiB", "80GB", or a fraction of the device as a float. The
+            cheapest loops that keep to it are chosen. None: loop what costs no time, and what is a real part of the
+            peak.
+        min_bytes: a region whose temporaries are smaller (bytes, over the whole sequence) is left alone, and a larger
+            one is looped, whatever its part of the peak; 0 loops all. None: 64 MiB, and the plan decides.
         chunk_tokens: tokens in one mini-sequence; None lets the plan choose.
         num_chunks: number of mini-sequences in place of `chunk_tokens`; at most one of the two may be set.
+        modules: for regions of modules with these paths ("model.layers.0.mlp", "*.mlp"; the longest that matches
+            counts): False or True for no loop or a loop in any case, or {"chunk_tokens": n} or {"num_chunks": n}.
         accumulate: dtype in which the weight gradients of half-precision weights add up over the chunks:
             "float32" (as accurate as no loop; 4 bytes an element while the loop runs) or "native" (the weight's).
         returned_logits: what becomes of logits that the compiled function also returns: "keep" their gradient (a
@@ -28,9 +51,11 @@ class Config:
         strict: raise exceptions of the pass itself in place of compiling the graph unrewritten.
     """
 
-    min_bytes: int = 64 * 2**20
+    memory_budget: int | float | str | None = None
+    min_bytes: int | None = None
     chunk_tokens: int | None = None
     num_chunks: int | None = None
+    modules: Mapping[str, bool | Mapping[str, int]] = dataclasses.field(default_factory=dict)
     accumulate: Accumulate = "float32"
     returned_logits: ReturnedLogits = "keep"
     disable: tuple[str, ...] = ()
@@ -39,10 +64,14 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raise TypeError or ValueError for a value that its option does not take."""
-        _check(_is_int(self.min_bytes) and self.min_bytes >= 0, "min_bytes", "an int of bytes >= 0", self.min_bytes)
+        least = self.min_bytes
+        _check(least is None or (_is_int(least) and least >= 0), "min_bytes", "an int of bytes >= 0 or None", least)
+        _check(_is_budget(self.memory_budget), "memory_budget", BUDGETS, self.memory_budget)
         for name in ("chunk_tokens", "num_chunks"):
             value = getattr(self, name)
             _check(value is None or (_is_int(value) and value > 0), name, "a positive int or None", value)
+        wishes = isinstance(self.modules, Mapping) and all(map(_is_wish, self.modules.items()))
+        _check(wishes, "modules", WISHES, self.modules)
         if self.chunk_tokens is not None and self.num_chunks is not None:
             raise ValueError("mst_fx: chunk_tokens and num_chunks exclude each other")
         _check(self.accumulate in get_args(Accumulate), "accumulate", str(get_args(Accumulate)), self.accumulate)
@@ -52,6 +81,32 @@ class Config:
         known = callable(self.inner) or self.inner in get_args(Inner)
         _check(known, "inner", f"a callable or one of {get_args(Inner)}", self.inner)
         _check(isinstance(self.strict, bool), "strict", "a bool", self.strict)
+
+    def budget_bytes(self, device_memory: int) -> int | None:
+        """`memory_budget` in bytes.
+
+        Args:
+            device_memory: bytes of the device.
+        """
+        if isinstance(self.memory_budget, str):
+            number, unit = _amount(self.memory_budget)
+            return int(number * unit)
+        if isinstance(self.memory_budget, float):
+            return int(self.memory_budget * device_memory)
+        return self.memory_budget
+
+    @property
+    def least_bytes(self) -> int:
+        """`min_bytes`, or what it is where nothing was said: smaller temporaries are not worth a loop's launches."""
+        return SMALL_BYTES if self.min_bytes is None else self.min_bytes
+
+    def wish_for(self, module: str) -> Wish:
+        """What the user wants of a region that belongs to the module with this path."""
+        paths = [path for path in self.modules if fnmatchcase(module, path) or fnmatchcase(module, f"{path}.*")]
+        said = self.modules[max(paths, key=len)] if paths else {}
+        if isinstance(said, bool):
+            return Wish(said, self.chunk_tokens, self.num_chunks)
+        return Wish(None, **said) if said else Wish(None, self.chunk_tokens, self.num_chunks)
 
     @staticmethod
     def split(options: Mapping[str, Any] | None, foreign: frozenset[str]) -> tuple[Config, dict[str, Any]]:
@@ -79,6 +134,39 @@ class Config:
         if isinstance(mine.get("disable"), (list, str)):
             mine["disable"] = (mine["disable"],) if isinstance(mine["disable"], str) else tuple(mine["disable"])
         return Config(**mine), theirs
+
+
+SMALL_BYTES = 64 * 2**20
+BUDGETS = "bytes as an int, a string like '40GiB', or a fraction of the device between 0.0 and 1.0"
+WISHES = "a dict from module paths to False, True, {'chunk_tokens': n} or {'num_chunks': n}"
+UNITS = {f"{unit}B": 1000**power for power, unit in enumerate("KMGT", 1)}
+UNITS |= {f"{unit}iB": 1024**power for power, unit in enumerate("KMGT", 1)}
+
+
+def _amount(text: str) -> tuple[float, int]:
+    """Number and unit of "40GiB"; unit 0 where it is nothing of the kind."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", text)
+    return (float(found[1]), UNITS[found[2]]) if found else (0.0, 0)
+
+
+def _is_budget(value: object) -> bool:
+    if isinstance(value, str):
+        return all(_amount(value))
+    if isinstance(value, float):
+        return 0 < value <= 1
+    return value is None or (_is_int(value) and isinstance(value, int) and value > 0)
+
+
+def _is_wish(entry: tuple[object, object]) -> bool:
+    path, said = entry
+    if isinstance(said, Mapping):
+        return (
+            isinstance(path, str)
+            and len(said) == 1
+            and set(said) <= {"chunk_tokens", "num_chunks"}
+            and all(_is_int(value) and value > 0 for value in said.values())
+        )
+    return isinstance(path, str) and isinstance(said, bool)
 
 
 def _is_int(value: object) -> bool:

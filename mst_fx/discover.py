@@ -45,20 +45,33 @@ def discover(reader: Reader, patterns: Sequence[Pattern]) -> list[Found]:
     return [entry for _, entry in sorted(found, key=lambda entry: entry[0])]
 
 
-def nested(owner: GraphModule) -> Iterator[tuple[str, GraphModule]]:
-    """The graph modules that higher-order operators of the graph call (activation checkpointing, ...), by attribute."""
+@dataclass(frozen=True)
+class Nested:
+    """A subgraph that a higher-order operator of the graph runs.
+
+    Attributes:
+        name: of the attribute that holds it.
+        module: the subgraph.
+        callers: the nodes that run it.
+        repeated: whether it is run again for backward (activation checkpointing).
+    """
+
+    name: str
+    module: GraphModule
+    callers: tuple[Node, ...]
+    repeated: bool
+
+
+def nested(owner: GraphModule) -> Iterator[Nested]:
+    """The subgraphs that run as if they stood in the graph around them, gradients included."""
     for node in owner.graph.nodes:
         if node.op == "get_attr" and "." not in str(node.target):
             child = getattr(owner, str(node.target), None)
-            if isinstance(child, GraphModule) and all(_enters(user) for user in node.users):
-                yield str(node.target), child
+            callers = tuple(node.users)
+            if isinstance(child, GraphModule) and all(str(caller.target) in ENTERED for caller in callers):
+                repeated = any(str(caller.target) in REPEATED for caller in callers)
+                yield Nested(str(node.target), child, callers, repeated)
 
 
-def _enters(user: Node) -> bool:
-    """Whether the operator runs its subgraph as if it stood in the graph around it, gradients included."""
-    return str(user.target) in ENTERED
-
-
-ENTERED = frozenset(
-    ["tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "invoke_subgraph", "wrap_with_set_grad_enabled"]
-)
+REPEATED = frozenset(["tag_activation_checkpoint", "wrap_activation_checkpoint"])
+ENTERED = REPEATED | {"wrap", "invoke_subgraph", "wrap_with_set_grad_enabled"}

@@ -61,6 +61,14 @@ def grow(reader: Reader, start: Node, source: Node) -> Growth | None:
     Returns:
         The growth, None where large values meet in a matrix product, as in attention, or are widened once more.
     """
+    key = (grow, start, source)  # every pattern asks
+    if key not in reader.remembered:
+        reader.remembered[key] = _grow(reader, start, source)
+    growth: Growth | None = reader.remembered[key]
+    return growth
+
+
+def _grow(reader: Reader, start: Node, source: Node) -> Growth | None:
     limit = reader.numel(source)
     while reader.numel(start) > limit:
         growing = _Growing(reader, start, limit)

@@ -1,13 +1,88 @@
-"""Bytes of a region's temporaries as a function of the chunk length. No policy here."""
+"""Bytes of a region as a function of the length of a mini-sequence, predicted from its graphs. No policy here.
+
+A loop holds its results, the sums of what adds up, and the temporaries of one mini-sequence; a region that is not
+looped holds the temporaries of all of them, and keeps the results of its matrix products for backward.
+"""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from math import prod
+from typing import Any
 
+import torch
+from torch.fx import Node
+
+from mst_fx.analysis import Work
+from mst_fx.assembly import Call
+from mst_fx.body import Body
+from mst_fx.liveness import peak
 from mst_fx.lower import hint
 from mst_fx.placement import split_of
+from mst_fx.rules.contraction import CONTRACTIONS
 from mst_fx.rules.view import FREE
 from mst_fx.stages import Stages
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that one loop holds above its operands.
+
+    Attributes:
+        results: of the results that the loop writes chunk by chunk, at the whole length.
+        sums: of what adds up over the chunks, in the dtype that it adds up in.
+        cast: of the largest sum in the dtype that it is returned in, where that is another one.
+        returned: of the sums as they are returned.
+        fixed: of a mini-sequence's temporaries, those that do not grow with its length.
+        each: of a mini-sequence's temporaries, those of one position.
+    """
+
+    results: int = 0
+    sums: int = 0
+    cast: int = 0
+    returned: int = 0
+    fixed: int = 0
+    each: float = 0.0
+
+    def temporaries(self, positions: int) -> int:
+        """Of one mini-sequence of that many positions."""
+        return self.fixed + round(self.each * positions)
+
+    def peak(self, positions: int) -> int:
+        """Most bytes at once, with mini-sequences of that many positions."""
+        return self.results + self.sums + max(self.temporaries(positions), self.cast)
+
+    @property
+    def left(self) -> int:
+        """What is left when the loop is over: results and gradients."""
+        return self.results + self.returned
+
+
+@dataclass(frozen=True)
+class RegionMemory:
+    """Bytes of a region, in a loop and as written.
+
+    Attributes:
+        written: of the temporaries of the whole region as its program writes them, before anything is fused.
+        forward: of the loop that runs in the forward; gradients included where they come in the forward.
+        backward: of the loop that runs in the backward, None where there is none.
+        saved: what is kept for backward in a loop, besides what the region reads.
+        saved_whole: the same without a loop.
+        rescaled: of the largest gradient, if gradients are made in the forward: backward scales one after the other.
+        whole_forward, whole_backward: most at once without a loop, results and gradients included.
+        stream_gradient: of the stream's gradient, where the stream itself is large: nothing in the loop makes it from
+            less.
+    """
+
+    written: int
+    forward: Footprint = Footprint()
+    backward: Footprint | None = None
+    saved: int = 0
+    rescaled: int = 0
+    saved_whole: int = 0
+    whole_forward: int = 0
+    whole_backward: int = 0
+    stream_gradient: int = 0
 
 
 def temporary_bytes(stages: Stages, length: int) -> int:
@@ -16,12 +91,137 @@ def temporary_bytes(stages: Stages, length: int) -> int:
     Views count nothing. It is what eager execution keeps for backward or frees at the region's end at the latest; a
     compiler that fuses elementwise ops makes fewer of them.
     """
-    total = 0
-    for node in stages.loop:
-        split = split_of(stages.placements.of[node])
-        if node in stages.results or node.target in FREE or split is None:
+    made = (node for node in stages.loop if node not in stages.results and node.target not in FREE)
+    return sum(bytes_per_position(stages, node) for node in made) * length
+
+
+def bytes_per_position(stages: Stages, node: Node) -> int:
+    """Bytes of a split value for one position of the axis; 0 for a value that is not split."""
+    split, value = split_of(stages.placements.of[node]), node.meta["val"]
+    if split is None or not isinstance(value, torch.Tensor):
+        return 0
+    return hint(value.numel()) // hint(split.axis_length(value.shape)) * value.element_size()
+
+
+def memory_of(work: Work, call: Call) -> RegionMemory:
+    """Predict from the bodies of one length what every length takes."""
+    stages = work.stages
+    length = hint(stages.length)
+    device = stages.stream.meta["val"].device.type
+    forward = footprint(call.forward, call.spec.forward_spec, length, device)
+    backward = None if call.backward is None else footprint(call.backward, call.spec.backward_spec, length, device)
+    in_forward = work.backward == "in_forward"
+    kept = [n for n in stages.loop if n.target in CONTRACTIONS and n not in stages.results and not is_sink(stages, n)]
+    saved_whole = sum(bytes_per_position(stages, node) for node in kept) * length if work.backward != "none" else 0
+    return RegionMemory(
+        written=temporary_bytes(stages, length),
+        forward=backward if in_forward and backward is not None else forward,
+        backward=None if in_forward else backward,
+        saved=backward.left - forward.left if in_forward and backward is not None else 0,
+        saved_whole=saved_whole,
+        rescaled=max((_bytes(stages.operands[i]) for i in work.wanted), default=0) if in_forward else 0,
+        whole_forward=forward.temporaries(length) + forward.left,
+        whole_backward=backward.temporaries(length) + backward.left if backward is not None else 0,
+        stream_gradient=_stream_gradient(work),
+    )
+
+
+def written_after(work: Work, chunk: int) -> int:
+    """Bytes of the temporaries that a loop leaves of those written, and of the stream's gradient if it is large."""
+    return temporary_bytes(work.stages, min(chunk, hint(work.stages.length))) + _stream_gradient(work)
+
+
+def _stream_gradient(work: Work) -> int:
+    wanted = {work.stages.operands[i] for i in work.wanted}
+    return _bytes(work.stages.stream) if not work.multiplies and work.stages.stream in wanted else 0
+
+
+def is_sink(stages: Stages, product: Node) -> bool:
+    """Whether a product is smaller than what it is made from: nothing behind it needs it in backward."""
+    largest = max(bytes_per_position(stages, node) for node in product.all_input_nodes if node in stages.placements.of)
+    return bytes_per_position(stages, product) < largest
+
+
+def footprint(body: Body, spec: tuple[Any, ...], length: int, device: str) -> Footprint:
+    """Of the loop that runs a body.
+
+    Args:
+        body: of a full chunk.
+        spec: a `loop.LoopSpec`.
+        length: positions of the whole axis.
+        device: type of the device that it runs on.
+    """
+    _, chunk, ins, outs = spec
+    results = sums = returned = cast = extra = 0
+    outputs = iter(_outputs(body))
+    for kind in outs:
+        out = next(outputs)
+        value: torch.Tensor = out.meta["val"]
+        if kind[0] == "cat":
+            results += _bytes(out) * length // chunk
             continue
-        value: torch.Tensor = node.meta["val"]
-        per_position = hint(value.numel()) // hint(split.axis_length(value.shape))
-        total += per_position * length * value.element_size()
-    return total
+        if kind[0] == "rows":
+            results += prod(size or length * kind[2][2] for size in kind[3]) * value.element_size()
+            for _ in range(2 * kind[1] - 1):
+                next(outputs)
+            continue
+        count, dtype = value.numel(), value.dtype
+        if kind[0] == "outer":
+            count, dtype = value.shape[1] * next(outputs).meta["val"].shape[1], kind[2]
+            if kind[1] != value.dtype and device == "cpu":  # it multiplies into the wider dtype in two steps
+                extra = max(extra, count * (value.element_size() + kind[1].itemsize))
+        sums += count * kind[1].itemsize
+        returned += count * dtype.itemsize
+        cast = max(cast, count * dtype.itemsize if dtype != kind[1] else 0)
+    fixed = _whole_nodes(body, outs)
+    split = [(node, axis) for node, axis in zip(_inputs(body), ins, strict=True) if axis is not None]
+    copied = sum(_bytes(node) for node, axis in split if _is_copied(node, axis))
+    alive = [_alive(body, fixed, device, times) for times in (1, 2)]
+    each = (alive[1] - alive[0] + copied) / chunk
+    at_rest = sum({node: _bytes(node) for node in _outputs(body) if node.op != "placeholder"}.values()) + extra
+    steady = round(max(alive[0], at_rest) + copied - each * chunk)
+    return Footprint(results, sums, cast, returned, max(0, steady), each)
+
+
+def _alive(body: Body, fixed: set[Node], device: str, times: int) -> float:
+    """Most bytes at once of the temporaries of `times` chunks taken as one."""
+    return peak(
+        body.module, lambda node: _bytes(node) * (1 if node in fixed else times), reductions_apart=device == "cpu"
+    )
+
+
+def _outputs(body: Body) -> list[Node]:
+    returned: Any = body.module.graph.output_node().args[0]
+    return list(returned)
+
+
+def _inputs(body: Body) -> list[Node]:
+    return [node for node in body.module.graph.nodes if node.op == "placeholder"]
+
+
+def _is_copied(node: Node, axis: tuple[int, int, int]) -> bool:
+    """Whether a chunk of the operand does not lie in one piece."""
+    dim, outer, _ = axis
+    return outer * prod(node.meta["val"].shape[:dim]) > 1
+
+
+def _whole_nodes(body: Body, outs: tuple[tuple[Any, ...], ...]) -> set[Node]:
+    """What a body computes of the size of a whole operand: its outputs that add up, and what only they are made of."""
+    whole: set[Node] = set()
+    outputs = iter(_outputs(body))
+    for kind in outs:
+        node = next(outputs)
+        for _ in range({"outer": 1, "rows": 2 * kind[1] - 1 if kind[0] == "rows" else 0}.get(kind[0], 0)):
+            next(outputs)
+        while kind[0] == "sum" and node.op == "call_function" and node not in whole:
+            whole.add(node)
+            if node.target in CONTRACTIONS or len(node.all_input_nodes) != 1:
+                break
+            node = node.all_input_nodes[0]
+    return whole
+
+
+def _bytes(node: Node) -> int:
+    value = node.meta.get("val")
+    parts = value if isinstance(value, tuple | list) else [value]
+    return sum(hint(part.numel()) * part.element_size() for part in parts if isinstance(part, torch.Tensor))

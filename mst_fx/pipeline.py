@@ -1,12 +1,13 @@
 """backend(): the graph that Dynamo captured -> the same graph with loops, compiled.
 
-narrow     gm                       -> gm in which heads project only the tokens that are read
-discover   gm, patterns             -> Region | Refusal
-lower      region                   -> aten graph
-cut        aten graph, stream       -> stages before, in and after the loop (placements inside)
-plan       region, stages, options  -> Plan | Refusal
-body       stages, plan             -> aten bodies of one chunk
-rewrite    gm, plan, bodies         -> gm'
+survey     gm, patterns             -> regions, subgraphs, refusals
+  narrow     gm                       -> gm in which heads project only the tokens that are read
+  discover   gm, patterns             -> Region | Refusal
+  analysis   region                   -> aten graph, cut into stages before, in and after the loop; which gradients
+  memory     work, bodies             -> bytes as a function of the chunk length; cost: milliseconds
+plan       regions, rest of the graph, device, options -> chunk lengths | Refusal, for all regions at once
+assembly   work, lengths            -> aten bodies of one chunk
+rewrite    gm, bodies               -> gm'
 inner      gm'                      -> what torch.compile calls
 """
 
@@ -14,28 +15,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from mst_fx.body import Body, Gradients, axis_of, forward_body, gradient_body
 from mst_fx.config import Config
-from mst_fx.discover import discover, nested
 from mst_fx.inner import inductor_options, inner_compiler, writes_python
-from mst_fx.loop import VERSION
-from mst_fx.lower import fake_value, lower
-from mst_fx.mini_sequence import CallSpec
-from mst_fx.narrow import cut_heads
 from mst_fx.pattern import Pattern, patterns
-from mst_fx.plan import Plan, make_plan
-from mst_fx.reading import Reader
+from mst_fx.plan import Plan, Plans, make_plans
+from mst_fx.readable import readable
 from mst_fx.refusal import Reason, Refusal
-from mst_fx.region import Region
-from mst_fx.report import LoopedRegion, Report, cut_head, looped, record, refused
-from mst_fx.rewrite import Edit, Replacement, loop, nodes_of, rebuilt
-from mst_fx.stages import Stages, cut
+from mst_fx.report import Report, looped, record, refused
+from mst_fx.rewrite import Edit, Replacement, loop, rebuilt
+from mst_fx.survey import Site, Surveyed, Surveyor, device_of_graph, timeline_of
 
 log = logging.getLogger("mst_fx")
 
@@ -96,120 +90,44 @@ def _rewrite_safely(gm: GraphModule, config: Config, foreign: dict[str, Any]) ->
 
 def rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple[GraphModule, Report]:
     """The graph with loops, and the decisions; `gm` itself where nothing is changed."""
-    reader, report = _cut_early(gm, config)
-    gm = reader.owner
-    edits: list[Edit] = []
-    for found in discover(reader, chosen):
-        try:
-            if isinstance(found.outcome, Refusal):
-                raise found.outcome
-            edit, entry = best_replacement(found.pattern, found.outcome, config)
-            edits.append(edit)
-            report = report.joined(Report(regions=(entry,)))
-        except Refusal as refusal:
-            report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
+    surveyor = Surveyor(config, chosen)
+    surveyed = surveyor.survey(gm)
+    sites = list(surveyed.all_sites())
+    offers = [surveyor.offer(site) for site in sites]
+    plans = make_plans(offers, timeline_of(surveyed), device_of_graph(surveyed), config)
+    rewritten, report = _rewritten(surveyed, surveyor, dict(zip(sites, plans.of, strict=True)))
+    return rewritten or gm, replace(_with_budget(report, plans), peak=plans.peak, peak_whole=plans.peak_whole)
+
+
+def _rewritten(surveyed: Surveyed, surveyor: Surveyor, plans: dict[Site, Plan]) -> tuple[GraphModule | None, Report]:
+    """The graph with loops, None where it needs no change; and the decisions about it and its subgraphs."""
+    report, edits = surveyed.report, []
+    for site in surveyed.sites:
+        plan = plans[site]
+        if plan.lengths is None:
+            refusal = Refusal(Reason.SMALL, site.region.last, plan.reason)
+            report = report.joined(Report(refusals=(refused(site.pattern, refusal),)))
+            continue
+        replacement = Replacement(site.region, site.work.stages, surveyor.call(site.work, plan.lengths))
+        detached = site.region.returned if surveyor.config.returned_logits == "detach" else ()
+        edits.append(Edit(site.region, partial(loop, replacement=replacement), detached))
+        report = report.joined(Report(regions=(looped(site.pattern, site.region, site.work, plan, detached),)))
     children: dict[str, GraphModule] = {}
-    for name, child in nested(gm):
-        new_child, inner_report = rewrite(child, config, chosen)
+    for name, (child, _) in surveyed.children.items():
+        new_child, inner_report = _rewritten(child, surveyor, plans)
         report = report.joined(inner_report)
-        if new_child is not child:
-            children[name] = new_child
-    return rebuilt(gm, edits, children) if edits or children else gm, report
+        children.update({name: new_child} if new_child is not None else {})
+    changed = edits or children or surveyed.report.cuts
+    return rebuilt(surveyed.reader.owner, edits, children) if changed else None, report
 
 
-def _cut_early(gm: GraphModule, config: Config) -> tuple[Reader, Report]:
-    """A reader of the graph in which heads project only the tokens that are read."""
-    report = Report()
-    while True:
-        reader = Reader(gm)
-        found = [head for head in cut_heads(reader) if head.bytes_before >= config.min_bytes]
-        if not found:
-            return reader, report
-        report = report.joined(Report(cuts=tuple(map(cut_head, found))))
-        makes = [partial(nodes_of, region=head.region, lowered=head.cut_first) for head in found]
-        gm = rebuilt(gm, [Edit(head.region, make) for head, make in zip(found, makes, strict=True)])
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A region that can be looped, and how."""
-
-    region: Region
-    stages: Stages
-    plan: Plan
-
-
-def best_replacement(pattern: str, region: Region, config: Config) -> tuple[Edit, LoopedRegion]:
-    """Everything that stands between a region, or the best part of it, and its loop.
-
-    Raises:
-        Refusal: the region must not, or need not, be looped, nor any part of it.
-    """
-    chosen = _best_part(region, config)
-    bodies, spec = _bodies(chosen.stages, chosen.plan, config)
-    make = partial(loop, replacement=Replacement(chosen.region, chosen.stages, bodies, spec))
-    return Edit(chosen.region, make, chosen.plan.detached), looped(pattern, chosen.region, chosen.stages, chosen.plan)
-
-
-def _best_part(region: Region, config: Config) -> Planned:
-    """The largest part that can be looped; where large values are returned, the one that leaves the fewest bytes."""
-    parts: list[Planned] = []
-    refusal: Refusal | None = None
-    part: Region | None = region
-    while part is not None and (part.returned or not parts):
-        try:
-            parts.append(_planned(part, config))
-        except Refusal as error:
-            refusal = refusal or error
-        part = part.smaller
-    if not parts:
-        assert refusal is not None
-        raise refusal
-    return min(parts, key=lambda part: part.plan.bytes_after)
-
-
-def _planned(region: Region, config: Config) -> Planned:
-    lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes)
-    placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
-    stages = cut(lowered, placeholders[region.live_ins.index(region.stream)])
-    needs_grad = _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True)))
-    return Planned(region, stages, make_plan(region, stages, needs_grad, config))
-
-
-def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool]:
-    """Which values before the loop need a gradient: floating-point ones that depend on a live-in that does."""
-    needs: dict[Node, bool] = {}
-    for node in stages.graph.nodes:
-        value = node.meta.get("val")
-        floating = value is not None and hasattr(value, "is_floating_point") and value.is_floating_point()
-        if node in live_in_of:
-            needs[node] = floating and bool(fake_value(live_in_of[node]).requires_grad)
-        else:
-            needs[node] = floating and any(needs[operand] for operand in node.all_input_nodes)
-    return needs
-
-
-def _bodies(stages: Stages, plan: Plan, config: Config) -> tuple[Any, CallSpec]:
-    """The bodies of the call in the order of `Replacement.bodies`, and its spec."""
-    ins = tuple(axis_of(stages, node) for node in stages.operands)
-    forward, outs = _full_and_tail(stages, plan.forward_chunk, partial(forward_body, stages))
-    spec = CallSpec(plan.backward, (VERSION, plan.forward_chunk, ins, outs), (), plan.differentiable, plan.wanted)
-    if plan.backward == "none":
-        return (*forward, None, None), spec
-    in_forward = plan.backward == "in_forward"
-    gradients = Gradients(plan.wanted, plan.differentiable, in_forward, config.accumulate, plan.kept)
-    backward, outs = _full_and_tail(stages, plan.chunk, partial(gradient_body, stages, gradients))
-    read = () if in_forward else (*plan.differentiable, *plan.kept)
-    given = tuple(axis_of(stages, stages.results[i]) for i in read)
-    return (*forward, *backward), spec._replace(backward_spec=(VERSION, plan.chunk, given + ins, outs), kept=plan.kept)
-
-
-def _full_and_tail(
-    stages: Stages, chunk: int, make: Callable[[int | None], Body]
-) -> tuple[tuple[GraphModule, GraphModule | None], tuple[Any, ...]]:
-    """The body of a full chunk, and that of the ragged last one: for any length where that is known at run time."""
-    ragged = None if stages.dynamic else stages.length % chunk
-    full, tail = make(chunk), make(ragged) if ragged != 0 else None
-    if tail is not None and tail.outs != full.outs:
-        raise AssertionError(f"the bodies of {chunk} and {ragged} positions differ: {full.outs}, {tail.outs}")
-    return (full.module, tail.module if tail is not None else None), full.outs
+def _with_budget(report: Report, plans: Plans) -> Report:
+    """With a word about a budget that is missed."""
+    if plans.budget is None or plans.peak <= plans.budget:
+        return report
+    text = (
+        f"no choice of loops keeps to {readable(plans.budget)}: the least is {readable(plans.peak)} (predicted); "
+        f"what would help: {plans.advice}"
+    )
+    log.warning("mst_fx: memory_budget: %s", text)
+    return report.joined(Report(refusals=(refused("all", Refusal(Reason.BUDGET, None, text)),)))

@@ -1,38 +1,45 @@
-"""Region + stages + options -> how many chunks, and which way backward. Policy lives here and nowhere else."""
+"""Regions + graph + device + options -> which regions are looped, and in chunks of which length. Policy, no graphs.
+
+Plans depend on shapes, options and the kind of device: they are the same on every rank.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import Literal
 
-import torch
-from torch.fx import Node
+from mst_fx.chunking import Extent, Lengths, default_lengths, shorter
+from mst_fx.config import Config, Wish
+from mst_fx.cost import Device, RegionCost
+from mst_fx.memory import RegionMemory
+from mst_fx.readable import readable
+from mst_fx.timeline import Held, Timeline
 
-from mst_fx.body import differentiable_results
-from mst_fx.config import Config
-from mst_fx.lower import hint
-from mst_fx.memory import temporary_bytes
-from mst_fx.placement import PARTIAL, WHOLE, split_of
-from mst_fx.refusal import Reason, Refusal
-from mst_fx.region import Region, needs_gradient
-from mst_fx.rules import shape_of
-from mst_fx.rules.contraction import CONTRACTIONS, factors
-from mst_fx.stages import Stages
+SHARE_OF_PEAK = 0.1
+"""Regions that cost time are looped where that takes at least so much off the peak of a step ..."""
+OWN_SHARE = 0.004
+"""... each of which has at least so large a part in it."""
 
-Backward = Literal["recompute", "in_forward", "none"]
 
-CHUNK_BYTES = {"float32": 2**30, "native": 2**29}
-"""Aim for the widest matrix product of a chunk (bytes): a float32 accumulator is twice the traffic a chunk, so half as
-many chunks cost the same."""
-MIN_ROWS, MAX_ROWS = 1024, 7680
-"""Rows that a matrix meets in a chunk: one a token, fewer where tokens are shared out among experts.
+@dataclass(frozen=True)
+class Offer:
+    """What the planner knows of one region.
 
-Below, matmuls lose speed; above, they gain less than 1 % for memory in proportion (SwiGLU of 8B, H200)."""
-FORWARD_FACTOR = 2
-"""A forward chunk needs a third of the memory that its gradients need, so a recomputing region's may be longer."""
-ALIGNMENT = 16
-"""Chunk lengths are multiples of it where there is a choice, so that every chunk starts aligned."""
+    Attributes:
+        module: path of the module that it belongs to.
+        extent: of its axis.
+        memory: bytes, as a function of the chunk length.
+        cost: work.
+        free: whether a loop computes nothing again: gradients in the forward, or none.
+        repeated: whether it stands in a block that is computed again for backward in any case.
+    """
+
+    module: str
+    extent: Extent
+    memory: RegionMemory
+    cost: RegionCost
+    free: bool
+    repeated: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,156 +47,196 @@ class Plan:
     """The decision for one region.
 
     Attributes:
-        chunk: positions of the split axis in one mini-sequence of the loop that computes gradients, if any.
-        forward_chunk: the same for the loop that computes results only.
+        lengths: of its mini-sequences, None where it is left alone.
         chunks: number of mini-sequences, the ragged one included (of the length captured, where that may vary).
-        backward: how gradients are made.
-        wanted: positions of the loop's operands that get a gradient.
-        differentiable: positions of the loop's results that have one.
-        bytes_before, bytes_after: of the region's temporaries, whole and for one chunk.
-        detached: large values that the graph returns, and that carry no gradient.
-        kept: positions of the results that backward reads in place of computing them again.
+        bytes_before, bytes_after: of its temporaries as written, whole and for one chunk.
+        added_ms: predicted time that the loop adds to a training step.
+        reason: why it is left alone, with the numbers.
     """
 
-    chunk: int
-    forward_chunk: int
-    chunks: int
-    backward: Backward
-    wanted: tuple[int, ...]
-    differentiable: tuple[int, ...]
-    bytes_before: int
-    bytes_after: int
-    detached: tuple[Node, ...] = ()
-    kept: tuple[int, ...] = ()
+    lengths: Lengths | None
+    chunks: int = 1
+    bytes_before: int = 0
+    bytes_after: int = 0
+    added_ms: float = 0.0
+    reason: str = ""
 
 
-def make_plan(region: Region, stages: Stages, needs_grad: dict[Node, bool], config: Config) -> Plan:
-    """Decide for one region.
+@dataclass(frozen=True)
+class Plans:
+    """The decisions for one graph.
+
+    Attributes:
+        of: one plan a region, in their order.
+        peak: predicted bytes of a training step.
+        peak_whole: the same without any loop.
+        budget: bytes that were allowed, None where nobody asked.
+        advice: what would fit, where the budget is missed.
+    """
+
+    of: tuple[Plan, ...]
+    peak: int
+    peak_whole: int
+    budget: int | None = None
+    advice: str = ""
+
+
+State = tuple[Lengths | None, ...]
+"""Of each region the lengths of its mini-sequences, None for no loop."""
+
+
+def make_plans(offers: Sequence[Offer], timeline: Timeline, device: Device, config: Config) -> Plans:
+    """Decide for all regions of a graph.
 
     Args:
-        region: for messages.
-        stages: the cut aten graph.
-        needs_grad: for each operand of the loop whether a gradient is needed.
+        offers: the regions.
+        timeline: the rest of the graph.
+        device: that it runs on.
         config: the user's options.
-
-    Raises:
-        Refusal: the region is smaller than `min_bytes`.
     """
-    length = hint(stages.length)
-    before = temporary_bytes(stages, length)
-    if before < config.min_bytes:
-        text = f"its temporaries are {before:,} bytes, min_bytes is {config.min_bytes:,}"
-        raise Refusal(Reason.SMALL, region.last, text)
-    chunk = _chunk(stages, config)
-    wanted = tuple(i for i, node in enumerate(stages.operands) if needs_grad[node])
-    detached = region.returned if config.returned_logits == "detach" else ()
-    differentiable = _differentiable(region, stages, wanted, detached) if wanted else ()
-    backward = _backward(stages, differentiable)
-    chosen = config.chunk_tokens is None and config.num_chunks is None
-    longer = _bounded(stages, FORWARD_FACTOR * chunk) if chosen and backward == "recompute" else chunk
-    return Plan(
-        chunk=chunk,
-        forward_chunk=longer,
-        chunks=-(-length // chunk),
-        backward=backward,
-        wanted=wanted if differentiable else (),
-        differentiable=differentiable,
-        bytes_before=before,
-        bytes_after=temporary_bytes(stages, min(chunk, length)) + _large_gradient_bytes(stages, needs_grad),
-        detached=detached,
-        kept=_kept(region, stages, differentiable) if backward == "recompute" else (),
-    )
+    planner = _Planner(offers, timeline, device, config)
+    budget = config.budget_bytes(device.memory)
+    state = planner.worth_it() if budget is None else planner.within(budget)
+    plans = tuple(planner.plan(number, state) for number in range(len(offers)))
+    peak, whole = planner.peak(state), planner.peak((None,) * len(offers))
+    advice = planner.advice(state, peak - budget) if budget is not None and peak > budget else ""
+    return Plans(plans, peak, whole, budget, advice)
 
 
-def _large_gradient_bytes(stages: Stages, needs_grad: dict[Node, bool]) -> int:
-    """Of the stream's gradient, where the stream itself is large: nothing in the loop makes it from less."""
-    if _multiplies(stages) or not needs_grad.get(stages.stream):
-        return 0
-    value: torch.Tensor = stages.stream.meta["val"]
-    return hint(value.numel()) * value.element_size()
+class _Planner:
+    """Goes from state to state."""
+
+    def __init__(self, offers: Sequence[Offer], timeline: Timeline, device: Device, config: Config) -> None:
+        self.offers, self.timeline, self.device, self.config = offers, timeline, device, config
+        self.wishes: list[Wish] = [config.wish_for(offer.module) for offer in offers]
+        self.lengths = [
+            default_lengths(offer.extent, wish, config.accumulate, recomputes=not offer.free)
+            for offer, wish in zip(offers, self.wishes, strict=True)
+        ]
+        self.candidates = [number for number in range(len(offers)) if self._may_be_looped(number)]
+
+    def _may_be_looped(self, number: int) -> bool:
+        wish = self.wishes[number]
+        return self.offers[number].memory.written >= self.config.least_bytes if wish.loop is None else wish.loop
+
+    def _must_be_looped(self, number: int) -> bool:
+        wish = self.wishes[number]
+        given = (self.config.min_bytes, wish.loop, wish.chunk_tokens, wish.num_chunks)
+        return any(option is not None for option in given)
+
+    def peak(self, state: State) -> int:
+        """Predicted bytes of a training step."""
+        return self.timeline.peak([held(offer, lengths) for offer, lengths in zip(self.offers, state, strict=True)])
+
+    def added_ms(self, number: int, lengths: Lengths) -> float:
+        """Predicted milliseconds that a region's loop adds."""
+        offer = self.offers[number]
+        length = offer.extent.length
+        return offer.cost.added_ms(self.device, min(lengths.chunk, length), length, repeated=offer.repeated)
+
+    def worth_it(self) -> State:
+        """Loop what costs no time; what does, where it is a real part of the peak."""
+        asked = [n for n in self.candidates if self.offers[n].free or self._must_be_looped(n)]
+        few = self._looped(asked)
+        before = self.peak(few)
+        many = self._looped(asked + [n for n in self.candidates if self._own_bytes(n) >= OWN_SHARE * before])
+        return many if before - self.peak(many) >= SHARE_OF_PEAK * before else few
+
+    def within(self, budget: int) -> State:
+        """The first state of a path from cheap to dear that fits; the leanest where none does.
+
+        The path does not depend on the budget: with a larger one it is left earlier, so nothing more is recomputed.
+        """
+        states = list(self._path())
+        return next((s for s in states if self.peak(s) <= budget), min(states, key=self.peak))
+
+    def _path(self) -> Iterator[State]:
+        """Every state adds to the time of the one before.
+
+        First the loops that compute nothing again; then the others, those of blocks that are computed again anyway in
+        front, and the one that frees most for its time first; then shorter chunks, where most is held.
+        """
+        state = self._looped(n for n in self.candidates if self.offers[n].free or self.wishes[n].loop)
+        yield state
+        for number in sorted((n for n in self.candidates if state[n] is None), key=self._price):
+            state = _with(state, {number: self.lengths[number]})
+            yield state
+        while True:
+            ways: dict[int, Lengths] = {}
+            for number, lengths in enumerate(state):
+                half = shorter(self.offers[number].extent, self.wishes[number], lengths) if lengths else None
+                ways.update({number: half} if half else {})
+            if not ways:
+                return
+            most = max(self._holds(n, state) for n in ways)
+            state = _with(state, {n: half for n, half in ways.items() if self._holds(n, state) == most})
+            yield state
+
+    def _looped(self, numbers: Iterable[int]) -> State:
+        return _with((None,) * len(self.offers), {n: self.lengths[n] for n in numbers})
+
+    def _own_bytes(self, number: int) -> int:
+        memory = self.offers[number].memory
+        return max(memory.whole_backward, memory.saved_whole)
+
+    def _holds(self, number: int, state: State) -> int:
+        """The most that a region holds at once."""
+        region = held(self.offers[number], state[number])
+        return max(region.forward, region.backward + region.saved)
+
+    def _price(self, number: int) -> tuple[bool, float]:
+        """What a loop costs for each byte that it frees."""
+        offer = self.offers[number]
+        freed = max(1, offer.memory.saved_whole - offer.memory.saved)
+        return not offer.repeated, self.added_ms(number, self.lengths[number]) / freed
+
+    def plan(self, number: int, state: State) -> Plan:
+        """The decision for a region, in words and numbers."""
+        memory, length, lengths = self.offers[number].memory, self.offers[number].extent.length, state[number]
+        if lengths is None:
+            return Plan(None, bytes_before=memory.written, reason=self._reason(number, state))
+        chunk = min(lengths.chunk, length)
+        after = memory.written * chunk // length + memory.stream_gradient
+        return Plan(lengths, -(-length // chunk), memory.written, after, self.added_ms(number, lengths))
+
+    def _reason(self, number: int, state: State) -> str:
+        """Why a region is left alone."""
+        if self.wishes[number].loop is False:
+            return "the option `modules` says so"
+        if number not in self.candidates:
+            written = self.offers[number].memory.written
+            return f"its temporaries are {written:,} bytes, min_bytes is {self.config.least_bytes:,}"
+        others = [n for n in self.candidates if state[n] is None]
+        peak = self.peak(state)
+        lower = self.peak(_with(state, {n: self.lengths[n] for n in others}))
+        added = sum(self.added_ms(n, self.lengths[n]) for n in others)
+        return (
+            f"not worth it: the {len(others)} regions of its kind would take {readable(max(0, peak - lower))} off a "
+            f"step's peak of {readable(peak)} (predicted) and add {added:.1f} ms"
+        )
+
+    def advice(self, state: State, missing: int) -> str:
+        """What would fit where no state does."""
+        advice = [f"{readable(missing)} more"]
+        memories = [offer.memory for offer, lengths in zip(self.offers, state, strict=True) if lengths is not None]
+        loops = [memory.backward or memory.forward for memory in memories]
+        sums = max((loop.sums - loop.returned for loop in loops), default=0)
+        if sums > 0:
+            advice.append(f"accumulate='native' (float32 sums take {readable(sums)} more than the gradients)")
+        saved = sum(segment.saved for segment in self.timeline.segments if segment.block is None)
+        if saved > 0:
+            advice.append(f"activation checkpointing ({readable(saved)} are saved for backward outside of the regions)")
+        return ", ".join(advice)
 
 
-def _kept(region: Region, stages: Stages, differentiable: tuple[int, ...]) -> tuple[int, ...]:
-    """Values that are returned as they are exist anyway: their product need not run twice."""
-    large = [outer in region.returned and any(user.op == "output" for user in outer.users) for outer in region.outputs]
-    returned = {inner for inner, is_large in zip(stages.outputs, large, strict=True) if is_large}
-    return tuple(i for i in differentiable if stages.results[i] in returned)
+def _with(state: State, changes: dict[int, Lengths]) -> State:
+    return tuple(changes.get(number, lengths) for number, lengths in enumerate(state))
 
 
-def _multiplies(stages: Stages) -> bool:
-    return any(node.target in CONTRACTIONS for node in stages.loop)
-
-
-def _differentiable(
-    region: Region, stages: Stages, wanted: tuple[int, ...], detached: tuple[Node, ...]
-) -> tuple[int, ...]:
-    """Positions of the loop's results from which a gradient can come back."""
-    inside = set(region.nodes)
-    outputs = zip(region.outputs, stages.outputs, strict=True)
-    ends = [inner for outer, inner in outputs if needs_gradient(outer, inside) and outer not in detached]
-    reached = stages.results_behind(ends)
-    if not reached:
-        return ()
-    return tuple(i for i in differentiable_results(stages, wanted) if stages.results[i] in reached)
-
-
-def _backward(stages: Stages, differentiable: tuple[int, ...]) -> Backward:
-    """Gradients come in the forward where one scalar comes out, and recomputing it would cost a matrix product.
-
-    fp16 needs the true upstream scale: it recomputes.
-    """
-    if not differentiable:
-        return "none"
-    sink = stages.results[differentiable[0]]
-    scalar = len(differentiable) == 1 and stages.placements.of[sink] == PARTIAL and sink.meta["val"].numel() == 1
-    half = any(node.meta["val"].dtype == torch.float16 for node in (*stages.loop, *stages.operands) if _is_tensor(node))
-    return "in_forward" if scalar and _multiplies(stages) and not half else "recompute"
-
-
-def _is_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def _chunk(stages: Stages, config: Config) -> int:
-    """Positions in one chunk: as the user says, else about CHUNK_BYTES in its widest product; the chunks are even."""
-    if config.num_chunks is not None:
-        return max(1, -(-hint(stages.length) // config.num_chunks))
-    per_position = _tokens_per_position(stages)
-    if config.chunk_tokens is not None:
-        return _bounded(stages, max(1, config.chunk_tokens // per_position))
-    products = [node for node in stages.loop if node.target in CONTRACTIONS]
-    widest = max(_bytes_per_position(stages, node) for node in products or stages.loop)
-    tokens = max(1, CHUNK_BYTES[config.accumulate] * per_position // max(1, widest))
-    sharing = max([1.0, *(_tokens_per_row(stages, node) for node in products)])
-    tokens = int(min(MAX_ROWS * sharing, max(MIN_ROWS * sharing, 1 << (tokens.bit_length() - 1))))
-    length = max(1, tokens // per_position)
-    if stages.dynamic:
-        return length
-    chunks = -(-stages.length // length)
-    even = -(-stages.length // chunks)
-    return _bounded(stages, -(-even // ALIGNMENT) * ALIGNMENT)
-
-
-def _bounded(stages: Stages, chunk: int) -> int:
-    return chunk if stages.dynamic else min(stages.length, chunk)
-
-
-def _tokens_per_position(stages: Stages) -> int:
-    """Rows of the stream behind one position of the axis: the batch, where the axis is the sequence."""
-    return max(1, hint(prod(shape_of(stages.stream)[:-1])) // hint(stages.length))
-
-
-def _tokens_per_row(stages: Stages, product: Node) -> float:
-    """Tokens for each row that one of the product's matrices meets, where it has one for each group; else 0."""
-    weight = factors(product)[1]
-    if stages.placements.of[weight] != WHOLE or len(shape_of(weight)) != 3:
-        return 0.0
-    rows = hint(prod(shape_of(product)[:-1]))
-    return shape_of(weight)[0] * hint(prod(shape_of(stages.stream)[:-1])) / rows
-
-
-def _bytes_per_position(stages: Stages, node: Node) -> int:
-    split, value = split_of(stages.placements.of[node]), node.meta["val"]
-    if split is None or not isinstance(value, torch.Tensor):
-        return 0
-    return hint(value.numel()) * value.element_size() // hint(split.axis_length(value.shape))
+def held(offer: Offer, lengths: Lengths | None) -> Held:
+    """What a region holds when it is looped with these lengths, or not at all."""
+    memory = offer.memory
+    if lengths is None:
+        return Held(memory.whole_forward, memory.saved_whole, max(0, memory.whole_backward - memory.saved_whole))
+    backward = memory.backward.peak(lengths.chunk) if memory.backward is not None else memory.rescaled
+    return Held(memory.forward.peak(lengths.forward), memory.saved, backward)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from mst_fx.likeness import likeness_of_node
 from mst_fx.lower import fake_value, hint, lower
 from mst_fx.modes import Mode, modes_of
 from mst_fx.propagate import forbid_effects, forbid_unruled
@@ -41,23 +42,33 @@ class Contraction:
 
 
 class Reader:
-    """Reads the nodes of one graph; remembers what it opened, so a node like an earlier one costs nothing."""
+    """Reads the nodes of one graph.
 
-    def __init__(self, owner: GraphModule) -> None:
+    Args:
+        owner: holds the graph.
+        known: what was opened before, in this graph or another one of the same compile: a node like an earlier one
+            costs nothing.
+    """
+
+    def __init__(self, owner: GraphModule, known: dict[Any, GraphModule | None] | None = None) -> None:
         self.owner = owner
         self.order = {node: position for position, node in enumerate(owner.graph.nodes)}
         self.modes = modes_of(owner.graph)
-        self._opened: dict[Any, GraphModule | None] = {}
+        self.remembered: dict[Any, Any] = {}  # by other stages, about nodes of this graph
+        self._known = {} if known is None else known
+        self._opened: dict[Node, GraphModule | None] = {}
 
     def opened(self, node: Node) -> GraphModule | None:
         """The aten graph of one node; None where it cannot be opened (no fake values, a data-dependent op, ...)."""
-        key = (node.op, node.target, _signature(node.args), _signature(node.kwargs))
-        try:
-            if key not in self._opened:
-                self._opened[key] = self._open(node)
-            return self._opened[key]
-        except TypeError:  # an argument that cannot be hashed
-            return self._open(node)
+        if node not in self._opened:
+            key = likeness_of_node(node)
+            try:
+                if key not in self._known:
+                    self._known[key] = self._open(node)
+                self._opened[node] = self._known[key]
+            except TypeError:  # an argument that cannot be hashed
+                self._opened[node] = self._open(node)
+        return self._opened[node]
 
     def _open(self, node: Node) -> GraphModule | None:
         if node.op not in ("call_function", "call_method", "call_module"):
@@ -268,21 +279,3 @@ def _is_weight(node: Node) -> bool:
     if _rank(node) != 2:
         return False
     return _is_input(node) or (len(node.all_input_nodes) == 1 and _is_weight(node.all_input_nodes[0]))
-
-
-def _signature(args: Any) -> Any:
-    """A key that is equal for arguments of equal shapes and values."""
-    if isinstance(args, Node):
-        value = fake_value(args)
-        if isinstance(value, torch.Tensor):
-            return (tuple(value.shape), value.stride(), value.dtype, value.device)
-        return _signature(value) if isinstance(value, (tuple, list)) else value
-    if isinstance(args, torch.Tensor):
-        return (tuple(args.shape), args.stride(), args.dtype, args.device)
-    if isinstance(args, (tuple, list)):
-        return tuple(map(_signature, args))
-    if isinstance(args, dict):
-        return tuple((name, _signature(value)) for name, value in args.items())
-    if isinstance(args, slice):
-        return ("slice", args.start, args.stop, args.step)
-    return args

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
 
+from mst_fx.analysis import Work
 from mst_fx.lower import fake_value, hint
 from mst_fx.narrow import CutHead
 from mst_fx.plan import Plan
 from mst_fx.provenance import module_path, op_name, source_line
+from mst_fx.readable import readable
 from mst_fx.refusal import Refusal
 from mst_fx.region import Region, needs_gradient
-from mst_fx.stages import Stages
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class LoopedRegion:
         chunks: number of mini-sequences.
         bytes_before, bytes_after: of the region's temporaries, unlooped and with one mini-sequence alive.
         backward: "recompute", "in_forward" or "none".
+        added_ms: predicted time that the loop adds to a training step.
         returned_bytes: of logits that the compiled function returns, so that they exist as a whole.
         returned_gradient_bytes: of their gradient, with which backward starts even if nobody used them.
     """
@@ -41,20 +44,21 @@ class LoopedRegion:
     bytes_before: int
     bytes_after: int
     backward: str
+    added_ms: float = 0.0
     returned_bytes: int = 0
     returned_gradient_bytes: int = 0
 
     def __str__(self) -> str:
         lines = [
             f"{self.pattern} at {self.module or 'the top'}: {self.axis} in {self.chunks} chunks, "
-            f"{_readable(self.bytes_before)} -> {_readable(self.bytes_after)} of temporaries, "
-            f"backward {self.backward.replace('_', ' ')}",
+            f"{readable(self.bytes_before)} -> {readable(self.bytes_after)} of temporaries, "
+            f"backward {self.backward.replace('_', ' ')}, {self.added_ms:+.1f} ms a step (predicted)",
             self.source,
         ]
         if self.returned_bytes:
-            lines.append(f"Returned logits have to exist: {_readable(self.returned_bytes)}.")
+            lines.append(f"Returned logits have to exist: {readable(self.returned_bytes)}.")
         if self.returned_gradient_bytes:
-            size = _readable(self.returned_gradient_bytes)
+            size = readable(self.returned_gradient_bytes)
             lines.append(f"Backward starts with their gradient, {size}; returned_logits='detach' does without it.")
         return "\n    ".join(lines)
 
@@ -104,7 +108,7 @@ class EarlyCut:
     bytes_after: int
 
     def __str__(self) -> str:
-        sizes = f"{_readable(self.bytes_before)} -> {_readable(self.bytes_after)} of logits"
+        sizes = f"{readable(self.bytes_before)} -> {readable(self.bytes_after)} of logits"
         return f"cut before the head at {self.module or 'the top'}: {sizes}\n    {self.source}"
 
 
@@ -117,15 +121,20 @@ class Report:
         refusals: what is not, and why.
         cuts: projections that make less than was written.
         graphs: number of graphs that were seen; more than one after a graph break.
+        peak, peak_whole: predicted bytes of a training step of the graph with these loops and without any; of several
+            graphs, the most.
     """
 
     regions: tuple[LoopedRegion, ...] = ()
     refusals: tuple[RefusedRegion, ...] = ()
     cuts: tuple[EarlyCut, ...] = ()
     graphs: int = 1
+    peak: int = 0
+    peak_whole: int = 0
 
     def __add__(self, other: Report) -> Report:
-        return replace(self.joined(other), graphs=self.graphs + other.graphs)
+        peak, whole = max(self.peak, other.peak), max(self.peak_whole, other.peak_whole)
+        return replace(self.joined(other), graphs=self.graphs + other.graphs, peak=peak, peak_whole=whole)
 
     def joined(self, other: Report) -> Report:
         """With the decisions about a part of the same graph."""
@@ -136,23 +145,26 @@ class Report:
         if not self.regions and not self.refusals and not self.cuts:
             return f"mst_fx: nothing to loop in {self.graphs} graph(s): no pattern matched"
         head = f"mst_fx: {len(self.regions)} looped, {len(self.refusals)} left alone, {self.graphs} graph(s)"
+        if self.peak_whole:
+            head += f"; peak of a step {readable(self.peak_whole)} -> {readable(self.peak)} (predicted)"
         return "\n".join([head, *map(str, self.regions), *map(str, self.cuts), *map(str, self.refusals)])
 
 
-def looped(pattern: str, region: Region, stages: Stages, plan: Plan) -> LoopedRegion:
+def looped(pattern: str, region: Region, work: Work, plan: Plan, detached: Sequence[Node]) -> LoopedRegion:
     """The entry of a region that was rewritten."""
     return LoopedRegion(
         pattern=pattern,
         module=module_path(region.last),
         source=source_line(region.last),
-        axis=f"dim {stages.axis.dim} ({stages.length} positions)",
+        axis=f"dim {work.stages.axis.dim} ({work.stages.length} positions)",
         chunks=plan.chunks,
         bytes_before=plan.bytes_before,
         bytes_after=plan.bytes_after,
-        backward=plan.backward,
+        backward=work.backward,
+        added_ms=plan.added_ms,
         returned_bytes=sum(map(_bytes, region.returned)),
         returned_gradient_bytes=sum(
-            _bytes(node) for node in region.returned if needs_gradient(node, region.nodes) and node not in plan.detached
+            _bytes(node) for node in region.returned if needs_gradient(node, region.nodes) and node not in detached
         ),
     )
 
@@ -180,15 +192,6 @@ def refused(pattern: str, refusal: Refusal) -> RefusedRegion:
         text=refusal.text,
         module=module_path(node) if node is not None else "",
     )
-
-
-def _readable(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
 
 
 _MADE: deque[Report] = deque(maxlen=1000)

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from mst_fx.mini_sequence import CallSpec, mini_sequence
+from mst_fx.assembly import Call
+from mst_fx.body import Body
+from mst_fx.mini_sequence import mini_sequence
 from mst_fx.region import Region
 from mst_fx.stages import Stages
 
@@ -21,14 +23,12 @@ class Replacement:
     Attributes:
         region: what is replaced.
         stages: its aten graph, cut.
-        bodies: forward, forward tail, backward, backward tail; None where not needed.
-        spec: of the call.
+        call: bodies and literals; regions that are alike share one.
     """
 
     region: Region
     stages: Stages
-    bodies: tuple[GraphModule | None, GraphModule | None, GraphModule | None, GraphModule | None]
-    spec: CallSpec
+    call: Call
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacem
     with graph.inserting_before(place):
         for node in stages.prologue:
             env[node] = _copied(graph.node_copy(node, env.__getitem__), node)
-        bodies = [_body(owner, name, body) for name, body in zip(BODY_NAMES, replacement.bodies, strict=True)]
+        bodies = [_body(owner, name, body) for name, body in zip(BODY_NAMES, replacement.call.bodies, strict=True)]
         operands = [env[node] for node in stages.operands]
-        call = graph.call_function(mini_sequence, (*bodies, tuple(replacement.spec), *operands))
+        call = graph.call_function(mini_sequence, (*bodies, tuple(replacement.call.spec), *operands))
         call.meta = {key: value for key, value in region.last.meta.items() if key != "example_value"}
         for position, node in enumerate(stages.results):
             env[node] = _copied(graph.call_function(operator.getitem, (call, position)), node)
@@ -139,12 +139,16 @@ def _detach(graph: Graph, values: Sequence[Node]) -> None:
         returned.replace_input_with(node, detached)
 
 
-def _body(owner: GraphModule, name: str, body: GraphModule | None) -> Node | None:
+def _body(owner: GraphModule, name: str, body: Body | None) -> Node | None:
+    """A body as an attribute of the module; one that is there already is not put there again."""
     if body is None:
         return None
-    number = sum(1 for child, _ in owner.named_children() if child.startswith(f"mini_sequence_{name}_"))
-    attribute = f"mini_sequence_{name}_{number}"
-    owner.add_submodule(attribute, body)
+    prefix = f"mini_sequence_{name}_"
+    bodies = {module: child for child, module in owner.named_children() if child.startswith(prefix)}
+    attribute = bodies.get(body.module)
+    if attribute is None:
+        attribute = f"{prefix}{len(bodies)}"
+        owner.add_submodule(attribute, body.module)
     return owner.graph.get_attr(attribute)
 
 

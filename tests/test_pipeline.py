@@ -91,7 +91,7 @@ def broken(*args, **kwargs):
 
 
 def test_a_bug_in_the_pass_never_breaks_the_compile(monkeypatch, caplog):
-    monkeypatch.setattr(pipeline, "cut", broken)
+    monkeypatch.setattr(pipeline, "make_plans", broken)
     model = MlpLM()
     with caplog.at_level(logging.WARNING, "mst_fx"):
         loss = torch.compile(model, backend=mst_fx.backend, options=QUICK)(*tokens())
@@ -101,7 +101,7 @@ def test_a_bug_in_the_pass_never_breaks_the_compile(monkeypatch, caplog):
 
 
 def test_a_bug_in_the_pass_is_raised_when_strict(monkeypatch):
-    monkeypatch.setattr(pipeline, "cut", broken)
+    monkeypatch.setattr(pipeline, "make_plans", broken)
     with pytest.raises(Exception, match="a bug"):
         torch.compile(MlpLM(), backend=mst_fx.backend, options={**QUICK, "strict": True})(*tokens())
 

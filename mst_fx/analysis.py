@@ -1,0 +1,141 @@
+"""Region -> what a loop over it has to do, whatever the length of a mini-sequence. Regions that are alike share it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.fx import Node
+
+from mst_fx.body import differentiable_results
+from mst_fx.config import Config
+from mst_fx.likeness import likeness_of_nodes
+from mst_fx.lower import fake_value, lower
+from mst_fx.placement import PARTIAL
+from mst_fx.region import Region, needs_gradient
+from mst_fx.rules.contraction import CONTRACTIONS
+from mst_fx.stages import Stages, cut
+
+Backward = Literal["recompute", "in_forward", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """The parts of a region, and its gradients.
+
+    Attributes:
+        stages: the cut aten graph.
+        backward: how gradients are made.
+        wanted: positions of the loop's operands that get a gradient.
+        differentiable: positions of the loop's results that have one.
+        kept: positions of the results that backward reads in place of computing them again.
+    """
+
+    stages: Stages
+    backward: Backward
+    wanted: tuple[int, ...]
+    differentiable: tuple[int, ...]
+    kept: tuple[int, ...]
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether a matrix product is part of the loop."""
+        return any(node.target in CONTRACTIONS for node in self.stages.loop)
+
+
+def analysed(region: Region, config: Config, known: dict[Hashable, Work]) -> Work:
+    """Lower and cut a region, and decide how its gradients are made.
+
+    Args:
+        region: any.
+        config: its `returned_logits` decides which results carry gradients.
+        known: the work of the regions so far; one that is like the region is found there.
+
+    Raises:
+        Refusal: the region must not be looped.
+    """
+    key = _likeness(region)
+    try:
+        if key not in known:
+            known[key] = _analysed(region, config)
+        return known[key]
+    except TypeError:  # an argument that cannot be hashed
+        return _analysed(region, config)
+
+
+def _likeness(region: Region) -> Hashable:
+    inside = set(region.nodes)
+    ends = tuple(
+        (region.nodes.index(node), needs_gradient(node, inside), *_returned(region, node)) for node in region.outputs
+    )
+    modes = tuple(region.modes[node] for node in region.nodes)
+    return (likeness_of_nodes(region.nodes, region.live_ins), region.live_ins.index(region.stream), ends, modes)
+
+
+def _returned(region: Region, output: Node) -> tuple[bool, bool]:
+    """Whether an output is a large value that the graph returns, and whether it returns it as it is."""
+    return output in region.returned, any(user.op == "output" for user in output.users)
+
+
+def _analysed(region: Region, config: Config) -> Work:
+    lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes)
+    placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
+    stages = cut(lowered, placeholders[region.live_ins.index(region.stream)])
+    needs_grad = _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True)))
+    wanted = tuple(i for i, node in enumerate(stages.operands) if needs_grad[node])
+    differentiable = _differentiable(region, stages, wanted, config) if wanted else ()
+    backward = _backward(stages, differentiable)
+    kept = _kept(region, stages, differentiable) if backward == "recompute" else ()
+    return Work(stages, backward, wanted if differentiable else (), differentiable, kept)
+
+
+def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool]:
+    """Which values before the loop need a gradient: floating-point ones that depend on a live-in that does."""
+    needs: dict[Node, bool] = {}
+    for node in stages.graph.nodes:
+        value = node.meta.get("val")
+        floating = value is not None and hasattr(value, "is_floating_point") and value.is_floating_point()
+        if node in live_in_of:
+            needs[node] = floating and bool(fake_value(live_in_of[node]).requires_grad)
+        else:
+            needs[node] = floating and any(needs[operand] for operand in node.all_input_nodes)
+    return needs
+
+
+def _kept(region: Region, stages: Stages, differentiable: tuple[int, ...]) -> tuple[int, ...]:
+    """Values that are returned as they are exist anyway: their product need not run twice."""
+    exist = [all(_returned(region, outer)) for outer in region.outputs]
+    returned = {inner for inner, exists in zip(stages.outputs, exist, strict=True) if exists}
+    return tuple(i for i in differentiable if stages.results[i] in returned)
+
+
+def _differentiable(region: Region, stages: Stages, wanted: tuple[int, ...], config: Config) -> tuple[int, ...]:
+    """Positions of the loop's results from which a gradient can come back."""
+    inside = set(region.nodes)
+    detached = region.returned if config.returned_logits == "detach" else ()
+    outputs = zip(region.outputs, stages.outputs, strict=True)
+    ends = [inner for outer, inner in outputs if needs_gradient(outer, inside) and outer not in detached]
+    reached = stages.results_behind(ends)
+    if not reached:
+        return ()
+    return tuple(i for i in differentiable_results(stages, wanted) if stages.results[i] in reached)
+
+
+def _backward(stages: Stages, differentiable: tuple[int, ...]) -> Backward:
+    """Gradients come in the forward where one scalar comes out, and recomputing it would cost a matrix product.
+
+    fp16 needs the true upstream scale: it recomputes.
+    """
+    if not differentiable:
+        return "none"
+    sink = stages.results[differentiable[0]]
+    scalar = len(differentiable) == 1 and stages.placements.of[sink] == PARTIAL and sink.meta["val"].numel() == 1
+    half = any(node.meta["val"].dtype == torch.float16 for node in (*stages.loop, *stages.operands) if _is_tensor(node))
+    multiplies = any(node.target in CONTRACTIONS for node in stages.loop)
+    return "in_forward" if scalar and multiplies and not half else "recompute"
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)

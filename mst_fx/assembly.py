@@ -1,0 +1,69 @@
+"""Work + the length of a mini-sequence -> the bodies and the literals of one call of `mini_sequence`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from mst_fx.analysis import Work
+from mst_fx.body import Body, Gradients, axis_of, forward_body, gradient_body
+from mst_fx.config import Accumulate
+from mst_fx.loop import VERSION
+from mst_fx.mini_sequence import CallSpec
+from mst_fx.stages import Stages
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What the graph holds in place of a region.
+
+    Attributes:
+        spec: the literals.
+        forward, forward_tail: bodies of the loop that only computes results, of a full chunk and of the ragged one.
+        backward, backward_tail: of the loop that computes gradients; None where none are needed.
+    """
+
+    spec: CallSpec
+    forward: Body
+    forward_tail: Body | None
+    backward: Body | None = None
+    backward_tail: Body | None = None
+
+    @property
+    def bodies(self) -> tuple[Body | None, ...]:
+        """In the order of the arguments of `mini_sequence`."""
+        return (self.forward, self.forward_tail, self.backward, self.backward_tail)
+
+
+def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate) -> Call:
+    """Trace the bodies.
+
+    Args:
+        work: of the region.
+        chunk: positions of the axis in one mini-sequence of the loop that computes gradients.
+        forward_chunk: the same for the loop that only computes results.
+        accumulate: dtype policy for gradients of whole operands in half precision.
+    """
+    stages = work.stages
+    ins = tuple(axis_of(stages, node) for node in stages.operands)
+    forward = _full_and_tail(stages, forward_chunk, partial(forward_body, stages))
+    spec = CallSpec(work.backward, (VERSION, forward_chunk, ins, forward[0].outs), (), work.differentiable, work.wanted)
+    if work.backward == "none":
+        return Call(spec, *forward)
+    in_forward = work.backward == "in_forward"
+    gradients = Gradients(work.wanted, work.differentiable, in_forward, accumulate, work.kept)
+    backward = _full_and_tail(stages, chunk, partial(gradient_body, stages, gradients))
+    read = () if in_forward else (*work.differentiable, *work.kept)
+    given = tuple(axis_of(stages, stages.results[i]) for i in read)
+    spec = spec._replace(backward_spec=(VERSION, chunk, given + ins, backward[0].outs), kept=work.kept)
+    return Call(spec, *forward, *backward)
+
+
+def _full_and_tail(stages: Stages, chunk: int, make: Callable[[int | None], Body]) -> tuple[Body, Body | None]:
+    """The body of a full chunk, and that of the ragged last one: for any length where that is known at run time."""
+    ragged = None if stages.dynamic else stages.length % chunk
+    full, tail = make(chunk), make(ragged) if ragged != 0 else None
+    if tail is not None and tail.outs != full.outs:
+        raise AssertionError(f"the bodies of {chunk} and {ragged} positions differ: {full.outs}, {tail.outs}")
+    return full, tail

@@ -1,0 +1,148 @@
+"""Milliseconds that a loop adds to a step: what is computed again, and what shorter matrix products lose. No policy.
+
+A model by the roofline (Williams et al., 2009): a matrix product takes its flops at the rate that its rows allow, all
+else its bytes at the bandwidth of the memory. The rates are a table, not a measurement of the moment: every rank and
+every run comes to the same plan.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch.fx import Node
+
+from mst_fx.analysis import Work
+from mst_fx.lower import hint
+from mst_fx.memory import is_sink
+from mst_fx.placement import WHOLE
+from mst_fx.rules import shape_of
+from mst_fx.rules.contraction import CONTRACTIONS, factors
+from mst_fx.stages import Stages
+
+EFFICIENCY = ((1, 0.02), (128, 0.4), (256, 0.6), (512, 0.8), (1024, 0.88), (2048, 0.94), (4096, 0.98), (8192, 1.0))
+"""(rows, share of the best rate) of bfloat16 products of [rows, 4096] with [4096, 14336], forward and gradients."""
+HOST_MS = 0.03
+"""What the host takes for one mini-sequence, where the device has nothing else to do."""
+
+FLOPS_PER_CYCLE = {8: 2048, 9: 4096, 10: 8192}
+"""Of one multiprocessor's matrix units in half precision without sparsity, by major compute capability."""
+REACHED = 0.7
+"""Share of the nominal rate that large products reach."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What plans depend on; nothing of it changes while a program runs.
+
+    Attributes:
+        kind: "cuda", "cpu", ...
+        memory: bytes in all.
+        flops_per_ms: of large matrix products, in half precision.
+        bytes_per_ms: of its memory.
+    """
+
+    kind: str
+    memory: int
+    flops_per_ms: float
+    bytes_per_ms: float
+
+
+def device_of(device: torch.device) -> Device:
+    """Describe a device by what its driver says of it; where that is not enough, by nominal rates."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        clock_khz = getattr(properties, "clock_rate", 1_500_000)
+        cycles = FLOPS_PER_CYCLE.get(properties.major, 1024) * properties.multi_processor_count
+        memory_khz = getattr(properties, "memory_clock_rate", 2_600_000)
+        bandwidth = 2 * memory_khz * getattr(properties, "memory_bus_width", 5120) // 8
+        return Device("cuda", properties.total_memory, REACHED * cycles * clock_khz, float(bandwidth))
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = os.cpu_count() or 1
+    return Device(device.type, total, 5e7 * cores, 2e7)
+
+
+@dataclass(frozen=True)
+class RegionCost:
+    """Work of a region, forward and backward, over the whole length.
+
+    Attributes:
+        flops: of its matrix products in the forward.
+        recomputed: those of them that a loop computes once more for backward.
+        rows: rows of a product for one position, of the product with the fewest.
+        bytes_summed: read and written for one mini-sequence to add up gradients.
+        half: whether the products are in half precision.
+    """
+
+    flops: float
+    recomputed: float
+    rows: float
+    bytes_summed: int
+    half: bool
+
+    def added_ms(self, device: Device, chunk: int, length: int, *, repeated: bool) -> float:
+        """Predicted milliseconds that a loop adds to a training step.
+
+        Args:
+            device: that it runs on.
+            chunk: positions of one mini-sequence.
+            length: positions of the whole axis.
+            repeated: the forward is computed again for backward in any case (activation checkpointing).
+        """
+        rate = device.flops_per_ms * (1.0 if self.half else 0.5)
+        again = 0.0 if repeated else self.recomputed / (rate * efficiency(self.rows * chunk))
+        slower = 3 * self.flops / rate * (1 / efficiency(self.rows * chunk) - 1 / efficiency(self.rows * length))
+        chunks = -(-length // chunk)
+        return again + slower + (chunks - 1) * (HOST_MS + self.bytes_summed / device.bytes_per_ms)
+
+
+def efficiency(rows: float) -> float:
+    """Share of the best rate that a matrix product of so many rows reaches; between the table's rows, in proportion."""
+    position = bisect_right(EFFICIENCY, (rows, 1.0))
+    if position == 0:
+        return EFFICIENCY[0][1]
+    if position == len(EFFICIENCY):
+        return EFFICIENCY[-1][1]
+    (low, a), (high, b) = EFFICIENCY[position - 1 : position + 1]
+    return a + (b - a) * (rows - low) / (high - low)
+
+
+def cost_of(work: Work, bytes_summed: int) -> RegionCost:
+    """Count a region's matrix products.
+
+    Args:
+        work: of the region.
+        bytes_summed: of what adds up over the mini-sequences.
+    """
+    stages = work.stages
+    kept = {stages.results[i] for i in work.kept}
+    products = [node for node in stages.loop if node.target in CONTRACTIONS]
+    flops = {node: _flops(node) for node in products}
+    again = [node for node in products if node not in kept and not is_sink(stages, node)]
+    length = hint(stages.length)
+    tokens = hint(prod(shape_of(stages.stream)[:-1])) / length
+    return RegionCost(
+        flops=sum(flops.values()),
+        recomputed=sum(flops[node] for node in again) if work.backward == "recompute" else 0.0,
+        rows=tokens / max([1.0, *(tokens_per_row(stages, node) for node in products)]),
+        bytes_summed=2 * bytes_summed,
+        half=stages.stream.meta["val"].dtype in (torch.float16, torch.bfloat16),
+    )
+
+
+def tokens_per_row(stages: Stages, product: Node) -> float:
+    """Tokens for each row that one of the product's matrices meets, where it has one for each group; else 0."""
+    weight = factors(product)[1]
+    if stages.placements.of[weight] != WHOLE or len(shape_of(weight)) != 3:
+        return 0.0
+    rows = hint(prod(shape_of(product)[:-1]))
+    return shape_of(weight)[0] * hint(prod(shape_of(stages.stream)[:-1])) / rows
+
+
+def _flops(product: Node) -> float:
+    """Two for each element of the result and each of the terms that it is the sum of."""
+    left = factors(product)[0]
+    return 2.0 * hint(prod(shape_of(product))) * hint(shape_of(left)[-1])

@@ -1,0 +1,164 @@
+"""Peak of a body: which of its values become buffers, when they are made, and when they die.
+
+A model of what a fusing compiler makes of an aten graph, no record of what it did:
+  - a matrix product, and whatever else no kernel is generated for, reads and writes buffers
+  - all other ops between two such steps are fused; of them become buffers what such a step reads, what the body
+    returns, and what is reduced; everything else is computed again where it is read
+  - what is made from the same buffers is one kernel, whose buffers are alive together
+  - a buffer that one value of the kernel alone is made from, and nobody reads later, is overwritten by it if the sizes
+    agree; reductions are read first where they are loops of their own, as in C++, and at the same time in Triton
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mst_fx.rules.contraction import CONTRACTIONS
+from mst_fx.rules.routing import SORTS
+from mst_fx.rules.view import FREE
+
+aten = torch.ops.aten
+UNFUSED = frozenset([*CONTRACTIONS, *SORTS, aten.histc.default, aten.cumsum.default, aten.topk.default])
+
+Size = Callable[[Node], float]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One kernel, or one call of a library: the buffers that it reads and those that it makes."""
+
+    reads: frozenset[Node]
+    makes: tuple[Node, ...]
+    overwrites: tuple[tuple[Node, Node], ...] = ()
+
+
+def peak(module: GraphModule, size: Size, *, reductions_apart: bool) -> float:
+    """The most that `size` of the buffers alive adds up to, those of the inputs (alive throughout) left out.
+
+    Args:
+        module: an aten graph; views hold no memory.
+        size: of the buffer of one value.
+        reductions_apart: whether a kernel's reductions are over before it writes, as in C++.
+    """
+    steps = _Steps(module, reductions_apart)
+    last = {node: index for index, step in enumerate(steps.order) for node in step.reads}
+    last.update(dict.fromkeys(steps.returned, len(steps.order)))
+    alive: set[Node] = set()
+    most = 0.0
+    for index, step in enumerate(steps.order):
+        dying = {node for node in step.reads & alive if last[node] == index}
+        reused = {old for old, new in step.overwrites if old in dying and size(old) == size(new)}
+        alive.update(step.makes)
+        most = max(most, sum(map(size, alive - reused)))
+        alive -= dying
+        alive.difference_update(node for node in step.makes if node not in last)
+    return most
+
+
+class _Steps:
+    """The steps of a graph in the order in which they run."""
+
+    def __init__(self, module: GraphModule, reductions_apart: bool) -> None:
+        self.order: list[_Step] = []
+        self.returned = {_buffer(node) for node in module.graph.output_node().all_input_nodes}
+        self._apart = reductions_apart
+        self._nodes = [node for node in module.graph.nodes if node.op == "call_function" and _is_tensor(node)]
+        self._level: dict[Node, int] = {}
+        self._reads: dict[Node, frozenset[Node]] = {}
+        for node in self._nodes:
+            self._place(node)
+        self._kernels = self._fused()
+        self._done: set[Node] = set()
+        for node in self._nodes:
+            if node.target in UNFUSED:
+                self._run(node)
+        for node in sorted(self.returned):
+            self._run(node)
+
+    def _place(self, node: Node) -> None:
+        """How many unfused steps lie behind a node, and the buffers that it is computed from."""
+        operands = [operand for operand in map(_buffer, node.all_input_nodes) if _is_tensor(operand)]
+        level = max((self._level.get(operand, 0) for operand in operands), default=0)
+        self._level[node] = level + (node.target in UNFUSED)
+        behind = [frozenset([o]) if self._is_buffer(o) else self._reads.get(o, frozenset()) for o in operands]
+        self._reads[node] = frozenset().union(*behind)
+
+    def _is_buffer(self, node: Node) -> bool:
+        if node.op == "placeholder" or node.target in UNFUSED or node in self.returned or _reduces(node):
+            return True
+        return any(user.target in UNFUSED for user in _readers(node))
+
+    def _fused(self) -> dict[Node, _Step]:
+        """The kernels that make the buffers among fused ops: one for those of a level that read the same."""
+        groups: list[list[Node]] = []
+        for node in self._nodes:
+            if node.target in UNFUSED or node.target in FREE or not self._is_buffer(node):
+                continue
+            near = next((group for group in groups if self._meet(group, node)), None)
+            if near is None:
+                groups.append([node])
+            else:
+                near.append(node)
+        return {node: kernel for group in groups for kernel in [self._kernel(group)] for node in group}
+
+    def _meet(self, group: list[Node], node: Node) -> bool:
+        same_level = self._level[group[0]] == self._level[node]
+        return same_level and any(not self._reads[node].isdisjoint(self._reads[other] | {other}) for other in group)
+
+    def _kernel(self, group: list[Node]) -> _Step:
+        reads = frozenset().union(*(self._reads[node] for node in group)) - set(group)
+        writers = [node for node in group if not (self._apart and _reduces(node))]
+        overwritten: dict[Node, Node] = {}
+        for old in sorted(node for node in reads if node.op != "placeholder"):
+            readers = [new for new in writers if old in self._reads[new]]
+            if len(readers) == 1 and _numel(readers[0]) == _numel(old):
+                overwritten.setdefault(readers[0], old)
+        return _Step(reads, tuple(group), tuple((old, new) for new, old in overwritten.items()))
+
+    def _run(self, node: Node) -> None:
+        """Put the step that makes a buffer behind those that make what it reads."""
+        if node in self._done or node.op != "call_function":
+            return
+        step = self._kernels.get(node) or _Step(self._reads[node], (node,))
+        self._done.update(step.makes)
+        for operand in sorted(step.reads):
+            self._run(operand)
+        self.order.append(step)
+
+
+def _reduces(node: Node) -> bool:
+    return node.target not in FREE and _numel(node) < max(map(_numel, node.all_input_nodes), default=0)
+
+
+def _numel(node: Node) -> int:
+    """Elements of the value, of its largest part where it is a tuple."""
+    value = node.meta.get("val")
+    parts = value if isinstance(value, Sequence) else [value]
+    return max((part.numel() for part in parts if isinstance(part, torch.Tensor)), default=0)
+
+
+def _buffer(node: Node) -> Node:
+    """The value whose memory a view shows."""
+    while node.target in FREE or node.target in (aten.detach.default, aten.alias.default):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _readers(node: Node) -> Iterable[Node]:
+    """Who reads the value, through views or not."""
+    for user in node.users:
+        if _buffer(user) is node and user is not node:
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _is_tensor(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) or (
+        isinstance(value, Sequence) and any(isinstance(x, torch.Tensor) for x in value)
+    )

@@ -1,0 +1,219 @@
+"""Graph -> its regions, each with everything that the planner asks for. Subgraphs are visited as the graph is.
+
+What was found out about one node or region is known for all that are like it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mst_fx.analysis import Work, analysed
+from mst_fx.assembly import Call, assembled
+from mst_fx.chunking import Extent, Lengths, default_lengths
+from mst_fx.config import Config
+from mst_fx.cost import Device, cost_of, device_of, tokens_per_row
+from mst_fx.discover import discover, nested
+from mst_fx.lower import hint
+from mst_fx.memory import RegionMemory, bytes_per_position, memory_of, temporary_bytes, written_after
+from mst_fx.narrow import cut_heads
+from mst_fx.pattern import Pattern
+from mst_fx.plan import Offer
+from mst_fx.provenance import module_path
+from mst_fx.reading import Reader
+from mst_fx.refusal import Refusal
+from mst_fx.region import Region
+from mst_fx.report import Report, cut_head, refused
+from mst_fx.rewrite import Edit, nodes_of, rebuilt
+from mst_fx.rules import shape_of
+from mst_fx.rules.contraction import CONTRACTIONS
+from mst_fx.timeline import Segment, Timeline, resident_bytes, segments_of
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A region that can be looped.
+
+    Attributes:
+        pattern: name of the pattern that recognised it.
+        region: where.
+        work: what its loop has to do.
+        repeated: whether it stands in a block that is computed again for backward in any case.
+    """
+
+    pattern: str
+    region: Region
+    work: Work
+    repeated: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Surveyed:
+    """One graph.
+
+    Attributes:
+        reader: of the graph, in which heads project only the tokens that are read.
+        sites: its regions, in graph order.
+        report: what was refused, and cut.
+        children: its subgraphs, by attribute, and the nodes that run them.
+    """
+
+    reader: Reader
+    sites: tuple[Site, ...]
+    report: Report
+    children: dict[str, tuple[Surveyed, tuple[Node, ...]]]
+
+    def all_sites(self) -> Iterator[Site]:
+        """Those of the graph and of its subgraphs."""
+        yield from self.sites
+        for child, _ in self.children.values():
+            yield from child.all_sites()
+
+
+@dataclass(frozen=True, eq=False)
+class Surveyor:
+    """Surveys the graphs of one compile.
+
+    Attributes:
+        config: the user's options.
+        patterns: to recognise regions by.
+    """
+
+    config: Config
+    patterns: Sequence[Pattern]
+    _opened: dict[Any, GraphModule | None] = field(default_factory=dict)
+    _works: dict[Hashable, Work] = field(default_factory=dict)
+    _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
+    _memories: dict[tuple[Work, Lengths], RegionMemory] = field(default_factory=dict)
+
+    def survey(self, gm: GraphModule, repeated: bool = False) -> Surveyed:
+        """Find the regions of a graph and of its subgraphs.
+
+        Args:
+            gm: as captured.
+            repeated: whether it is computed again for backward in any case.
+        """
+        reader, report = self._cut_early(gm)
+        sites: list[Site] = []
+        for found in discover(reader, self.patterns):
+            try:
+                if isinstance(found.outcome, Refusal):
+                    raise found.outcome
+                sites.append(self._best_part(found.pattern, found.outcome, repeated))
+            except Refusal as refusal:
+                report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
+        children = {
+            child.name: (self.survey(child.module, repeated or child.repeated), child.callers)
+            for child in nested(reader.owner)
+        }
+        return Surveyed(reader, tuple(sites), report, children)
+
+    def _cut_early(self, gm: GraphModule) -> tuple[Reader, Report]:
+        """A reader of the graph in which heads project only the tokens that are read."""
+        report = Report()
+        while True:
+            reader = Reader(gm, self._opened)
+            found = [head for head in cut_heads(reader) if head.bytes_before >= self.config.least_bytes]
+            if not found:
+                return reader, report
+            report = report.joined(Report(cuts=tuple(map(cut_head, found))))
+            makes = [partial(nodes_of, region=head.region, lowered=head.cut_first) for head in found]
+            gm = rebuilt(gm, [Edit(head.region, make) for head, make in zip(found, makes, strict=True)])
+
+    def _best_part(self, pattern: str, region: Region, repeated: bool) -> Site:
+        """The largest part that can be looped; where large values are returned, the one that leaves the fewest bytes.
+
+        Raises:
+            Refusal: neither the region nor any part of it can be looped.
+        """
+        parts: list[Site] = []
+        refusal: Refusal | None = None
+        part: Region | None = region
+        while part is not None and (part.returned or not parts):
+            try:
+                parts.append(Site(pattern, part, analysed(part, self.config, self._works), repeated))
+            except Refusal as error:
+                refusal = refusal or error
+            part = part.smaller
+        if not parts:
+            assert refusal is not None
+            raise refusal
+        return min(parts, key=lambda part: written_after(part.work, self._lengths(part).chunk))
+
+    def _lengths(self, site: Site) -> Lengths:
+        wish = self.config.wish_for(module_path(site.region.last))
+        recomputes = site.work.backward == "recompute"
+        return default_lengths(extent_of(site.work), wish, self.config.accumulate, recomputes=recomputes)
+
+    def call(self, work: Work, lengths: Lengths) -> Call:
+        """The bodies for these lengths; the same ones for all regions that are alike."""
+        key = (work, lengths)
+        if key not in self._calls:
+            self._calls[key] = assembled(work, lengths.chunk, lengths.forward, self.config.accumulate)
+        return self._calls[key]
+
+    def offer(self, site: Site) -> Offer:
+        """What the planner has to know of a region."""
+        module, extent, lengths = module_path(site.region.last), extent_of(site.work), self._lengths(site)
+        written = temporary_bytes(site.work.stages, extent.length)
+        if written < self.config.least_bytes and not self.config.wish_for(module).loop:
+            memory = RegionMemory(written)  # it is left alone: no need to trace what its loop would be
+        else:
+            memory = self._memory(site.work, lengths)
+        cost = cost_of(site.work, (memory.backward or memory.forward).sums)
+        return Offer(module, extent, memory, cost, free=site.work.backward != "recompute", repeated=site.repeated)
+
+    def _memory(self, work: Work, lengths: Lengths) -> RegionMemory:
+        if (work, lengths) not in self._memories:
+            self._memories[work, lengths] = memory_of(work, self.call(work, lengths))
+        return self._memories[work, lengths]
+
+
+def extent_of(work: Work) -> Extent:
+    """Numbers of a region's axis."""
+    stages = work.stages
+    products = [node for node in stages.loop if node.target in CONTRACTIONS]
+    length = hint(stages.length)
+    return Extent(
+        length=length,
+        dynamic=stages.dynamic,
+        tokens=max(1, hint(prod(shape_of(stages.stream)[:-1])) // length),
+        widest=max((bytes_per_position(stages, node) for node in products or stages.loop), default=0),
+        sharing=max([1.0, *(tokens_per_row(stages, node) for node in products)]),
+    )
+
+
+def timeline_of(surveyed: Surveyed) -> Timeline:
+    """The memory of the whole graph; its regions are numbered as in `all_sites`."""
+    numbers = {site: number for number, site in enumerate(surveyed.all_sites())}
+    return Timeline(resident_bytes(surveyed.reader), tuple(_segments(surveyed, numbers, iter(range(2**31)), top=True)))
+
+
+def _segments(surveyed: Surveyed, numbers: dict[Site, int], fresh: Iterator[int], *, top: bool) -> list[Segment]:
+    regions = {node: numbers[site] for site in surveyed.sites for node in site.region.nodes}
+    blocks: dict[Node, list[Segment]] = {}
+    for child, callers in surveyed.children.values():
+        for caller in callers:
+            inner = _segments(child, numbers, fresh, top=False)
+            block = next(fresh) if all(site.repeated for site in child.sites) else None
+            blocks[caller] = [replace(segment, block=segment.block or block) for segment in inner]
+    results = {numbers[site]: _result_bytes(site.region) for site in surveyed.sites}
+    return segments_of(surveyed.reader, regions, blocks, results, top=top)
+
+
+def _result_bytes(region: Region) -> int:
+    values: list[torch.Tensor] = [node.meta["example_value"] for node in region.outputs]
+    return sum(hint(value.numel()) * value.element_size() for value in values if value.requires_grad)
+
+
+def device_of_graph(surveyed: Surveyed) -> Device:
+    """The device of the regions; the CPU where there are none."""
+    site = next(surveyed.all_sites(), None)
+    value: Any = site.work.stages.stream.meta["val"] if site is not None else torch.empty(0)
+    return device_of(value.device)
