@@ -57,12 +57,9 @@ def analysed(region: Region, config: Config, known: dict[Hashable, Work]) -> Wor
         Refusal: the region must not be looped.
     """
     key = _likeness(region)
-    try:
-        if key not in known:
-            known[key] = _analysed(region, config)
-        return known[key]
-    except TypeError:  # an argument that cannot be hashed
-        return _analysed(region, config)
+    if key not in known:
+        known[key] = _analysed(region, config)
+    return known[key]
 
 
 def _likeness(region: Region) -> Hashable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from mst_fx.analysis import Work
@@ -20,13 +20,14 @@ class Call:
 
     Attributes:
         spec: the literals.
-        forward, forward_tail: bodies of the loop that only computes results, of a full chunk and of the ragged one.
+        forward, forward_tail: bodies of the loop that only computes results, of a full chunk and of the ragged one;
+            None where gradients come in the forward.
         backward, backward_tail: of the loop that computes gradients; None where none are needed.
     """
 
     spec: CallSpec
-    forward: Body
-    forward_tail: Body | None
+    forward: Body | None = None
+    forward_tail: Body | None = None
     backward: Body | None = None
     backward_tail: Body | None = None
 
@@ -47,17 +48,21 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
     """
     stages = work.stages
     ins = tuple(axis_of(stages, node) for node in stages.operands)
-    forward = _full_and_tail(stages, forward_chunk, partial(forward_body, stages))
-    spec = CallSpec(work.backward, (VERSION, forward_chunk, ins, forward[0].outs), (), work.differentiable, work.wanted)
-    if work.backward == "none":
-        return Call(spec, *forward)
+    spec = CallSpec(work.backward, (), (), work.differentiable, work.wanted, work.kept)
+    call = Call(spec)
     in_forward = work.backward == "in_forward"
-    gradients = Gradients(work.wanted, work.differentiable, in_forward, accumulate, work.kept)
-    backward = _full_and_tail(stages, chunk, partial(gradient_body, stages, gradients))
-    read = () if in_forward else (*work.differentiable, *work.kept)
-    given = tuple(axis_of(stages, stages.results[i]) for i in read)
-    spec = spec._replace(backward_spec=(VERSION, chunk, given + ins, backward[0].outs), kept=work.kept)
-    return Call(spec, *forward, *backward)
+    if not in_forward:
+        full, tail = _full_and_tail(stages, forward_chunk, partial(forward_body, stages))
+        spec = spec._replace(forward_spec=(VERSION, forward_chunk, ins, full.outs))
+        call = Call(spec, full, tail)
+    if work.backward != "none":
+        gradients = Gradients(work.wanted, work.differentiable, in_forward, accumulate, work.kept)
+        full, tail = _full_and_tail(stages, chunk, partial(gradient_body, stages, gradients))
+        read = () if in_forward else (*work.differentiable, *work.kept)
+        given = tuple(axis_of(stages, stages.results[i]) for i in read)
+        spec = spec._replace(backward_spec=(VERSION, chunk, given + ins, full.outs))
+        call = replace(call, spec=spec, backward=full, backward_tail=tail)
+    return call
 
 
 def _full_and_tail(stages: Stages, chunk: int, make: Callable[[int | None], Body]) -> tuple[Body, Body | None]:

@@ -12,6 +12,10 @@ import torch
 from torch.fx import GraphModule
 
 from mst_fx.config import Config
+from mst_fx.loop import VERSION
+from mst_fx.mini_sequence import mini_sequence
+
+CALLED = f"{mini_sequence.__module__}.{mini_sequence.__name__}"
 
 Compile: TypeAlias = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -48,12 +52,15 @@ def inner_compiler(config: Config, mode: str | None, options: dict[str, Any]) ->
 
 
 def _inductor(mode: str | None, options: dict[str, Any]) -> Compile:
+    import torch._inductor.config as inductor
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     import mst_fx.inductor  # noqa: F401 - registers the lowering
 
-    patches = {**(list_mode_options(mode) if mode else {}), **options}
+    # AOTAutograd's cache takes foreign functions that are named with a version; the bodies are part of the graph's key
+    cacheable = {**inductor.unsafe_marked_cacheable_functions, CALLED: VERSION}
+    patches = {**(list_mode_options(mode) if mode else {}), "unsafe_marked_cacheable_functions": cacheable, **options}
 
     def compile_graph(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)

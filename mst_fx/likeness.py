@@ -13,7 +13,10 @@ from mst_fx.lower import fake_value, is_symbolic
 
 def likeness_of_node(node: Node) -> Hashable:
     """A key that is equal for nodes that do the same with operands of the same shapes."""
-    return (node.op, node.target, _owner(node), like(node.args), like(node.kwargs))
+    operands = node.all_input_nodes
+    number = {operand: position for position, operand in enumerate(operands)}
+    given = tuple(map(like, operands))
+    return (node.op, node.target, _owner(node), given, like(node.args, number), like(node.kwargs, number))
 
 
 def likeness_of_nodes(nodes: Sequence[Node], live_ins: Sequence[Node]) -> Hashable:
@@ -56,4 +59,6 @@ def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
         return tuple((name, like(part, number)) for name, part in value.items())
     if isinstance(value, slice):
         return (slice, *(like(part, number) for part in (value.start, value.stop, value.step)))
-    return (type(value), str(value) if is_symbolic(value) else value)  # 1, 1.0 and True are equal, but not alike
+    if is_symbolic(value) or not isinstance(value, Hashable):
+        value = str(value)
+    return (type(value), value)  # 1, 1.0 and True are equal, but not alike

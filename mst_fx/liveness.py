@@ -64,7 +64,7 @@ class _Steps:
 
     def __init__(self, module: GraphModule, reductions_apart: bool) -> None:
         self.order: list[_Step] = []
-        self.returned = {_buffer(node) for node in module.graph.output_node().all_input_nodes}
+        self.returned = {buffer_of(node) for node in module.graph.output_node().all_input_nodes}
         self._apart = reductions_apart
         self._nodes = [node for node in module.graph.nodes if node.op == "call_function" and _is_tensor(node)]
         self._level: dict[Node, int] = {}
@@ -81,13 +81,13 @@ class _Steps:
 
     def _place(self, node: Node) -> None:
         """How many unfused steps lie behind a node, and the buffers that it is computed from."""
-        operands = [operand for operand in map(_buffer, node.all_input_nodes) if _is_tensor(operand)]
+        operands = [operand for operand in map(buffer_of, node.all_input_nodes) if _is_tensor(operand)]
         level = max((self._level.get(operand, 0) for operand in operands), default=0)
         self._level[node] = level + (node.target in UNFUSED)
-        behind = [frozenset([o]) if self._is_buffer(o) else self._reads.get(o, frozenset()) for o in operands]
+        behind = [frozenset([o]) if self._isbuffer_of(o) else self._reads.get(o, frozenset()) for o in operands]
         self._reads[node] = frozenset().union(*behind)
 
-    def _is_buffer(self, node: Node) -> bool:
+    def _isbuffer_of(self, node: Node) -> bool:
         if node.op == "placeholder" or node.target in UNFUSED or node in self.returned or _reduces(node):
             return True
         return any(user.target in UNFUSED for user in _readers(node))
@@ -96,7 +96,7 @@ class _Steps:
         """The kernels that make the buffers among fused ops: one for those of a level that read the same."""
         groups: list[list[Node]] = []
         for node in self._nodes:
-            if node.target in UNFUSED or node.target in FREE or not self._is_buffer(node):
+            if node.target in UNFUSED or node.target in FREE or not self._isbuffer_of(node):
                 continue
             near = next((group for group in groups if self._meet(group, node)), None)
             if near is None:
@@ -141,7 +141,7 @@ def _numel(node: Node) -> int:
     return max((part.numel() for part in parts if isinstance(part, torch.Tensor)), default=0)
 
 
-def _buffer(node: Node) -> Node:
+def buffer_of(node: Node) -> Node:
     """The value whose memory a view shows."""
     while node.target in FREE or node.target in (aten.detach.default, aten.alias.default):
         node = node.all_input_nodes[0]
@@ -151,7 +151,7 @@ def _buffer(node: Node) -> Node:
 def _readers(node: Node) -> Iterable[Node]:
     """Who reads the value, through views or not."""
     for user in node.users:
-        if _buffer(user) is node and user is not node:
+        if buffer_of(user) is node and user is not node:
             yield from _readers(user)
         else:
             yield user

@@ -53,9 +53,9 @@ class LoopSpec(NamedTuple):
 
 
 def _version() -> str:
-    """Hash of the operator's and its lowering's source: compiled code made by another version must not be reused."""
+    """Hash of the sources that compiled code depends on: what another version made must not be reused."""
     here = Path(__file__).parent
-    sources = b"".join((here / name).read_bytes() for name in ("loop.py", "inductor.py"))
+    sources = b"".join((here / name).read_bytes() for name in ("loop.py", "inductor.py", "mini_sequence.py"))
     return hashlib.sha256(sources).hexdigest()[:12]
 
 
@@ -104,7 +104,9 @@ def run_loop(bodies: tuple[Body, Body | None], raw_spec: tuple[Any, ...], operan
         for index, kind in enumerate(spec.outs):
             results[index] = _absorb(kind, results[index], outs, start, length, total)
         del chunk, outs  # free this chunk before the next one starts
-    return [_finished(kind, result) for kind, result in zip(spec.outs, results, strict=True)]
+    for index, kind in enumerate(spec.outs):  # one after the other: a float32 sum is freed before the next is cast
+        results[index] = _finished(kind, results[index])
+    return results
 
 
 def _absorb(
@@ -248,19 +250,22 @@ def _fake(
 
 @mini_sequence_loop.py_impl(ProxyTorchDispatchMode)
 def _proxy(mode: ProxyTorchDispatchMode, full: Any, tail: Any, spec: tuple[Any, ...], *operands: torch.Tensor) -> Any:
-    """The bodies are traced again, so that their values live in the fake mode of the graph around them."""
+    """The bodies are traced again, so that their values live in the fake mode of the graph around them.
+
+    One that several loops share is traced once: operands of its loops have the same shapes.
+    """
     tracer: Any = mode.tracer
     fake_mode: Any = detect_fake_mode(operands)
-    with disable_proxy_modes_tracing(), fake_mode:
-        examples = chunk_examples(spec, operands, fake_mode.shape_env)
-    traced: list[Any] = []
-    for body, chunk in zip((full, tail), examples, strict=True):
-        if body is None:
-            traced.append(None)
-            continue
-        body = reenter_make_fx(lambda *args, body=body: body(*args))(*chunk)
-        tracer.root.register_module(tracer.get_fresh_qualname("mini_sequence_body"), body)
-        traced.append(body)
+    known: dict[Any, Any] = tracer.root.__dict__.setdefault("_mini_sequence_bodies", {})
+    traced: list[Any] = [known.get(body) for body in (full, tail)]
+    if any(body is not None and old is None for body, old in zip((full, tail), traced, strict=True)):
+        with disable_proxy_modes_tracing(), fake_mode:
+            examples = chunk_examples(spec, operands, fake_mode.shape_env)
+        for position, (body, chunk) in enumerate(zip((full, tail), examples, strict=True)):
+            if body is not None:
+                traced[position] = reenter_make_fx(lambda *args, body=body: body(*args))(*chunk)
+                tracer.root.register_module(tracer.get_fresh_qualname("mini_sequence_body"), traced[position])
+                known[body] = known[traced[position]] = traced[position]
     args = pytree.tree_map(tracer.unwrap_proxy, (*traced, spec, *operands))
     proxy = tracer.create_proxy("call_function", mini_sequence_loop, args, {})
     with disable_proxy_modes_tracing():

@@ -65,7 +65,7 @@ def lower(
     examples = [fake_value(node) for node in live_ins]
     with tracing(examples):
         lowered = make_fx(run, decomposition_table=openings(gathers))(*examples)
-        if any(_writes(node) for node in lowered.graph.nodes):
+        if any(mutates(node) for node in lowered.graph.nodes):
             out_of_place = torch.func.functionalize(Interpreter(lowered).run, remove="mutations")
             with without_autocast():  # its casts are explicit by now
                 lowered = make_fx(out_of_place, decomposition_table=openings(gathers))(*examples)
@@ -96,7 +96,8 @@ def under(autocast: Sequence[Sequence[Any]]) -> Iterator[None]:
         yield
 
 
-def _writes(node: Node) -> bool:
+def mutates(node: Node) -> bool:
+    """Whether an aten op writes to an operand."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 

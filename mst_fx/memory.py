@@ -16,7 +16,7 @@ from torch.fx import Node
 from mst_fx.analysis import Work
 from mst_fx.assembly import Call
 from mst_fx.body import Body
-from mst_fx.liveness import peak
+from mst_fx.liveness import buffer_of, peak
 from mst_fx.lower import hint
 from mst_fx.placement import split_of
 from mst_fx.rules.contraction import CONTRACTIONS
@@ -107,20 +107,22 @@ def memory_of(work: Work, call: Call) -> RegionMemory:
     """Predict from the bodies of one length what every length takes."""
     stages = work.stages
     length = hint(stages.length)
-    device = stages.stream.meta["val"].device.type
-    forward = footprint(call.forward, call.spec.forward_spec, length, device)
-    backward = None if call.backward is None else footprint(call.backward, call.spec.backward_spec, length, device)
-    in_forward = work.backward == "in_forward"
-    kept = [n for n in stages.loop if n.target in CONTRACTIONS and n not in stages.results and not is_sink(stages, n)]
-    saved_whole = sum(bytes_per_position(stages, node) for node in kept) * length if work.backward != "none" else 0
+    forward, backward = (
+        footprint(body, spec, length) if body is not None else None
+        for body, spec in ((call.forward, call.spec.forward_spec), (call.backward, call.spec.backward_spec))
+    )
+    gradients = [_bytes(stages.operands[i]) for i in work.wanted]
+    in_forward = forward is None
+    dear = [n for n in stages.loop if n.target in CONTRACTIONS and n not in stages.results and not is_sink(stages, n)]
+    saved_whole = sum(bytes_per_position(stages, node) for node in dear) * length if work.backward != "none" else 0
     return RegionMemory(
         written=temporary_bytes(stages, length),
-        forward=backward if in_forward and backward is not None else forward,
+        forward=forward or backward or Footprint(),
         backward=None if in_forward else backward,
-        saved=backward.left - forward.left if in_forward and backward is not None else 0,
+        saved=sum(gradients) if in_forward else 0,
+        rescaled=max(gradients, default=0) if in_forward else 0,
         saved_whole=saved_whole,
-        rescaled=max((_bytes(stages.operands[i]) for i in work.wanted), default=0) if in_forward else 0,
-        whole_forward=forward.temporaries(length) + forward.left,
+        whole_forward=saved_whole if forward is None else forward.temporaries(length) + forward.left,
         whole_backward=backward.temporaries(length) + backward.left if backward is not None else 0,
         stream_gradient=_stream_gradient(work),
     )
@@ -142,16 +144,16 @@ def is_sink(stages: Stages, product: Node) -> bool:
     return bytes_per_position(stages, product) < largest
 
 
-def footprint(body: Body, spec: tuple[Any, ...], length: int, device: str) -> Footprint:
+def footprint(body: Body, spec: tuple[Any, ...], length: int) -> Footprint:
     """Of the loop that runs a body.
 
     Args:
         body: of a full chunk.
         spec: a `loop.LoopSpec`.
         length: positions of the whole axis.
-        device: type of the device that it runs on.
     """
     _, chunk, ins, outs = spec
+    device = next(node.meta["val"].device.type for node in _inputs(body))
     results = sums = returned = cast = extra = 0
     outputs = iter(_outputs(body))
     for kind in outs:
@@ -178,7 +180,7 @@ def footprint(body: Body, spec: tuple[Any, ...], length: int, device: str) -> Fo
     copied = sum(_bytes(node) for node, axis in split if _is_copied(node, axis))
     alive = [_alive(body, fixed, device, times) for times in (1, 2)]
     each = (alive[1] - alive[0] + copied) / chunk
-    at_rest = sum({node: _bytes(node) for node in _outputs(body) if node.op != "placeholder"}.values()) + extra
+    at_rest = sum(_bytes(node) for node in {*map(buffer_of, _outputs(body))} if node.op != "placeholder") + extra
     steady = round(max(alive[0], at_rest) + copied - each * chunk)
     return Footprint(results, sums, cast, returned, max(0, steady), each)
 
@@ -215,9 +217,10 @@ def _whole_nodes(body: Body, outs: tuple[tuple[Any, ...], ...]) -> set[Node]:
             next(outputs)
         while kind[0] == "sum" and node.op == "call_function" and node not in whole:
             whole.add(node)
-            if node.target in CONTRACTIONS or len(node.all_input_nodes) != 1:
+            operands = [operand for operand in node.all_input_nodes if _bytes(operand) == _bytes(node)]
+            if node.target in CONTRACTIONS or len(operands) != 1:
                 break
-            node = node.all_input_nodes[0]
+            (node,) = operands
     return whole
 
 

@@ -48,7 +48,7 @@ def mini_sequence(
     """Run a region as a loop over mini-sequences.
 
     Args:
-        forward: body that computes the results of a full chunk.
+        forward: body that computes the results of a full chunk, None where gradients come in the forward.
         forward_tail: the same for the ragged last chunk, None where there is none.
         backward: body that computes the gradients of a full chunk, None where none is needed.
         backward_tail: the same for the ragged last chunk.
@@ -57,10 +57,10 @@ def mini_sequence(
     """
     spec = CallSpec(*raw_spec)
     with without_autocast():
-        if spec.backward == "none" or not torch.is_grad_enabled():
-            return mini_sequence_loop(forward, forward_tail, spec.forward_spec, *operands)
         if spec.backward == "in_forward":
             return _GradientsInForward.apply(backward, backward_tail, spec, *operands)
+        if spec.backward == "none" or not torch.is_grad_enabled():
+            return mini_sequence_loop(forward, forward_tail, spec.forward_spec, *operands)
         bodies = (forward, forward_tail, backward, backward_tail)
         return _Recompute.apply(bodies, spec, *operands)
 

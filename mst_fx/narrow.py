@@ -82,7 +82,7 @@ def _chain(reader: Reader, head: Node) -> tuple[list[Node], Node] | None:
         if reader.obstacle(user) is not None or reader.multiplies(user) or writes(user):
             return None
         opened = reader.opened(user)
-        cuts = opened is not None and any(node.target in CUTS for node in opened.graph.nodes)
+        cuts = opened is not None and any(node.target in CUTS for node in opened.ops)
         nodes.append(user)
         if cuts and reader.numel(user) < reader.numel(nodes[-2]):
             return nodes, contraction.activation

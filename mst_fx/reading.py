@@ -7,6 +7,7 @@ contractions, and a custom activation of ten nodes is ten elementwise nodes. No 
 from __future__ import annotations
 
 import operator
+from collections.abc import Hashable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.likeness import likeness_of_node
-from mst_fx.lower import fake_value, hint, lower
-from mst_fx.modes import Mode, modes_of
+from mst_fx.lower import fake_value, hint
+from mst_fx.modes import modes_of
+from mst_fx.opened import Opened, open_alone, open_together
 from mst_fx.propagate import forbid_effects, forbid_unruled
 from mst_fx.provenance import op_name
 from mst_fx.refusal import Reason, Refusal
@@ -50,52 +52,37 @@ class Reader:
             costs nothing.
     """
 
-    def __init__(self, owner: GraphModule, known: dict[Any, GraphModule | None] | None = None) -> None:
+    def __init__(self, owner: GraphModule, known: dict[Hashable, Opened | None] | None = None) -> None:
         self.owner = owner
         self.order = {node: position for position, node in enumerate(owner.graph.nodes)}
         self.modes = modes_of(owner.graph)
         self.remembered: dict[Any, Any] = {}  # by other stages, about nodes of this graph
-        self._known = {} if known is None else known
-        self._opened: dict[Node, GraphModule | None] = {}
+        self._opened = self._open_all({} if known is None else known)
 
-    def opened(self, node: Node) -> GraphModule | None:
-        """The aten graph of one node; None where it cannot be opened (no fake values, a data-dependent op, ...)."""
-        if node not in self._opened:
-            key = likeness_of_node(node)
-            try:
-                if key not in self._known:
-                    self._known[key] = self._open(node)
-                self._opened[node] = self._known[key]
-            except TypeError:  # an argument that cannot be hashed
-                self._opened[node] = self._open(node)
-        return self._opened[node]
+    def opened(self, node: Node) -> Opened | None:
+        """What one node opens into; None where it cannot be opened (no fake values, a data-dependent op, ...)."""
+        return self._opened.get(node)
 
-    def _open(self, node: Node) -> GraphModule | None:
-        if node.op not in ("call_function", "call_method", "call_module"):
-            return None
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            return None
-        result = node if _tensors(node) else written_by(node)
-        if _reshapes_in_place(node) or result is None:
-            return None  # what gives no tensor is there for its effect: autocast, grad mode, ...
-        if any(fake_value(operand) is None for operand in node.all_input_nodes):
-            return None
-        try:
-            return lower(self.owner, [node], node.all_input_nodes, [result], {node: Mode()}, gathers=False)
-        except Exception:  # the user's op may do anything; one that cannot be traced alone is simply not understood
-            return None
+    def _open_all(self, known: dict[Hashable, Opened | None]) -> dict[Node, Opened | None]:
+        """Open one node of each kind that is not known."""
+        keys = {node: likeness_of_node(node) for node in self.owner.graph.nodes if _can_be_opened(node)}
+        first = {key: node for node, key in reversed(keys.items()) if key not in known}
+        for key, node in first.items():
+            if writes(node):
+                known[key] = open_alone(self.owner, node, _result(node) or node)
+        pure = [node for node in first.values() if not writes(node)]
+        known.update({keys[node]: opened for node, opened in open_together(self.owner, pure).items()})
+        return {node: known[key] for node, key in keys.items()}
 
     def contraction(self, node: Node) -> Contraction | None:
         """The node as activation times weight, None where it is something else."""
         opened = self.opened(node)
         if opened is None or not isinstance(fake_value(node), torch.Tensor):
             return None
-        products = [n for n in opened.graph.nodes if n.target in CONTRACTIONS]
+        products = [op for op in opened.ops if op.target in CONTRACTIONS]
         if len(products) != 1:
             return None
-        placeholders = [n for n in opened.graph.nodes if n.op == "placeholder"]
-        operands = dict(zip(placeholders, node.all_input_nodes, strict=True))
-        left, right = (operands.get(_source(arg)) for arg in factors(products[0]))
+        left, right = (_operand(node, opened, arg) for arg in factors(products[0]))
         if left is None or right is None or left is right:
             return None
         weights = self._weights(left, right, products[0].target in GROUPED)
@@ -138,7 +125,7 @@ class Reader:
     def ops(self, node: Node) -> set[object] | None:
         """The ops that a node opens into; None where it cannot be opened."""
         opened = self.opened(node)
-        return None if opened is None else {op.target for op in opened.graph.nodes if op.op == "call_function"}
+        return None if opened is None else {op.target for op in opened.ops if op.op == "call_function"}
 
     def does(self, node: Node, ops: tuple[object, ...]) -> bool:
         """Whether the node opens into one of the ops."""
@@ -190,11 +177,11 @@ class Reader:
         opened = self.opened(node)
         if opened is None:
             return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} cannot be opened into aten ops")
-        if any(op.op == "get_attr" for op in opened.graph.nodes):
+        if any(op.op == "get_attr" for op in opened.ops):
             return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} holds a constant tensor")
         # opened alone, a write to an operand ends in a copy into it; in a region the operand is a value like any other
         written = torch.ops.aten.copy_.default if writes(node) else None
-        ops = [op for op in opened.graph.nodes if op.op == "call_function" and op.target != written]
+        ops = [op for op in opened.ops if op.op == "call_function" and op.target != written]
         try:
             for forbid in (forbid_effects, forbid_unruled):  # what an op does comes before that nobody knows it
                 for op in ops:
@@ -206,7 +193,7 @@ class Reader:
     def is_pure(self, node: Node) -> bool:
         """Whether the node does nothing but compute its value: it writes nothing and draws no random numbers."""
         opened = self.opened(node)
-        ops = opened.graph.nodes if opened is not None else ()
+        ops = opened.ops if opened is not None else ()
         tags = {tag for op in ops if isinstance(op.target, torch._ops.OpOverload) for tag in op.target.tags}
         return opened is not None and not writes(node) and torch.Tag.nondeterministic_seeded not in tags
 
@@ -255,14 +242,27 @@ _IN_PLACE_OPERATORS = frozenset(
 )
 
 
-def _source(arg: Any) -> Any:
-    """The placeholder that an operand of the product is a view or cast of."""
+def _can_be_opened(node: Node) -> bool:
+    """What gives no tensor is there for its effect: autocast, grad mode, ..."""
+    calls = node.op in ("call_function", "call_method", "call_module")
+    if not calls or isinstance(node.target, torch._ops.HigherOrderOperator) or _reshapes_in_place(node):
+        return False
+    return _result(node) is not None and all(fake_value(operand) is not None for operand in node.all_input_nodes)
+
+
+def _result(node: Node) -> Node | None:
+    """The node whose value tells what a node does: itself, or what it writes to."""
+    return node if _tensors(node) else written_by(node)
+
+
+def _operand(node: Node, opened: Opened, arg: Any) -> Node | None:
+    """The operand of the node that a factor of the product is a view or cast of."""
     while isinstance(arg, Node) and arg.op == "call_function":
         tensors = [node for node in arg.all_input_nodes if isinstance(node.meta.get("val"), torch.Tensor)]
         if len(tensors) != 1:
             break
         arg = tensors[0]
-    return arg
+    return node.all_input_nodes[opened.position_of[arg]] if arg in opened.position_of else None
 
 
 def _rank(node: Node) -> int:

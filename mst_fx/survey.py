@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from math import prod
 from typing import Any
 
@@ -20,9 +21,10 @@ from mst_fx.chunking import Extent, Lengths, default_lengths
 from mst_fx.config import Config
 from mst_fx.cost import Device, cost_of, device_of, tokens_per_row
 from mst_fx.discover import discover, nested
-from mst_fx.lower import hint
+from mst_fx.lower import fake_value, hint
 from mst_fx.memory import RegionMemory, bytes_per_position, memory_of, temporary_bytes, written_after
 from mst_fx.narrow import cut_heads
+from mst_fx.opened import Opened
 from mst_fx.pattern import Pattern
 from mst_fx.plan import Offer
 from mst_fx.provenance import module_path
@@ -33,7 +35,7 @@ from mst_fx.report import Report, cut_head, refused
 from mst_fx.rewrite import Edit, nodes_of, rebuilt
 from mst_fx.rules import shape_of
 from mst_fx.rules.contraction import CONTRACTIONS
-from mst_fx.timeline import Segment, Timeline, resident_bytes, segments_of
+from mst_fx.timeline import Segment, Timeline, resident_bytes, returned_bytes, segments_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,7 @@ class Surveyor:
 
     config: Config
     patterns: Sequence[Pattern]
-    _opened: dict[Any, GraphModule | None] = field(default_factory=dict)
+    _opened: dict[Hashable, Opened | None] = field(default_factory=dict)
     _works: dict[Hashable, Work] = field(default_factory=dict)
     _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
     _memories: dict[tuple[Work, Lengths], RegionMemory] = field(default_factory=dict)
@@ -192,7 +194,8 @@ def extent_of(work: Work) -> Extent:
 def timeline_of(surveyed: Surveyed) -> Timeline:
     """The memory of the whole graph; its regions are numbered as in `all_sites`."""
     numbers = {site: number for number, site in enumerate(surveyed.all_sites())}
-    return Timeline(resident_bytes(surveyed.reader), tuple(_segments(surveyed, numbers, iter(range(2**31)), top=True)))
+    segments = tuple(_segments(surveyed, numbers, count(), top=True))
+    return Timeline(resident_bytes(surveyed.reader), segments, returned_bytes(surveyed.reader))
 
 
 def _segments(surveyed: Surveyed, numbers: dict[Site, int], fresh: Iterator[int], *, top: bool) -> list[Segment]:
@@ -208,7 +211,9 @@ def _segments(surveyed: Surveyed, numbers: dict[Site, int], fresh: Iterator[int]
 
 
 def _result_bytes(region: Region) -> int:
-    values: list[torch.Tensor] = [node.meta["example_value"] for node in region.outputs]
+    """Of what the rest of the graph keeps; what the caller gets is counted there."""
+    inner = [node for node in region.outputs if any(user.op != "output" for user in node.users)]
+    values: list[torch.Tensor] = [fake_value(node) for node in inner]
     return sum(hint(value.numel()) * value.element_size() for value in values if value.requires_grad)
 
 

@@ -63,10 +63,12 @@ class Timeline:
     Attributes:
         resident: bytes of its inputs: parameters, buffers, batch.
         segments: in the order of the forward.
+        returned: bytes of its results, which the caller holds while backward runs.
     """
 
     resident: int
     segments: tuple[Segment, ...]
+    returned: int = 0
 
     def peak(self, held: Sequence[Held]) -> int:
         """Most bytes at once in a step, with the regions as `held` says, by their numbers."""
@@ -75,6 +77,7 @@ class Timeline:
             region = held[segment.region] if segment.region is not None else Held(0, 0, 0)
             peak = max(peak, alive + max(region.forward, segment.passing // 2))
             alive += segment.entry + (region.saved + segment.saved if segment.block is None else 0)
+        alive += self.returned
         gradients, block = 0, None
         for segment in reversed(self.segments):
             region = held[segment.region] if segment.region is not None else Held(0, 0, 0)
@@ -141,7 +144,16 @@ def segments_of(
 
 def resident_bytes(reader: Reader) -> int:
     """Bytes of the graph's inputs, shared memory counted once."""
-    storages = set().union(*(reader.storages(node) for node in _inputs(reader)), set())
+    return _storage_bytes(reader, _inputs(reader))
+
+
+def returned_bytes(reader: Reader) -> int:
+    """Bytes of the graph's results, shared memory counted once."""
+    return _storage_bytes(reader, reader.owner.graph.output_node().all_input_nodes)
+
+
+def _storage_bytes(reader: Reader, nodes: Sequence[Node]) -> int:
+    storages = set().union(*map(reader.storages, nodes))
     return sum(hint(storage.nbytes()) for storage in storages)
 
 

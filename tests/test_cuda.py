@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import experts
 import losses
+import predictions
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -99,16 +100,50 @@ def test_labels_that_start_at_an_odd_address():
     torch.cuda.synchronize()
 
 
-def test_cuda_graphs_capture_the_loop():
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_capture_the_loop(mode):
+    from functools import partial
+
+    from torch.profiler import ProfilerActivity, profile
+
     model = MlpLM().cuda()
     batch = on_gpu(tokens(2, 64))
-    options = {"min_bytes": 0, "chunk_tokens": 32, "strict": True, "triton.cudagraphs": True}
-    compiled = torch.compile(model, backend=mst_fx.backend, options=options)
+    backend = partial(mst_fx.backend, options={"min_bytes": 0, "chunk_tokens": 32, "strict": True})
+    compiled = torch.compile(model, backend=backend, mode=mode)
     eager = gradients(model, model, batch)
     for _ in range(4):
         ours = gradients(model, compiled, batch)
+    assert len(mst_fx.reports()[-1].regions) == 2
     for name, value in eager.items():
         assert relative_error(ours[name], value) < 1e-4, name
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        compiled(*batch).backward()
+    launches = [event.key for event in recorded.key_averages() if "cudaGraphLaunch" in event.key]
+    assert launches, "no graph was replayed"
+
+
+def test_lengths_that_vary_are_not_captured(caplog):
+    """One graph for every length: what cannot be captured runs as it is."""
+    model = MlpLM().cuda()
+    options = {"min_bytes": 0, "chunk_tokens": 32, "strict": True, "triton.cudagraphs": True}
+    compiled = torch.compile(model, backend=mst_fx.backend, options=options, dynamic=True)
+    for length in (64, 50, 37):
+        batch = on_gpu(tokens(2, length))
+        eager, ours = gradients(model, model, batch), gradients(model, compiled, batch)
+        for name, value in eager.items():
+            assert relative_error(ours[name], value) < 1e-4, name
+
+
+@pytest.mark.parametrize("accumulate", ["native", "float32"])
+@pytest.mark.parametrize("program", [*predictions.MLPS, *predictions.HEADS], ids=lambda program: program.__name__)
+def test_predicted_peak(program, accumulate):
+    sizes = predictions.Sizes(t=8192, d=512, ff=2048, v=16384)
+    for chunk in (512, 2048):
+        torch._dynamo.reset()
+        options = {"chunk_tokens": chunk, "accumulate": accumulate}
+        measured, predicted = predictions.peaks(program, sizes, torch.bfloat16, "cuda", **options)
+        print(program.__name__, accumulate, chunk, measured / 2**20, predicted / 2**20, measured / predicted)
+        assert abs(measured / predicted - 1) <= 0.1
 
 
 def test_autocast():

@@ -46,14 +46,12 @@ placeholder l_y_
 view_1 = .view(l_y_, -1)
 ne = ne.Scalar(view_1, -100)
 sum_1 = sum.default(ne, dtype=torch.float32)
-get_attr mini_sequence_forward_0
-get_attr mini_sequence_forward_tail_0
 get_attr mini_sequence_backward_0
 get_attr mini_sequence_backward_tail_0
 mini_sequence = mini_sequence(
-    mini_sequence_forward_0, mini_sequence_forward_tail_0, mini_sequence_backward_0, mini_sequence_backward_tail_0,
+    None, None, mini_sequence_backward_0, mini_sequence_backward_tail_0,
     in_forward,
-    (4, ((0, 1, 1), None, (0, 1, 1), None), ((sum, torch.float32))),
+    (),
     (4, ((0, 1, 1), None, (0, 1, 1), None), ((sum, torch.float32), (rows, 1, (0, 1, 1), (0, 8)), (outer, torch.float32, torch.float32))),
     (0),
     (0, 1),
@@ -97,12 +95,11 @@ pad = pad(l_y_, (0, 1), constant, -100)
 getitem = getitem(pad, (Ellipsis, slice(1, None, None)))
 y = .contiguous(getitem)
 view_1 = .view(y, -1)
-get_attr mini_sequence_forward_0
 get_attr mini_sequence_backward_0
 mini_sequence = mini_sequence(
-    mini_sequence_forward_0, None, mini_sequence_backward_0, None,
+    None, None, mini_sequence_backward_0, None,
     in_forward,
-    (1, ((1, 1, 1), None, (0, 3, 1)), ((sum, torch.float32))),
+    (),
     (1, ((1, 1, 1), None, (0, 3, 1)), ((sum, torch.float32), (cat, 1, 1, 1), (outer, torch.float32, torch.float32))),
     (0),
     (0, 1),

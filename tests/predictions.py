@@ -1,0 +1,75 @@
+"""Programs of one region, to compare predicted with measured memory. T tokens, D model, FF feed-forward, V classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from memory_probe import peak_bytes
+from numerics import looped
+
+import mst_fx
+
+
+def swiglu(x, gate, up, down):
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def gelu(x, up, bias, down):
+    return F.linear(F.gelu(F.linear(x, up, bias)), down)
+
+
+def normed(x, up, down):
+    return F.linear(F.relu(F.layer_norm(F.linear(x, up), (up.shape[0],))).square(), down)
+
+
+def cross_entropy(x, w, labels):
+    return F.cross_entropy(F.linear(x, w).float(), labels)
+
+
+def log_probabilities(x, w, labels):
+    return F.cross_entropy(F.linear(x, w).float(), labels, reduction="none")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    t: int
+    d: int
+    ff: int
+    v: int
+
+
+def inputs_of(program: Callable, sizes: Sizes, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """Leaves that need gradients, and labels."""
+    torch.manual_seed(0)
+    t, d, ff, v = sizes.t, sizes.d, sizes.ff, sizes.v
+    shapes = {
+        swiglu: [(t, d), (ff, d), (ff, d), (d, ff)],
+        gelu: [(t, d), (ff, d), (ff,), (d, ff)],
+        normed: [(t, d), (ff, d), (d, ff)],
+    }
+    leaves = shapes.get(program, [(t, d), (v, d)])
+    made = [(torch.randn(shape, device=device) * 0.1).to(dtype).requires_grad_() for shape in leaves]
+    return made if program in shapes else [*made, torch.randint(0, v, (t,), device=device)]
+
+
+MLPS = (swiglu, gelu, normed)
+HEADS = (cross_entropy, log_probabilities)
+
+
+def peaks(program: Callable, sizes: Sizes, dtype: torch.dtype, device: str, **options) -> tuple[int, int]:
+    """Bytes above the inputs in a step, measured and predicted."""
+    inputs = inputs_of(program, sizes, dtype, device)
+    compiled = looped(program, inner="inductor", **options)
+    upstream = torch.ones_like(program(*inputs))
+
+    def step():
+        compiled(*inputs).backward(upstream)
+        for x in inputs:
+            x.grad = None  # not at the start: a profile knows no memory that was there before it
+
+    measured = peak_bytes(step, device)
+    resident = sum(x.untyped_storage().nbytes() for x in inputs)
+    return measured, mst_fx.reports()[-1].peak - resident

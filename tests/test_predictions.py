@@ -1,0 +1,47 @@
+"""Predicted memory against measured memory: what is saved for backward, and the peak of a step."""
+
+from __future__ import annotations
+
+import predictions
+import pytest
+import torch
+from graphs import captured
+from memory_probe import saved_bytes
+from numerics import looped
+from predictions import HEADS, MLPS, Sizes, inputs_of, peaks
+
+from mst_fx.config import Config
+from mst_fx.pattern import patterns
+from mst_fx.survey import Surveyor
+
+SIZES = Sizes(t=2048, d=64, ff=512, v=4096)
+CHUNK = 256
+
+
+@pytest.fixture(autouse=True)
+def _reset():
+    torch._dynamo.reset()
+
+
+def offer(fn, inputs, **options):
+    """What the planner is told of the one region of a function."""
+    config = Config(min_bytes=0, chunk_tokens=CHUNK, **options)
+    surveyor = Surveyor(config, patterns())
+    (site,) = surveyor.survey(captured(fn, *inputs)).all_sites()
+    return surveyor.offer(site)
+
+
+@pytest.mark.parametrize("program", [*MLPS, *HEADS], ids=lambda program: program.__name__)
+def test_saved_bytes(program):
+    inputs = inputs_of(program, SIZES, torch.float32, "cpu")
+    compiled = looped(program, chunk_tokens=CHUNK, inner="inductor")
+    saved = saved_bytes(lambda: compiled(*inputs), inputs)
+    scalars = 16 if program is predictions.cross_entropy else 0  # the mean's denominator
+    assert 0 <= saved - offer(program, inputs).memory.saved <= scalars
+
+
+@pytest.mark.parametrize("chunk", [128, 256, 512])
+@pytest.mark.parametrize("program", [*MLPS, *HEADS], ids=lambda program: program.__name__)
+def test_peak(program, chunk):
+    measured, predicted = peaks(program, SIZES, torch.float32, "cpu", chunk_tokens=chunk)
+    assert abs(measured / predicted - 1) <= 0.1
