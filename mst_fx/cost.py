@@ -23,15 +23,16 @@ from mst_fx.rules import shape_of
 from mst_fx.rules.contraction import CONTRACTIONS, factors
 from mst_fx.stages import Stages
 
-EFFICIENCY = ((1, 0.02), (128, 0.4), (256, 0.6), (512, 0.8), (1024, 0.88), (2048, 0.94), (4096, 0.98), (8192, 1.0))
-"""(rows, share of the best rate) of bfloat16 products of [rows, 4096] with [4096, 14336], forward and gradients."""
-HOST_MS = 0.03
-"""What the host takes for one mini-sequence, where the device has nothing else to do."""
-
+EFFICIENCY = ((1, 0.005), (64, 0.31), (128, 0.6), (256, 0.9), (512, 1.0))
+"""(rows, share of the best rate) of bfloat16 products of [rows, 4096] with [4096, 14336], on an H200."""
 FLOPS_PER_CYCLE = {8: 2048, 9: 4096, 10: 8192}
 """Of one multiprocessor's matrix units in half precision without sparsity, by major compute capability."""
-REACHED = 0.7
-"""Share of the nominal rate that large products reach."""
+REACHED_FLOPS, REACHED_BYTES = 0.66, 0.88
+"""Shares of the nominal rates that large products and copies reach, on an H200."""
+SINGLE = 0.07
+"""The rate of float32 products, in that of half precision."""
+HOST_MS = 0.03
+"""What the host takes for one mini-sequence, where the device has nothing else to do."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ def device_of(device: torch.device) -> Device:
         clock_khz = getattr(properties, "clock_rate", 1_500_000)
         cycles = FLOPS_PER_CYCLE.get(properties.major, 1024) * properties.multi_processor_count
         memory_khz = getattr(properties, "memory_clock_rate", 2_600_000)
-        bandwidth = 2 * memory_khz * getattr(properties, "memory_bus_width", 5120) // 8
-        return Device("cuda", properties.total_memory, REACHED * cycles * clock_khz, float(bandwidth))
+        bytes_per_ms = 2 * memory_khz * getattr(properties, "memory_bus_width", 5120) / 8
+        return Device(
+            "cuda", properties.total_memory, REACHED_FLOPS * cycles * clock_khz, REACHED_BYTES * bytes_per_ms
+        )
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = os.cpu_count() or 1
     return Device(device.type, total, 5e7 * cores, 2e7)
@@ -92,7 +95,7 @@ class RegionCost:
             length: positions of the whole axis.
             repeated: the forward is computed again for backward in any case (activation checkpointing).
         """
-        rate = device.flops_per_ms * (1.0 if self.half else 0.5)
+        rate = device.flops_per_ms * (1.0 if self.half or device.kind == "cpu" else SINGLE)
         again = 0.0 if repeated else self.recomputed / (rate * efficiency(self.rows * chunk))
         slower = 3 * self.flops / rate * (1 / efficiency(self.rows * chunk) - 1 / efficiency(self.rows * length))
         chunks = -(-length // chunk)
