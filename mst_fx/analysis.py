@@ -12,7 +12,7 @@ from torch.fx import Node
 from mst_fx.body import differentiable_results
 from mst_fx.config import Config
 from mst_fx.likeness import likeness_of_nodes
-from mst_fx.lower import fake_value, lower
+from mst_fx.lower import depends_on_data, fake_value, fix, hint, is_symbolic, lower
 from mst_fx.placement import PARTIAL
 from mst_fx.region import Region, needs_gradient
 from mst_fx.rules.contraction import CONTRACTIONS
@@ -77,6 +77,7 @@ def _returned(region: Region, output: Node) -> tuple[bool, bool]:
 
 
 def _analysed(region: Region, config: Config) -> Work:
+    _fix_other_dims(fake_value(region.stream))
     lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes)
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     stages = cut(lowered, placeholders[region.live_ins.index(region.stream)])
@@ -86,6 +87,14 @@ def _analysed(region: Region, config: Config) -> Work:
     backward = _backward(stages, differentiable)
     kept = _kept(region, stages, differentiable) if backward == "recompute" else ()
     return Work(stages, backward, wanted if differentiable else (), differentiable, kept)
+
+
+def _fix_other_dims(stream: torch.Tensor) -> None:
+    """Only one dim may vary at run time, the longest; of another, the batch, every length is compiled by itself."""
+    varying = sorted((size for size in stream.shape[:-1] if is_symbolic(size)), key=hint)
+    for size in varying[:-1]:
+        if not depends_on_data(size):
+            fix(size)
 
 
 def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool]:

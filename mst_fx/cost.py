@@ -60,9 +60,7 @@ def device_of(device: torch.device) -> Device:
         cycles = FLOPS_PER_CYCLE.get(properties.major, 1024) * properties.multi_processor_count
         memory_khz = getattr(properties, "memory_clock_rate", 2_600_000)
         bytes_per_ms = 2 * memory_khz * getattr(properties, "memory_bus_width", 5120) / 8
-        return Device(
-            "cuda", properties.total_memory, REACHED_FLOPS * cycles * clock_khz, REACHED_BYTES * bytes_per_ms
-        )
+        return Device("cuda", properties.total_memory, REACHED_FLOPS * cycles * clock_khz, REACHED_BYTES * bytes_per_ms)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = os.cpu_count() or 1
     return Device(device.type, total, 5e7 * cores, 2e7)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mst_fx.lower import fake_value, is_symbolic
+from mst_fx.lower import fake_value
 
 
 def likeness_of_node(node: Node) -> Hashable:
@@ -59,6 +59,9 @@ def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
         return tuple((name, like(part, number)) for name, part in value.items())
     if isinstance(value, slice):
         return (slice, *(like(part, number) for part in (value.start, value.stop, value.step)))
-    if is_symbolic(value) or not isinstance(value, Hashable):
-        value = str(value)
+    if isinstance(value, SYMBOLS) or not isinstance(value, Hashable):
+        return (type(value), str(value))  # to hash a symbol is to guard on it
     return (type(value), value)  # 1, 1.0 and True are equal, but not alike
+
+
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)

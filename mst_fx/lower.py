@@ -69,6 +69,7 @@ def lower(
             out_of_place = torch.func.functionalize(Interpreter(lowered).run, remove="mutations")
             with without_autocast():  # its casts are explicit by now
                 lowered = make_fx(out_of_place, decomposition_table=openings(gathers))(*examples)
+        _settle(lowered)
     return lowered
 
 
@@ -196,4 +197,26 @@ def is_size(value: Any) -> bool:
 
 def is_symbolic(size: Any) -> bool:
     """Whether a size is only known at run time."""
-    return isinstance(size, torch.SymInt)
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
+def fix(size: Any) -> int:
+    """Make a size the one that was seen: another one is compiled anew."""
+    return int(size)
+
+
+def _settle(lowered: GraphModule) -> None:
+    """Write sizes that are known by now as numbers."""
+    for node in lowered.graph.nodes:
+        node.args, node.kwargs = map_arg(
+            (node.args, node.kwargs), lambda operand: _settled(operand, operand.meta["val"])
+        )
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
+            shape, stride = ([_settled(size, size) for size in sizes] for sizes in (value.shape, value.stride()))
+            node.meta["val"] = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+
+
+def _settled(instead: Any, size: Any) -> Any:
+    known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    return instead if known is None else known

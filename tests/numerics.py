@@ -17,12 +17,12 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 4e-3, to
 LoopAll = {"min_bytes": 0, "chunk_tokens": 16, "strict": True, "inner": "aot_eager"}
 
 
-def looped(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def looped(fn: Callable[..., Any], dynamic: bool | None = None, **options: Any) -> Callable[..., Any]:
     """Compile with loops of 16 tokens for everything; `options` override."""
     merged = {**LoopAll, **options}
     if merged.get("num_chunks"):
         merged.pop("chunk_tokens")
-    return torch.compile(fn, backend=mst_fx.backend, options=merged)
+    return torch.compile(fn, backend=mst_fx.backend, options=merged, dynamic=dynamic)
 
 
 def gradients(model: nn.Module, fn: Callable[..., Any], inputs: Sequence[Any]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,233 @@
+"""The policy: a pure function of numbers, so random numbers test it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mst_fx.chunking import Extent, default_lengths
+from mst_fx.config import Config, Wish
+from mst_fx.cost import Device, RegionCost
+from mst_fx.memory import Footprint, RegionMemory
+from mst_fx.plan import Offer, make_plans
+from mst_fx.readable import readable
+from mst_fx.timeline import Segment, Timeline
+
+GIB = 2**30
+DEVICE = Device("cuda", 80 * GIB, 7e11, 4e9)
+WIDTH, FFN, VOCAB = 4096, 14336, 128256
+
+
+def mlp(length: int, module: str = "mlp", *, repeated: bool = False) -> Offer:
+    """SwiGLU of Llama-3-8B in bfloat16: six wide values in backward, two kept."""
+    wide, stream, weights = length * FFN * 2, length * WIDTH * 2, 3 * WIDTH * FFN
+    memory = RegionMemory(
+        written=4 * wide,
+        forward=Footprint(results=stream, each=2 * FFN * 2),
+        backward=Footprint(stream, weights * 4, FFN * WIDTH * 2, weights * 2, 0, 6 * FFN * 2),
+        saved_whole=2 * wide,
+        whole_forward=2 * wide + stream,
+        whole_backward=6 * wide + stream + weights * 2,
+    )
+    flops = 6.0 * length * WIDTH * FFN
+    cost = RegionCost(flops, flops * 2 / 3, 1.0, weights * 8, half=True)
+    return Offer(module, Extent(length, False, 1, FFN * 2), memory, cost, free=False, repeated=repeated)
+
+
+def head(length: int, module: str = "lm_head") -> Offer:
+    """Cross-entropy over Llama-3's vocabulary: gradients in the forward."""
+    wide, stream, weights = length * VOCAB * 2, length * WIDTH * 2, VOCAB * WIDTH
+    memory = RegionMemory(
+        written=3 * wide,
+        forward=Footprint(stream, weights * 4, weights * 2, weights * 2, 0, 2 * VOCAB * 2),
+        saved=stream + weights * 2,
+        rescaled=weights * 2,
+        saved_whole=wide,
+        whole_forward=wide,
+        whole_backward=2 * wide + stream + weights * 2,
+    )
+    cost = RegionCost(2.0 * length * weights, 0.0, 1.0, weights * 8, half=True)
+    return Offer(module, Extent(length, False, 1, VOCAB * 2), memory, cost, free=True)
+
+
+def llama(length: int, layers: int, *, checkpointed: bool = False) -> tuple[list[Offer], Timeline]:
+    """Layers of Llama-3-8B with a head: attention saves five streams a layer."""
+    offers = [mlp(length, f"layers.{n}.mlp.down_proj", repeated=checkpointed) for n in range(layers)] + [head(length)]
+    stream = length * WIDTH * 2
+    segments = []
+    for n in range(layers):
+        block = n if checkpointed else None
+        segments.append(Segment(saved=5 * stream, passing=2 * stream, block=block, entry=stream if checkpointed else 0))
+        segments.append(Segment(region=n, gradients=218_000_000 * 2, block=block))
+    segments.append(Segment(region=layers, gradients=VOCAB * WIDTH * 2))
+    return offers, Timeline(layers * 218_000_000 * 2 + 2 * VOCAB * WIDTH * 2, tuple(segments))
+
+
+def looped(plans) -> list[bool]:
+    return [plan.lengths is not None for plan in plans.of]
+
+
+@pytest.mark.parametrize(
+    ("length", "reason"),
+    [
+        (512, "its temporaries are 58,720,256 bytes, min_bytes is 67,108,864"),
+        (2048, "not worth it: the 8 regions of its kind would take 0 B off a step's peak of 9.78 GiB"),
+    ],
+)
+def test_short_sequences_loop_the_head_alone(length, reason):
+    offers, timeline = llama(length, 8)
+    plans = make_plans(offers, timeline, DEVICE, Config())
+    assert looped(plans) == [False] * 8 + [True]
+    assert sum(plan.added_ms for plan in plans.of) < 0.1
+    assert plans.of[0].reason.startswith(reason)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("length", [32768, 131072])
+def test_long_sequences_loop_all(length, checkpointed):
+    offers, timeline = llama(length, 8, checkpointed=checkpointed)
+    plans = make_plans(offers, timeline, DEVICE, Config())
+    assert all(looped(plans))
+    assert plans.peak < 0.9 * plans.peak_whole
+    once_more = 4 * length * WIDTH * FFN / DEVICE.flops_per_ms
+    assert (plans.of[0].added_ms < 0.3 * once_more) == checkpointed  # there nothing is computed that was not before
+
+
+def test_small_regions_are_left_alone():
+    offers, timeline = llama(32768, 2)
+    offers[0] = replace(offers[0], memory=replace(offers[0].memory, written=63 * 2**20))
+    plans = make_plans(offers, timeline, DEVICE, Config())
+    assert looped(plans) == [False, True, True]
+    assert plans.of[0].reason == "its temporaries are 66,060,288 bytes, min_bytes is 67,108,864"
+
+
+def test_min_bytes_decides_alone():
+    offers, timeline = llama(512, 2)
+    assert all(looped(make_plans(offers, timeline, DEVICE, Config(min_bytes=0))))
+    assert not any(looped(make_plans(offers, timeline, DEVICE, Config(min_bytes=2**40))))
+
+
+def test_modules():
+    offers, timeline = llama(2048, 3)
+    wishes = {"layers.0.mlp": True, "layers.1.*": {"num_chunks": 4}, "lm_head": False, "layers.1": {"chunk_tokens": 64}}
+    plans = make_plans(offers, timeline, DEVICE, Config(modules=wishes))
+    assert looped(plans) == [True, True, False, False]
+    assert plans.of[1].chunks == 4  # the longest path counts
+    assert plans.of[3].reason == "the option `modules` says so"
+
+
+def test_chunks_of_the_users_length():
+    offers, timeline = llama(2048, 1)
+    plans = make_plans(offers, timeline, DEVICE, Config(chunk_tokens=300))
+    assert [plan.lengths.chunk for plan in plans.of] == [300, 300]
+    tight = Config(chunk_tokens=300, memory_budget=1)
+    assert [plan.lengths.chunk for plan in make_plans(offers, timeline, DEVICE, tight).of] == [300, 300]
+
+
+def test_a_budget_that_nothing_needs_to_be_done_for():
+    offers, timeline = llama(32768, 8)
+    plans = make_plans(offers, timeline, Device("cuda", 2**50, 7e11, 4e9), Config(memory_budget=0.5))
+    assert looped(plans) == [False] * 8 + [True]
+
+
+def test_a_budget_takes_what_is_recomputed_anyway_first():
+    offers, timeline = llama(32768, 4)
+    offers[2] = replace(offers[2], repeated=True)
+    generous = make_plans(offers, timeline, DEVICE, Config(memory_budget=2**50))
+    plans = make_plans(offers, timeline, DEVICE, Config(memory_budget=generous.peak - 1))
+    assert looped(plans)[2]
+
+
+def test_a_budget_is_met_layer_by_layer():
+    offers, timeline = llama(32768, 8)
+    loose = make_plans(offers, timeline, DEVICE, Config(memory_budget=2**50))
+    middle = make_plans(offers, timeline, DEVICE, Config(memory_budget=loose.peak - 5 * GIB))
+    assert loose.peak - 8 * GIB < middle.peak <= loose.peak - 5 * GIB
+    assert 0 < sum(looped(middle)[:8]) < 8
+
+
+def test_a_budget_shortens_chunks_at_last():
+    offers, timeline = llama(32768, 8, checkpointed=True)
+    default = make_plans(offers, timeline, DEVICE, Config())
+    plans = make_plans(offers, timeline, DEVICE, Config(memory_budget=default.peak - 2**20))
+    assert all(looped(plans))
+    assert plans.peak < default.peak
+    assert min(plan.lengths.chunk for plan in plans.of) < min(plan.lengths.chunk for plan in default.of)
+
+
+def test_a_budget_that_nothing_keeps_to():
+    offers, timeline = llama(32768, 8)
+    plans = make_plans(offers, timeline, DEVICE, Config(memory_budget="1GiB"))
+    assert plans.advice.startswith(f"{readable(plans.peak - GIB)} more, accumulate='native' (float32 sums take ")
+    assert "activation checkpointing" in plans.advice
+
+
+@pytest.mark.parametrize(
+    ("budget", "count"),
+    [("40GiB", 40 * GIB), ("1.5 TB", 1.5e12), (0.25, 20 * GIB), (1.0, 80 * GIB), (12345, 12345), (None, None)],
+)
+def test_spellings_of_a_budget(budget, count):
+    assert Config(memory_budget=budget).budget_bytes(DEVICE.memory) == count
+
+
+def test_even_chunks_of_aligned_length():
+    for length in (1000, 8192, 10000, 65536, 99999):
+        lengths = default_lengths(Extent(length, False, 1, FFN * 2), Wish(), "native", recomputes=True)
+        chunks = -(-length // lengths.chunk)
+        assert lengths.chunk * chunks - length < 16 * chunks
+        assert lengths.chunk <= lengths.forward <= 2 * lengths.chunk
+
+
+sizes = st.integers(0, 4 * GIB)
+
+
+@st.composite
+def graphs(draw):
+    """Regions of any size in a graph of any size, some of them checkpointed."""
+    offers, segments = [], []
+    for number in range(draw(st.integers(1, 6))):
+        offer = draw(st.sampled_from([mlp, mlp, head]))(draw(st.sampled_from([256, 2048, 4096, 30000])), f"m.{number}")
+        block = number if not offer.free and draw(st.booleans()) else None
+        offers.append(replace(offer, repeated=block is not None))
+        segments.append(Segment(saved=draw(sizes), passing=draw(sizes), block=block, entry=draw(sizes) if block else 0))
+        segments.append(Segment(region=number, gradients=draw(sizes), block=block))
+    return offers, Timeline(draw(sizes), tuple(segments), draw(sizes))
+
+
+def recomputed(offers, plans) -> float:
+    pairs = zip(offers, plans.of, strict=True)
+    return sum(offer.cost.recomputed for offer, plan in pairs if plan.lengths is not None and not offer.repeated)
+
+
+@given(graphs(), st.integers(1, 200 * GIB), st.integers(0, 100 * GIB))
+def test_more_budget_never_means_more_recompute(graph, budget, more):
+    small, large = (make_plans(*graph, DEVICE, Config(memory_budget=b)) for b in (budget, budget + more))
+    assert recomputed(graph[0], large) <= recomputed(graph[0], small)
+    assert sum(plan.added_ms for plan in large.of) <= sum(plan.added_ms for plan in small.of) + 1e-9
+
+
+@given(graphs(), st.integers(1, 200 * GIB))
+def test_a_plan_keeps_to_its_budget_or_says_what_is_missing(graph, budget):
+    plans = make_plans(*graph, DEVICE, Config(memory_budget=budget))
+    if plans.peak > budget:
+        assert plans.advice.startswith(f"{readable(plans.peak - budget)} more")
+        least = make_plans(*graph, DEVICE, Config(memory_budget=1))
+        assert plans.peak == least.peak
+    else:
+        assert plans.advice == ""
+
+
+@given(graphs())
+def test_a_loop_is_never_chosen_for_a_higher_peak(graph):
+    plans = make_plans(*graph, DEVICE, Config())
+    heads = make_plans(*graph, DEVICE, Config(modules={n.module: False for n in graph[0] if not n.free}))
+    assert plans.peak <= heads.peak
+
+
+@given(graphs(), st.one_of(st.none(), st.integers(1, 200 * GIB)))
+def test_equal_ranks_come_to_equal_plans(graph, budget):
+    config = Config(memory_budget=budget)
+    assert make_plans(*graph, DEVICE, config) == make_plans(*graph, DEVICE, config)
