@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,19 +45,21 @@ class Work:
         return any(node.target in CONTRACTIONS for node in self.stages.loop)
 
 
-def analysed(region: Region, config: Config, known: dict[Hashable, Work]) -> Work:
+def analysed(region: Region, config: Config, known: dict[Hashable, Work], marked: Container[str] = ()) -> Work:
     """Lower and cut a region, and decide how its gradients are made.
 
     Args:
         region: any.
         config: its `returned_logits` decides which results carry gradients.
         known: the work of the regions so far; one that is like the region is found there.
+        marked: the sizes that have to vary, by their names.
 
     Raises:
         Refusal: the region must not be looped.
     """
     key = _likeness(region)
     if key not in known:
+        _fix_other_dims(fake_value(region.stream), marked)
         known[key] = _analysed(region, config)
     return known[key]
 
@@ -77,7 +79,6 @@ def _returned(region: Region, output: Node) -> tuple[bool, bool]:
 
 
 def _analysed(region: Region, config: Config) -> Work:
-    _fix_other_dims(fake_value(region.stream))
     lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes)
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     stages = cut(lowered, placeholders[region.live_ins.index(region.stream)])
@@ -89,11 +90,11 @@ def _analysed(region: Region, config: Config) -> Work:
     return Work(stages, backward, wanted if differentiable else (), differentiable, kept)
 
 
-def _fix_other_dims(stream: torch.Tensor) -> None:
+def _fix_other_dims(stream: torch.Tensor, marked: Container[str]) -> None:
     """Only one dim may vary at run time, the longest; of another, the batch, every length is compiled by itself."""
     varying = sorted((size for size in stream.shape[:-1] if is_symbolic(size)), key=hint)
     for size in varying[:-1]:
-        if not depends_on_data(size):
+        if not depends_on_data(size) and str(size) not in marked:
             fix(size)
 
 

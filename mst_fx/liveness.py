@@ -18,11 +18,15 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.rules.contraction import CONTRACTIONS
+from mst_fx.rules.loss import NONE
 from mst_fx.rules.routing import SORTS
 from mst_fx.rules.view import FREE
 
 aten = torch.ops.aten
 UNFUSED = frozenset([*CONTRACTIONS, *SORTS, aten.histc.default, aten.cumsum.default, aten.topk.default])
+
+REDUCING = frozenset([aten.native_layer_norm_backward.default, aten._fused_rms_norm_backward.default])
+"""Ops that reduce what they read before they map it, in one kernel; for a softmax, the reduction is another kernel."""
 
 Size = Callable[[Node], float]
 
@@ -66,7 +70,7 @@ class _Steps:
         self.order: list[_Step] = []
         self.returned = {buffer_of(node) for node in module.graph.output_node().all_input_nodes}
         self._apart = reductions_apart
-        self._nodes = [node for node in module.graph.nodes if node.op == "call_function" and _is_tensor(node)]
+        self._nodes = _alive_nodes(module)
         self._level: dict[Node, int] = {}
         self._reads: dict[Node, frozenset[Node]] = {}
         for node in self._nodes:
@@ -81,13 +85,13 @@ class _Steps:
 
     def _place(self, node: Node) -> None:
         """How many unfused steps lie behind a node, and the buffers that it is computed from."""
-        operands = [operand for operand in map(buffer_of, node.all_input_nodes) if _is_tensor(operand)]
+        operands = [operand for operand in map(buffer_of, _read_by(node)) if _is_tensor(operand)]
         level = max((self._level.get(operand, 0) for operand in operands), default=0)
         self._level[node] = level + (node.target in UNFUSED)
-        behind = [frozenset([o]) if self._isbuffer_of(o) else self._reads.get(o, frozenset()) for o in operands]
+        behind = [frozenset([o]) if self._is_buffer(o) else self._reads.get(o, frozenset()) for o in operands]
         self._reads[node] = frozenset().union(*behind)
 
-    def _isbuffer_of(self, node: Node) -> bool:
+    def _is_buffer(self, node: Node) -> bool:
         if node.op == "placeholder" or node.target in UNFUSED or node in self.returned or _reduces(node):
             return True
         return any(user.target in UNFUSED for user in _readers(node))
@@ -96,7 +100,7 @@ class _Steps:
         """The kernels that make the buffers among fused ops: one for those of a level that read the same."""
         groups: list[list[Node]] = []
         for node in self._nodes:
-            if node.target in UNFUSED or node.target in FREE or not self._isbuffer_of(node):
+            if node.target in UNFUSED or node.target in FREE or not self._is_buffer(node):
                 continue
             near = next((group for group in groups if self._meet(group, node)), None)
             if near is None:
@@ -112,8 +116,9 @@ class _Steps:
     def _kernel(self, group: list[Node]) -> _Step:
         reads = frozenset().union(*(self._reads[node] for node in group)) - set(group)
         writers = [node for node in group if not (self._apart and _reduces(node))]
+        hidden = {old for node in group if node.target in REDUCING and not self._apart for old in self._reads[node]}
         overwritten: dict[Node, Node] = {}
-        for old in sorted(node for node in reads if node.op != "placeholder"):
+        for old in sorted(node for node in reads - hidden if node.op != "placeholder"):
             readers = [new for new in writers if old in self._reads[new]]
             if len(readers) == 1 and _numel(readers[0]) == _numel(old):
                 overwritten.setdefault(readers[0], old)
@@ -128,6 +133,26 @@ class _Steps:
         for operand in sorted(step.reads):
             self._run(operand)
         self.order.append(step)
+
+
+def _alive_nodes(module: GraphModule) -> list[Node]:
+    """The calls that results are made of, in order."""
+    alive: set[Node] = set()
+    pending = list(module.graph.output_node().all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if node not in alive:
+            alive.add(node)
+            pending += _read_by(node)
+    return [node for node in module.graph.nodes if node in alive and node.op == "call_function" and _is_tensor(node)]
+
+
+def _read_by(node: Node) -> list[Node]:
+    """The operands that a node reads: a loss of each row has no use for the total weight."""
+    operands = node.all_input_nodes
+    if node.target == aten.nll_loss_backward.default and node.args[4] == NONE:
+        return [operand for operand in operands if operand is not node.args[6]]
+    return operands
 
 
 def _reduces(node: Node) -> bool:

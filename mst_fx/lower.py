@@ -205,6 +205,15 @@ def fix(size: Any) -> int:
     return int(size)
 
 
+def marked_sizes(gm: GraphModule) -> frozenset[str]:
+    """The sizes that the user has marked as varying (`mark_dynamic`): to fix one of them is an error."""
+    marked: set[str] = set()
+    for node in gm.graph.nodes:
+        given = getattr(node.meta.get("grapharg"), "example", None)
+        marked.update(str(fake_value(node).shape[dim]) for dim in getattr(given, "_dynamo_dynamic_indices", ()))
+    return frozenset(marked)
+
+
 def _settle(lowered: GraphModule) -> None:
     """Write sizes that are known by now as numbers."""
     for node in lowered.graph.nodes:

@@ -13,8 +13,10 @@ inner      gm'                      -> what torch.compile calls
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +25,7 @@ from torch.fx import GraphModule
 
 from mst_fx.config import Config
 from mst_fx.inner import inductor_options, inner_compiler, writes_python
+from mst_fx.lower import marked_sizes
 from mst_fx.pattern import Pattern, patterns
 from mst_fx.plan import Plan, Plans, make_plans
 from mst_fx.readable import readable
@@ -80,7 +83,8 @@ def _rewrite_safely(gm: GraphModule, config: Config, foreign: dict[str, Any]) ->
         refusal = Refusal(Reason.BACKEND, None, "Inductor's C++ wrapper cannot call the loop")
         return gm, Report(refusals=(refused("all", refusal),))
     try:
-        return rewrite(gm, config, chosen)
+        with _without_collections():
+            return rewrite(gm, config, chosen)
     except Exception as error:
         if config.strict:
             raise
@@ -88,9 +92,21 @@ def _rewrite_safely(gm: GraphModule, config: Config, foreign: dict[str, Any]) ->
         return gm, Report(refusals=(refused("all", Refusal(Reason.INTERNAL, None, repr(error))),))
 
 
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """One search for garbage walks all that a large program holds, and takes as long as the whole pass."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple[GraphModule, Report]:
     """The graph with loops, and the decisions; `gm` itself where nothing is changed."""
-    surveyor = Surveyor(config, chosen)
+    surveyor = Surveyor(config, chosen, marked_sizes(gm))
     surveyed = surveyor.survey(gm)
     sites = list(surveyed.all_sites())
     offers = [surveyor.offer(site) for site in sites]

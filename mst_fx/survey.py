@@ -85,10 +85,12 @@ class Surveyor:
     Attributes:
         config: the user's options.
         patterns: to recognise regions by.
+        marked: names of sizes that have to vary.
     """
 
     config: Config
     patterns: Sequence[Pattern]
+    marked: frozenset[str] = frozenset()
     _opened: dict[Hashable, Opened | None] = field(default_factory=dict)
     _works: dict[Hashable, Work] = field(default_factory=dict)
     _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
@@ -139,7 +141,7 @@ class Surveyor:
         part: Region | None = region
         while part is not None and (part.returned or not parts):
             try:
-                parts.append(Site(pattern, part, analysed(part, self.config, self._works), repeated))
+                parts.append(Site(pattern, part, analysed(part, self.config, self._works, self.marked), repeated))
             except Refusal as error:
                 refusal = refusal or error
             part = part.smaller

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from graphs import assert_idempotent, assert_untouched, captured, refusal_of, rewritten, tensors, text
 
+import mst_fx
+
 N, D, FF = 10, 8, 24
 
 
@@ -227,4 +229,5 @@ def test_two_dims_known_at_run_time():
     x, *weights = tensors((3, N, D), *INPUTS[1:])
     torch._dynamo.mark_dynamic(x, 0)
     torch._dynamo.mark_dynamic(x, 1)
-    assert refusal_of(swiglu, x, *weights).reason == "DYNAMIC"
+    (refusal,) = mst_fx.explain(swiglu, x, *weights, options={"min_bytes": 0}).refusals
+    assert refusal.reason == "DYNAMIC"
