@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from mst_fx.analysis import Work
 from mst_fx.lower import hint
-from mst_fx.memory import is_sink
+from mst_fx.memory import RegionMemory, is_sink
 from mst_fx.placement import WHOLE
 from mst_fx.rules import shape_of
 from mst_fx.rules.contraction import CONTRACTIONS, factors
@@ -75,6 +75,7 @@ class RegionCost:
         recomputed: those of them that a loop computes once more for backward.
         rows: rows of a product for one position, of the product with the fewest.
         bytes_summed: read and written for one mini-sequence to add up gradients.
+        bytes_finished: read and written once, to cast and to scale what was added up.
         half: whether the products are in half precision.
     """
 
@@ -83,6 +84,7 @@ class RegionCost:
     rows: float
     bytes_summed: int
     half: bool
+    bytes_finished: int = 0
 
     def added_ms(self, device: Device, chunk: int, length: int, *, repeated: bool) -> float:
         """Predicted milliseconds that a loop adds to a training step.
@@ -97,7 +99,8 @@ class RegionCost:
         again = 0.0 if repeated else self.recomputed / (rate * efficiency(self.rows * chunk))
         slower = 3 * self.flops / rate * (1 / efficiency(self.rows * chunk) - 1 / efficiency(self.rows * length))
         chunks = -(-length // chunk)
-        return again + slower + (chunks - 1) * (HOST_MS + self.bytes_summed / device.bytes_per_ms)
+        summed = (chunks - 1) * (HOST_MS + self.bytes_summed / device.bytes_per_ms)
+        return again + slower + summed + self.bytes_finished / device.bytes_per_ms
 
 
 def efficiency(rows: float) -> float:
@@ -111,14 +114,15 @@ def efficiency(rows: float) -> float:
     return a + (b - a) * (rows - low) / (high - low)
 
 
-def cost_of(work: Work, bytes_summed: int) -> RegionCost:
-    """Count a region's matrix products.
+def cost_of(work: Work, memory: RegionMemory) -> RegionCost:
+    """Count a region's matrix products, and what is read and written besides.
 
     Args:
         work: of the region.
-        bytes_summed: of what adds up over the mini-sequences.
+        memory: of the region.
     """
-    stages = work.stages
+    stages, loop = work.stages, memory.backward or memory.forward
+    cast = loop.sums + loop.returned if loop.cast else 0
     kept = {stages.results[i] for i in work.kept}
     products = [node for node in stages.loop if node.target in CONTRACTIONS]
     flops = {node: _flops(node) for node in products}
@@ -129,7 +133,8 @@ def cost_of(work: Work, bytes_summed: int) -> RegionCost:
         flops=sum(flops.values()),
         recomputed=sum(flops[node] for node in again) if work.backward == "recompute" else 0.0,
         rows=tokens / max([1.0, *(tokens_per_row(stages, node) for node in products)]),
-        bytes_summed=2 * bytes_summed,
+        bytes_summed=2 * loop.sums,
+        bytes_finished=cast + 2 * memory.saved,
         half=stages.stream.meta["val"].dtype in (torch.float16, torch.bfloat16),
     )
 

@@ -241,7 +241,7 @@ def _behind_returned(
     for node in sorted(nodes, key=reader.order.__getitem__):
         operands = set(node.all_input_nodes)
         if node not in given and not operands.isdisjoint(given | dependent):
-            (given if operands <= given and _is_view(reader, node) else dependent).add(node)
+            (given if operands <= given and reader.is_view(node) else dependent).add(node)
     streams = [o for node in dependent for o in node.all_input_nodes if o in given]
     return [(frozenset(dependent), max(streams, key=reader.numel))] if streams else []
 
@@ -261,11 +261,6 @@ def _can_be_made(reader: Reader, node: Node) -> bool:
     if node.op in ("placeholder", "get_attr"):
         return False
     return reader.widening(node) is not None or obstacle_to(reader, node) is None
-
-
-def _is_view(reader: Reader, node: Node) -> bool:
-    operands = set().union(*map(reader.storages, node.all_input_nodes))
-    return bool(reader.storages(node)) and reader.storages(node) <= operands
 
 
 def _ancestors(node: Node, among: set[Node]) -> frozenset[Node]:

@@ -123,7 +123,9 @@ def memory_of(work: Work, call: Call) -> RegionMemory:
         rescaled=max(gradients, default=0) if in_forward else 0,
         saved_whole=saved_whole,
         whole_forward=saved_whole if forward is None else forward.temporaries(length) + forward.left,
-        whole_backward=backward.temporaries(length) + backward.left if backward is not None else 0,
+        whole_backward=_whole(call.backward, call.spec.backward_spec, length) + backward.left
+        if call.backward is not None and backward is not None
+        else 0,
         stream_gradient=_stream_gradient(work),
     )
 
@@ -178,18 +180,25 @@ def footprint(body: Body, spec: tuple[Any, ...], length: int) -> Footprint:
     fixed = _whole_nodes(body, outs)
     split = [(node, axis) for node, axis in zip(_inputs(body), ins, strict=True) if axis is not None]
     copied = sum(_bytes(node) for node, axis in split if _is_copied(node, axis))
-    alive = [_alive(body, fixed, device, times) for times in (1, 2)]
+    alive = [_alive(body, fixed, times, reductions_apart=device == "cpu") for times in (1, 2)]
     each = (alive[1] - alive[0] + copied) / chunk
     at_rest = sum(_bytes(node) for node in {*map(buffer_of, _outputs(body))} if node.op != "placeholder") + extra
     steady = round(max(alive[0], at_rest) + copied - each * chunk)
     return Footprint(results, sums, cast, returned, max(0, steady), each)
 
 
-def _alive(body: Body, fixed: set[Node], device: str, times: int) -> float:
+def _alive(body: Body, fixed: set[Node], times: float, *, reductions_apart: bool) -> float:
     """Most bytes at once of the temporaries of `times` chunks taken as one."""
-    return peak(
-        body.module, lambda node: _bytes(node) * (1 if node in fixed else times), reductions_apart=device == "cpu"
-    )
+
+    def size(node: Node) -> float:
+        return _bytes(node) * (1 if node in fixed else times)
+
+    return peak(body.module, size, reductions_apart=reductions_apart)
+
+
+def _whole(body: Body, spec: tuple[Any, ...], length: int) -> int:
+    """Most bytes of the temporaries of a region that is not looped: what is reduced is reduced in the forward."""
+    return round(_alive(body, _whole_nodes(body, spec[3]), length / spec[1], reductions_apart=True))
 
 
 def _outputs(body: Body) -> list[Node]:

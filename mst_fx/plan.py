@@ -15,8 +15,9 @@ from mst_fx.memory import RegionMemory
 from mst_fx.readable import readable
 from mst_fx.timeline import Held, Timeline
 
-SHARE_OF_PEAK = 0.1
-"""Regions that cost time are looped where that takes at least so much off the peak of a step ..."""
+FREE_SHARE, SHARE_OF_PEAK = 0.02, 0.1
+"""Regions are looped where that takes at least so much off the peak of a step: those whose loop computes nothing again,
+and those whose loop does; ..."""
 OWN_SHARE = 0.004
 """... each of which has at least so large a part in it."""
 
@@ -135,12 +136,19 @@ class _Planner:
         return offer.cost.added_ms(self.device, min(lengths.chunk, length), length, repeated=offer.repeated)
 
     def worth_it(self) -> State:
-        """Loop what costs no time; what does, where it is a real part of the peak."""
-        asked = [n for n in self.candidates if self.offers[n].free or self._must_be_looped(n)]
-        few = self._looped(asked)
-        before = self.peak(few)
-        many = self._looped(asked + [n for n in self.candidates if self._own_bytes(n) >= OWN_SHARE * before])
-        return many if before - self.peak(many) >= SHARE_OF_PEAK * before else few
+        """Loop what computes nothing again, if that saves memory; what does, where it is a real part of the peak."""
+        state = more = self._looped(n for n in self.candidates if self._must_be_looped(n))
+        for share, recomputes in ((FREE_SHARE, False), (SHARE_OF_PEAK, True)):
+            before = self.peak(state)
+            large = [n for n in self.candidates if more[n] is None and self._own_bytes(n) >= OWN_SHARE * before]
+            chosen = [n for n in large if self._recomputes(n) is recomputes]
+            more = _with(more, {n: self.lengths[n] for n in chosen})
+            state = more if before - self.peak(more) >= share * before else state
+        return state
+
+    def _recomputes(self, number: int) -> bool:
+        """Whether a loop computes again what would not be computed again without it."""
+        return not (self.offers[number].free or self.offers[number].repeated)
 
     def within(self, budget: int) -> State:
         """The first state of a path from cheap to dear that fits; the leanest where none does.
@@ -211,8 +219,8 @@ class _Planner:
         lower = self.peak(_with(state, {n: self.lengths[n] for n in others}))
         added = sum(self.added_ms(n, self.lengths[n]) for n in others)
         return (
-            f"not worth it: the {len(others)} regions of its kind would take {readable(max(0, peak - lower))} off a "
-            f"step's peak of {readable(peak)} (predicted) and add {added:.1f} ms"
+            f"not worth it: looping the {len(others)} regions that are left alone would take "
+            f"{readable(max(0, peak - lower))} off a step's peak of {readable(peak)} and add {added:.1f} ms (predicted)"
         )
 
     def advice(self, state: State, missing: int) -> str:

@@ -168,6 +168,11 @@ class Reader:
         """The operands that are tensors, or tuples of them; no sizes, no subgraphs."""
         return [operand for operand in node.all_input_nodes if _tensors(operand)]
 
+    def is_view(self, node: Node) -> bool:
+        """Whether the node's value lies in the memory of its operands."""
+        operands = set().union(*map(self.storages, node.all_input_nodes))
+        return bool(self.storages(node)) and self.storages(node) <= operands
+
     def multiplies(self, node: Node) -> bool:
         """Whether the node opens into a matrix product of any kind, as attention does."""
         return self.does(node, CONTRACTIONS)

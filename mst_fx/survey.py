@@ -170,7 +170,7 @@ class Surveyor:
             memory = RegionMemory(written)  # it is left alone: no need to trace what its loop would be
         else:
             memory = self._memory(site.work, lengths)
-        cost = cost_of(site.work, (memory.backward or memory.forward).sums)
+        cost = cost_of(site.work, memory)
         return Offer(module, extent, memory, cost, free=site.work.backward != "recompute", repeated=site.repeated)
 
     def _memory(self, work: Work, lengths: Lengths) -> RegionMemory:

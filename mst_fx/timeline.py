@@ -2,22 +2,25 @@
 
 A step goes through the graph once forward and once back. What backward needs is saved on the way; what backward makes
 is a gradient. Outside the regions a compiler saves what is dear to compute again (products, attention, unknown ops) and
-fuses or recomputes the rest: that is the model here. Inside a checkpointed block all of it is only alive while backward
-passes the block.
+what these and the regions read, and fuses or recomputes the rest: that is the model here. Inside a checkpointed block
+all of it is only alive while backward passes the block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
 
+from mst_fx.body import HALF
 from mst_fx.lower import fake_value, hint
 from mst_fx.reading import Reader
 from mst_fx.rules import rule_for
 from mst_fx.rules.contraction import CONTRACTIONS
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def segments_of(
             found += [current, *inner]
             current = Segment()
         else:
-            saved, passing = _saved_by(reader, node)
+            saved, passing = _saved_by(reader, node, regions)
             current = replace(
                 current,
                 saved=current.saved + saved,
@@ -172,13 +175,29 @@ def _last_readers(reader: Reader) -> dict[Node, int]:
     return gradients
 
 
-def _saved_by(reader: Reader, node: Node) -> tuple[int, int]:
-    """Bytes that a node outside the regions saves for backward, and that its backward needs beside them."""
+ATTENTION = 3
+"""Attention's backward holds so many times what it reads and makes: gradients, and sums of them in float32."""
+
+
+def _saved_by(reader: Reader, node: Node, regions: Container[Node]) -> tuple[int, int]:
+    """Bytes that a node outside the regions saves for backward, and that its backward needs beside them.
+
+    Args:
+        reader: of the graph.
+        node: outside the regions.
+        regions: the nodes of the regions.
+    """
     values = [x for x in _values(node) if x.requires_grad]
-    if node.op in ("placeholder", "get_attr", "output") or not values or not _is_dear(reader, node):
+    if node.op in ("placeholder", "get_attr", "output") or not values:
         return 0, 0
     made = sum(map(_bytes, values))
-    return made, made + _activation_bytes(node)
+    if reader.does(node, (aten.embedding.default, aten.index.Tensor)):  # rows of a table: it adds up in float32
+        tables = [x for operand in node.all_input_nodes for x in _values(operand) if isinstance(x, torch.nn.Parameter)]
+        return 0, sum(4 * hint(x.numel()) + _bytes(x) for x in tables if x.dtype in HALF)
+    if _is_dear(reader, node):
+        return made, (made + _activation_bytes(node)) * (1 if reader.multiplies(node) else ATTENTION)
+    needed = any(user in regions or _is_dear(reader, user) for user in node.users)
+    return (made if needed and not reader.is_view(node) else 0), 0
 
 
 def _is_dear(reader: Reader, node: Node) -> bool:
