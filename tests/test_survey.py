@@ -1,0 +1,95 @@
+"""Regions that are alike are analysed once, and run the same bodies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from graphs import captured
+from models import D, SwiGLU, V, tokens
+from numerics import gradients, looped, relative_error
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mst_fx import analysis, assembly
+from mst_fx.config import Config
+from mst_fx.pattern import patterns
+from mst_fx.pipeline import rewrite
+from mst_fx.survey import Surveyor, timeline_of
+
+
+class Layers(nn.Module):
+    """MLPs of the given widths, one behind the other, and a head."""
+
+    def __init__(self, *widths: int, again: bool = False) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(V, D), nn.Linear(D, V, bias=False)
+        self.mlps = nn.ModuleList(SwiGLU(f=width) for width in widths)
+        self.again = again
+
+    def forward(self, ids, labels):
+        x = self.tokens(ids)
+        for mlp in self.mlps:
+            y = F.rms_norm(x, (D,))
+            x = x + (checkpoint(mlp, y, use_reentrant=False) if self.again else mlp(y))
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+@pytest.fixture(autouse=True)
+def _reset():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(("widths", "kinds"), [((128,), 2), ((128,) * 6, 2), ((128, 256, 128, 256), 3)])
+def test_regions_that_are_alike_are_traced_once(monkeypatch, widths, kinds, again):
+    calls = {"lower": 0, "gradient_body": 0}
+
+    def counting(module, name):
+        function = getattr(module, name)
+
+        def counted(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+    counting(analysis, "lower")
+    counting(assembly, "gradient_body")
+    gm = captured(Layers(*widths, again=again), *tokens(2, 64))
+    _, report = rewrite(gm, Config(min_bytes=0, chunk_tokens=32), patterns())
+    assert len(report.regions) == len(widths) + 1
+    assert calls == {"lower": kinds, "gradient_body": kinds}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_generated_code_holds_one_body_a_kind(again):
+    from torch._inductor.utils import run_and_get_code
+
+    model = Layers(128, 128, 128, again=again)
+    batch = tokens(2, 64)
+    eager = gradients(model, model, batch)
+    compiled = looped(model, inner="inductor", chunk_tokens=32)
+    ours, codes = run_and_get_code(gradients, model, compiled, batch)
+    for name, value in eager.items():
+        assert relative_error(ours[name], value) < 1e-5, name
+    forward, backward = (code.count("def mini_sequence_body") for code in codes)
+    assert forward == 2  # head and MLP
+    assert backward == 1 + again  # gradients of the MLP; in a block the MLP itself, too
+    assert sum(code.count("= run_loop(") for code in codes) == 7 + again
+
+
+def test_blocks_that_are_computed_again_save_nothing_but_their_inputs():
+    batch = tokens(2, 64)
+    peaks = []
+    for again in (False, True):
+        surveyor = Surveyor(
+            Config(min_bytes=0, chunk_tokens=32, disable=("gated_mlp",)), patterns(("gated_mlp", "mlp"))
+        )
+        surveyed = surveyor.survey(captured(Layers(1024, 1024, 1024, again=again), *batch))
+        timeline = timeline_of(surveyed)
+        assert any(segment.block is not None for segment in timeline.segments) == again
+        peaks.append(sum(segment.saved for segment in timeline.segments if segment.block is None))
+    wide = 2 * 64 * 1024 * 4
+    assert peaks[0] - peaks[1] >= 3 * 2 * wide
