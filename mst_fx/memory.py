@@ -6,7 +6,9 @@ looped holds the temporaries of all of them, and keeps the results of its matrix
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from typing import Any
 
@@ -155,36 +157,45 @@ def footprint(body: Body, spec: tuple[Any, ...], length: int) -> Footprint:
         length: positions of the whole axis.
     """
     _, chunk, ins, outs = spec
-    device = next(node.meta["val"].device.type for node in _inputs(body))
-    results = sums = returned = cast = extra = 0
-    outputs = iter(_outputs(body))
-    for kind in outs:
-        out = next(outputs)
-        value: torch.Tensor = out.meta["val"]
-        if kind[0] == "cat":
-            results += _bytes(out) * length // chunk
+    on_cpu = _inputs(body)[0].meta["val"].device.type == "cpu"
+    results = sums = returned = cast = product = 0
+    for kind, nodes in _by_result(body, outs):
+        value: torch.Tensor = nodes[0].meta["val"]
+        if kind[0] in ("cat", "rows"):
+            results += _split_bytes(kind, value, chunk, length)
             continue
-        if kind[0] == "rows":
-            results += prod(size or length * kind[2][2] for size in kind[3]) * value.element_size()
-            for _ in range(2 * kind[1] - 1):
-                next(outputs)
-            continue
-        count, dtype = value.numel(), value.dtype
-        if kind[0] == "outer":
-            count, dtype = value.shape[1] * next(outputs).meta["val"].shape[1], kind[2]
-            if kind[1] != value.dtype and device == "cpu":  # it multiplies into the wider dtype in two steps
-                extra = max(extra, count * (value.element_size() + kind[1].itemsize))
+        count = value.numel() if kind[0] == "sum" else value.shape[1] * nodes[1].meta["val"].shape[1]
+        dtype: torch.dtype = value.dtype if kind[0] == "sum" else kind[2]
         sums += count * kind[1].itemsize
         returned += count * dtype.itemsize
-        cast = max(cast, count * dtype.itemsize if dtype != kind[1] else 0)
+        if dtype != kind[1]:
+            cast = max(cast, count * dtype.itemsize)
+            if kind[0] == "outer" and on_cpu:  # it multiplies in the one dtype, and adds up in the other
+                product = max(product, count * (dtype.itemsize + kind[1].itemsize))
     fixed = _whole_nodes(body, outs)
     split = [(node, axis) for node, axis in zip(_inputs(body), ins, strict=True) if axis is not None]
     copied = sum(_bytes(node) for node, axis in split if _is_copied(node, axis))
-    alive = [_alive(body, fixed, times, reductions_apart=device == "cpu") for times in (1, 2)]
-    each = (alive[1] - alive[0] + copied) / chunk
-    at_rest = sum(_bytes(node) for node in {*map(buffer_of, _outputs(body))} if node.op != "placeholder") + extra
-    steady = round(max(alive[0], at_rest) + copied - each * chunk)
+    once, twice = (_alive(body, fixed, times, reductions_apart=on_cpu) for times in (1, 2))
+    each = (twice - once + copied) / chunk
+    at_rest = product + sum(_bytes(node) for node in {*map(buffer_of, _outputs(body))} if node.op != "placeholder")
+    steady = round(max(once, at_rest) + copied - each * chunk)
     return Footprint(results, sums, cast, returned, max(0, steady), each)
+
+
+def _by_result(body: Body, outs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], list[Node]]]:
+    """How each result of the loop is made, and the outputs of the body that it is made from."""
+    outputs = iter(_outputs(body))
+    for kind in outs:
+        yield kind, list(islice(outputs, {"outer": 2, "rows": 2 * kind[1] if kind[0] == "rows" else 0}.get(kind[0], 1)))
+
+
+def _split_bytes(kind: tuple[Any, ...], value: torch.Tensor, chunk: int, length: int) -> int:
+    """Of a result that is written chunk by chunk."""
+    if kind[0] == "cat":
+        return value.numel() * value.element_size() * length // chunk
+    _, _, (split_dim, _, inner), sizes = kind
+    whole = (length * inner if dim == split_dim else size for dim, size in enumerate(sizes))
+    return prod(whole) * value.element_size()
 
 
 def _alive(body: Body, fixed: set[Node], times: float, *, reductions_apart: bool) -> float:
@@ -216,14 +227,10 @@ def _is_copied(node: Node, axis: tuple[int, int, int]) -> bool:
     return outer * prod(node.meta["val"].shape[:dim]) > 1
 
 
-def _whole_nodes(body: Body, outs: tuple[tuple[Any, ...], ...]) -> set[Node]:
+def _whole_nodes(body: Body, outs: Sequence[tuple[Any, ...]]) -> set[Node]:
     """What a body computes of the size of a whole operand: its outputs that add up, and what only they are made of."""
     whole: set[Node] = set()
-    outputs = iter(_outputs(body))
-    for kind in outs:
-        node = next(outputs)
-        for _ in range({"outer": 1, "rows": 2 * kind[1] - 1 if kind[0] == "rows" else 0}.get(kind[0], 0)):
-            next(outputs)
+    for kind, (node, *_) in _by_result(body, outs):
         while kind[0] == "sum" and node.op == "call_function" and node not in whole:
             whole.add(node)
             operands = [operand for operand in node.all_input_nodes if _bytes(operand) == _bytes(node)]

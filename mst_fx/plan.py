@@ -185,7 +185,7 @@ class _Planner:
 
     def _own_bytes(self, number: int) -> int:
         memory = self.offers[number].memory
-        return max(memory.whole_backward, memory.saved_whole)
+        return max(memory.whole_forward, memory.whole_backward, memory.saved_whole)
 
     def _holds(self, number: int, state: State) -> int:
         """The most that a region holds at once."""

@@ -105,6 +105,16 @@ def test_long_sequences_loop_all(length, checkpointed):
     assert (plans.of[0].added_ms < 0.3 * once_more) == checkpointed  # there nothing is computed that was not before
 
 
+def test_evaluation_loops_the_head():
+    """Nothing is saved, and no gradient is made: the logits alone make the peak."""
+    wide = 8192 * VOCAB * 2
+    memory = RegionMemory(written=3 * wide, forward=Footprint(each=VOCAB * 2), whole_forward=wide)
+    offer = replace(head(8192), memory=memory)
+    plans = make_plans([offer], Timeline(3 * GIB, (Segment(region=0),)), DEVICE, Config())
+    assert looped(plans) == [True]
+    assert plans.peak <= plans.peak_whole - wide / 2
+
+
 def test_small_regions_are_left_alone():
     offers, timeline = llama(32768, 2)
     offers[0] = replace(offers[0], memory=replace(offers[0].memory, written=63 * 2**20))
