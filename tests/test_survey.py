@@ -93,3 +93,41 @@ def test_blocks_that_are_computed_again_save_nothing_but_their_inputs():
         peaks.append(sum(segment.saved for segment in timeline.segments if segment.block is None))
     wide = 2 * 64 * 1024 * 4
     assert peaks[0] - peaks[1] >= 3 * 2 * wide
+
+
+def planned(gm, **options):
+    return rewrite(gm, Config(min_bytes=0, **options), patterns())[1]
+
+
+def test_a_budget_loops_layer_by_layer():
+    gm = captured(Layers(1024, 1024, 1024, 1024), *tokens(2, 64))
+    generous, least = planned(gm, memory_budget="1TiB"), planned(gm, memory_budget=1)
+    assert [region.pattern for region in generous.regions] == ["head"]
+    assert {refusal.reason for refusal in generous.refusals} == {"SMALL"}
+    assert len(least.regions) > 1
+    between = planned(gm, memory_budget=(generous.peak + planned(gm).peak) // 2)
+    assert planned(gm).peak < between.peak < generous.peak
+    assert 1 < len(between.regions) < 5
+
+
+def test_a_budget_that_is_missed_is_told(caplog):
+    gm = captured(Layers(1024), *tokens(2, 64))
+    report = planned(gm, memory_budget="1KiB")
+    assert report.refusals[-1].reason == "BUDGET"
+    assert "no choice of loops keeps to 1.0 KiB: the least is" in report.refusals[-1].text
+    assert "memory_budget: no choice of loops keeps to" in caplog.text
+
+
+def test_modules_are_named_by_their_paths():
+    gm = captured(Layers(128, 128, 128), *tokens(2, 64))
+    wishes = {"mlps.0": False, "mlps.1.*": {"num_chunks": 4}, "mlps.*": {"num_chunks": 2}}
+    report = planned(gm, modules=wishes)
+    assert [region.chunks for region in report.regions if region.pattern == "gated_mlp"] == [4, 2]
+    assert [refusal.text for refusal in report.refusals] == ["the option `modules` says so"]
+
+
+def test_by_default_small_programs_are_left_as_they_are():
+    gm = captured(Layers(128), *tokens(2, 64))
+    rewritten, report = rewrite(gm, Config(), patterns())
+    assert rewritten is gm
+    assert {refusal.reason for refusal in report.refusals} == {"SMALL"}
