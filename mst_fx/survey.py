@@ -64,12 +64,14 @@ class Surveyed:
         sites: its regions, in graph order.
         report: what was refused, and cut.
         children: its subgraphs, by attribute, and the nodes that run them.
+        repeated: whether it is computed again for backward in any case.
     """
 
     reader: Reader
     sites: tuple[Site, ...]
     report: Report
     children: dict[str, tuple[Surveyed, tuple[Node, ...]]]
+    repeated: bool
 
     def all_sites(self) -> Iterator[Site]:
         """Those of the graph and of its subgraphs."""
@@ -116,7 +118,7 @@ class Surveyor:
             child.name: (self.survey(child.module, repeated or child.repeated), child.callers)
             for child in nested(reader.owner)
         }
-        return Surveyed(reader, tuple(sites), report, children)
+        return Surveyed(reader, tuple(sites), report, children, repeated)
 
     def _cut_early(self, gm: GraphModule) -> tuple[Reader, Report]:
         """A reader of the graph in which heads project only the tokens that are read."""
@@ -206,8 +208,8 @@ def _segments(surveyed: Surveyed, numbers: dict[Site, int], fresh: Iterator[int]
     for child, callers in surveyed.children.values():
         for caller in callers:
             inner = _segments(child, numbers, fresh, top=False)
-            block = next(fresh) if all(site.repeated for site in child.sites) else None
-            blocks[caller] = [replace(segment, block=segment.block or block) for segment in inner]
+            block = next(fresh) if child.repeated else None
+            blocks[caller] = [replace(part, block=block) if part.block is None else part for part in inner]
     results = {numbers[site]: _result_bytes(site.region) for site in surveyed.sites}
     return segments_of(surveyed.reader, regions, blocks, results, top=top)
 
