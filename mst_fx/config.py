@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -40,8 +40,9 @@ class Config:
             one is looped, whatever its part of the peak; 0 loops all. None: 64 MiB, and the plan decides.
         chunk_tokens: tokens in one mini-sequence; None lets the plan choose.
         num_chunks: number of mini-sequences in place of `chunk_tokens`; at most one of the two may be set.
-        modules: for regions of modules with these paths ("model.layers.0.mlp", "*.mlp"; the longest that matches
-            counts): False or True for no loop or a loop in any case, or {"chunk_tokens": n} or {"num_chunks": n}.
+        modules: for regions that have a part in a module with one of these paths ("model.layers.0.mlp", "*.mlp"; the
+            longest that matches counts): False or True for no loop or a loop in any case, or {"chunk_tokens": n} or
+            {"num_chunks": n}.
         accumulate: dtype in which the weight gradients of half-precision weights add up over the chunks:
             "float32" (as accurate as no loop; 4 bytes an element while the loop runs) or "native" (the weight's).
         returned_logits: what becomes of logits that the compiled function also returns: "keep" their gradient (a
@@ -100,9 +101,9 @@ class Config:
         """`min_bytes`, or what it is where nothing was said: smaller temporaries are not worth a loop's launches."""
         return SMALL_BYTES if self.min_bytes is None else self.min_bytes
 
-    def wish_for(self, module: str) -> Wish:
-        """What the user wants of a region that belongs to the module with this path."""
-        paths = [path for path in self.modules if fnmatchcase(module, path) or fnmatchcase(module, f"{path}.*")]
+    def wish_for(self, modules: Collection[str]) -> Wish:
+        """What the user wants of a region whose nodes belong to the modules with these paths."""
+        paths = [path for path in self.modules if any(_is_in(module, path) for module in modules)]
         said = self.modules[max(paths, key=len)] if paths else {}
         if isinstance(said, bool):
             return Wish(said, self.chunk_tokens, self.num_chunks)
@@ -155,6 +156,10 @@ def _is_budget(value: object) -> bool:
     if isinstance(value, float):
         return 0 < value <= 1
     return value is None or (_is_int(value) and isinstance(value, int) and value > 0)
+
+
+def _is_in(module: str, path: str) -> bool:
+    return fnmatchcase(module, path) or fnmatchcase(module, f"{path}.*")
 
 
 def _is_wish(entry: tuple[object, object]) -> bool:

@@ -27,7 +27,7 @@ class Offer:
     """What the planner knows of one region.
 
     Attributes:
-        module: path of the module that it belongs to.
+        modules: paths of the modules that its nodes belong to.
         extent: of its axis.
         memory: bytes, as a function of the chunk length.
         cost: work.
@@ -35,7 +35,7 @@ class Offer:
         repeated: whether it stands in a block that is computed again for backward in any case.
     """
 
-    module: str
+    modules: tuple[str, ...]
     extent: Extent
     memory: RegionMemory
     cost: RegionCost
@@ -109,7 +109,7 @@ class _Planner:
 
     def __init__(self, offers: Sequence[Offer], timeline: Timeline, device: Device, config: Config) -> None:
         self.offers, self.timeline, self.device, self.config = offers, timeline, device, config
-        self.wishes: list[Wish] = [config.wish_for(offer.module) for offer in offers]
+        self.wishes: list[Wish] = [config.wish_for(offer.modules) for offer in offers]
         self.lengths = [
             default_lengths(offer.extent, wish, config.accumulate, recomputes=not offer.free)
             for offer, wish in zip(offers, self.wishes, strict=True)

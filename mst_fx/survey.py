@@ -153,7 +153,7 @@ class Surveyor:
         return min(parts, key=lambda part: written_after(part.work, self._lengths(part).chunk))
 
     def _lengths(self, site: Site) -> Lengths:
-        wish = self.config.wish_for(module_path(site.region.last))
+        wish = self.config.wish_for(_modules(site.region))
         recomputes = site.work.backward == "recompute"
         return default_lengths(extent_of(site.work), wish, self.config.accumulate, recomputes=recomputes)
 
@@ -166,19 +166,23 @@ class Surveyor:
 
     def offer(self, site: Site) -> Offer:
         """What the planner has to know of a region."""
-        module, extent, lengths = module_path(site.region.last), extent_of(site.work), self._lengths(site)
+        modules, extent, lengths = _modules(site.region), extent_of(site.work), self._lengths(site)
         written = temporary_bytes(site.work.stages, extent.length)
-        if written < self.config.least_bytes and not self.config.wish_for(module).loop:
+        if written < self.config.least_bytes and not self.config.wish_for(modules).loop:
             memory = RegionMemory(written)  # it is left alone: no need to trace what its loop would be
         else:
             memory = self._memory(site.work, lengths)
         cost = cost_of(site.work, memory)
-        return Offer(module, extent, memory, cost, free=site.work.backward != "recompute", repeated=site.repeated)
+        return Offer(modules, extent, memory, cost, free=site.work.backward != "recompute", repeated=site.repeated)
 
     def _memory(self, work: Work, lengths: Lengths) -> RegionMemory:
         if (work, lengths) not in self._memories:
             self._memories[work, lengths] = memory_of(work, self.call(work, lengths))
         return self._memories[work, lengths]
+
+
+def _modules(region: Region) -> tuple[str, ...]:
+    return tuple(sorted({module_path(node) for node in region.nodes}))
 
 
 def extent_of(work: Work) -> Extent:

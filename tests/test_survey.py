@@ -124,6 +124,8 @@ def test_modules_are_named_by_their_paths():
     report = planned(gm, modules=wishes)
     assert [region.chunks for region in report.regions if region.pattern == "gated_mlp"] == [4, 2]
     assert [refusal.text for refusal in report.refusals] == ["the option `modules` says so"]
+    report = planned(gm, modules={"head": False})
+    assert [region.pattern for region in report.regions] == ["gated_mlp"] * 3
 
 
 def test_by_default_small_programs_are_left_as_they_are():
