@@ -15,7 +15,6 @@ from mst_fx.likeness import likeness_of_nodes
 from mst_fx.lower import depends_on_data, fake_value, fix, hint, is_symbolic, lower
 from mst_fx.placement import PARTIAL
 from mst_fx.region import Region, needs_gradient
-from mst_fx.rules.contraction import CONTRACTIONS
 from mst_fx.stages import Stages, cut
 
 Backward = Literal["recompute", "in_forward", "none"]
@@ -38,11 +37,6 @@ class Work:
     wanted: tuple[int, ...]
     differentiable: tuple[int, ...]
     kept: tuple[int, ...]
-
-    @property
-    def multiplies(self) -> bool:
-        """Whether a matrix product is part of the loop."""
-        return any(node.target in CONTRACTIONS for node in self.stages.loop)
 
 
 def analysed(region: Region, config: Config, known: dict[Hashable, Work], marked: Container[str] = ()) -> Work:
@@ -140,8 +134,7 @@ def _backward(stages: Stages, differentiable: tuple[int, ...]) -> Backward:
     sink = stages.results[differentiable[0]]
     scalar = len(differentiable) == 1 and stages.placements.of[sink] == PARTIAL and sink.meta["val"].numel() == 1
     half = any(node.meta["val"].dtype == torch.float16 for node in (*stages.loop, *stages.operands) if _is_tensor(node))
-    multiplies = any(node.target in CONTRACTIONS for node in stages.loop)
-    return "in_forward" if scalar and multiplies and not half else "recompute"
+    return "in_forward" if scalar and stages.products and not half else "recompute"
 
 
 def _is_tensor(node: Node) -> bool:

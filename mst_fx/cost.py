@@ -16,11 +16,12 @@ import torch
 from torch.fx import Node
 
 from mst_fx.analysis import Work
+from mst_fx.chunking import Extent
 from mst_fx.lower import hint
 from mst_fx.memory import RegionMemory, is_sink
 from mst_fx.placement import WHOLE
 from mst_fx.rules import shape_of
-from mst_fx.rules.contraction import CONTRACTIONS, factors
+from mst_fx.rules.contraction import factors
 from mst_fx.stages import Stages
 
 EFFICIENCY = ((1, 0.005), (64, 0.31), (128, 0.6), (256, 0.9), (512, 1.0))
@@ -114,25 +115,23 @@ def efficiency(rows: float) -> float:
     return a + (b - a) * (rows - low) / (high - low)
 
 
-def cost_of(work: Work, memory: RegionMemory) -> RegionCost:
+def cost_of(work: Work, memory: RegionMemory, extent: Extent) -> RegionCost:
     """Count a region's matrix products, and what is read and written besides.
 
     Args:
         work: of the region.
         memory: of the region.
+        extent: of its axis.
     """
     stages, loop = work.stages, memory.backward or memory.forward
     cast = loop.sums + loop.returned if loop.cast else 0
     kept = {stages.results[i] for i in work.kept}
-    products = [node for node in stages.loop if node.target in CONTRACTIONS]
-    flops = {node: _flops(node) for node in products}
-    again = [node for node in products if node not in kept and not is_sink(stages, node)]
-    length = hint(stages.length)
-    tokens = hint(prod(shape_of(stages.stream)[:-1])) / length
+    flops = {node: _flops(node) for node in stages.products}
+    again = [node for node in flops if node not in kept and not is_sink(stages, node)]
     return RegionCost(
         flops=sum(flops.values()),
         recomputed=sum(flops[node] for node in again) if work.backward == "recompute" else 0.0,
-        rows=tokens / max([1.0, *(tokens_per_row(stages, node) for node in products)]),
+        rows=extent.tokens / extent.sharing,
         bytes_summed=2 * loop.sums,
         bytes_finished=cast + 2 * memory.saved,
         half=stages.stream.meta["val"].dtype in (torch.float16, torch.bfloat16),

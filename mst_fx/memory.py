@@ -115,7 +115,7 @@ def memory_of(work: Work, call: Call) -> RegionMemory:
     )
     gradients = [_bytes(stages.operands[i]) for i in work.wanted]
     in_forward = forward is None
-    dear = [n for n in stages.loop if n.target in CONTRACTIONS and n not in stages.results and not is_sink(stages, n)]
+    dear = [n for n in stages.products if n not in stages.results and not is_sink(stages, n)]
     saved_whole = sum(bytes_per_position(stages, node) for node in dear) * length if work.backward != "none" else 0
     return RegionMemory(
         written=temporary_bytes(stages, length),
@@ -139,7 +139,7 @@ def written_after(work: Work, chunk: int) -> int:
 
 def _stream_gradient(work: Work) -> int:
     wanted = {work.stages.operands[i] for i in work.wanted}
-    return _bytes(work.stages.stream) if not work.multiplies and work.stages.stream in wanted else 0
+    return _bytes(work.stages.stream) if not work.stages.products and work.stages.stream in wanted else 0
 
 
 def is_sink(stages: Stages, product: Node) -> bool:

@@ -166,7 +166,7 @@ class Reader:
 
     def tensor_operands(self, node: Node) -> list[Node]:
         """The operands that are tensors, or tuples of them; no sizes, no subgraphs."""
-        return [operand for operand in node.all_input_nodes if _tensors(operand)]
+        return [operand for operand in node.all_input_nodes if tensors_of(operand)]
 
     def is_view(self, node: Node) -> bool:
         """Whether the node's value lies in the memory of its operands."""
@@ -204,14 +204,15 @@ class Reader:
 
     def storages(self, node: Node) -> set[torch.UntypedStorage]:
         """The memory that the node's value lies in, as captured."""
-        return {tensor.untyped_storage() for tensor in _tensors(node) if tensor.layout == torch.strided}
+        return {tensor.untyped_storage() for tensor in tensors_of(node) if tensor.layout == torch.strided}
 
     def numel(self, node: Node) -> int:
         """Elements of the node's value as captured, added up where it is a tuple."""
-        return sum(prod(map(hint, tensor.shape)) for tensor in _tensors(node))
+        return sum(prod(map(hint, tensor.shape)) for tensor in tensors_of(node))
 
 
-def _tensors(node: Node) -> list[torch.Tensor]:
+def tensors_of(node: Node) -> list[torch.Tensor]:
+    """The tensors that a node produced when it was captured, one or several."""
     value = fake_value(node)
     return [x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, torch.Tensor)]
 
@@ -257,7 +258,7 @@ def _can_be_opened(node: Node) -> bool:
 
 def _result(node: Node) -> Node | None:
     """The node whose value tells what a node does: itself, or what it writes to."""
-    return node if _tensors(node) else written_by(node)
+    return node if tensors_of(node) else written_by(node)
 
 
 def _operand(node: Node, opened: Opened, arg: Any) -> Node | None:

@@ -19,6 +19,7 @@ from mst_fx.placement import WHOLE, Placement, Routed, Split, adds_up, split_of
 from mst_fx.propagate import Placements, propagate
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.rules import Spans, inverted, shape_of
+from mst_fx.rules.contraction import CONTRACTIONS
 from mst_fx.rules.creation import DRAWS, FILLS
 from mst_fx.rules.view import FREE
 
@@ -50,6 +51,11 @@ class Stages:
     operands: tuple[Node, ...]
     results: tuple[Node, ...]
     outputs: tuple[Node, ...]
+
+    @property
+    def products(self) -> list[Node]:
+        """The matrix products of the loop."""
+        return [node for node in self.loop if node.target in CONTRACTIONS]
 
     @property
     def dynamic(self) -> bool:

@@ -34,7 +34,6 @@ from mst_fx.region import Region
 from mst_fx.report import Report, cut_head, refused
 from mst_fx.rewrite import Edit, nodes_of, rebuilt
 from mst_fx.rules import shape_of
-from mst_fx.rules.contraction import CONTRACTIONS
 from mst_fx.timeline import Segment, Timeline, resident_bytes, returned_bytes, segments_of
 
 
@@ -172,7 +171,7 @@ class Surveyor:
             memory = RegionMemory(written)  # it is left alone: no need to trace what its loop would be
         else:
             memory = self._memory(site.work, lengths)
-        cost = cost_of(site.work, memory)
+        cost = cost_of(site.work, memory, extent)
         return Offer(modules, extent, memory, cost, free=site.work.backward != "recompute", repeated=site.repeated)
 
     def _memory(self, work: Work, lengths: Lengths) -> RegionMemory:
@@ -188,7 +187,7 @@ def _modules(region: Region) -> tuple[str, ...]:
 def extent_of(work: Work) -> Extent:
     """Numbers of a region's axis."""
     stages = work.stages
-    products = [node for node in stages.loop if node.target in CONTRACTIONS]
+    products = stages.products
     length = hint(stages.length)
     return Extent(
         length=length,

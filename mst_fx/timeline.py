@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from mst_fx.body import HALF
 from mst_fx.lower import fake_value, hint
-from mst_fx.reading import Reader
+from mst_fx.reading import Reader, tensors_of
 from mst_fx.rules import rule_for
 from mst_fx.rules.contraction import CONTRACTIONS
 
@@ -187,12 +187,14 @@ def _saved_by(reader: Reader, node: Node, regions: Container[Node]) -> tuple[int
         node: outside the regions.
         regions: the nodes of the regions.
     """
-    values = [x for x in _values(node) if x.requires_grad]
+    values = [x for x in tensors_of(node) if x.requires_grad]
     if node.op in ("placeholder", "get_attr", "output") or not values:
         return 0, 0
     made = sum(map(_bytes, values))
     if reader.does(node, (aten.embedding.default, aten.index.Tensor)):  # rows of a table: it adds up in float32
-        tables = [x for operand in node.all_input_nodes for x in _values(operand) if isinstance(x, torch.nn.Parameter)]
+        tables = [
+            x for operand in node.all_input_nodes for x in tensors_of(operand) if isinstance(x, torch.nn.Parameter)
+        ]
         return 0, sum(4 * hint(x.numel()) + _bytes(x) for x in tables if x.dtype in HALF)
     if _is_dear(reader, node):
         return made, (made + _activation_bytes(node)) * (1 if reader.multiplies(node) else ATTENTION)
@@ -208,13 +210,8 @@ def _is_dear(reader: Reader, node: Node) -> bool:
 
 def _activation_bytes(node: Node) -> int:
     """Bytes of the operands that carry gradients and are no parameters."""
-    values = [x for operand in node.all_input_nodes for x in _values(operand)]
+    values = [x for operand in node.all_input_nodes for x in tensors_of(operand)]
     return sum(_bytes(x) for x in values if x.requires_grad and not isinstance(x, torch.nn.Parameter))
-
-
-def _values(node: Node) -> list[torch.Tensor]:
-    value = fake_value(node)
-    return [x for x in (value if isinstance(value, tuple | list) else [value]) if isinstance(x, torch.Tensor)]
 
 
 def _bytes(value: torch.Tensor) -> int:

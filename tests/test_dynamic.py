@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from models import MlpLM, tokens
-from numerics import looped, relative_error
+from numerics import gradients, looped, relative_error
 
 import mst_fx
 from mst_fx import loop, pipeline
@@ -57,13 +57,9 @@ def test_gradients_of_many_lengths_through_inductor():
     before = 0
     for length in (37, 50, 3, 48, 41):
         batch = tokens(2, length, ignored=1)
-        grads = []
-        for step in (model, compiled):
-            model.zero_grad()
-            step(*batch).backward()
-            grads.append([p.grad for p in model.parameters()])
-        for ours, eager in zip(*grads, strict=True):
-            assert relative_error(ours, eager) < 1e-5
+        eager, ours = gradients(model, model, batch), gradients(model, compiled, batch)
+        for name, value in eager.items():
+            assert relative_error(ours[name], value) < 1e-5, name
         before = before or len(mst_fx.reports())
     assert len(mst_fx.reports()) == before
 
