@@ -3,7 +3,8 @@
 Composite ops are opened (see `openings`), autocast's casts become explicit nodes, no_grad blocks become detach nodes,
 and writes to values of the region itself become out-of-place ops.
 
-Private torch API: fake tensors and the fake mode of the captured values. Run on torch 2.11, 2.13 and 2.15.
+Private torch API: fake tensors, the fake mode of the captured values, modules whose code is written late. Run on torch
+2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Interpreter, Node, map_arg
+from torch.fx import Graph, GraphModule, Interpreter, Node, map_arg
+from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta, set_current_meta
@@ -163,6 +165,14 @@ def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
     if node.op == "call_module":
         return owner.get_submodule(str(node.target))(*args, **kwargs)
     raise ValueError(f"cannot run {node.op} {node.target}")
+
+
+def module_over(owner: GraphModule, graph: Graph) -> GraphModule:
+    """A module that runs the graph on the attributes of another one.
+
+    Within torch.compile its code is written when somebody runs it, which the compiler does not.
+    """
+    return _make_graph_module(owner, graph, owner.__class__.__name__)
 
 
 def fake_value(node: Node) -> Any:

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from mst_fx.assembly import Call
 from mst_fx.body import Body
+from mst_fx.lower import module_over
 from mst_fx.mini_sequence import mini_sequence
 from mst_fx.region import Region
 from mst_fx.stages import Stages
@@ -53,7 +54,7 @@ def rebuilt(gm: GraphModule, edits: Sequence[Edit], children: Mapping[str, Graph
     node_of: dict[Node, Node] = {}
     output = graph.graph_copy(gm.graph, node_of)
     graph.output(output)
-    copy = GraphModule(gm, graph, gm.__class__.__name__)
+    copy = module_over(gm, graph)
     copy.meta = dict(gm.meta)
     for name, child in (children or {}).items():
         setattr(copy, name, child)
