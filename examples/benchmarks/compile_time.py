@@ -4,8 +4,9 @@
     python examples/benchmarks/compile_time.py --layers 2        # anywhere; a CPU takes minutes a layer
 
 Every compile has a process of its own, from the call of torch.compile to the end of the first step, forward and
-backward; what the compiler imports is imported before. Cold ones start from an empty cache directory, warm ones from what the cold one left there; the methods take
-turns. "pass" is the share of mst_fx itself. Prints a Markdown table of medians; ratios are to plain torch.compile.
+backward; what the compiler imports is imported before. Cold ones start from an empty cache directory, warm ones from
+what the cold one left there; the methods take turns. "pass" is the share of mst_fx itself. Prints a Markdown table of
+medians; ratios are to plain torch.compile.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ A step is forward and backward of transformers' LlamaForCausalLM, random weights
     both           mst_fx and checkpointing
 
 All methods of one length are compiled and warmed up, then take turns: an untimed step, so that clocks have followed the
-method itself, and a timed one. Times are medians. "Peak" is memory above the weights in one step, gradients included.
+method itself, and a timed one. Times are medians. "Peak" is memory above the weights in one step, gradients included;
+"predicted" is what mst_fx expects it to be.
 --json is written after every length; several such files, of a few lengths each, may follow --from. Prints a Markdown
 table; ratios are of times, to plain, or to checkpointing where plain runs out of memory.
 """
@@ -23,15 +24,13 @@ import argparse
 import copy
 import datetime
 import gc
-import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from tradeoff_rows import METHODS, Row, lengths_of, load, named, predicted, save
 from train_lm import PRESETS, build_model, peak_bytes
 from transformers import PreTrainedModel
 
@@ -48,38 +48,6 @@ Step = Callable[[torch.Tensor], None]
 Key = tuple[str, int | None]  # method and chunk length
 LLAMA = replace(PRESETS["8b-layer"], layers=2)
 TINY = replace(LLAMA, hidden=64, ffn=256, heads=4, kv_heads=2, vocab=512)
-LOOKS = {  # marker and colour
-    "plain": ("o", "#555555"),
-    "checkpointing": ("s", "#d55e00"),
-    "mst_fx": ("D", "#0072b2"),
-    "both": ("^", "#009e73"),
-}
-STAR = {"marker": "*", "markersize": 12, "markeredgecolor": "black", "markeredgewidth": 0.6}
-PANELS = 6
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method at one length.
-
-    Attributes:
-        chunk: length of the mini-sequences that was asked for; None where there is none, or the plan chooses.
-        chosen: number of mini-sequences of each pattern, and what was left alone.
-        error: what there is in place of numbers.
-    """
-
-    tokens: int
-    method: str
-    chunk: int | None
-    times_ms: tuple[float, ...] = ()
-    peak_gib: float = 0.0
-    chosen: str = ""
-    error: str = ""
-
-    @property
-    def ms(self) -> float:
-        """Of a typical step."""
-        return statistics.median(self.times_ms)
 
 
 def make_step(model: PreTrainedModel, **how: Any) -> Step:
@@ -115,9 +83,10 @@ def with_checkpointing(model: PreTrainedModel) -> PreTrainedModel:
     return twin.train()
 
 
-def measure(tokens: int, steps: dict[Key, Step], input_ids: torch.Tensor, rounds: int) -> list[Row]:
-    """Warm every method up and read its peak alone, then time all of them in turn."""
-    rows = {key: attempt(Row(tokens, *key), warm_up, step, input_ids) for key, step in steps.items()}
+def measure(steps: dict[Key, Step], input_ids: torch.Tensor, rounds: int, weights: int) -> list[Row]:
+    """Warm every method up and read its peak alone, then time all of them in turn; weights are in bytes."""
+    begin, tokens = partial(warm_up, weights=weights), input_ids.numel()
+    rows = {key: attempt(Row(tokens, *key), begin, step, input_ids) for key, step in steps.items()}
     for _ in range(rounds):
         for key, row in rows.items():
             if not row.error:
@@ -137,14 +106,20 @@ def attempt(row: Row, act: Callable[[Row, Step, torch.Tensor], Row], step: Step,
     return Row(row.tokens, row.method, row.chunk, chosen=row.chosen, error=text)
 
 
-def warm_up(row: Row, step: Step, input_ids: torch.Tensor) -> Row:
+def warm_up(row: Row, step: Step, input_ids: torch.Tensor, weights: int) -> Row:
     """Compile, read what was planned, and measure the peak."""
     known = len(mst_fx.reports())
     step(input_ids)
-    chosen = chunks_of(mst_fx.reports()[known:])
+    reports = mst_fx.reports()[known:]
     step(input_ids)
     gc.collect()
-    return replace(row, chosen=chosen, peak_gib=peak_bytes(step, input_ids) / 2**30)
+    return replace(
+        row,
+        chosen=chunks_of(reports),
+        peak_gib=peak_bytes(step, input_ids) / 2**30,
+        predicted_gib=(max((report.peak for report in reports), default=0) - weights) / 2**30,
+        unlooped_gib=(max((report.peak_whole for report in reports), default=0) - weights) / 2**30,
+    )
 
 
 def add_time(row: Row, step: Step, input_ids: torch.Tensor) -> Row:
@@ -174,95 +149,20 @@ def chunks_of(reports: Sequence[mst_fx.Report]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = ["| tokens | method | ms | ratio | peak GiB | chunks |", "|---|---|---|---|---|---|"]
+    lines = ["| tokens | method | ms | ratio | peak GiB | predicted | chunks |", "|---|---|---|---|---|---|---|"]
     for tokens in lengths_of(rows):
         mine = [row for row in rows if row.tokens == tokens]
         bases = [row for row in mine if row.method in ("plain", "checkpointing") and not row.error]
         for row in mine:
             ratio = f"{row.ms / bases[0].ms:.3f}" if bases and not row.error else "-"
-            peak = f"{row.peak_gib:.2f}" if row.peak_gib > 0.1 else f"{row.peak_gib:.2g}"
-            numbers = f"{row.error} | - | -" if row.error else f"{row.ms:,.1f} | {ratio} | {peak}"
-            lines.append(f"| {f'{tokens:,}' if row is mine[0] else ''} | {named(row)} | {numbers} | {row.chosen} |")
+            numbers = f"{row.error} | - | -" if row.error else f"{row.ms:,.1f} | {ratio} | {short(row.peak_gib)}"
+            first, guess = f"{tokens:,}" if row is mine[0] else "", short(predicted(row, rows))
+            lines.append(f"| {first} | {named(row)} | {numbers} | {guess} | {row.chosen} |")
     return "\n".join(lines)
 
 
-def named(row: Row) -> str:
-    return row.method if row.chunk is None else f"{row.method}, chunks of {row.chunk:,}"
-
-
-def lengths_of(rows: Sequence[Row]) -> list[int]:
-    return sorted({row.tokens for row in rows})
-
-
-def plot(rows: Sequence[Row], path: str) -> None:
-    """One panel a length; at most PANELS, from the shortest to the longest."""
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    lengths = lengths_of([row for row in rows if not row.error])
-    count = min(PANELS, len(lengths))
-    columns, lines = min(3, count), -(-count // 3)
-    figure = Figure(figsize=(9, 1 + 2.5 * lines), dpi=200, layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axes in panels[count:]:
-        axes.set_axis_off()
-    for i, axes in enumerate(panels[:count]):
-        tokens = lengths[round(i * (len(lengths) - 1) / max(1, count - 1))]
-        draw(axes, [row for row in rows if row.tokens == tokens])
-    scale(panels[:count])
-    handles = [Line2D([], [], marker=m, color=c, linewidth=0, label=name) for name, (m, c) in LOOKS.items()]
-    handles.append(Line2D([], [], linewidth=0, label="the planner's own choice", **{**STAR, "color": "white"}))
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8.5, frameon=False)
-    figure.supxlabel("peak GiB of a step above the weights (small numbers: chunk length in tokens)", fontsize=9)
-    figure.supylabel("ms per 1,000 tokens", fontsize=9)
-    figure.savefig(path)
-
-
-def draw(axes: Any, rows: Sequence[Row]) -> None:
-    """Chunk lengths of one method on a line, the planner's own as a star; what has no numbers is named."""
-    for method, (marker, colour) in LOOKS.items():
-        mine = [row for row in rows if row.method == method and not row.error]
-        points = {row.chunk: (row.peak_gib, row.ms / row.tokens * 1000) for row in mine}
-        if method in ("mst_fx", "both") and None in points:
-            axes.plot(*points.pop(None), linewidth=0, color=colour, **STAR)
-        axes.plot(*zip(*points.values(), strict=True), marker=marker, color=colour, linewidth=0.8, markersize=5)
-        for chunk, point in points.items():
-            text = f"{chunk:,}" if chunk else ""
-            axes.annotate(text, point, xytext=(4, 3), textcoords="offset points", fontsize=6.5, color=colour)
-    missing = "\n".join(f"{named(row)}: {row.error[:30]}" for row in rows if row.error)
-    axes.text(0.03, 0.03, missing, transform=axes.transAxes, fontsize=6.5, color="#555555")
-    axes.set_title(f"{rows[0].tokens:,} tokens", fontsize=9)
-    axes.grid(color="#eeeeee")
-    axes.tick_params(labelsize=7.5)
-
-
-def scale(panels: Sequence[Any]) -> None:
-    """Logarithmic axes on which a ratio is the same distance in every panel, so that none of them magnifies noise."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
-
-    for name in "xy":
-        ends = [getattr(axes.dataLim, f"interval{name}").tolist() for axes in panels]
-        half = 1.15 * sqrt(max(1.2, *(high / low for low, high in ends)))
-        for axes, (low, high) in zip(panels, ends, strict=True):
-            middle = sqrt(low * high)
-            axes.set(**{f"{name}scale": "log", f"{name}lim": (middle / half, middle * half)})
-            axis = getattr(axes, f"{name}axis")
-            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)) if half > 2 else MaxNLocator(5))
-            axis.set_minor_locator(NullLocator())
-            axis.set_major_formatter(ScalarFormatter())
-
-
-def load(paths: Sequence[str]) -> tuple[str, list[Row]]:
-    """What the files say of their runs, and their rows; of a length that several hold, those of the last one.
-
-    Times of different runs do not mix: only what took turns can be compared.
-    """
-    read = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
-    newest: dict[int, list[Row]] = {}
-    for file in read:
-        rows = [Row(**{**entry, "times_ms": tuple(entry["times_ms"])}) for entry in file["rows"]]
-        newest |= {tokens: [row for row in rows if row.tokens == tokens] for tokens in lengths_of(rows)}
-    return "\n".join(dict.fromkeys(file["about"] for file in read)), [row for rows in newest.values() for row in rows]
+def short(gib: float) -> str:
+    return f"{gib:.2f}" if gib > 0.1 else f"{gib:.2g}"
 
 
 def parse() -> argparse.Namespace:
@@ -292,6 +192,7 @@ def run(args: argparse.Namespace) -> tuple[str, list[Row]]:
     preset = replace(TINY if args.small else LLAMA, length=max(args.lengths), dtype=dtype)
     model = build_model(preset, device).train()
     checkpointed = with_checkpointing(model)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
     options = {"strict": True, "accumulate": args.accumulate, **({"min_bytes": 0} if args.small else {})}
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     how = [f"{name} {version(name)}" for name in ("torch", "transformers", "mst_fx")]
@@ -302,11 +203,10 @@ def run(args: argparse.Namespace) -> tuple[str, list[Row]]:
         torch._dynamo.reset()
         input_ids = torch.randint(preset.vocab, (1, tokens), device=device)
         steps = make_steps(model, checkpointed, [chunk for chunk in args.chunks if chunk < tokens], options)
-        rows += measure(tokens, steps, input_ids, args.rounds)
+        rows += measure(steps, input_ids, args.rounds, weights)
         print(f"{tokens} tokens measured", file=sys.stderr, flush=True)
         if args.json:
-            whole = {"about": about, "rows": [asdict(row) for row in rows]}
-            Path(args.json).write_text(json.dumps(whole, indent=1), encoding="utf-8")
+            save(args.json, about, rows)
     return about, rows
 
 
@@ -314,9 +214,11 @@ def main() -> None:
     args = parse()
     about, rows = load(args.sources) if args.sources else run(args)
     rows = [row for row in rows if not args.lengths or row.tokens in args.lengths]
-    rows.sort(key=lambda row: (row.tokens, list(LOOKS).index(row.method), row.chunk or 0))
+    rows.sort(key=lambda row: (row.tokens, METHODS.index(row.method), row.chunk or 0))
     print(f"{about}\n\n{table(rows)}")
     if args.plot:
+        from tradeoff_plot import plot
+
         plot(rows, args.plot)
 
 

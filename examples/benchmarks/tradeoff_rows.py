@@ -1,0 +1,75 @@
+"""What `tradeoff.py` measures: its rows, and a file of them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+METHODS = ("plain", "checkpointing", "mst_fx", "both")
+UNLOOPED = {"plain": "mst_fx", "checkpointing": "both"}
+"""The method without loops, and the same with them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one length.
+
+    Attributes:
+        chunk: length of the mini-sequences that was asked for; None where there is none, or the plan chooses.
+        chosen: number of mini-sequences of each pattern, and what was left alone.
+        predicted_gib: peak that mst_fx predicts for the plan, above the weights.
+        unlooped_gib: that it predicts for the same model without loops.
+        error: what there is in place of numbers.
+    """
+
+    tokens: int
+    method: str
+    chunk: int | None
+    times_ms: tuple[float, ...] = ()
+    peak_gib: float = 0.0
+    chosen: str = ""
+    predicted_gib: float = 0.0
+    unlooped_gib: float = 0.0
+    error: str = ""
+
+    @property
+    def ms(self) -> float:
+        """Of a typical step."""
+        return statistics.median(self.times_ms)
+
+
+def named(row: Row) -> str:
+    return row.method if row.chunk is None else f"{row.method}, chunks of {row.chunk:,}"
+
+
+def lengths_of(rows: Sequence[Row]) -> list[int]:
+    return sorted({row.tokens for row in rows})
+
+
+def predicted(row: Row, rows: Sequence[Row]) -> float:
+    """GiB above the weights that were predicted for a row; those without loops are told by their planned kin."""
+    kin = UNLOOPED.get(row.method)
+    if kin is None:
+        return row.predicted_gib
+    return next(x.unlooped_gib for x in rows if (x.tokens, x.method, x.chunk) == (row.tokens, kin, None))
+
+
+def save(path: str, about: str, rows: Sequence[Row]) -> None:
+    whole = {"about": about, "rows": [asdict(row) for row in rows]}
+    Path(path).write_text(json.dumps(whole, indent=1), encoding="utf-8")
+
+
+def load(paths: Sequence[str]) -> tuple[str, list[Row]]:
+    """What the files say of their runs, and their rows; of a length that several hold, those of the last one.
+
+    Times of different runs do not mix: only what took turns can be compared.
+    """
+    read = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+    newest: dict[int, list[Row]] = {}
+    for file in read:
+        rows = [Row(**{**entry, "times_ms": tuple(entry["times_ms"])}) for entry in file["rows"]]
+        newest |= {tokens: [row for row in rows if row.tokens == tokens] for tokens in lengths_of(rows)}
+    return "\n".join(dict.fromkeys(file["about"] for file in read)), [row for rows in newest.values() for row in rows]
