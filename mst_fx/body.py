@@ -16,6 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.config import Accumulate
+from mst_fx.derivatives import reads_log_softmax, run_on_logits
 from mst_fx.loop import Axis, axis_length
 from mst_fx.lower import hint, on_fakes, trace
 from mst_fx.placement import Split, adds_up, split_of, sure
@@ -136,9 +137,11 @@ def _run_chunk(
 ) -> tuple[torch.Tensor, ...]:
     length = axis_length([axis_of(stages, node) for node in stages.operands], operands)
     env: dict[Node, Any] = dict(zip(stages.operands, operands, strict=True))
+    inside = set(stages.loop)
     for node in stages.loop:
         placement = stages.placements.of[node]
-        env[node] = run_resized(node, placement, length, env)
+        picks = reads_log_softmax(node, inside)
+        env[node] = run_on_logits(node, env) if picks else run_resized(node, placement, length, env)
         if known and node in known:
             env[node] = _Known.apply(env[node], known[node])
         split = split_of(placement)
