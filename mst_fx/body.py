@@ -17,11 +17,12 @@ from torch.fx import GraphModule, Node
 
 from mst_fx.config import Accumulate
 from mst_fx.derivatives import reads_log_softmax, run_on_logits
-from mst_fx.loop import Axis, axis_length
+from mst_fx.loop import axis_length
 from mst_fx.lower import hint, on_fakes, trace
 from mst_fx.placement import Split, adds_up, split_of, sure
 from mst_fx.products import take_out_products
 from mst_fx.resize import run_resized
+from mst_fx.results import Axis
 from mst_fx.stages import Stages
 
 HALF = (torch.float16, torch.bfloat16)

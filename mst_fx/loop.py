@@ -21,9 +21,9 @@ Private torch API: the registration of a higher-order operator. Run on torch 2.1
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -38,8 +38,8 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, disable_p
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from mst_fx.lower import any_length, is_symbolic
+from mst_fx.results import Axis, pieces, result_of, rows_of_result
 
-Axis: TypeAlias = tuple[int, int, int]
 Body: TypeAlias = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
 
@@ -54,33 +54,17 @@ class LoopSpec(NamedTuple):
 
 def _version() -> str:
     """Hash of the sources that compiled code depends on: what another version made must not be reused."""
-    here = Path(__file__).parent
-    sources = b"".join((here / name).read_bytes() for name in ("loop.py", "inductor.py", "mini_sequence.py"))
+    names = ("loop.py", "results.py", "inductor.py", "mini_sequence.py")
+    sources = b"".join((Path(__file__).parent / name).read_bytes() for name in names)
     return hashlib.sha256(sources).hexdigest()[:12]
 
 
 VERSION = _version()
 
 
-def take(x: torch.Tensor, axis: Axis | None, start: int, length: int) -> torch.Tensor:
-    """Positions [start, start + length) of the axis, contiguous; all of `x` where it is whole."""
-    if axis is None:
-        return x
-    dim, outer, inner = axis
-    rows = x.unflatten(dim, (outer, -1)).narrow(dim + 1, start * inner, length * inner)
-    return rows.flatten(dim, dim + 1).contiguous()
-
-
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """Compiled bodies read 16 bytes at a time, as they may from memory that torch has allocated."""
     return x.clone() if x.data_ptr() % 16 else x
-
-
-def put(result: torch.Tensor, axis: Axis, start: int, length: int, chunk: torch.Tensor) -> None:
-    """Write positions [start, start + length) of the axis of `result`."""
-    dim, outer, inner = axis
-    place = result.unflatten(dim, (outer, -1)).narrow(dim + 1, start * inner, length * inner)
-    place.copy_(chunk.unflatten(dim, (outer, -1)))
 
 
 def axis_length(ins: Sequence[Axis | None], operands: Sequence[torch.Tensor]) -> int:
@@ -93,94 +77,20 @@ def run_loop(bodies: tuple[Body, Body | None], raw_spec: tuple[Any, ...], operan
     """Run the loop. Generated code calls this with the bodies that it compiled."""
     spec = LoopSpec(*raw_spec)
     total = axis_length(spec.ins, operands)
-    operands = [aligned(x) if axis is None else x for x, axis in zip(operands, spec.ins, strict=True)]
-    results: list[Any] = [None] * len(spec.outs)
+    chunks = [
+        repeat(aligned(x)) if axis is None else pieces(x, axis, spec.chunk)
+        for x, axis in zip(operands, spec.ins, strict=True)
+    ]
+    results = [result_of(kind, total, spec.chunk) for kind in spec.outs]
     for start in range(0, total, spec.chunk):
-        length = min(spec.chunk, total - start)
-        body = bodies[0] if length == spec.chunk else bodies[1]
+        body = bodies[0] if start + spec.chunk <= total else bodies[1]
         assert body is not None
-        chunk = [aligned(take(x, axis, start, length)) for x, axis in zip(operands, spec.ins, strict=True)]
-        outs = iter(body(chunk))
-        for index, kind in enumerate(spec.outs):
-            results[index] = _absorb(kind, results[index], outs, start, length, total)
-        del chunk, outs  # free this chunk before the next one starts
-    for index, kind in enumerate(spec.outs):  # one after the other: a float32 sum is freed before the next is cast
-        results[index] = _finished(kind, results[index])
-    return results
-
-
-def _absorb(
-    kind: tuple[Any, ...], result: Any, outs: Iterator[torch.Tensor], start: int, length: int, total: int
-) -> Any:
-    """One chunk's outputs go into the result."""
-    out = next(outs)
-    if kind[0] == "cat":
-        axis = kind[1:]
-        if result is None:
-            shape = list(out.shape)
-            shape[axis[0]] = axis[1] * total * axis[2]
-            result = torch.empty(shape, dtype=out.dtype, device=out.device)
-        put(result, axis, start, length, out)
-        return result
-    if kind[0] == "rows":
-        return put_rows(result, kind, [out, *(next(outs) for _ in range(2 * kind[1] - 1))], start, length, total)
-    if kind[0] == "sum":
-        if result is None:
-            return (out.to(kind[1], copy=True), out.dtype)
-        result[0].add_(out)
-        return result
-    return add_outer(result, out, next(outs), kind[1])
-
-
-def put_rows(
-    result: torch.Tensor | None, kind: tuple[Any, ...], factors: list[torch.Tensor], start: int, length: int, total: int
-) -> torch.Tensor:
-    """Write the rows of one chunk, the sum of its products."""
-    if result is None:
-        result = torch.empty(_whole_sizes(kind, total), dtype=factors[0].dtype, device=factors[0].device)
-    rows = result.view(-1, kind[3][-1])
-    each = rows.shape[0] // total
-    place = rows.narrow(0, start * each, length * each)
-    torch.mm(factors[0], factors[1], out=place)
-    for a, b in zip(factors[2::2], factors[3::2], strict=True):
-        place.addmm_(a, b)
-    return result
-
-
-def _whole_sizes(kind: tuple[Any, ...], total: int) -> list[int]:
-    """Sizes of a result made of rows."""
-    _, _, (split_dim, _, inner), sizes = kind
-    return [total * inner if dim == split_dim else size for dim, size in enumerate(sizes)]
-
-
-def _finished(kind: tuple[Any, ...], result: Any) -> torch.Tensor:
-    if kind[0] == "sum":
-        total, dtype = result
-        return total.to(dtype)
-    return result.to(kind[2]) if kind[0] == "outer" else result
-
-
-def add_outer(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Total + A^T B, in place, in `dtype`; A^T B for the first chunk. A is [n, i], B is [n, j]."""
-    if dtype == a.dtype:
-        return torch.mm(a.t(), b) if total is None else total.addmm_(a.t(), b)
-    if _widens(a.device, a.dtype, dtype):
-        if total is None:
-            return torch.mm(a.t(), b, out_dtype=dtype)
-        return torch.addmm(total, a.t(), b, out_dtype=dtype, out=total)
-    product = torch.mm(a.t(), b)
-    return product.to(dtype) if total is None else total.add_(product)
-
-
-@functools.cache
-def _widens(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether this device multiplies `dtype` matrices into `wide` without a rounding in between."""
-    x = torch.ones(16, 16, dtype=dtype, device=device)
-    try:
-        torch.mm(x, x, out_dtype=wide)
-    except (RuntimeError, NotImplementedError, TypeError):
-        return False
-    return True
+        outs = iter(body([aligned(next(chunk)) for chunk in chunks]))
+        for result in results:
+            result.add(outs)
+        del outs  # free this chunk before the next one starts
+    # one after the other: a float32 sum is freed before the next is cast
+    return [results.pop(0).finished() for _ in spec.outs]
 
 
 class _MiniSequenceLoop(HigherOrderOperator):
@@ -197,7 +107,7 @@ mini_sequence_loop = _MiniSequenceLoop()
 def chunk_examples(
     raw_spec: tuple[Any, ...], operands: Sequence[torch.Tensor], shape_env: Any
 ) -> list[list[torch.Tensor]]:
-    """Fake operands of a full chunk and of the ragged one, as `take` gives them; call it under their fake mode.
+    """Fake operands of a full chunk and of the ragged one, as `pieces` gives them; call it under their fake mode.
 
     The ragged length is a symbol of its own where the axis' length is only known at run time, so no guard comes of it.
     """
@@ -243,7 +153,7 @@ def _fake(
             if kind[0] == "rows":
                 for _ in range(2 * kind[1] - 1):
                     next(outs)
-                shape = _whole_sizes(kind, total)
+                shape = rows_of_result(kind, total)
             results.append(torch.empty(shape, dtype=dtype, device=out.device))
         return tuple(results)
 

@@ -1,0 +1,167 @@
+"""How the outputs of the chunks become the results of a loop: written to their places, or added up in place.
+
+A result takes what the body gave for one chunk after the other. What can be done once for all chunks is done with the
+first: the host must not fall behind the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeAlias
+
+import torch
+
+Axis: TypeAlias = tuple[int, int, int]
+Kind: TypeAlias = tuple[Any, ...]
+
+
+class Result(Protocol):
+    """One result of a loop."""
+
+    def add(self, outs: Iterator[torch.Tensor]) -> None:
+        """Take the outputs of the next chunk that belong to this result."""
+
+    def finished(self) -> torch.Tensor:
+        """The result, after the last chunk."""
+
+
+def result_of(kind: Kind, total: int, chunk: int) -> Result:
+    """An empty result.
+
+    Args:
+        kind: one of a spec's `outs`.
+        total: positions of the axis.
+        chunk: positions in one mini-sequence.
+    """
+    if kind[0] == "cat":
+        return _Written(kind[1:], total, chunk)
+    if kind[0] == "rows":
+        return _Rows(kind, total, chunk)
+    return _Sum(kind[1]) if kind[0] == "sum" else _Outer(*kind[1:])
+
+
+def pieces(x: torch.Tensor, axis: Axis, chunk: int) -> Iterator[torch.Tensor]:
+    """The mini-sequences along the axis of `x`, one after the other, contiguous: views where memory allows."""
+    dim, outer, inner = axis
+    if outer == 1:
+        return map(torch.Tensor.contiguous, x.split(chunk * inner, dim))
+    parts = x.unflatten(dim, (outer, -1)).split(chunk * inner, dim + 1)
+    return (part.flatten(dim, dim + 1).contiguous() for part in parts)
+
+
+def rows_of_result(kind: Kind, total: int) -> list[int]:
+    """Sizes of a result made of rows."""
+    _, _, (split_dim, _, inner), sizes = kind
+    return [total * inner if dim == split_dim else size for dim, size in enumerate(sizes)]
+
+
+class _Written:
+    """One output a chunk, copied to its place."""
+
+    def __init__(self, axis: Axis, total: int, chunk: int) -> None:
+        self._axis, self._total, self._chunk = axis, total, chunk
+        self._whole: torch.Tensor | None = None
+        self._places: Iterator[torch.Tensor] = iter(())
+
+    def add(self, outs: Iterator[torch.Tensor]) -> None:
+        out = next(outs)
+        dim, outer, inner = self._axis
+        if self._whole is None:
+            shape = list(out.shape)
+            shape[dim] = outer * self._total * inner
+            self._whole = torch.empty(shape, dtype=out.dtype, device=out.device)
+            self._places = iter(self._whole.unflatten(dim, (outer, -1)).split(self._chunk * inner, dim + 1))
+        next(self._places).copy_(out.unflatten(dim, (outer, -1)))
+
+    def finished(self) -> torch.Tensor:
+        assert self._whole is not None
+        return self._whole
+
+
+class _Rows:
+    """Pairs of factors whose products add up to the rows of a chunk, which are written where they belong."""
+
+    def __init__(self, kind: Kind, total: int, chunk: int) -> None:
+        self._kind, self._total, self._chunk = kind, total, chunk
+        self._whole: torch.Tensor | None = None
+        self._places: Iterator[torch.Tensor] = iter(())
+
+    def add(self, outs: Iterator[torch.Tensor]) -> None:
+        a, b = next(outs), next(outs)
+        if self._whole is None:
+            self._whole = torch.empty(rows_of_result(self._kind, self._total), dtype=a.dtype, device=a.device)
+            rows = self._whole.view(-1, self._whole.shape[-1])
+            self._places = iter(rows.split(rows.shape[0] // self._total * self._chunk))
+        place = next(self._places)
+        torch.mm(a, b, out=place)
+        for _ in range(self._kind[1] - 1):
+            place.addmm_(next(outs), next(outs))
+
+    def finished(self) -> torch.Tensor:
+        assert self._whole is not None
+        return self._whole
+
+
+class _Sum:
+    """One output a chunk, added up in `dtype`; the sum has the dtype of the outputs."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._total: torch.Tensor | None = None
+        self._own = dtype
+
+    def add(self, outs: Iterator[torch.Tensor]) -> None:
+        out = next(outs)
+        if self._total is None:
+            self._total, self._own = out.to(self._dtype, copy=True), out.dtype
+        else:
+            self._total.add_(out)
+
+    def finished(self) -> torch.Tensor:
+        assert self._total is not None
+        return self._total.to(self._own)
+
+
+class _Outer:
+    """Two outputs a chunk, A [n, i] and B [n, j]; A^T B adds up in `dtype`."""
+
+    def __init__(self, dtype: torch.dtype, own: torch.dtype) -> None:
+        self._dtype, self._own = dtype, own
+        self._total: torch.Tensor | None = None
+
+    def add(self, outs: Iterator[torch.Tensor]) -> None:
+        a, b = next(outs).t(), next(outs)
+        if self._total is not None:
+            _add_product(self._total, a, b)
+        elif self._dtype == a.dtype:
+            self._total = torch.mm(a, b)
+        elif _widens(a.device, a.dtype, self._dtype):
+            self._total = torch.mm(a, b, out_dtype=self._dtype)
+        else:
+            self._total = torch.mm(a, b).to(self._dtype)
+
+    def finished(self) -> torch.Tensor:
+        assert self._total is not None
+        return self._total.to(self._own)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Total += A B, in the dtype of the total."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif _widens(a.device, a.dtype, total.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.mm(a, b))
+
+
+@functools.cache
+def _widens(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether this device multiplies `dtype` matrices into `wide` without a rounding in between."""
+    x = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        torch.mm(x, x, out_dtype=wide)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+    return True
