@@ -122,8 +122,7 @@ def test_cuda_graphs_capture_the_loop(mode):
     assert launches, "no graph was replayed"
 
 
-def test_lengths_that_vary_are_not_captured(caplog):
-    """One graph for every length: what cannot be captured runs as it is."""
+def test_cuda_graphs_of_lengths_that_vary():
     model = MlpLM().cuda()
     options = {"min_bytes": 0, "chunk_tokens": 32, "strict": True, "triton.cudagraphs": True}
     compiled = torch.compile(model, backend=mst_fx.backend, options=options, dynamic=True)
@@ -132,6 +131,18 @@ def test_lengths_that_vary_are_not_captured(caplog):
         eager, ours = gradients(model, model, batch), gradients(model, compiled, batch)
         for name, value in eager.items():
             assert relative_error(ours[name], value) < 1e-4, name
+
+
+def test_nothing_waits_for_the_device():
+    model = MlpLM().cuda()
+    compiled, batch = looped(model, chunk_tokens=32, inner="inductor"), on_gpu(tokens(2, 100))
+    for _ in range(2):
+        compiled(*batch).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        compiled(*batch).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("accumulate", ["native", "float32"])

@@ -1,0 +1,58 @@
+"""What the loop itself costs the host: microseconds of Python for one mini-sequence, the bodies left out.
+
+    python examples/benchmarks/host_overhead.py                  # anywhere
+
+The loops are those of a head and of a gated MLP, on tensors of one element a chunk, with bodies that do nothing; what
+remains is cutting the operands and adding up or writing the results, with the calls of torch that do it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Any
+
+import torch
+
+from mst_fx.loop import VERSION, run_loop
+
+CHUNKS = 2000
+ROWS = (1, 1, 1)  # the axis of the tokens: dim 1 of [batch, tokens, features]
+SUM = ("sum", torch.float32)
+OUTER = ("outer", torch.float32, torch.float32)
+
+
+def rows(products: int) -> tuple[Any, ...]:
+    return ("rows", products, ROWS, (1, 0, 1))
+
+
+LOOPS = {  # split operands, whole ones, results
+    "head, gradients in the forward": (1, 3, (SUM, rows(1), OUTER)),
+    "gated MLP, forward": (1, 3, (rows(1),)),
+    "gated MLP, backward": (2, 3, (rows(2), OUTER, OUTER, OUTER)),
+}
+
+
+def microseconds(split: int, whole: int, outs: Sequence[tuple[Any, ...]], rounds: int = 7) -> float:
+    """Of one chunk, in the best of several loops."""
+    ins = (*repeat(ROWS, split), *repeat(None, whole))
+    operands = [torch.zeros(1, CHUNKS if axis else 1, 1) for axis in ins]
+    count = sum(2 * kind[1] if kind[0] == "rows" else 2 - (kind == SUM) for kind in outs)
+    made = [torch.zeros(1, 1)] * count
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run_loop((lambda _: made, None), (VERSION, 1, ins, tuple(outs)), list(operands))
+        best = min(best, time.perf_counter() - start)
+    return best / CHUNKS * 1e6
+
+
+def main() -> None:
+    print("| loop | us a chunk |\n|---|---|")
+    for name, loop in LOOPS.items():
+        print(f"| {name} | {microseconds(*loop):.1f} |")
+
+
+if __name__ == "__main__":
+    main()
