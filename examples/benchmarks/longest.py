@@ -1,0 +1,231 @@
+"""The longest sequence that trains: all 32 layers of Llama-3-8B under 80 GB, the headline of the mini-sequence paper.
+
+    python examples/benchmarks/longest.py                          # a GPU with 80 GB or more, a process for each method
+    python examples/benchmarks/longest.py --cap 0                  # all that the card has
+    python examples/benchmarks/longest.py --small --lengths 64     # anywhere: tiny shapes, these lengths only
+
+As in the paper: batch 1, weights and AdamW's state in bfloat16, and the optimizer's step inside the backward, one hook
+a parameter, so that no gradient outlives its layer. Layers are compiled one by one (they share the code), with their
+checkpointing inside; norm, head and loss are compiled together. Weights are random. Attention is the same fused kernel
+for all. The methods:
+
+    eager            transformers' layers and head; the loss in float32, as its models compute it
+    torch.compile    the same, compiled
+    mst_fx           backend=mst_fx.backend
+    + checkpointing  each decoder layer under activation checkpointing
+
+The search starts where a line through the peaks of two short lengths meets the cap, and moves until one length has
+trained for two steps and the next one (--grain tokens more) has not. Tokens per second are those of the second step at
+the longest length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+from train_lm import PRESETS, build_model
+from transformers import PreTrainedModel
+
+import mst_fx
+
+LLAMA = replace(PRESETS["8b-layer"], layers=32)
+TINY = replace(LLAMA, hidden=64, ffn=256, heads=4, kv_heads=2, vocab=512, layers=2, dtype=torch.float32)
+METHODS = (
+    "eager",
+    "eager + checkpointing",
+    "torch.compile",
+    "torch.compile + checkpointing",
+    "mst_fx + checkpointing",
+)
+MOST_TRIALS = 8
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Two training steps at one length; what is 0 was not reached."""
+
+    tokens: int
+    trained: bool
+    peak_gib: float = 0.0
+    seconds: float = 0.0
+    loss: float = 0.0
+
+
+def decoder_layer(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out = layer(x, attention_mask=None, position_embeddings=(cos, sin))
+    return out[0] if isinstance(out, tuple) else out
+
+
+def head_loss(model: PreTrainedModel, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = model.lm_head(model.model.norm(x))
+    return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), labels.view(-1))
+
+
+def checkpointed_layer(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return checkpoint(decoder_layer, layer, x, cos, sin, use_reentrant=False)
+
+
+def compiler_of(method: str, options: dict[str, Any]) -> Callable[..., Any]:
+    """What a method does to a function."""
+    if method.startswith("eager"):
+        return lambda fn: fn
+    how = {"backend": mst_fx.backend, "options": {"strict": True, **options}} if method.startswith("mst_fx") else {}
+    return lambda fn: torch.compile(fn, dynamic=True, fullgraph=True, **how)
+
+
+def make_step(model: PreTrainedModel, method: str, options: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A training step of one method; gives the loss."""
+    compiled = compiler_of(method, options)
+    run_layer = compiled(checkpointed_layer if "checkpointing" in method else decoder_layer)
+    run_head = compiled(head_loss)
+    step_in_backward(model)
+
+    def step(input_ids: torch.Tensor) -> torch.Tensor:
+        x = model.model.embed_tokens(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        cos, sin = model.model.rotary_emb(x, positions)
+        for layer in model.model.layers:
+            x = run_layer(layer, x, cos, sin)
+        loss = run_head(model, x, F.pad(input_ids[:, 1:], (0, 1), value=-100))
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def step_in_backward(model: PreTrainedModel) -> None:
+    """Update each parameter as soon as its gradient is there, and drop the gradient."""
+    for parameter in model.parameters():
+        optimizer = torch.optim.AdamW([parameter], lr=1e-5, fused=True)
+
+        def update(_: torch.Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        parameter.register_post_accumulate_grad_hook(update)
+
+
+def attempt(model: PreTrainedModel, step: Callable[[torch.Tensor], torch.Tensor], tokens: int) -> Trial:
+    """Train for two steps."""
+    device = model.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
+    input_ids = torch.randint(model.config.vocab_size, (1, tokens), device=device)
+    torch._dynamo.maybe_mark_dynamic(input_ids, 1)
+    try:
+        step(input_ids).item()
+        start = time.perf_counter()
+        loss = step(input_ids).item()
+        seconds = time.perf_counter() - start
+    except torch.OutOfMemoryError:
+        trial = Trial(tokens, trained=False)
+    else:
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+        trial = Trial(tokens, True, peak, seconds, loss)
+    model.zero_grad()  # some gradients exist where the backward ran out of memory
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    print(trial, file=sys.stderr, flush=True)
+    return trial
+
+
+def search(run: Callable[[int], Trial], first: int, cap_gib: float, grain: int) -> list[Trial]:
+    """Trials up to the longest length that trains, and the one after it.
+
+    Args:
+        run: trains at a length (tokens).
+        first: a length that fits, and twice of it as well.
+        cap_gib: of the device.
+        grain: tokens between the lengths that are told apart.
+    """
+    trials = [run(first), run(2 * first)]
+    each = (trials[1].peak_gib - trials[0].peak_gib) / first
+    guess = int(2 * first + (cap_gib - trials[1].peak_gib) / each) // grain * grain
+    stride = max(grain, guess // 50 // grain * grain)
+    good, bad, tokens = 2 * first, None, guess
+    while len(trials) < MOST_TRIALS and (bad is None or bad - good > grain):
+        trials.append(run(tokens))
+        if trials[-1].trained:
+            good = tokens
+        else:
+            bad = tokens
+        if bad is None:
+            tokens = good + stride
+        elif good == 2 * first:
+            tokens = bad - stride
+        else:
+            tokens = (good + bad) // 2 // grain * grain
+    return trials
+
+
+def run_here(args: argparse.Namespace) -> list[Trial]:
+    """All trials of one method, in this process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    preset = replace(TINY if args.small else LLAMA, length=2**18)
+    model = build_model(preset, device).train()
+    cap_gib = 0.0
+    if device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap * 1e9 / whole) if args.cap else 1.0)
+        cap_gib = min(whole, args.cap * 1e9 or whole) / 2**30
+    step = make_step(model, args.here, {"min_bytes": 0} if args.small else {})
+    if args.lengths:
+        return [attempt(model, step, tokens) for tokens in args.lengths]
+    return search(lambda tokens: attempt(model, step, tokens), args.first, cap_gib, args.grain)
+
+
+def run_apart(method: str, arguments: Sequence[str]) -> list[Trial]:
+    """The same in a process of its own, so that no method finds the memory of another."""
+    command = [sys.executable, __file__, "--here", method, *arguments]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return [Trial(**entry) for entry in json.loads(run.stdout.splitlines()[-1])]
+
+
+def row(method: str, trials: Sequence[Trial]) -> str:
+    best = max((trial for trial in trials if trial.trained), key=lambda trial: trial.tokens)
+    failed = min((trial.tokens for trial in trials if not trial.trained), default=0)
+    rate = best.tokens / best.seconds
+    limit = f"{failed:,}" if failed else "-"
+    return f"| {method} | {best.tokens:,} | {limit} | {best.peak_gib:.1f} | {rate:,.0f} | {best.loss:.6f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="tiny shapes")
+    parser.add_argument("--cap", type=float, default=80.0, help="GB of the device that may be used; 0 for all")
+    parser.add_argument("--first", type=int, default=1024, help="tokens to begin with")
+    parser.add_argument("--grain", type=int, default=512, help="tokens between the lengths that are told apart")
+    parser.add_argument("--lengths", type=int, nargs="+", help="try these (tokens), and search for none")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--here", choices=METHODS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.here:
+        print(json.dumps([asdict(trial) for trial in run_here(args)]))
+        return
+    passed = [f"--cap={args.cap}", f"--first={args.first}", f"--grain={args.grain}"]
+    passed += ["--small"] * args.small + (["--lengths", *map(str, args.lengths)] if args.lengths else [])
+    print("| method | longest (tokens) | does not train | peak GiB | tokens/s | loss |\n|---|---|---|---|---|---|")
+    for method in args.methods:
+        print(row(method, run_apart(method, passed)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
