@@ -53,7 +53,7 @@ METHODS = (
     "torch.compile + checkpointing",
     "mst_fx + checkpointing",
 )
-MOST_TRIALS = 8
+MOST_TRIALS = 10
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,10 @@ def search(run: Callable[[int], Trial], first: int, cap_gib: float, grain: int) 
         if bad is None:
             tokens = good + stride
         elif good == 2 * first:
-            tokens = bad - stride
+            tokens = max(good + grain, bad - stride)
         else:
             tokens = (good + bad) // 2 // grain * grain
+        stride *= 2
     return trials
 
 
