@@ -1,0 +1,68 @@
+"""What a mini-sequence costs, without a GPU: kernels, products and bytes of the bodies that Inductor would generate.
+
+The code for a CPU is generated and not compiled. One that needs more than stands here has become slower; one that needs
+less may take its place. Torch 2.11 fuses more of some heads than newer versions do.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import predictions
+import pytest
+import torch
+from graphs import captured, rewritten
+from torch._inductor import metrics
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+CHUNK = 16
+SIZES = predictions.Sizes(t=64, d=32, ff=128, v=512)
+
+
+class Traffic(NamedTuple):
+    """Of one body: generated kernels, calls of a library (matrix products), bytes read and written by all of them."""
+
+    kernels: int
+    products: int
+    bytes: int
+
+
+GOLDEN = {
+    predictions.swiglu: {"forward": Traffic(1, 2, 38912), "backward": Traffic(1, 3, 64512)},
+    predictions.gelu: {"forward": Traffic(1, 1, 21760), "backward": Traffic(2, 2, 47616)},
+    predictions.normed: {"forward": Traffic(8, 1, 21504), "backward": Traffic(10, 2, 43008)},
+    predictions.cross_entropy: {"backward": Traffic(6, 1, 116436)},
+    predictions.log_probabilities: {"forward": Traffic(6, 1, 66752), "backward": Traffic(8, 1, 83136)},
+}
+
+
+def traffic(body: GraphModule) -> Traffic:
+    values = [node.meta["val"] for node in body.graph.nodes if node.op == "placeholder"]
+    with FakeTensorMode() as mode:
+        inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in values]
+        opened = make_fx(body, decomposition_table=select_decomp_table())(*inputs)
+    lowering = GraphLowering(opened, example_inputs=inputs)
+    metrics.reset()
+    with V.set_graph_handler(lowering), V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
+        lowering.run(*inputs)
+        lowering.codegen()
+        moved = lowering.count_bytes()[0]
+    products = sum(node.is_extern() for node in lowering.scheduler.nodes)
+    return Traffic(metrics.generated_kernel_count, products, moved)
+
+
+@pytest.mark.parametrize("program", GOLDEN, ids=lambda program: program.__name__)
+def test_traffic_of_a_chunk(program):
+    inputs = predictions.inputs_of(program, SIZES, torch.bfloat16, "cpu")
+    looped, _ = rewritten(captured(program, *inputs), chunk_tokens=CHUNK)
+    bodies = {name.split("_")[2]: body for name, body in looped.named_children()}
+    found = {name: traffic(body) for name, body in bodies.items()}
+    assert found.keys() == GOLDEN[program].keys()
+    for name, most in GOLDEN[program].items():
+        assert all(now <= then for now, then in zip(found[name], most, strict=True)), (name, found[name], most)
