@@ -1,0 +1,134 @@
+"""Several methods, one piece of work: all are warmed up, then take turns, so that clocks are fair to each of them."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+Step = Callable[[], Any]
+IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one piece of work.
+
+    Attributes:
+        work: name of the shapes.
+        tokens: length of the sequence.
+        times_ms: of its turns.
+        peak_gib: above the inputs, gradients included; 0 on a CPU.
+        gradients_gib: what the gradients alone take.
+        error: what there is in place of numbers.
+    """
+
+    work: str
+    tokens: int
+    method: str
+    times_ms: tuple[float, ...] = ()
+    peak_gib: float = 0.0
+    gradients_gib: float = 0.0
+    error: str = ""
+
+    @property
+    def ms(self) -> float:
+        """Of a typical step."""
+        return statistics.median(self.times_ms)
+
+
+def make_step(fn: Callable[..., Any], inputs: Sequence[torch.Tensor], upstream: torch.Tensor | None) -> Step:
+    """Forward and backward."""
+    leaves = [x for x in inputs if x.requires_grad]
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        fn(*inputs).backward(upstream)
+
+    return step
+
+
+def measure(rows: Sequence[Row], steps: dict[str, Step], rounds: int, leaves: Sequence[torch.Tensor]) -> list[Row]:
+    """Warm every method up and read its peak alone, then time all of them in turn, in random order.
+
+    Before the timed steps of a turn comes one that is not timed: clocks depend on the power that what ran before drew,
+    and that shall be the method itself.
+
+    Args:
+        rows: without numbers, one for each method.
+        steps: by method.
+        rounds: turns of each method.
+        leaves: what gets gradients.
+    """
+    found = {row.method: attempt(row, steps[row.method], leaves, warm_up) for row in rows}
+    alive = [method for method, row in found.items() if not row.error]
+    for _ in range(rounds):
+        random.shuffle(alive)
+        for method in alive:
+            found[method] = attempt(found[method], steps[method], leaves, add_time)
+        alive = [method for method in alive if not found[method].error]
+    return list(found.values())
+
+
+def attempt(row: Row, step: Step, leaves: Sequence[torch.Tensor], act: Callable[..., Row]) -> Row:
+    """The row that `act` makes of this one, or one with the error: a peer that fails is a result."""
+    try:
+        return act(row, step, leaves)
+    except Exception as error:
+        text = f"{type(error).__name__}: {str(error)[:100]}".splitlines()[0]
+        text = "out of memory" if "out of memory" in str(error) else text
+    for leaf in leaves:
+        leaf.grad = None
+    gc.collect()  # not above: until the handler ends, the traceback holds what the step had made
+    if leaves[0].is_cuda:
+        torch.cuda.empty_cache()
+    return replace(row, times_ms=(), error=text)
+
+
+def warm_up(row: Row, step: Step, leaves: Sequence[torch.Tensor]) -> Row:
+    for _ in range(3):
+        step()
+    return replace(row, peak_gib=peak_of(step, leaves), gradients_gib=sum(leaf.nbytes for leaf in leaves) / 2**30)
+
+
+def add_time(row: Row, step: Step, leaves: Sequence[torch.Tensor]) -> Row:
+    step()
+    return replace(row, times_ms=(*row.times_ms, time_of(step, leaves[0].device)))
+
+
+def peak_of(step: Step, leaves: Sequence[torch.Tensor]) -> float:
+    """GiB above the inputs in one step; 0 on a CPU."""
+    if not leaves[0].is_cuda:
+        return 0.0
+    for leaf in leaves:
+        leaf.grad = None
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def time_of(step: Step, device: torch.device) -> float:
+    """Milliseconds of one step, the mean of a few in a row."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(IN_A_ROW):
+            step()
+        return (time.perf_counter() - start) * 1e3 / IN_A_ROW
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(IN_A_ROW):
+        step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / IN_A_ROW
