@@ -26,7 +26,6 @@ import datetime
 import gc
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -41,6 +40,7 @@ import torch
 from tradeoff_rows import METHODS, Row, lengths_of, load, named, predicted, save
 from train_lm import PRESETS, build_model, peak_bytes
 from transformers import PreTrainedModel
+from turns import attempt, time_of
 
 import mst_fx
 
@@ -85,25 +85,15 @@ def with_checkpointing(model: PreTrainedModel) -> PreTrainedModel:
 
 def measure(steps: dict[Key, Step], input_ids: torch.Tensor, rounds: int, weights: int) -> list[Row]:
     """Warm every method up and read its peak alone, then time all of them in turn; weights are in bytes."""
-    begin, tokens = partial(warm_up, weights=weights), input_ids.numel()
-    rows = {key: attempt(Row(tokens, *key), begin, step, input_ids) for key, step in steps.items()}
+    rows: dict[Key, Row] = {}
+    for key, step in steps.items():
+        begin = partial(warm_up, step=step, input_ids=input_ids, weights=weights)
+        rows[key] = attempt(Row(input_ids.numel(), *key), begin)
     for _ in range(rounds):
-        for key, row in rows.items():
-            if not row.error:
-                rows[key] = attempt(row, add_time, steps[key], input_ids)
+        for key, step in steps.items():
+            if not rows[key].error:
+                rows[key] = attempt(rows[key], partial(add_time, step=step, input_ids=input_ids))
     return list(rows.values())
-
-
-def attempt(row: Row, act: Callable[[Row, Step, torch.Tensor], Row], step: Step, input_ids: torch.Tensor) -> Row:
-    """The row that `act` makes of this one, or one with the error, which is a result as well."""
-    try:
-        return act(row, step, input_ids)
-    except Exception as error:
-        text = f"{type(error).__name__}: {str(error)[:100]}".splitlines()[0]
-        text = "out of memory" if "out of memory" in str(error) else text
-    gc.collect()  # not above: until the handler ends, the traceback holds what the step had made
-    torch.cuda.empty_cache()
-    return Row(row.tokens, row.method, row.chunk, chosen=row.chosen, error=text)
 
 
 def warm_up(row: Row, step: Step, input_ids: torch.Tensor, weights: int) -> Row:
@@ -124,21 +114,7 @@ def warm_up(row: Row, step: Step, input_ids: torch.Tensor, weights: int) -> Row:
 
 def add_time(row: Row, step: Step, input_ids: torch.Tensor) -> Row:
     step(input_ids)
-    return replace(row, times_ms=(*row.times_ms, time_of(step, input_ids)))
-
-
-def time_of(step: Step, input_ids: torch.Tensor) -> float:
-    """Milliseconds of one step."""
-    if not input_ids.is_cuda:
-        start = time.perf_counter()
-        step(input_ids)
-        return (time.perf_counter() - start) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    step(input_ids)
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
+    return replace(row, times_ms=(*row.times_ms, time_of(partial(step, input_ids), input_ids.device)))
 
 
 def chunks_of(reports: Sequence[mst_fx.Report]) -> str:

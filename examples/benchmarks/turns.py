@@ -8,11 +8,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 Step = Callable[[], Any]
+R = TypeVar("R")  # a row: what is known of one method, with `times_ms` and `error`
 IN_A_ROW = 3
 
 
@@ -67,27 +69,25 @@ def measure(rows: Sequence[Row], steps: dict[str, Step], rounds: int, leaves: Se
         rounds: turns of each method.
         leaves: what gets gradients.
     """
-    found = {row.method: attempt(row, steps[row.method], leaves, warm_up) for row in rows}
-    alive = [method for method, row in found.items() if not row.error]
+    found = {row.method: attempt(row, partial(warm_up, step=steps[row.method], leaves=leaves)) for row in rows}
+    order = list(found)
     for _ in range(rounds):
-        random.shuffle(alive)
-        for method in alive:
-            found[method] = attempt(found[method], steps[method], leaves, add_time)
-        alive = [method for method in alive if not found[method].error]
+        random.shuffle(order)
+        for method in order:
+            add = partial(add_time, step=steps[method], device=leaves[0].device)
+            found[method] = found[method] if found[method].error else attempt(found[method], add)
     return list(found.values())
 
 
-def attempt(row: Row, step: Step, leaves: Sequence[torch.Tensor], act: Callable[..., Row]) -> Row:
-    """The row that `act` makes of this one, or one with the error: a peer that fails is a result."""
+def attempt(row: R, act: Callable[[R], R]) -> R:
+    """The row that `act` makes of this one, or one with the error: a method that fails is a result."""
     try:
-        return act(row, step, leaves)
+        return act(row)
     except Exception as error:
         text = f"{type(error).__name__}: {str(error)[:100]}".splitlines()[0]
         text = "out of memory" if "out of memory" in str(error) else text
-    for leaf in leaves:
-        leaf.grad = None
     gc.collect()  # not above: until the handler ends, the traceback holds what the step had made
-    if leaves[0].is_cuda:
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return replace(row, times_ms=(), error=text)
 
@@ -98,9 +98,9 @@ def warm_up(row: Row, step: Step, leaves: Sequence[torch.Tensor]) -> Row:
     return replace(row, peak_gib=peak_of(step, leaves), gradients_gib=sum(leaf.nbytes for leaf in leaves) / 2**30)
 
 
-def add_time(row: Row, step: Step, leaves: Sequence[torch.Tensor]) -> Row:
+def add_time(row: Row, step: Step, device: torch.device) -> Row:
     step()
-    return replace(row, times_ms=(*row.times_ms, time_of(step, leaves[0].device)))
+    return replace(row, times_ms=(*row.times_ms, time_of(step, device, IN_A_ROW)))
 
 
 def peak_of(step: Step, leaves: Sequence[torch.Tensor]) -> float:
@@ -118,17 +118,17 @@ def peak_of(step: Step, leaves: Sequence[torch.Tensor]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def time_of(step: Step, device: torch.device) -> float:
-    """Milliseconds of one step, the mean of a few in a row."""
+def time_of(step: Step, device: torch.device, steps: int = 1) -> float:
+    """Milliseconds of one step, the mean of `steps` in a row."""
     if device.type != "cuda":
         start = time.perf_counter()
-        for _ in range(IN_A_ROW):
+        for _ in range(steps):
             step()
-        return (time.perf_counter() - start) * 1e3 / IN_A_ROW
+        return (time.perf_counter() - start) * 1e3 / steps
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    for _ in range(IN_A_ROW):
+    for _ in range(steps):
         step()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / IN_A_ROW
+    return begin.elapsed_time(end) / steps
