@@ -95,7 +95,7 @@ def mlp_peers(work: Work) -> dict[str, Function]:
 
         def deepspeed(fn: Callable[..., torch.Tensor], module: torch.nn.Module, x: torch.Tensor, weights: list) -> Any:
             shards = -(-x.shape[0] // x.shape[1])  # as its users count them: ceil(tokens / hidden)
-            return TiledMLP.apply(fn, module, x, shards, weights)
+            return TiledMLP.apply(fn, module, x[None], shards, weights)[0]  # it takes batches of sequences
 
         peers["DeepSpeed's TiledMLP"] = tiled(deepspeed)
     except ImportError:
