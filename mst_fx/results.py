@@ -56,13 +56,25 @@ def rows_of_result(kind: Kind, total: int) -> list[int]:
     return [total * inner if dim == split_dim else size for dim, size in enumerate(sizes)]
 
 
-class _Written:
+class _Placed:
+    """A result that is allocated as a whole with the first chunk, and written place by place."""
+
+    def __init__(self, total: int, chunk: int) -> None:
+        self._total, self._chunk = total, chunk
+        self._whole: torch.Tensor | None = None
+        self._places: Iterator[torch.Tensor] = iter(())
+
+    def finished(self) -> torch.Tensor:
+        assert self._whole is not None
+        return self._whole
+
+
+class _Written(_Placed):
     """One output a chunk, copied to its place."""
 
     def __init__(self, axis: Axis, total: int, chunk: int) -> None:
-        self._axis, self._total, self._chunk = axis, total, chunk
-        self._whole: torch.Tensor | None = None
-        self._places: Iterator[torch.Tensor] = iter(())
+        super().__init__(total, chunk)
+        self._axis = axis
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
         out = next(outs)
@@ -74,18 +86,13 @@ class _Written:
             self._places = iter(self._whole.unflatten(dim, (outer, -1)).split(self._chunk * inner, dim + 1))
         next(self._places).copy_(out.unflatten(dim, (outer, -1)))
 
-    def finished(self) -> torch.Tensor:
-        assert self._whole is not None
-        return self._whole
 
-
-class _Rows:
+class _Rows(_Placed):
     """Pairs of factors whose products add up to the rows of a chunk, which are written where they belong."""
 
     def __init__(self, kind: Kind, total: int, chunk: int) -> None:
-        self._kind, self._total, self._chunk = kind, total, chunk
-        self._whole: torch.Tensor | None = None
-        self._places: Iterator[torch.Tensor] = iter(())
+        super().__init__(total, chunk)
+        self._kind = kind
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
         a, b = next(outs), next(outs)
@@ -97,10 +104,6 @@ class _Rows:
         torch.mm(a, b, out=place)
         for _ in range(self._kind[1] - 1):
             place.addmm_(next(outs), next(outs))
-
-    def finished(self) -> torch.Tensor:
-        assert self._whole is not None
-        return self._whole
 
 
 class _Sum:

@@ -23,13 +23,17 @@ NONE, SUM = 0, 2
     weighted=st.booleans(),
     reduction=st.sampled_from([NONE, SUM]),
     ignored=st.floats(0, 1),
+    sure=st.booleans(),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**20),
 )
-def test_gradient_of_the_logits(tokens, classes, weighted, reduction, ignored, dtype, seed):
+def test_gradient_of_the_logits(tokens, classes, weighted, reduction, ignored, sure, dtype, seed):
     make = torch.Generator().manual_seed(seed)
     logits_TV = torch.randn(tokens, classes, generator=make, dtype=torch.float64).to(dtype)
     target_T = torch.randint(0, classes, (tokens,), generator=make)
+    if sure:  # of what is right: the gradient is the difference of near numbers
+        logits_TV = logits_TV * 12
+        target_T = logits_TV.argmax(1)
     target_T[torch.rand(tokens, generator=make) < ignored] = -100
     weight_V = torch.rand(classes, generator=make, dtype=torch.float64) + 0.1 if weighted else None
     upstream = torch.randn([tokens] if reduction == NONE else [], generator=make, dtype=torch.float64)
@@ -43,7 +47,7 @@ def test_gradient_of_the_logits(tokens, classes, weighted, reduction, ignored, d
         return torch.autograd.grad(loss, x, upstream.to(dtype))[0].double()
 
     truth, eager, ours = gradient(False, torch.float64), gradient(False, dtype), gradient(True, dtype)
-    assert relative_error(ours, truth) <= relative_error(eager, truth) + TOLERANCE[dtype]
+    assert relative_error(ours, truth) <= relative_error(eager, truth) * 1.01 + TOLERANCE[dtype]
     assert (ours[target_T == -100] == 0).all()
 
 
