@@ -11,11 +11,11 @@ A step is forward and backward of transformers' LlamaForCausalLM, random weights
     mst_fx         backend=mst_fx.backend, as planned and with the chunk lengths of --chunks
     both           mst_fx and checkpointing
 
-All methods of one length are compiled and warmed up, then take turns: an untimed step, so that clocks have followed the
-method itself, and a timed one. Times are medians. "Peak" is memory above the weights in one step, gradients included;
-"predicted" is what mst_fx expects it to be.
---json is written after every length; several such files, of a few lengths each, may follow --from. Prints a Markdown
-table; ratios are of times, to plain, or to checkpointing where plain runs out of memory.
+All methods of one length are compiled and warmed up, then take turns in random order: an untimed step, so that clocks
+have followed the method itself, and a few timed ones. Times are medians. "Peak" is memory above the weights in one
+step, gradients included; "predicted" is what mst_fx expects it to be. --json is written after every length; several
+such files, of a few lengths each, may follow --from. Prints a Markdown table; ratios are of times, to plain, or to
+checkpointing where plain runs out of memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import torch
 from tradeoff_rows import METHODS, Row, lengths_of, load, named, predicted, save
 from train_lm import PRESETS, build_model, peak_bytes
 from transformers import PreTrainedModel
-from turns import attempt, time_of
+from turns import add_time, attempt, take_turns
 
 import mst_fx
 
@@ -89,11 +89,10 @@ def measure(steps: dict[Key, Step], input_ids: torch.Tensor, rounds: int, weight
     for key, step in steps.items():
         begin = partial(warm_up, step=step, input_ids=input_ids, weights=weights)
         rows[key] = attempt(Row(input_ids.numel(), *key), begin)
-    for _ in range(rounds):
-        for key, step in steps.items():
-            if not rows[key].error:
-                rows[key] = attempt(rows[key], partial(add_time, step=step, input_ids=input_ids))
-    return list(rows.values())
+    turns = {
+        key: partial(add_time, step=partial(step, input_ids), device=input_ids.device) for key, step in steps.items()
+    }
+    return list(take_turns(rows, turns, rounds).values())
 
 
 def warm_up(row: Row, step: Step, input_ids: torch.Tensor, weights: int) -> Row:
@@ -110,11 +109,6 @@ def warm_up(row: Row, step: Step, input_ids: torch.Tensor, weights: int) -> Row:
         predicted_gib=(max((report.peak for report in reports), default=0) - weights) / 2**30,
         unlooped_gib=(max((report.peak_whole for report in reports), default=0) - weights) / 2**30,
     )
-
-
-def add_time(row: Row, step: Step, input_ids: torch.Tensor) -> Row:
-    step(input_ids)
-    return replace(row, times_ms=(*row.times_ms, time_of(partial(step, input_ids), input_ids.device)))
 
 
 def chunks_of(reports: Sequence[mst_fx.Report]) -> str:

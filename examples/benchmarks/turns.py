@@ -15,6 +15,7 @@ import torch
 
 Step = Callable[[], Any]
 R = TypeVar("R")  # a row: what is known of one method, with `times_ms` and `error`
+K = TypeVar("K")
 IN_A_ROW = 3
 
 
@@ -58,10 +59,7 @@ def make_step(fn: Callable[..., Any], inputs: Sequence[torch.Tensor], upstream: 
 
 
 def measure(rows: Sequence[Row], steps: dict[str, Step], rounds: int, leaves: Sequence[torch.Tensor]) -> list[Row]:
-    """Warm every method up and read its peak alone, then time all of them in turn, in random order.
-
-    Before the timed steps of a turn comes one that is not timed: clocks depend on the power that what ran before drew,
-    and that shall be the method itself.
+    """Warm every method up and read its peak alone, then time all of them in turn.
 
     Args:
         rows: without numbers, one for each method.
@@ -70,13 +68,18 @@ def measure(rows: Sequence[Row], steps: dict[str, Step], rounds: int, leaves: Se
         leaves: what gets gradients.
     """
     found = {row.method: attempt(row, partial(warm_up, step=steps[row.method], leaves=leaves)) for row in rows}
-    order = list(found)
+    turns = {method: partial(add_time, step=step, device=leaves[0].device) for method, step in steps.items()}
+    return list(take_turns(found, turns, rounds).values())
+
+
+def take_turns(rows: dict[K, R], turns: dict[K, Callable[[R], R]], rounds: int) -> dict[K, R]:
+    """The rows after `rounds` turns of each, in random order; what fails drops out."""
+    rows, order = dict(rows), list(rows)
     for _ in range(rounds):
         random.shuffle(order)
-        for method in order:
-            add = partial(add_time, step=steps[method], device=leaves[0].device)
-            found[method] = found[method] if found[method].error else attempt(found[method], add)
-    return list(found.values())
+        for key in order:
+            rows[key] = rows[key] if rows[key].error else attempt(rows[key], turns[key])
+    return rows
 
 
 def attempt(row: R, act: Callable[[R], R]) -> R:
@@ -98,7 +101,8 @@ def warm_up(row: Row, step: Step, leaves: Sequence[torch.Tensor]) -> Row:
     return replace(row, peak_gib=peak_of(step, leaves), gradients_gib=sum(leaf.nbytes for leaf in leaves) / 2**30)
 
 
-def add_time(row: Row, step: Step, device: torch.device) -> Row:
+def add_time(row: R, step: Step, device: torch.device) -> R:
+    """One turn: a step that is not timed, so that what drew power before is the method itself, and some that are."""
     step()
     return replace(row, times_ms=(*row.times_ms, time_of(step, device, IN_A_ROW)))
 
