@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from graphs import text
 from models import D, Gelu, MlpLM, V, tokens
 from numerics import looped, relative_error
 from torch import nn
@@ -134,6 +135,21 @@ def test_explain():
     assert "models.py" in mlp.source
     assert "self.down(F.silu(self.gate(x)) * self.up(x))" in mlp.source
     assert "2 looped, 0 left alone" in str(report)
+
+
+def test_what_is_left_alone_is_handed_on_as_it_is():
+    """So it compiles to the same code as without mst_fx."""
+    model, batch, seen = MlpLM(), tokens(2), []
+
+    def compiler(gm, inputs):
+        seen.append((text(gm), len(inputs)))
+        return gm.forward
+
+    for how in ({"backend": compiler}, {"backend": mst_fx.backend, "options": {"inner": compiler, "strict": True}}):
+        torch._dynamo.reset()
+        torch.compile(model, **how)(*batch)
+    plain, ours = seen
+    assert ours == plain
 
 
 def test_explain_of_a_small_model_says_why_not():
