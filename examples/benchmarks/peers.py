@@ -14,19 +14,16 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from peers_methods import methods_of
 from peers_work import WORK, inputs_of
-from turns import Row, make_step, measure
+from turns import Row, load, make_step, measure, save
 
 import mst_fx
 
@@ -92,20 +89,17 @@ def measured(args: argparse.Namespace) -> tuple[str, list[Row]]:
             rows += run(name, tokens, args, device)
             print(f"{name}, {tokens} tokens measured", file=sys.stderr, flush=True)
             if args.json:
-                whole = {"about": about, "rows": [asdict(row) for row in rows]}
-                Path(args.json).write_text(json.dumps(whole, indent=1), encoding="utf-8")
+                save(args.json, about, rows)
     return about, rows
-
-
-def load(paths: Sequence[str]) -> tuple[str, list[Row]]:
-    files = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
-    rows = [Row(**{**entry, "times_ms": tuple(entry["times_ms"])}) for file in files for entry in file["rows"]]
-    return "\n".join(dict.fromkeys(file["about"] for file in files)), rows
 
 
 def main() -> None:
     args = parse()
-    about, rows = load(args.sources) if args.sources else measured(args)
+    if args.sources:
+        about, runs = load(args.sources, Row)
+        rows = [row for part in runs for row in part]
+    else:
+        about, rows = measured(args)
     print(about + "\n" + tables(rows))
     for report in [] if args.sources else mst_fx.reports():
         print(report)

@@ -37,10 +37,10 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tradeoff_rows import METHODS, Row, lengths_of, load, named, predicted, save
+from tradeoff_rows import METHODS, Row, lengths_of, load_newest, named, predicted
 from train_lm import PRESETS, build_model, peak_bytes
 from transformers import PreTrainedModel
-from turns import add_time, attempt, take_turns
+from turns import add_time, attempt, save, take_turns
 
 import mst_fx
 
@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> tuple[str, list[Row]]:
 
 def main() -> None:
     args = parse()
-    about, rows = load(args.sources) if args.sources else run(args)
+    about, rows = load_newest(args.sources) if args.sources else run(args)
     rows = [row for row in rows if not args.lengths or row.tokens in args.lengths]
     rows.sort(key=lambda row: (row.tokens, METHODS.index(row.method), row.chunk or 0))
     print(f"{about}\n\n{table(rows)}")

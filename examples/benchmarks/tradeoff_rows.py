@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+
+from turns import Timed, load
 
 METHODS = ("plain", "checkpointing", "mst_fx", "both")
 UNLOOPED = {"plain": "mst_fx", "checkpointing": "both"}
@@ -14,7 +13,7 @@ UNLOOPED = {"plain": "mst_fx", "checkpointing": "both"}
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Timed):
     """One method at one length.
 
     Attributes:
@@ -35,11 +34,6 @@ class Row:
     unlooped_gib: float = 0.0
     error: str = ""
 
-    @property
-    def ms(self) -> float:
-        """Of a typical step."""
-        return statistics.median(self.times_ms)
-
 
 def named(row: Row) -> str:
     return row.method if row.chunk is None else f"{row.method}, chunks of {row.chunk:,}"
@@ -57,19 +51,13 @@ def predicted(row: Row, rows: Sequence[Row]) -> float:
     return next(x.unlooped_gib for x in rows if (x.tokens, x.method, x.chunk) == (row.tokens, kin, None))
 
 
-def save(path: str, about: str, rows: Sequence[Row]) -> None:
-    whole = {"about": about, "rows": [asdict(row) for row in rows]}
-    Path(path).write_text(json.dumps(whole, indent=1), encoding="utf-8")
-
-
-def load(paths: Sequence[str]) -> tuple[str, list[Row]]:
+def load_newest(paths: Sequence[str]) -> tuple[str, list[Row]]:
     """What the files say of their runs, and their rows; of a length that several hold, those of the last one.
 
     Times of different runs do not mix: only what took turns can be compared.
     """
-    read = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+    about, runs = load(paths, Row)
     newest: dict[int, list[Row]] = {}
-    for file in read:
-        rows = [Row(**{**entry, "times_ms": tuple(entry["times_ms"])}) for entry in file["rows"]]
+    for rows in runs:
         newest |= {tokens: [row for row in rows if row.tokens == tokens] for tokens in lengths_of(rows)}
-    return "\n".join(dict.fromkeys(file["about"] for file in read)), [row for rows in newest.values() for row in rows]
+    return about, [row for rows in newest.values() for row in rows]

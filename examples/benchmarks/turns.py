@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +21,19 @@ K = TypeVar("K")
 IN_A_ROW = 3
 
 
+class Timed:
+    """What rows have in common."""
+
+    times_ms: tuple[float, ...]
+
+    @property
+    def ms(self) -> float:
+        """Of a typical step."""
+        return statistics.median(self.times_ms)
+
+
 @dataclass(frozen=True)
-class Row:
+class Row(Timed):
     """One method on one piece of work.
 
     Attributes:
@@ -40,10 +53,18 @@ class Row:
     gradients_gib: float = 0.0
     error: str = ""
 
-    @property
-    def ms(self) -> float:
-        """Of a typical step."""
-        return statistics.median(self.times_ms)
+
+def save(path: str, about: str, rows: Sequence[Any]) -> None:
+    """Write a run: what is to be said of it, and its rows."""
+    whole = {"about": about, "rows": [asdict(row) for row in rows]}
+    Path(path).write_text(json.dumps(whole, indent=1), encoding="utf-8")
+
+
+def load(paths: Sequence[str], kind: type[R]) -> tuple[str, list[list[R]]]:
+    """What several files say of their runs, and the rows of each."""
+    files = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+    rows = [[kind(**{**entry, "times_ms": tuple(entry["times_ms"])}) for entry in file["rows"]] for file in files]
+    return "\n".join(dict.fromkeys(file["about"] for file in files)), rows
 
 
 def make_step(fn: Callable[..., Any], inputs: Sequence[torch.Tensor], upstream: torch.Tensor | None) -> Step:
@@ -104,7 +125,7 @@ def warm_up(row: Row, step: Step, leaves: Sequence[torch.Tensor]) -> Row:
 def add_time(row: R, step: Step, device: torch.device) -> R:
     """One turn: a step that is not timed, so that what drew power before is the method itself, and some that are."""
     step()
-    return replace(row, times_ms=(*row.times_ms, time_of(step, device, IN_A_ROW)))
+    return replace(row, times_ms=(*row.times_ms, time_of(step, device)))
 
 
 def peak_of(step: Step, leaves: Sequence[torch.Tensor]) -> float:
@@ -122,17 +143,17 @@ def peak_of(step: Step, leaves: Sequence[torch.Tensor]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def time_of(step: Step, device: torch.device, steps: int = 1) -> float:
-    """Milliseconds of one step, the mean of `steps` in a row."""
+def time_of(step: Step, device: torch.device) -> float:
+    """Milliseconds of one step, the mean of a few in a row."""
     if device.type != "cuda":
         start = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(IN_A_ROW):
             step()
-        return (time.perf_counter() - start) * 1e3 / steps
+        return (time.perf_counter() - start) * 1e3 / IN_A_ROW
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    for _ in range(steps):
+    for _ in range(IN_A_ROW):
         step()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / steps
+    return begin.elapsed_time(end) / IN_A_ROW
