@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from mst_fx.config import Accumulate
 from mst_fx.derivatives import reads_log_softmax, run_on_logits
+from mst_fx.log_softmax import reduces_wide_rows, run_in_parts
 from mst_fx.loop import axis_length
 from mst_fx.lower import hint, on_fakes, trace
 from mst_fx.placement import Split, adds_up, split_of, sure
@@ -141,8 +142,12 @@ def _run_chunk(
     inside = set(stages.loop)
     for node in stages.loop:
         placement = stages.placements.of[node]
-        picks = reads_log_softmax(node, inside)
-        env[node] = run_on_logits(node, env) if picks else run_resized(node, placement, length, env)
+        if reads_log_softmax(node, inside):
+            env[node] = run_on_logits(node, env)
+        elif reduces_wide_rows(node):
+            env[node] = run_in_parts(node, env)
+        else:
+            env[node] = run_resized(node, placement, length, env)
         if known and node in known:
             env[node] = _Known.apply(env[node], known[node])
         split = split_of(placement)

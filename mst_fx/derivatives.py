@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Node, map_arg
 
+from mst_fx.log_softmax import exp
+
 aten = torch.ops.aten
 
 
@@ -26,7 +28,7 @@ def run_on_logits(node: Node, env: Mapping[Node, Any]) -> Any:
     """The value of such a node; its gradient goes to the logits, past the log-softmax."""
     scores: Any = node.args[0]
     arguments: Any = map_arg(node.args, env.get)
-    return _Picked.apply(env[scores.args[0]], *arguments)
+    return _Picked.apply(env[scores.args[0]], arguments[0].detach(), *arguments[1:])
 
 
 class _Picked(torch.autograd.Function):
@@ -61,5 +63,5 @@ class _Picked(torch.autograd.Function):
         each_T1 = torch.where(counts_T, -each, 0).unsqueeze(1)
         classes_V = torch.arange(scores_TV.shape[1], dtype=torch.int32, device=scores_TV.device)
         hot_TV = classes_V == label_T.to(torch.int32).unsqueeze(1)
-        grad_TV = (hot_TV.to(wide) - scores_TV.to(wide).exp()) * each_T1  # of near numbers the difference is exact
+        grad_TV = (hot_TV.to(wide) - exp(scores_TV.to(wide))) * each_T1  # of near numbers the difference is exact
         return grad_TV.to(ctx.dtype), None, None, None, None, None

@@ -23,10 +23,17 @@ from mst_fx.rules.routing import SORTS
 from mst_fx.rules.view import FREE
 
 aten = torch.ops.aten
-UNFUSED = frozenset([*CONTRACTIONS, *SORTS, aten.histc.default, aten.cumsum.default, aten.topk.default])
+UNFUSED = frozenset(
+    [*CONTRACTIONS, *SORTS, aten.histc.default, aten.cumsum.default, aten.topk.default, aten.as_strided.default]
+)
 
 REDUCING = frozenset([aten.native_layer_norm_backward.default, aten._fused_rms_norm_backward.default])
 """Ops that reduce what they read before they map it, in one kernel; for a softmax, the reduction is another kernel."""
+
+SOFTMAXES = frozenset([aten._log_softmax.default, aten._softmax.default])
+PICKING = frozenset([aten.nll_loss_forward.default, aten.gather.default])
+"""Ops that read a few entries of what they are given, in a kernel of their own: it runs ahead of what maps all of them,
+unless the one that maps them also computes the softmax that is picked from."""
 
 Size = Callable[[Node], float]
 
@@ -73,6 +80,7 @@ class _Steps:
         self._nodes = _alive_nodes(module)
         self._level: dict[Node, int] = {}
         self._reads: dict[Node, frozenset[Node]] = {}
+        self._normed: set[Node] = set()
         for node in self._nodes:
             self._place(node)
         self._kernels = self._fused()
@@ -90,6 +98,8 @@ class _Steps:
         self._level[node] = level + (node.target in UNFUSED)
         behind = [frozenset([o]) if self._is_buffer(o) else self._reads.get(o, frozenset()) for o in operands]
         self._reads[node] = frozenset().union(*behind)
+        if any(o.target in SOFTMAXES or (o in self._normed and not self._is_buffer(o)) for o in operands):
+            self._normed.add(node)
 
     def _is_buffer(self, node: Node) -> bool:
         if node.op == "placeholder" or node.target in UNFUSED or node in self.returned or _reduces(node):
@@ -115,7 +125,8 @@ class _Steps:
 
     def _kernel(self, group: list[Node]) -> _Step:
         reads = frozenset().union(*(self._reads[node] for node in group)) - set(group)
-        writers = [node for node in group if not (self._apart and _reduces(node))]
+        ahead = {node for node in group if node.target in PICKING and node not in self._normed}
+        writers = [node for node in group if node not in ahead and not (self._apart and _reduces(node))]
         hidden = {old for node in group if node.target in REDUCING and not self._apart for old in self._reads[node]}
         overwritten: dict[Node, Node] = {}
         for old in sorted(node for node in reads - hidden if node.op != "placeholder"):

@@ -1,0 +1,114 @@
+"""The log-softmax of wide rows, and its denominator, in a form that compilers make more of.
+
+As written, a softmax and what reads it become one kernel. That kernel rescales its sum as it goes,
+two exponentials an element, and cannot write its result over logits that it has yet to read again. Here the rows are
+read once for their sums, in parts that stay in registers; what is left is pointwise, and overwrites the logits.
+
+Axes: V classes, at the end; P parts of a row; any dims in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node, map_arg
+
+aten = torch.ops.aten
+
+PART = 1024
+"""Classes that one block of threads reduces at once: the most that Inductor keeps in registers."""
+WIDE = 8 * PART
+LOG2_E = 1.4426950408889634
+
+
+def reduces_wide_rows(node: Node) -> bool:
+    """Whether a node is the log-softmax, or its denominator, of rows long enough to be reduced in parts."""
+    if node.target not in (aten._log_softmax.default, aten.logsumexp.default):
+        return False
+    x: Any = node.args[0]
+    shape, dims = x.meta["val"].shape, node.args[1]
+    (dim,) = dims if isinstance(dims, list | tuple) and len(dims) == 1 else (dims,)
+    return dim in (-1, len(shape) - 1) and shape[-1] >= WIDE
+
+
+def run_in_parts(node: Node, env: Mapping[Node, Any]) -> torch.Tensor:
+    """The value of such a node, and its gradient."""
+    x, _, *flags = map_arg(node.args, env.get)
+    if node.target == aten._log_softmax.default:
+        return _LogSoftmax.apply(x, flags[0])
+    denominator = _LogSumExp.apply(x)
+    return denominator if flags and flags[0] else denominator.squeeze(-1)
+
+
+def exp(x: torch.Tensor) -> torch.Tensor:
+    """One instruction on a GPU after the product; a compiler's `exp` takes ten, for the last bit of it."""
+    return torch.exp2(x * LOG2_E)
+
+
+class _LogSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, half_to_float: bool) -> torch.Tensor:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        top, log_sum = _row_statistics(wide)
+        scores = (wide - top) - log_sum  # in this order: where one class is all but sure, both differences are exact
+        scores = scores if half_to_float else scores.to(logits.dtype)
+        ctx.save_for_backward(scores)
+        ctx.dtype = logits.dtype
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (scores,) = ctx.saved_tensors
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        grad = grad.to(wide)
+        return (grad - exp(scores.to(wide)) * grad.sum(-1, keepdim=True)).to(ctx.dtype), None
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        top, log_sum = _row_statistics(wide)
+        ctx.save_for_backward(x, top, log_sum)
+        return (top + log_sum).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        x, top, log_sum = ctx.saved_tensors
+        return (exp((x.to(top.dtype) - top) - log_sum) * grad.to(top.dtype)).to(x.dtype)
+
+
+def _row_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest entry of each row, and the logarithm of the sum of exp(entry - largest); both [..., 1]."""
+    part = _part_of(x.shape[-1])
+    even = x.shape[-1] // part * part
+    parts = [_of_parts(x[..., :even].unflatten(-1, (-1, part)))]
+    if even < x.shape[-1]:
+        parts.append(_of_parts(x[..., even:].unsqueeze(-2)))
+    tops, sums = (torch.cat(column, -1) for column in zip(*parts, strict=True))
+    top = _base(tops.amax(-1, keepdim=True))
+    log_sum = (sums * exp(tops - top)).sum(-1, keepdim=True).log()
+    return _buffer(top), _buffer(log_sum)
+
+
+def _part_of(classes: int) -> int:
+    """The longest part that leaves nothing over: Inductor reduces in registers only what lies in one piece."""
+    return next((part for part in range(PART, PART // 8 - 1, -1) if classes % part == 0), PART)
+
+
+def _of_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest entry of each part, and the sum of exp(entry - largest); both [..., P]."""
+    tops = x.amax(-1)
+    return tops, exp(x - _base(tops).unsqueeze(-1)).sum(-1)
+
+
+def _base(top: torch.Tensor) -> torch.Tensor:
+    """What is taken off before the exponential: 0 where nothing is finite, as in a part that is masked out."""
+    return torch.where(top.abs() == torch.inf, 0, top)
+
+
+def _buffer(x: torch.Tensor) -> torch.Tensor:
+    """The same in memory of its own: Inductor would compute it again for every entry of the row."""
+    return torch.as_strided(x, x.shape, x.stride())
