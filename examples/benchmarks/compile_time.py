@@ -5,8 +5,8 @@
 
 Every compile has a process of its own, from the call of torch.compile to the end of the first step, forward and
 backward; what the compiler imports is imported before. Cold ones start from an empty cache directory, warm ones from
-what the cold one left there; the methods take turns. "pass" is the share of mst_fx itself. Prints a Markdown table of
-medians; ratios are to plain torch.compile.
+what the cold one left there; the methods run side by side, under the same load. "pass" is the share of mst_fx itself.
+Prints a Markdown table of medians, also of the ratios to the plain torch.compile beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 METHODS = ("torch.compile", "mst_fx")
 
@@ -75,10 +77,10 @@ def compile_here(method: str, layers: int) -> Compile:
     return Compile(time.perf_counter() - start, seconds[0], hit)
 
 
-def compile_apart(method: str, layers: int, cache: str) -> Compile:
-    """The same in a new process with a cache directory of its own."""
+def compile_apart(layers: int, directory: str, method: str) -> Compile:
+    """The same in a new process with a cache of its own below the directory."""
     command = [sys.executable, __file__, "--here", method, "--layers", str(layers)]
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": os.path.join(directory, method)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return Compile(**json.loads(run.stdout.splitlines()[-1]))
 
@@ -89,16 +91,19 @@ def measure(layers: int, colds: int, warms: int) -> list[str]:
     for _ in range(colds):
         with tempfile.TemporaryDirectory() as directory:
             for turn in range(1 + warms):
-                for method in METHODS:
-                    one = compile_apart(method, layers, os.path.join(directory, method))
+                with ThreadPoolExecutor() as pool:
+                    both = list(pool.map(partial(compile_apart, layers, directory), METHODS))
+                for method, one in zip(METHODS, both, strict=True):
+                    print(layers, method, one, file=sys.stderr, flush=True)
                     found.setdefault(("warm" if turn else "cold", method), []).append(one)
     rows = []
     for (start, method), compiles in sorted(found.items()):
         seconds = statistics.median(one.total for one in compiles)
-        plain = statistics.median(one.total for one in found[start, METHODS[0]])
+        pairs = zip(compiles, found[start, METHODS[0]], strict=True)
+        ratio = statistics.median(one.total / plain.total for one, plain in pairs)
         share = statistics.median(one.in_pass for one in compiles)
         hit = "hit" if all(one.hit for one in compiles) else "-"
-        rows.append(f"| {layers} | {start} | {method} | {seconds:.2f} | {seconds / plain:.3f} | {share:.2f} | {hit} |")
+        rows.append(f"| {layers} | {start} | {method} | {seconds:.2f} | {ratio:.3f} | {share:.2f} | {hit} |")
     return rows
 
 
