@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -54,23 +55,36 @@ class Nested:
         module: the subgraph.
         callers: the nodes that run it.
         repeated: whether it is run again for backward (activation checkpointing).
+        last: whether it is the last one of several that are, and others read what it gives.
     """
 
     name: str
     module: GraphModule
     callers: tuple[Node, ...]
     repeated: bool
+    last: bool
 
 
 def nested(owner: GraphModule) -> Iterator[Nested]:
     """The subgraphs that run as if they stood in the graph around them, gradients included."""
+    repeated = [node for node in owner.graph.nodes if str(node.target) in REPEATED]
+    last = repeated[-1] if len(repeated) > 1 and any(_readers(repeated[-1])) else None
     for node in owner.graph.nodes:
         if node.op == "get_attr" and "." not in str(node.target):
             child = getattr(owner, str(node.target), None)
             callers = tuple(node.users)
             if isinstance(child, GraphModule) and all(str(caller.target) in ENTERED for caller in callers):
-                repeated = any(str(caller.target) in REPEATED for caller in callers)
-                yield Nested(str(node.target), child, callers, repeated)
+                is_repeated = not set(callers).isdisjoint(repeated)
+                yield Nested(str(node.target), child, callers, is_repeated, last in callers)
+
+
+def _readers(caller: Node) -> Iterator[Node]:
+    """Who reads what a subgraph gives, but for the graph's own caller."""
+    for user in caller.users:
+        if user.target == operator.getitem:
+            yield from _readers(user)
+        elif user.op != "output":
+            yield user
 
 
 REPEATED = frozenset(["tag_activation_checkpoint", "wrap_activation_checkpoint"])

@@ -16,13 +16,16 @@ Terms
                ("rows", count, axis, sizes) `count` pairs A [n, k] and B [k, m]; the sum of A B is written to its place
                                            in the result of `sizes` (0 stands for the split dim)
 
-Private torch API: the registration of a higher-order operator. Run on torch 2.11, 2.13 and 2.15.
+Private torch API: the registration of a higher-order operator, and the marks of activation checkpointing on its nodes.
+Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -34,8 +37,9 @@ from torch._guards import detect_fake_mode
 from torch._higher_order_ops.utils import redirect_to_mode, reenter_make_fx
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, disable_proxy_modes_tracing, track_tensor_tree
-from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from mst_fx.lower import any_length, is_symbolic
 from mst_fx.results import Axis, pieces, result_of, rows_of_result
@@ -102,6 +106,22 @@ class _MiniSequenceLoop(HigherOrderOperator):
 
 
 mini_sequence_loop = _MiniSequenceLoop()
+
+_kept: ContextVar[list[Node] | None] = ContextVar("_kept", default=None)
+
+
+@contextmanager
+def results_kept() -> Iterator[None]:
+    """Activation checkpointing keeps what loops traced here give, as if the policy were to save it if it is needed."""
+    nodes: list[Node] = []
+    token = _kept.set(nodes)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+    for node in nodes:  # only now: newer versions mark what an op has traced when it returns
+        if node.meta.get("recompute") == CheckpointPolicy.PREFER_RECOMPUTE:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def chunk_examples(
@@ -180,7 +200,11 @@ def _proxy(mode: ProxyTorchDispatchMode, full: Any, tail: Any, spec: tuple[Any, 
     proxy = tracer.create_proxy("call_function", mini_sequence_loop, args, {})
     with disable_proxy_modes_tracing():
         out = mini_sequence_loop(*traced, spec, *operands)
-    return track_tensor_tree(out, proxy, constant=None, tracer=tracer)
+    tracked = track_tensor_tree(out, proxy, constant=None, tracer=tracer)
+    kept = _kept.get()
+    if kept is not None:
+        kept += [proxy.node, *proxy.node.users]
+    return tracked
 
 
 @mini_sequence_loop.py_functionalize_impl

@@ -7,12 +7,13 @@ Two ways backward:
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from mst_fx.loop import mini_sequence_loop
+from mst_fx.loop import mini_sequence_loop, results_kept
 from mst_fx.lower import without_autocast
 
 
@@ -27,6 +28,8 @@ class CallSpec(NamedTuple):
         wanted: positions of the operands whose gradients the backward loop gives, in its order.
         kept: positions of the results that exist anyway and are not recomputed; the backward loop reads the upstream
             gradients, then these, then the operands.
+        keeps: whether activation checkpointing keeps the results of the forward loop that it needs, and does not run
+            the loop again for them.
     """
 
     backward: str
@@ -35,6 +38,7 @@ class CallSpec(NamedTuple):
     differentiable: tuple[int, ...]
     wanted: tuple[int, ...]
     kept: tuple[int, ...] = ()
+    keeps: bool = False
 
 
 def mini_sequence(
@@ -69,7 +73,8 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bodies: tuple[Any, ...], spec: CallSpec, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.bodies, ctx.spec, ctx.count = bodies[2:], spec, len(operands)
-        results = mini_sequence_loop(*bodies[:2], spec.forward_spec, *operands)
+        with results_kept() if spec.keeps else nullcontext():
+            results = mini_sequence_loop(*bodies[:2], spec.forward_spec, *operands)
         ctx.save_for_backward(*(results[i] for i in spec.kept), *operands)
         ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in spec.differentiable))
         return results

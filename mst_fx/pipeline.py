@@ -124,7 +124,9 @@ def _rewritten(surveyed: Surveyed, surveyor: Surveyor, plans: dict[Site, Plan]) 
             refusal = Refusal(Reason.SMALL, site.region.last, plan.reason)
             report = report.joined(Report(refusals=(refused(site.pattern, refusal),)))
             continue
-        replacement = Replacement(site.region, site.work.stages, surveyor.call(site.work, plan.lengths))
+        replacement = Replacement(
+            site.region, site.work.stages, surveyor.call(site.work, plan.lengths), site.around.kept
+        )
         detached = site.region.returned if surveyor.config.returned_logits == "detach" else ()
         edits.append(Edit(site.region, partial(loop, replacement=replacement), detached))
         report = report.joined(Report(regions=(looped(site.pattern, site.region, site.work, plan, detached),)))

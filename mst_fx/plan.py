@@ -33,6 +33,7 @@ class Offer:
         cost: work.
         free: whether a loop computes nothing again: gradients in the forward, or none.
         repeated: whether it stands in a block that is computed again for backward in any case.
+        kept: whether the results of its loop are kept nevertheless.
     """
 
     modules: tuple[str, ...]
@@ -41,6 +42,7 @@ class Offer:
     cost: RegionCost
     free: bool
     repeated: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -247,4 +249,5 @@ def held(offer: Offer, lengths: Lengths | None) -> Held:
     if lengths is None:
         return Held(memory.whole_forward, memory.saved_whole, max(0, memory.whole_backward - memory.saved_whole))
     backward = memory.backward.peak(lengths.chunk) if memory.backward is not None else memory.rescaled
-    return Held(memory.forward.peak(lengths.forward), memory.saved, backward)
+    kept = memory.forward.results if offer.kept else 0
+    return Held(memory.forward.peak(lengths.forward), memory.saved, backward, kept)

@@ -25,11 +25,13 @@ class Replacement:
         region: what is replaced.
         stages: its aten graph, cut.
         call: bodies and literals; regions that are alike share one.
+        kept: whether the results are kept for backward although what is around them is computed again.
     """
 
     region: Region
     stages: Stages
     call: Call
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacem
             env[node] = _copied(graph.node_copy(node, env.__getitem__), node)
         bodies = [_body(owner, name, body) for name, body in zip(BODY_NAMES, replacement.call.bodies, strict=True)]
         operands = [env[node] for node in stages.operands]
-        call = graph.call_function(mini_sequence, (*bodies, tuple(replacement.call.spec), *operands))
+        spec = replacement.call.spec._replace(keeps=replacement.kept)
+        call = graph.call_function(mini_sequence, (*bodies, tuple(spec), *operands))
         call.meta = {key: value for key, value in region.last.meta.items() if key != "example_value"}
         for position, node in enumerate(stages.results):
             env[node] = _copied(graph.call_function(operator.getitem, (call, position)), node)

@@ -20,7 +20,7 @@ from mst_fx.assembly import Call, assembled
 from mst_fx.chunking import Extent, Lengths, default_lengths
 from mst_fx.config import Config
 from mst_fx.cost import Device, cost_of, device_of, tokens_per_row
-from mst_fx.discover import discover, nested
+from mst_fx.discover import Nested, discover, nested
 from mst_fx.lower import fake_value, hint
 from mst_fx.memory import RegionMemory, bytes_per_position, memory_of, temporary_bytes, written_after
 from mst_fx.narrow import cut_heads
@@ -37,6 +37,27 @@ from mst_fx.rules import shape_of
 from mst_fx.timeline import Segment, Timeline, resident_bytes, returned_bytes, segments_of
 
 
+@dataclass(frozen=True)
+class Around:
+    """What stands around a graph.
+
+    Attributes:
+        repeated: whether it is in a block that is computed again for backward in any case.
+        kept: whether the results of its loops are kept nevertheless. In a row of checkpointed blocks each keeps what it
+            is given; what the last one gives is computed again for its readers, a whole loop for one tensor.
+    """
+
+    repeated: bool = False
+    kept: bool = False
+
+    def inside(self, child: Nested) -> Around:
+        """The same for a subgraph."""
+        return Around(self.repeated or child.repeated, self.kept or child.last)
+
+
+TOP = Around()
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """A region that can be looped.
@@ -45,13 +66,13 @@ class Site:
         pattern: name of the pattern that recognised it.
         region: where.
         work: what its loop has to do.
-        repeated: whether it stands in a block that is computed again for backward in any case.
+        around: what stands around its graph.
     """
 
     pattern: str
     region: Region
     work: Work
-    repeated: bool
+    around: Around
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +84,14 @@ class Surveyed:
         sites: its regions, in graph order.
         report: what was refused, and cut.
         children: its subgraphs, by attribute, and the nodes that run them.
-        repeated: whether it is computed again for backward in any case.
+        around: what stands around it.
     """
 
     reader: Reader
     sites: tuple[Site, ...]
     report: Report
     children: dict[str, tuple[Surveyed, tuple[Node, ...]]]
-    repeated: bool
+    around: Around
 
     def all_sites(self) -> Iterator[Site]:
         """Those of the graph and of its subgraphs."""
@@ -97,27 +118,22 @@ class Surveyor:
     _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
     _memories: dict[tuple[Work, Lengths], RegionMemory] = field(default_factory=dict)
 
-    def survey(self, gm: GraphModule, repeated: bool = False) -> Surveyed:
-        """Find the regions of a graph and of its subgraphs.
-
-        Args:
-            gm: as captured.
-            repeated: whether it is computed again for backward in any case.
-        """
+    def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
+        """Find the regions of a graph as captured, and of its subgraphs."""
         reader, report = self._cut_early(gm)
         sites: list[Site] = []
         for found in discover(reader, self.patterns):
             try:
                 if isinstance(found.outcome, Refusal):
                     raise found.outcome
-                sites.append(self._best_part(found.pattern, found.outcome, repeated))
+                sites.append(self._best_part(found.pattern, found.outcome, around))
             except Refusal as refusal:
                 report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
         children = {
-            child.name: (self.survey(child.module, repeated or child.repeated), child.callers)
+            child.name: (self.survey(child.module, around.inside(child)), child.callers)
             for child in nested(reader.owner)
         }
-        return Surveyed(reader, tuple(sites), report, children, repeated)
+        return Surveyed(reader, tuple(sites), report, children, around)
 
     def _cut_early(self, gm: GraphModule) -> tuple[Reader, Report]:
         """A reader of the graph in which heads project only the tokens that are read."""
@@ -131,7 +147,7 @@ class Surveyor:
             makes = [partial(nodes_of, region=head.region, lowered=head.cut_first) for head in found]
             gm = rebuilt(gm, [Edit(head.region, make) for head, make in zip(found, makes, strict=True)])
 
-    def _best_part(self, pattern: str, region: Region, repeated: bool) -> Site:
+    def _best_part(self, pattern: str, region: Region, around: Around) -> Site:
         """The largest part that can be looped; where large values are returned, the one that leaves the fewest bytes.
 
         Raises:
@@ -142,7 +158,7 @@ class Surveyor:
         part: Region | None = region
         while part is not None and (part.returned or not parts):
             try:
-                parts.append(Site(pattern, part, analysed(part, self.config, self._works, self.marked), repeated))
+                parts.append(Site(pattern, part, analysed(part, self.config, self._works, self.marked), around))
             except Refusal as error:
                 refusal = refusal or error
             part = part.smaller
@@ -172,7 +188,8 @@ class Surveyor:
         else:
             memory = self._memory(site.work, lengths)
         cost = cost_of(site.work, memory, extent)
-        return Offer(modules, extent, memory, cost, free=site.work.backward != "recompute", repeated=site.repeated)
+        free, around = site.work.backward != "recompute", site.around
+        return Offer(modules, extent, memory, cost, free=free, repeated=around.repeated, kept=around.kept)
 
     def _memory(self, work: Work, lengths: Lengths) -> RegionMemory:
         if (work, lengths) not in self._memories:
@@ -211,7 +228,7 @@ def _segments(surveyed: Surveyed, numbers: dict[Site, int], fresh: Iterator[int]
     for child, callers in surveyed.children.values():
         for caller in callers:
             inner = _segments(child, numbers, fresh, top=False)
-            block = next(fresh) if child.repeated else None
+            block = next(fresh) if child.around.repeated else None
             blocks[caller] = [replace(part, block=block) if part.block is None else part for part in inner]
     results = {numbers[site]: _result_bytes(site.region) for site in surveyed.sites}
     return segments_of(surveyed.reader, regions, blocks, results, top=top)

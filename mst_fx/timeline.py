@@ -31,11 +31,13 @@ class Held:
         forward: most at once in its forward.
         saved: kept for its backward.
         backward: most at once in its backward, besides what is saved.
+        kept: results that the checkpointed block around it saves, and does not compute again.
     """
 
-    forward: int
-    saved: int
-    backward: int
+    forward: int = 0
+    saved: int = 0
+    backward: int = 0
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,26 +77,25 @@ class Timeline:
 
     def peak(self, held: Sequence[Held]) -> int:
         """Most bytes at once in a step, with the regions as `held` says, by their numbers."""
+        regions = [held[part.region] if part.region is not None else Held() for part in self.segments]
+        inside = [part.saved + region.saved for part, region in zip(self.segments, regions, strict=True)]
         alive = peak = self.resident
-        for segment in self.segments:
-            region = held[segment.region] if segment.region is not None else Held(0, 0, 0)
+        for segment, region, saved in zip(self.segments, regions, inside, strict=True):
             peak = max(peak, alive + max(region.forward, segment.passing // 2))
-            alive += segment.entry + (region.saved + segment.saved if segment.block is None else 0)
+            alive += segment.entry + (saved if segment.block is None else region.kept)
         alive += self.returned
+        again: dict[int | None, int] = {}
+        for segment, region, saved in zip(self.segments, regions, inside, strict=True):
+            again[segment.block] = again.get(segment.block, 0) + saved - region.kept
         gradients, block = 0, None
-        for segment in reversed(self.segments):
-            region = held[segment.region] if segment.region is not None else Held(0, 0, 0)
+        for segment, region, saved in reversed(list(zip(self.segments, regions, inside, strict=True))):
             if segment.block is not None and segment.block != block:
-                alive += sum(self._inside(part, held) for part in self.segments if part.block == segment.block)
+                alive += again[segment.block]
             block = segment.block
             peak = max(peak, alive + gradients + max(region.backward, segment.passing))
             gradients += segment.gradients
-            alive -= segment.entry + self._inside(segment, held)
+            alive -= segment.entry + saved
         return max(peak, self.resident + gradients)
-
-    @staticmethod
-    def _inside(segment: Segment, held: Sequence[Held]) -> int:
-        return segment.saved + (held[segment.region].saved if segment.region is not None else 0)
 
 
 def segments_of(

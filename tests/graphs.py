@@ -42,7 +42,8 @@ def _line(node: Node) -> str:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     arguments = [_show(arg) for arg in node.args] + [f"{key}={_show(value)}" for key, value in node.kwargs.items()]
     if node.target is mini_sequence:
-        spec = [f"\n    {_show(field)}" for field in CallSpec(*node.args[4])]
+        fields = CallSpec(*node.args[4])
+        spec = [f"\n    {_show(field)}" for field in (fields if fields.keeps else fields[:-1])]
         arguments = ["\n    " + ", ".join(arguments[:4]), *spec, "\n    " + ", ".join(arguments[5:])]
         return f"{node.name} = {name}({','.join(arguments)})"
     return f"{node.name} = {'.' if node.op == 'call_method' else ''}{name}({', '.join(arguments)})"
