@@ -14,9 +14,9 @@ for all. The methods:
     mst_fx           backend=mst_fx.backend
     + checkpointing  each decoder layer under activation checkpointing
 
-The search starts where a line through the peaks of two short lengths meets the cap, and moves until one length has
-trained for two steps and the next one (--grain tokens more) has not. Tokens per second are those of the second step at
-the longest length.
+A first trial, at --first tokens, compiles and makes the optimizer's state. Lengths then double up to half of the cap; a
+line through the last two peaks says where the limit is, and lengths around it are tried until one has trained and the
+next one (--grain tokens more) has not. At the longest one, two more steps are timed.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ METHODS = (
     "torch.compile + checkpointing",
     "mst_fx + checkpointing",
 )
-MOST_TRIALS = 10
+MOST_TRIALS = 14
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Two training steps at one length; what is 0 was not reached."""
+    """Training at one length; what is 0 was not reached."""
 
     tokens: int
     trained: bool
@@ -81,17 +81,18 @@ def checkpointed_layer(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tenso
     return checkpoint(decoder_layer, layer, x, cos, sin, use_reentrant=False)
 
 
-def compiler_of(method: str, options: dict[str, Any]) -> Callable[..., Any]:
-    """What a method does to a function."""
+def compiler_of(method: str) -> Callable[..., Any]:
+    """What a method does to a function; mst_fx loops all that it finds, as the first length is a short one."""
     if method.startswith("eager"):
         return lambda fn: fn
-    how = {"backend": mst_fx.backend, "options": {"strict": True, **options}} if method.startswith("mst_fx") else {}
+    options = {"strict": True, "min_bytes": 0}
+    how = {"backend": mst_fx.backend, "options": options} if method.startswith("mst_fx") else {}
     return lambda fn: torch.compile(fn, dynamic=True, fullgraph=True, **how)
 
 
-def make_step(model: PreTrainedModel, method: str, options: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+def make_step(model: PreTrainedModel, method: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """A training step of one method; gives the loss."""
-    compiled = compiler_of(method, options)
+    compiled = compiler_of(method)
     run_layer = compiled(checkpointed_layer if "checkpointing" in method else decoder_layer)
     run_head = compiled(head_loss)
     step_in_backward(model)
@@ -121,8 +122,8 @@ def step_in_backward(model: PreTrainedModel) -> None:
         parameter.register_post_accumulate_grad_hook(update)
 
 
-def attempt(model: PreTrainedModel, step: Callable[[torch.Tensor], torch.Tensor], tokens: int) -> Trial:
-    """Train for two steps."""
+def attempt(model: PreTrainedModel, step: Callable[[torch.Tensor], torch.Tensor], tokens: int, steps: int = 1) -> Trial:
+    """Train for some steps; the last one is timed."""
     device = model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -130,10 +131,10 @@ def attempt(model: PreTrainedModel, step: Callable[[torch.Tensor], torch.Tensor]
     input_ids = torch.randint(model.config.vocab_size, (1, tokens), device=device)
     torch._dynamo.maybe_mark_dynamic(input_ids, 1)
     try:
-        step(input_ids).item()
-        start = time.perf_counter()
-        loss = step(input_ids).item()
-        seconds = time.perf_counter() - start
+        for _ in range(steps):
+            start = time.perf_counter()
+            loss = step(input_ids).item()
+            seconds = time.perf_counter() - start
     except torch.OutOfMemoryError:
         trial = Trial(tokens, trained=False)
     else:
@@ -148,7 +149,7 @@ def attempt(model: PreTrainedModel, step: Callable[[torch.Tensor], torch.Tensor]
 
 
 def search(run: Callable[[int], Trial], first: int, cap_gib: float, grain: int) -> list[Trial]:
-    """Trials up to the longest length that trains, and the one after it.
+    """Trials up to the longest length that trains, and one that does not.
 
     Args:
         run: trains at a length (tokens).
@@ -157,24 +158,32 @@ def search(run: Callable[[int], Trial], first: int, cap_gib: float, grain: int) 
         grain: tokens between the lengths that are told apart.
     """
     trials = [run(first), run(2 * first)]
-    each = (trials[1].peak_gib - trials[0].peak_gib) / first
-    guess = int(2 * first + (cap_gib - trials[1].peak_gib) / each) // grain * grain
-    stride = max(grain, guess // 50 // grain * grain)
-    good, bad, tokens = 2 * first, None, guess
+    while (each := slope(trials)) and trials[-1].peak_gib + each * trials[-1].tokens < cap_gib:
+        trials.append(run(2 * trials[-1].tokens))
+    good, bad = bounds(trials)
+    guess = good + int((cap_gib - trials[-1].peak_gib) / each) if each else good
+    stride = grain
     while len(trials) < MOST_TRIALS and (bad is None or bad - good > grain):
-        trials.append(run(tokens))
-        if trials[-1].trained:
-            good = tokens
-        else:
-            bad = tokens
-        if bad is None:
-            tokens = good + stride
-        elif good == 2 * first:
-            tokens = max(good + grain, bad - stride)
-        else:
-            tokens = (good + bad) // 2 // grain * grain
+        guess = guess // grain * grain
+        if not good < guess < (bad or guess + 1):
+            guess = (good + bad) // 2 // grain * grain if bad else good + grain
+        trials.append(run(guess))
+        good, bad = bounds(trials)
+        guess += stride if trials[-1].trained else -stride
         stride *= 2
     return trials
+
+
+def bounds(trials: Sequence[Trial]) -> tuple[int, int | None]:
+    """The longest length that trained, and the shortest that did not, if any."""
+    failed = [trial.tokens for trial in trials if not trial.trained]
+    return max(trial.tokens for trial in trials if trial.trained), min(failed, default=None)
+
+
+def slope(trials: Sequence[Trial]) -> float:
+    """GiB a token between the last two trials; 0 where one of them did not train."""
+    before, last = trials[-2:]
+    return (last.peak_gib - before.peak_gib) / (last.tokens - before.tokens) if last.trained else 0.0
 
 
 def run_here(args: argparse.Namespace) -> list[Trial]:
@@ -187,10 +196,11 @@ def run_here(args: argparse.Namespace) -> list[Trial]:
         whole = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap * 1e9 / whole) if args.cap else 1.0)
         cap_gib = min(whole, args.cap * 1e9 or whole) / 2**30
-    step = make_step(model, args.here, {"min_bytes": 0} if args.small else {})
+    step = make_step(model, args.here)
     if args.lengths:
-        return [attempt(model, step, tokens) for tokens in args.lengths]
-    return search(lambda tokens: attempt(model, step, tokens), args.first, cap_gib, args.grain)
+        return [attempt(model, step, tokens, steps=2) for tokens in args.lengths]
+    trials = search(lambda tokens: attempt(model, step, tokens), args.first, cap_gib, args.grain)
+    return [*trials, attempt(model, step, bounds(trials)[0], steps=2)]
 
 
 def run_apart(method: str, arguments: Sequence[str]) -> list[Trial]:
@@ -201,8 +211,8 @@ def run_apart(method: str, arguments: Sequence[str]) -> list[Trial]:
 
 
 def row(method: str, trials: Sequence[Trial]) -> str:
-    best = max((trial for trial in trials if trial.trained), key=lambda trial: trial.tokens)
-    failed = min((trial.tokens for trial in trials if not trial.trained), default=0)
+    longest, failed = bounds(trials)
+    best = next(trial for trial in reversed(trials) if trial.tokens == longest)
     rate = best.tokens / best.seconds
     limit = f"{failed:,}" if failed else "-"
     return f"| {method} | {best.tokens:,} | {limit} | {best.peak_gib:.1f} | {rate:,.0f} | {best.loss:.6f} |"
