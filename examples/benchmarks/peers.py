@@ -33,7 +33,11 @@ def run(name: str, tokens: int, args: argparse.Namespace, device: torch.device) 
     work = WORK[name]
     torch._dynamo.reset()
     inputs = inputs_of(work, tokens, device, small=args.small)
-    methods = methods_of(work, args.chunks)
+    methods = {
+        method: fn
+        for method, fn in methods_of(work, args.chunks).items()
+        if not args.methods or any(part in method for part in args.methods)
+    }
     steps = {method: make_step(fn, inputs.given, inputs.upstream) for method, fn in methods.items()}
     rows = measure([Row(name, tokens, method) for method in methods], steps, args.rounds, inputs.leaves)
     for leaf in inputs.leaves:
@@ -68,6 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--chunks", type=int, nargs="*", default=[], help="chunk lengths (tokens) to try beside the plan's"
     )
+    parser.add_argument("--methods", nargs="+", metavar="PART", help="only those whose names contain one of these")
     parser.add_argument("--json", help="write the rows to this file, after every length")
     parser.add_argument("--from", nargs="+", dest="sources", metavar="FILE", help="read rows in place of measuring")
     parser.add_argument("--plot", metavar="FILE.png", help="time and peak by length, a line a method")
