@@ -1,6 +1,6 @@
-"""Memory against time, by sequence length and chunk length: one training step of two layers and the head of Llama-3-8B.
+"""Memory against time, by sequence length and chunk length: one training step of layers and the head of Llama-3-8B.
 
-    python examples/benchmarks/tradeoff.py --json rows.json                       # a GPU: measure
+    python examples/benchmarks/tradeoff.py --json rows.json                       # a GPU: measure two layers
     python examples/benchmarks/tradeoff.py --from rows.json --plot tradeoff.png   # show what was measured
     python examples/benchmarks/tradeoff.py --small                                # anywhere: tiny shapes, in float32
 
@@ -46,7 +46,7 @@ import mst_fx
 
 Step = Callable[[torch.Tensor], None]
 Key = tuple[str, int | None]  # method and chunk length
-LLAMA = replace(PRESETS["8b-layer"], layers=2)
+LLAMA = PRESETS["8b-layer"]
 TINY = replace(LLAMA, hidden=64, ffn=256, heads=4, kv_heads=2, vocab=512)
 
 
@@ -139,6 +139,7 @@ def parse() -> argparse.Namespace:
     """The command line, with lengths and chunks that fit the shapes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny shapes")
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens; with --from: of those in the files")
     parser.add_argument("--chunks", type=int, nargs="*", help="chunk lengths (tokens) to try beside the plan's")
     parser.add_argument("--accumulate", choices=["float32", "native"], default="float32")
@@ -159,14 +160,15 @@ def run(args: argparse.Namespace) -> tuple[str, list[Row]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" and not args.small else torch.float32
     torch._dynamo.config.recompile_limit = 64  # one function, many backends
-    preset = replace(TINY if args.small else LLAMA, length=max(args.lengths), dtype=dtype)
+    preset = replace(TINY if args.small else LLAMA, layers=args.layers, length=max(args.lengths), dtype=dtype)
     model = build_model(preset, device).train()
     checkpointed = with_checkpointing(model)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     options = {"strict": True, "accumulate": args.accumulate, **({"min_bytes": 0} if args.small else {})}
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     how = [f"{name} {version(name)}" for name in ("torch", "transformers", "mst_fx")]
-    how += [str(datetime.date.today()), str(dtype), f"accumulate={args.accumulate}", f"median of {args.rounds}"]
+    how += [str(datetime.date.today()), str(dtype), f"accumulate={args.accumulate}", f"{args.layers} layer(s)"]
+    how.append(f"median of {args.rounds}")
     about = ", ".join([machine, *how])
     rows: list[Row] = []
     for tokens in args.lengths:
