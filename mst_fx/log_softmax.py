@@ -1,8 +1,8 @@
 """The log-softmax of wide rows, and its denominator, in a form that compilers make more of.
 
-As written, a softmax and what reads it become one kernel. That kernel rescales its sum as it goes,
-two exponentials an element, and cannot write its result over logits that it has yet to read again. Here the rows are
-read once for their sums, in parts that stay in registers; what is left is pointwise, and overwrites the logits.
+As written, a softmax and what reads it become one kernel. It rescales its sum as it goes, two exponentials an element,
+and cannot write its result over logits that it has yet to read again. Here the rows are read once for their sums, in
+parts that stay in registers; what is left is pointwise, and overwrites the logits.
 
 Axes: V classes, at the end; P parts of a row; any dims in front.
 """
@@ -30,7 +30,7 @@ def reduces_wide_rows(node: Node) -> bool:
     x: Any = node.args[0]
     shape, dims = x.meta["val"].shape, node.args[1]
     (dim,) = dims if isinstance(dims, list | tuple) and len(dims) == 1 else (dims,)
-    return dim in (-1, len(shape) - 1) and shape[-1] >= WIDE
+    return dim in (-1, len(shape) - 1) and isinstance(shape[-1], int) and shape[-1] >= WIDE
 
 
 def run_in_parts(node: Node, env: Mapping[Node, Any]) -> torch.Tensor:

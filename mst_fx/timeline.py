@@ -8,6 +8,7 @@ all of it is only alive while backward passes the block.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -78,17 +79,16 @@ class Timeline:
     def peak(self, held: Sequence[Held]) -> int:
         """Most bytes at once in a step, with the regions as `held` says, by their numbers."""
         regions = [held[part.region] if part.region is not None else Held() for part in self.segments]
-        inside = [part.saved + region.saved for part, region in zip(self.segments, regions, strict=True)]
+        parts = [(part, region, part.saved + region.saved) for part, region in zip(self.segments, regions, strict=True)]
         alive = peak = self.resident
-        for segment, region, saved in zip(self.segments, regions, inside, strict=True):
+        again: Counter[int | None] = Counter()
+        for segment, region, saved in parts:
             peak = max(peak, alive + max(region.forward, segment.passing // 2))
             alive += segment.entry + (saved if segment.block is None else region.kept)
+            again[segment.block] += saved - region.kept
         alive += self.returned
-        again: dict[int | None, int] = {}
-        for segment, region, saved in zip(self.segments, regions, inside, strict=True):
-            again[segment.block] = again.get(segment.block, 0) + saved - region.kept
         gradients, block = 0, None
-        for segment, region, saved in reversed(list(zip(self.segments, regions, inside, strict=True))):
+        for segment, region, saved in reversed(parts):
             if segment.block is not None and segment.block != block:
                 alive += again[segment.block]
             block = segment.block
