@@ -14,7 +14,7 @@ from mst_fx.cost import Device, RegionCost
 from mst_fx.memory import Footprint, RegionMemory
 from mst_fx.plan import Offer, make_plans
 from mst_fx.readable import readable
-from mst_fx.timeline import Segment, Timeline
+from mst_fx.timeline import Held, Segment, Timeline
 
 GIB = 2**30
 DEVICE = Device("cuda", 80 * GIB, 7e11, 4e9)
@@ -252,3 +252,10 @@ def test_a_loop_is_never_chosen_for_a_higher_peak(graph):
 def test_equal_ranks_come_to_equal_plans(graph, budget):
     config = Config(memory_budget=budget)
     assert make_plans(*graph, DEVICE, config) == make_plans(*graph, DEVICE, config)
+
+
+def test_what_a_checkpointed_block_keeps_is_held_from_the_forward_on():
+    block = (Segment(region=0, block=0, entry=1), Segment(saved=10, block=0))
+    behind, alone = Timeline(0, (*block, Segment(passing=100))), Timeline(0, block)
+    assert [behind.peak([Held(kept=kept)]) for kept in (0, 10)] == [101, 111]
+    assert [alone.peak([Held(kept=kept)]) for kept in (0, 10)] == [11, 11]  # not computed again, not counted again
