@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numerics import TOLERANCE, relative_error
 
 from mst_fx import log_softmax
+from mst_fx.liveness import peak
 
 aten = torch.ops.aten
 PART = 8
@@ -91,3 +92,16 @@ def test_a_class_that_is_all_but_sure():
     logits[:, 0] += torch.linspace(6, 10, 50)
     error = in_parts(logits, "softmax").double() - logits.double().log_softmax(-1)
     assert error[:, 0].abs().max() < 5e-7
+
+
+def test_the_gradient_overwrites_the_logits():
+    """As predicted for a GPU, where a kernel that reduces them as well would have to keep them."""
+    inputs = torch.randn(8, 4).requires_grad_(), torch.randn(log_softmax.WIDE, 4).requires_grad_(), torch.arange(8)
+    looped, _ = rewritten(captured(lambda x, w, y: F.cross_entropy(F.linear(x, w), y), *inputs), chunk_tokens=4)
+
+    def elements(node):
+        value = node.meta["val"]
+        return value.numel() if isinstance(value, torch.Tensor) else 0
+
+    most = peak(looped.mini_sequence_backward_0, elements, reductions_apart=False)
+    assert most <= 1.3 * 4 * log_softmax.WIDE
