@@ -29,6 +29,7 @@ from contextvars import ContextVar
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils._pytree as pytree
@@ -147,6 +148,31 @@ def _example(x: torch.Tensor, axis: Axis | None, length: int) -> torch.Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
+class _Like(NamedTuple):
+    """What is known of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+_outputs: WeakKeyDictionary[Any, dict[Any, list[_Like]]] = WeakKeyDictionary()
+
+
+def _outputs_of(body: Any, examples: Sequence[torch.Tensor]) -> list[_Like]:
+    """What a body gives for fake operands of one chunk; run once for operands that are alike.
+
+    A compiler asks for it about five times a loop, and a model has a loop a layer.
+    """
+    sizes = [size for x in examples for size in (*x.shape, *x.stride())]
+    symbolic = any(map(is_symbolic, sizes))
+    key = None if symbolic else (*map(int, sizes), *((x.dim(), x.dtype, x.device) for x in examples))
+    known = _outputs.setdefault(body, {})
+    if symbolic or key not in known:
+        known[key] = [_Like(out.shape, out.dtype, out.device) for out in body(*examples)]
+    return known[key]
+
+
 @mini_sequence_loop.py_impl(DispatchKey.CompositeExplicitAutograd)
 def _eager(full: Any, tail: Any, spec: tuple[Any, ...], *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
     def unpacked(body: Any) -> Body:
@@ -161,7 +187,7 @@ def _fake(
 ) -> tuple[torch.Tensor, ...]:
     with mode:
         total = axis_length(LoopSpec(*spec).ins, operands)
-        outs = iter(full(*chunk_examples(spec, operands, mode.shape_env)[0]))
+        outs = iter(_outputs_of(full, chunk_examples(spec, operands, mode.shape_env)[0]))
         results = []
         for kind in LoopSpec(*spec).outs:
             out = next(outs)

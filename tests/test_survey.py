@@ -11,7 +11,7 @@ from numerics import gradients, looped, relative_error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mst_fx import analysis, assembly
+from mst_fx import analysis, assembly, loop
 from mst_fx.config import Config
 from mst_fx.pattern import patterns
 from mst_fx.pipeline import rewrite
@@ -78,6 +78,18 @@ def test_generated_code_holds_one_body_a_kind(again):
     assert forward == 2  # head and MLP
     assert backward == 1 + again  # gradients of the MLP; in a block the MLP itself, too
     assert sum(code.count("= run_loop(") for code in codes) == 7 + again
+
+
+def test_bodies_are_run_on_fakes_no_more_often_for_more_layers(monkeypatch):
+    values, Like = [], loop._Like
+    monkeypatch.setattr(loop, "_Like", lambda *known: values.append(known) or Like(*known))
+    counts = []
+    for layers in (2, 6):
+        values.clear()
+        torch._dynamo.reset()
+        looped(Layers(*[128] * layers), chunk_tokens=32, inner="aot_eager")(*tokens(2, 64)).backward()
+        counts.append(len(values))
+    assert counts[0] == counts[1] > 0
 
 
 def test_blocks_that_are_computed_again_save_nothing_but_their_inputs():
