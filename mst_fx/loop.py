@@ -165,10 +165,10 @@ def _outputs_of(body: Any, examples: Sequence[torch.Tensor]) -> list[_Like]:
     A compiler asks for it about five times a loop, and a model has a loop a layer.
     """
     sizes = [size for x in examples for size in (*x.shape, *x.stride())]
-    symbolic = any(map(is_symbolic, sizes))
+    symbolic = any(map(is_symbolic, sizes))  # of one compile alone: not to be kept
+    known = {} if symbolic else _outputs.setdefault(body, {})
     key = None if symbolic else (*map(int, sizes), *((x.dim(), x.dtype, x.device) for x in examples))
-    known = _outputs.setdefault(body, {})
-    if symbolic or key not in known:
+    if key not in known:
         known[key] = [_Like(out.shape, out.dtype, out.device) for out in body(*examples)]
     return known[key]
 
