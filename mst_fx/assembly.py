@@ -56,8 +56,6 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
         spec = spec._replace(forward_spec=(VERSION, forward_chunk, ins, full.outs))
         call = Call(spec, full, tail)
     if work.backward != "none":
-        if not stages.dynamic and chunk >= stages.length:
-            accumulate = "native"  # there is nothing to add
         gradients = Gradients(work.wanted, work.differentiable, in_forward, accumulate, work.kept)
         full, tail = _full_and_tail(stages, chunk, partial(gradient_body, stages, gradients))
         read = () if in_forward else (*work.differentiable, *work.kept)

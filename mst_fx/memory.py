@@ -166,12 +166,13 @@ def footprint(body: Body, spec: tuple[Any, ...], length: int) -> Footprint:
             continue
         count = value.numel() if kind[0] == "sum" else value.shape[1] * nodes[1].meta["val"].shape[1]
         dtype: torch.dtype = value.dtype if kind[0] == "sum" else kind[2]
-        sums += count * kind[1].itemsize
+        adds_up_in = kind[1] if length > chunk else dtype
+        sums += count * adds_up_in.itemsize
         returned += count * dtype.itemsize
-        if dtype != kind[1]:
+        if dtype != adds_up_in:
             cast = max(cast, count * dtype.itemsize)
             if kind[0] == "outer" and on_cpu:  # it multiplies in the one dtype, and adds up in the other
-                product = max(product, count * (dtype.itemsize + kind[1].itemsize))
+                product = max(product, count * (dtype.itemsize + adds_up_in.itemsize))
     fixed = _whole_nodes(body, outs)
     split = [(node, axis) for node, axis in zip(_inputs(body), ins, strict=True) if axis is not None]
     copied = sum(_bytes(node) for node, axis in split if _is_copied(node, axis))

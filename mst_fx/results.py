@@ -32,13 +32,15 @@ def result_of(kind: Kind, total: int, chunk: int) -> Result:
     Args:
         kind: one of a spec's `outs`.
         total: positions of the axis.
-        chunk: positions in one mini-sequence.
+        chunk: positions in one mini-sequence; if that is all, nothing adds up, and no other dtype is needed for it.
     """
     if kind[0] == "cat":
         return _Written(kind[1:], total, chunk)
     if kind[0] == "rows":
         return _Rows(kind, total, chunk)
-    return _Sum(kind[1]) if kind[0] == "sum" else _Outer(*kind[1:])
+    if kind[0] == "sum":
+        return _Sum(kind[1] if total > chunk else None)
+    return _Outer(kind[1] if total > chunk else kind[2], kind[2])
 
 
 def pieces(x: torch.Tensor, axis: Axis, chunk: int) -> Iterator[torch.Tensor]:
@@ -107,17 +109,17 @@ class _Rows(_Placed):
 
 
 class _Sum:
-    """One output a chunk, added up in `dtype`; the sum has the dtype of the outputs."""
+    """One output a chunk, added up in `dtype`; the sum has the dtype of the outputs, which None stands for."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype | None) -> None:
         self._dtype = dtype
         self._total: torch.Tensor | None = None
-        self._own = dtype
+        self._own: torch.dtype | None = None
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
         out = next(outs)
         if self._total is None:
-            self._total, self._own = out.to(self._dtype, copy=True), out.dtype
+            self._total, self._own = out.to(self._dtype or out.dtype, copy=True), out.dtype
         else:
             self._total.add_(out)
 

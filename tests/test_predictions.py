@@ -40,6 +40,13 @@ def test_saved_bytes(program):
     assert 0 <= saved - offer(program, inputs).memory.saved <= scalars
 
 
+def test_one_chunk_needs_no_sums():
+    """What is not added up is multiplied in the dtype of its result."""
+    sizes, options = Sizes(t=32, d=256, ff=1024, v=0), {"dtype": torch.bfloat16, "device": "cpu", "chunk_tokens": 32}
+    wide, native = (peaks(predictions.swiglu, sizes, accumulate=how, **options) for how in ("float32", "native"))
+    assert wide == native
+
+
 @pytest.mark.parametrize("chunk", [128, 256, 512])
 @pytest.mark.parametrize("program", [*MLPS, *HEADS], ids=lambda program: program.__name__)
 def test_peak(program, chunk):
