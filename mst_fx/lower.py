@@ -3,8 +3,8 @@
 Composite ops are opened (see `openings`), autocast's casts become explicit nodes, no_grad blocks become detach nodes,
 and writes to values of the region itself become out-of-place ops.
 
-Private torch API: fake tensors, the fake mode of the captured values, modules whose code is written late. Run on torch
-2.11, 2.13 and 2.15.
+Private torch API: fake tensors, the fake mode of the captured values, what is known of sizes that vary, modules whose
+code is written late. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -181,16 +182,38 @@ def fake_value(node: Node) -> Any:
 
 
 def hint(size: Any) -> int:
-    """The size that was seen when the graph was captured; asking for it adds no guard.
+    """The size that was seen when the graph was captured, or that `mark_dynamic(hint_override=)` names.
 
-    Of a size that depends on the data nothing was seen: any will do, the region is refused later.
+    Asking for it adds no guard. Of a size that depends on the data nothing was seen: any will do, the region is refused
+    later.
     """
     if not isinstance(size, torch.SymInt):
         return int(size)
-    return int(size.node.hint) if size.node.has_hint() else UNSEEN
+    if not size.node.has_hint():
+        return UNSEEN
+    if not _long.get():
+        return int(size.node.hint)
+    expression, shape_env = size.node.expr, size.node.shape_env
+    return int(expression.xreplace({symbol: _long_value(shape_env, symbol) for symbol in expression.free_symbols}))
+
+
+def _long_value(shape_env: Any, symbol: Any) -> Any:
+    return max(shape_env.backed_var_to_val[symbol], min(LONG, shape_env.var_to_range[symbol].upper))
 
 
 UNSEEN = 64
+LONG = 65536
+_long = ContextVar("_long", default=False)
+
+
+@contextmanager
+def long_lengths() -> Iterator[None]:
+    """In here `hint` takes sizes that may vary for LONG, or for the longest that they may be."""
+    token = _long.set(True)
+    try:
+        yield
+    finally:
+        _long.reset(token)
 
 
 def depends_on_data(size: Any) -> bool:

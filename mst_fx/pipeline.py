@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,7 @@ from torch.fx import GraphModule
 
 from mst_fx.config import Config
 from mst_fx.inner import inductor_options, inner_compiler, writes_python
-from mst_fx.lower import marked_sizes
+from mst_fx.lower import long_lengths, marked_sizes
 from mst_fx.pattern import Pattern, patterns
 from mst_fx.plan import Plan, Plans, make_plans
 from mst_fx.readable import readable
@@ -108,11 +108,29 @@ def rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple
     """The graph with loops, and the decisions; `gm` itself where nothing is changed."""
     surveyor = Surveyor(config, chosen, marked_sizes(gm))
     surveyed = surveyor.survey(gm)
-    sites = list(surveyed.all_sites())
-    offers = [surveyor.offer(site) for site in sites]
-    plans = make_plans(offers, timeline_of(surveyed), device_of_graph(surveyed), config)
-    rewritten, report = _rewritten(surveyed, surveyor, dict(zip(sites, plans.of, strict=True)))
+    plans = _planned(surveyor, surveyed, due=_due(surveyor, surveyed))
+    rewritten, report = _rewritten(surveyed, surveyor, dict(zip(surveyed.all_sites(), plans.of, strict=True)))
     return rewritten or gm, replace(_with_budget(report, plans), peak=plans.peak, peak_whole=plans.peak_whole)
+
+
+def _planned(surveyor: Surveyor, surveyed: Surveyed, due: Container[Site] = ()) -> Plans:
+    """The decisions for all regions of a graph."""
+    offers = [surveyor.offer(site, due=site in due) for site in surveyed.all_sites()]
+    return make_plans(offers, timeline_of(surveyed), device_of_graph(surveyed), surveyor.config)
+
+
+def _due(surveyor: Surveyor, surveyed: Surveyed) -> set[Site]:
+    """What is looped for lengths that may come, however short the captured one: loops that compute nothing again.
+
+    Such a loop costs a short sequence nothing: it is one chunk. Where something is computed again, it would be lost, so
+    these regions are judged by the length that was captured.
+    """
+    varying = {site for site in surveyed.all_sites() if site.work.stages.dynamic and not site.recomputes}
+    if not varying or surveyor.config.min_bytes is not None:
+        return set()
+    with long_lengths():
+        plans = _planned(surveyor, surveyed)
+    return {site for site, plan in zip(surveyed.all_sites(), plans.of, strict=True) if plan.lengths} & varying
 
 
 def _rewritten(surveyed: Surveyed, surveyor: Surveyor, plans: dict[Site, Plan]) -> tuple[GraphModule | None, Report]:

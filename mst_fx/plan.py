@@ -34,6 +34,7 @@ class Offer:
         free: whether a loop computes nothing again: gradients in the forward, or none.
         repeated: whether it stands in a block that is computed again for backward in any case.
         kept: whether the results of its loop are kept nevertheless.
+        due: whether it is looped though it may be small: its length may vary, and at a long one it would be looped.
     """
 
     modules: tuple[str, ...]
@@ -43,6 +44,12 @@ class Offer:
     free: bool
     repeated: bool = False
     kept: bool = False
+    due: bool = False
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a loop computes again what would not be computed again without it."""
+        return not (self.free or self.repeated)
 
 
 @dataclass(frozen=True)
@@ -119,13 +126,13 @@ class _Planner:
         self.candidates = [number for number in range(len(offers)) if self._may_be_looped(number)]
 
     def _may_be_looped(self, number: int) -> bool:
-        wish = self.wishes[number]
-        return self.offers[number].memory.written >= self.config.least_bytes if wish.loop is None else wish.loop
+        wish, offer = self.wishes[number], self.offers[number]
+        return (offer.due or offer.memory.written >= self.config.least_bytes) if wish.loop is None else wish.loop
 
     def _must_be_looped(self, number: int) -> bool:
         wish = self.wishes[number]
         given = (self.config.min_bytes, wish.loop, wish.chunk_tokens, wish.num_chunks)
-        return any(option is not None for option in given)
+        return self.offers[number].due or any(option is not None for option in given)
 
     def peak(self, state: State) -> int:
         """Predicted bytes of a training step."""
@@ -143,14 +150,10 @@ class _Planner:
         for share, recomputes in ((FREE_SHARE, False), (SHARE_OF_PEAK, True)):
             before = self.peak(state)
             large = [n for n in self.candidates if more[n] is None and self._own_bytes(n) >= OWN_SHARE * before]
-            chosen = [n for n in large if self._recomputes(n) is recomputes]
+            chosen = [n for n in large if self.offers[n].recomputes is recomputes]
             more = _with(more, {n: self.lengths[n] for n in chosen})
             state = more if before - self.peak(more) >= share * before else state
         return state
-
-    def _recomputes(self, number: int) -> bool:
-        """Whether a loop computes again what would not be computed again without it."""
-        return not (self.offers[number].free or self.offers[number].repeated)
 
     def within(self, budget: int) -> State:
         """The first state of a path from cheap to dear that fits; the leanest where none does.
@@ -166,7 +169,8 @@ class _Planner:
         First the loops that compute nothing again; then the others, those of blocks that are computed again anyway in
         front, and the one that frees most for its time first; then shorter chunks, where most is held.
         """
-        state = self._looped(n for n in self.candidates if self.offers[n].free or self.wishes[n].loop)
+        cheap = {n for n, offer in enumerate(self.offers) if offer.free or offer.due or self.wishes[n].loop}
+        state = self._looped(cheap.intersection(self.candidates))
         yield state
         for number in sorted((n for n in self.candidates if state[n] is None), key=self._price):
             state = _with(state, {number: self.lengths[number]})
@@ -204,7 +208,10 @@ class _Planner:
         """The decision for a region, in words and numbers."""
         memory, length, lengths = self.offers[number].memory, self.offers[number].extent.length, state[number]
         if lengths is None:
-            return Plan(None, bytes_before=memory.written, reason=self._reason(number, state))
+            reason = self._reason(number, state)
+            if self.offers[number].extent.dynamic and self.wishes[number].loop is None:
+                reason += f" (for the length {length}; mark_dynamic(..., hint_override=) names another)"
+            return Plan(None, bytes_before=memory.written, reason=reason)
         chunk = min(lengths.chunk, length)
         after = memory.written * chunk // length + memory.stream_gradient
         return Plan(lengths, -(-length // chunk), memory.written, after, self.added_ms(number, lengths))

@@ -21,9 +21,9 @@ from mst_fx.chunking import Extent, Lengths, default_lengths
 from mst_fx.config import Config
 from mst_fx.cost import Device, cost_of, device_of, tokens_per_row
 from mst_fx.discover import Nested, discover, nested
-from mst_fx.lower import fake_value, hint
+from mst_fx.lower import fake_value, hint, is_symbolic
 from mst_fx.memory import RegionMemory, bytes_per_position, memory_of, temporary_bytes, written_after
-from mst_fx.narrow import cut_heads
+from mst_fx.narrow import CutHead, cut_heads
 from mst_fx.opened import Opened
 from mst_fx.pattern import Pattern
 from mst_fx.plan import Offer
@@ -74,6 +74,11 @@ class Site:
     work: Work
     around: Around
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether its loop computes again what would not be computed again without it."""
+        return self.work.backward == "recompute" and not self.around.repeated
+
 
 @dataclass(frozen=True, eq=False)
 class Surveyed:
@@ -116,7 +121,7 @@ class Surveyor:
     _opened: dict[Hashable, Opened | None] = field(default_factory=dict)
     _works: dict[Hashable, Work] = field(default_factory=dict)
     _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
-    _memories: dict[tuple[Work, Lengths], RegionMemory] = field(default_factory=dict)
+    _memories: dict[tuple[Work, Lengths, int], RegionMemory] = field(default_factory=dict)
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
         """Find the regions of a graph as captured, and of its subgraphs."""
@@ -140,12 +145,17 @@ class Surveyor:
         report = Report()
         while True:
             reader = Reader(gm, self._opened)
-            found = [head for head in cut_heads(reader) if head.bytes_before >= self.config.least_bytes]
+            found = [head for head in cut_heads(reader) if self._is_worth_cutting(head)]
             if not found:
                 return reader, report
             report = report.joined(Report(cuts=tuple(map(cut_head, found))))
             makes = [partial(nodes_of, region=head.region, lowered=head.cut_first) for head in found]
             gm = rebuilt(gm, [Edit(head.region, make) for head, make in zip(found, makes, strict=True)])
+
+    def _is_worth_cutting(self, head: CutHead) -> bool:
+        """Whether the projection makes much, or may at another length: a cut costs nothing."""
+        varies = any(map(is_symbolic, fake_value(head.region.stream).shape))
+        return head.bytes_before >= self.config.least_bytes or (varies and self.config.min_bytes is None)
 
     def _best_part(self, pattern: str, region: Region, around: Around) -> Site:
         """The largest part that can be looped; where large values are returned, the one that leaves the fewest bytes.
@@ -179,22 +189,28 @@ class Surveyor:
             self._calls[key] = assembled(work, lengths.chunk, lengths.forward, self.config.accumulate)
         return self._calls[key]
 
-    def offer(self, site: Site) -> Offer:
-        """What the planner has to know of a region."""
+    def offer(self, site: Site, *, due: bool = False) -> Offer:
+        """What the planner has to know of a region.
+
+        Args:
+            site: of the region.
+            due: as in `Offer`.
+        """
         modules, extent, lengths = _modules(site.region), extent_of(site.work), self._lengths(site)
         written = temporary_bytes(site.work.stages, extent.length)
-        if written < self.config.least_bytes and not self.config.wish_for(modules).loop:
+        if written < self.config.least_bytes and not (due or self.config.wish_for(modules).loop):
             memory = RegionMemory(written)  # it is left alone: no need to trace what its loop would be
         else:
-            memory = self._memory(site.work, lengths)
+            memory = self._memory(site.work, lengths, extent.length)
         cost = cost_of(site.work, memory, extent)
         free, around = site.work.backward != "recompute", site.around
-        return Offer(modules, extent, memory, cost, free=free, repeated=around.repeated, kept=around.kept)
+        return Offer(modules, extent, memory, cost, free=free, repeated=around.repeated, kept=around.kept, due=due)
 
-    def _memory(self, work: Work, lengths: Lengths) -> RegionMemory:
-        if (work, lengths) not in self._memories:
-            self._memories[work, lengths] = memory_of(work, self.call(work, lengths))
-        return self._memories[work, lengths]
+    def _memory(self, work: Work, lengths: Lengths, length: int) -> RegionMemory:
+        key = (work, lengths, length)
+        if key not in self._memories:
+            self._memories[key] = memory_of(work, self.call(work, lengths))
+        return self._memories[key]
 
 
 def _modules(region: Region) -> tuple[str, ...]:

@@ -6,8 +6,10 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from models import MlpLM, tokens
 from numerics import gradients, looped, relative_error
+from torch.utils.checkpoint import checkpoint
 
 import mst_fx
 from mst_fx import loop, pipeline
@@ -21,6 +23,22 @@ LENGTHS = random.Random(0).sample(range(2, 200), 50)
 def _reset():
     torch.manual_seed(0)
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def bodies_run(monkeypatch):
+    """Grows by one for each mini-sequence that is run."""
+    calls = []
+    run = loop.run_loop
+
+    def counted(bodies, spec, operands):
+        def body(number):
+            return lambda args: calls.append(number) or bodies[number](args)
+
+        return run((body(0), body(1)), spec, operands)
+
+    monkeypatch.setattr(loop, "run_loop", counted)
+    return calls
 
 
 def marked(ids, labels):
@@ -64,6 +82,64 @@ def test_gradients_of_many_lengths_through_inductor():
     assert len(mst_fx.reports()) == before
 
 
+class Checkpointed(MlpLM):
+    """Its MLP runs again for backward in any case."""
+
+    def forward(self, ids, labels):
+        x = self.tokens(ids)
+        x = x + checkpoint(self.mlp, x, use_reentrant=False)
+        return F.cross_entropy(self.head(x).flatten(0, -2), labels.flatten())
+
+
+def planned(model, prepared, length=8):
+    """Names of the patterns that are looped by default, for lengths that vary, where a short one comes first."""
+    compiled = torch.compile(model, backend="mst_fx", options={"inner": "aot_eager", "strict": True})
+    compiled(*prepared(*tokens(2, length)))
+    return {region.pattern for region in mst_fx.reports()[-1].regions}, compiled
+
+
+@pytest.mark.parametrize(("model", "patterns"), [(MlpLM, {"head"}), (Checkpointed, {"gated_mlp", "head"})])
+def test_a_short_batch_in_front_loops_what_costs_it_nothing(model, patterns):
+    """An MLP that is not checkpointed would be computed again for every short batch."""
+    assert planned(model(), marked)[0] == patterns
+    for refused in mst_fx.reports()[-1].refusals:
+        assert refused.pattern == "gated_mlp"
+        assert refused.text.endswith("(for the length 8; mark_dynamic(..., hint_override=) names another)")
+
+
+def test_a_long_batch_behind_a_short_one_is_looped(bodies_run):
+    model = MlpLM()
+    compiled = planned(model, marked)[1]
+    for length, chunks in ((9, 1), (20_000, 6)):
+        bodies_run.clear()
+        batch = tokens(2, length)
+        torch.testing.assert_close(compiled(*marked(*batch)), model(*batch))
+        assert len(bodies_run) == chunks
+
+
+@pytest.mark.parametrize(
+    ("known", "patterns"), [({"hint_override": 65536}, {"gated_mlp", "head"}), ({"min": 2, "max": 64}, set())]
+)
+def test_what_the_caller_says_of_the_length(known, patterns):
+    """A length to compile for, or the longest that there will be."""
+
+    def told(*batch):
+        for x in batch:
+            torch._dynamo.mark_dynamic(x, 1, **known)
+        return batch
+
+    assert planned(MlpLM(), told)[0] == patterns
+
+
+def test_a_cut_moves_in_front_of_the_head_whatever_length_comes_first():
+    model = MlpLM(tail=lambda logits: logits[:, :-1])
+    compiled = torch.compile(
+        lambda ids, labels: model(ids, labels[:, 1:]), backend="mst_fx", options={"inner": "aot_eager"}
+    )
+    compiled(*marked(*tokens(2, 8)))
+    assert len(mst_fx.reports()[-1].cuts) == 1
+
+
 def test_no_guard_on_the_length_is_ours():
     guards = []
 
@@ -82,20 +158,10 @@ def test_no_guard_on_the_length_is_ours():
 
 
 @pytest.mark.parametrize(("length", "chunks"), [(2, 1), (15, 1), (16, 1), (17, 2), (32, 2), (100, 7)])
-def test_chunks_are_counted_at_run_time(monkeypatch, length, chunks):
-    calls = []
-    run = loop.run_loop
-
-    def counted(bodies, spec, operands):
-        def body(number):
-            return lambda args: calls.append(args) or bodies[number](args)
-
-        return run((body(0), body(1)), spec, operands)
-
-    model = MlpLM()
-    compiled = looped(model)
+def test_chunks_are_counted_at_run_time(bodies_run, length, chunks):
+    compiled = looped(MlpLM())
     for first in (37, 50):
         compiled(*tokens(1, first))
-    monkeypatch.setattr(loop, "run_loop", counted)
+    bodies_run.clear()
     compiled(*tokens(1, length))
-    assert len(calls) == 2 * chunks  # the MLP and the head
+    assert len(bodies_run) == 2 * chunks  # the MLP and the head
