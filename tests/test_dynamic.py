@@ -6,10 +6,8 @@ import random
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
-from models import MlpLM, tokens
+from models import CheckpointedLM, MlpLM, tokens
 from numerics import gradients, looped, relative_error
-from torch.utils.checkpoint import checkpoint
 
 import mst_fx
 from mst_fx import loop, pipeline
@@ -82,15 +80,6 @@ def test_gradients_of_many_lengths_through_inductor():
     assert len(mst_fx.reports()) == before
 
 
-class Checkpointed(MlpLM):
-    """Its MLP runs again for backward in any case."""
-
-    def forward(self, ids, labels):
-        x = self.tokens(ids)
-        x = x + checkpoint(self.mlp, x, use_reentrant=False)
-        return F.cross_entropy(self.head(x).flatten(0, -2), labels.flatten())
-
-
 def planned(model, prepared, length=8):
     """Names of the patterns that are looped by default, for lengths that vary, where a short one comes first."""
     compiled = torch.compile(model, backend="mst_fx", options={"inner": "aot_eager", "strict": True})
@@ -98,7 +87,7 @@ def planned(model, prepared, length=8):
     return {region.pattern for region in mst_fx.reports()[-1].regions}, compiled
 
 
-@pytest.mark.parametrize(("model", "patterns"), [(MlpLM, {"head"}), (Checkpointed, {"gated_mlp", "head"})])
+@pytest.mark.parametrize(("model", "patterns"), [(MlpLM, {"head"}), (CheckpointedLM, {"gated_mlp", "head"})])
 def test_a_short_batch_in_front_loops_what_costs_it_nothing(model, patterns):
     """An MLP that is not checkpointed would be computed again for every short batch."""
     assert planned(model(), marked)[0] == patterns
