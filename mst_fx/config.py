@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 Accumulate = Literal["float32", "native"]
-ReturnedLogits = Literal["keep", "detach"]
+ReturnedLogits = Literal["keep", "detach", "drop"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 
 
@@ -46,7 +46,9 @@ class Config:
         accumulate: dtype in which the weight gradients of half-precision weights add up over the chunks:
             "float32" (as accurate as no loop; 4 bytes an element while the loop runs) or "native" (the weight's).
         returned_logits: what becomes of logits that the compiled function also returns: "keep" their gradient (a
-            backward then starts from a gradient as large as they are, zeros if nobody used it), or "detach" them.
+            backward then starts from a gradient as large as they are, zeros if nobody used it), "detach" them, or
+            "drop" them: where a gradient is wanted, None is returned in their place, as callers that read the loss
+            alone do not mind.
         disable: names of patterns that shall not be used.
         inner: what compiles the rewritten graph: "inductor", "aot_eager", "eager" or a backend callable.
         strict: raise exceptions of the pass itself in place of compiling the graph unrewritten.

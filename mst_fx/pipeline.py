@@ -145,15 +145,17 @@ def _rewritten(surveyed: Surveyed, surveyor: Surveyor, plans: dict[Site, Plan]) 
         replacement = Replacement(
             site.region, site.work.stages, surveyor.call(site.work, plan.lengths), site.around.kept
         )
-        detached = site.region.returned if surveyor.config.returned_logits == "detach" else ()
+        detaches = surveyor.config.returned_logits == "detach"
+        detached = site.region.leaving if detaches else ()
         edits.append(Edit(site.region, partial(loop, replacement=replacement), detached))
-        report = report.joined(Report(regions=(looped(site.pattern, site.region, site.work, plan, detached),)))
+        entry = looped(site.pattern, site.region, site.work, plan, detaches=detaches)
+        report = report.joined(Report(regions=(entry,)))
     children: dict[str, GraphModule] = {}
     for name, (child, _) in surveyed.children.items():
         new_child, inner_report = _rewritten(child, surveyor, plans)
         report = report.joined(inner_report)
         children.update({name: new_child} if new_child is not None else {})
-    changed = edits or children or surveyed.report.cuts
+    changed = edits or children or surveyed.report.cuts or surveyed.report.dropped
     return rebuilt(surveyed.reader.owner, edits, children) if changed else None, report
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,7 +55,8 @@ class LoopedRegion:
             self.source,
         ]
         if self.returned_bytes:
-            lines.append(f"Returned logits have to exist: {readable(self.returned_bytes)}.")
+            size = readable(self.returned_bytes)
+            lines.append(f"Returned logits have to exist: {size}; returned_logits='drop' returns None in training.")
         if self.returned_gradient_bytes:
             size = readable(self.returned_gradient_bytes)
             lines.append(f"Backward starts with their gradient, {size}; returned_logits='detach' does without it.")
@@ -113,6 +113,24 @@ class EarlyCut:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """Logits in place of which the compiled function returns None.
+
+    Attributes:
+        module: path of the module that makes them.
+        source: file, line and code.
+        bytes: of the logits.
+    """
+
+    module: str
+    source: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"None is returned for {readable(self.bytes)} at {self.module or 'the top'}\n    {self.source}"
+
+
+@dataclass(frozen=True)
 class Report:
     """The decisions of one compile, in graph order.
 
@@ -120,6 +138,7 @@ class Report:
         regions: what is looped.
         refusals: what is not, and why.
         cuts: projections that make less than was written.
+        dropped: logits that are not returned.
         graphs: number of graphs that were seen; more than one after a graph break.
         peak, peak_whole: predicted bytes of a training step of the graph with these loops and without any; of several
             graphs, the most.
@@ -128,6 +147,7 @@ class Report:
     regions: tuple[LoopedRegion, ...] = ()
     refusals: tuple[RefusedRegion, ...] = ()
     cuts: tuple[EarlyCut, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
     graphs: int = 1
     peak: int = 0
     peak_whole: int = 0
@@ -139,19 +159,21 @@ class Report:
     def joined(self, other: Report) -> Report:
         """With the decisions about a part of the same graph."""
         regions, refusals = self.regions + other.regions, self.refusals + other.refusals
-        return Report(regions, refusals, self.cuts + other.cuts, self.graphs)
+        return Report(regions, refusals, self.cuts + other.cuts, self.dropped + other.dropped, self.graphs)
 
     def __str__(self) -> str:
-        if not self.regions and not self.refusals and not self.cuts:
+        entries = (*self.regions, *self.cuts, *self.dropped, *self.refusals)
+        if not entries:
             return f"mst_fx: nothing to loop in {self.graphs} graph(s): no pattern matched"
         head = f"mst_fx: {len(self.regions)} looped, {len(self.refusals)} left alone, {self.graphs} graph(s)"
         if self.peak_whole:
             head += f"; peak of a step {readable(self.peak_whole)} -> {readable(self.peak)} (predicted)"
-        return "\n".join([head, *map(str, self.regions), *map(str, self.cuts), *map(str, self.refusals)])
+        return "\n".join([head, *map(str, entries)])
 
 
-def looped(pattern: str, region: Region, work: Work, plan: Plan, detached: Sequence[Node]) -> LoopedRegion:
+def looped(pattern: str, region: Region, work: Work, plan: Plan, *, detaches: bool) -> LoopedRegion:
     """The entry of a region that was rewritten."""
+    carrying = [node for node in region.returned if needs_gradient(node, region.nodes) and not detaches]
     return LoopedRegion(
         pattern=pattern,
         module=module_path(region.last),
@@ -163,9 +185,7 @@ def looped(pattern: str, region: Region, work: Work, plan: Plan, detached: Seque
         backward=work.backward,
         added_ms=plan.added_ms,
         returned_bytes=sum(map(_bytes, region.returned)),
-        returned_gradient_bytes=sum(
-            _bytes(node) for node in region.returned if needs_gradient(node, region.nodes) and node not in detached
-        ),
+        returned_gradient_bytes=sum(map(_bytes, carrying)),
     )
 
 
@@ -178,6 +198,11 @@ def cut_head(head: CutHead) -> EarlyCut:
     """The entry of a projection that makes less than was written."""
     cut = head.region.last
     return EarlyCut(module_path(cut), source_line(cut), head.bytes_before, head.bytes_after)
+
+
+def dropped(node: Node) -> Dropped:
+    """The entry of logits that are not returned."""
+    return Dropped(module_path(node), source_line(node), _bytes(node))
 
 
 def refused(pattern: str, refusal: Refusal) -> RefusedRegion:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, map_arg
 
 from mst_fx.assembly import Call
 from mst_fx.body import Body
@@ -42,7 +42,7 @@ class Edit:
         region: what is replaced.
         make: puts nodes in front of a given one, and returns those that stand for the region's outputs. It takes the
             copied module, that node, and a map from the original's nodes to the copy's.
-        detached: values that the graph shall return without a gradient.
+        detached: what the graph shall return without a gradient.
     """
 
     region: Region
@@ -50,12 +50,28 @@ class Edit:
     detached: tuple[Node, ...] = ()
 
 
-def rebuilt(gm: GraphModule, edits: Sequence[Edit], children: Mapping[str, GraphModule] | None = None) -> GraphModule:
-    """A copy of the graph over the same attributes, with the edits and other subgraphs in it."""
+def rebuilt(
+    gm: GraphModule,
+    edits: Sequence[Edit],
+    children: Mapping[str, GraphModule] | None = None,
+    dropped: Collection[Node] = (),
+) -> GraphModule:
+    """A copy of the graph over the same attributes.
+
+    Args:
+        gm: stays as it is.
+        edits: to be made in the copy.
+        children: other subgraphs for it, by attribute.
+        dropped: values in place of which it returns None.
+    """
     graph = Graph()
     node_of: dict[Node, Node] = {}
     output = graph.graph_copy(gm.graph, node_of)
-    graph.output(output)
+    gone = [node_of[node] for node in dropped]
+    graph.output(map_arg(output, lambda node: None if node in gone else node))
+    for node in gone:
+        if not node.users:  # a view for the caller alone
+            graph.erase_node(node)
     copy = module_over(gm, graph)
     copy.meta = dict(gm.meta)
     for name, child in (children or {}).items():
@@ -64,7 +80,8 @@ def rebuilt(gm: GraphModule, edits: Sequence[Edit], children: Mapping[str, Graph
         values = edit.make(copy, place, node_of)
         graph.erase_node(place)
         _replace(graph, edit.region, values, node_of)
-        _detach(graph, [node_of[node] for node in edit.detached])
+        for node in edit.detached:
+            _detach(graph, node_of[node])
     graph.lint()
     copy.recompile()
     return copy
@@ -133,14 +150,13 @@ def _replace(graph: Graph, region: Region, values: Sequence[Node], node_of: dict
         graph.erase_node(node)
 
 
-def _detach(graph: Graph, values: Sequence[Node]) -> None:
-    """The graph returns these values, and what is made of them for its caller alone, without a gradient."""
+def _detach(graph: Graph, node: Node) -> None:
+    """The graph returns this value without a gradient."""
     returned = graph.output_node()
-    for node in [node for value in values for node in (value, *value.users) if returned in node.users]:
-        with graph.inserting_before(returned):
-            detached = graph.call_method("detach", (node,))
-        detached.meta = {"example_value": node.meta["example_value"].detach()}
-        returned.replace_input_with(node, detached)
+    with graph.inserting_before(returned):
+        detached = graph.call_method("detach", (node,))
+    detached.meta = {"example_value": node.meta["example_value"].detach()}
+    returned.replace_input_with(node, detached)
 
 
 def _body(owner: GraphModule, name: str, body: Body | None) -> Node | None:

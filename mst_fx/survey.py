@@ -30,8 +30,8 @@ from mst_fx.plan import Offer
 from mst_fx.provenance import module_path
 from mst_fx.reading import Reader
 from mst_fx.refusal import Refusal
-from mst_fx.region import Region
-from mst_fx.report import Report, cut_head, refused
+from mst_fx.region import Region, has_gradient
+from mst_fx.report import Report, cut_head, dropped, refused
 from mst_fx.rewrite import Edit, nodes_of, rebuilt
 from mst_fx.rules import shape_of
 from mst_fx.timeline import Segment, Timeline, resident_bytes, returned_bytes, segments_of
@@ -125,7 +125,9 @@ class Surveyor:
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
         """Find the regions of a graph as captured, and of its subgraphs."""
-        reader, report = self._cut_early(gm)
+        gm, report = self._without_logits(gm) if self.config.returned_logits == "drop" else (gm, Report())
+        reader, cuts = self._cut_early(gm)
+        report = report.joined(cuts)
         sites: list[Site] = []
         for found in discover(reader, self.patterns):
             try:
@@ -139,6 +141,15 @@ class Surveyor:
             for child in nested(reader.owner)
         }
         return Surveyed(reader, tuple(sites), report, children, around)
+
+    def _without_logits(self, gm: GraphModule) -> tuple[GraphModule, Report]:
+        """The graph that returns None in place of what regions make for its caller."""
+        reader = Reader(gm, self._opened)
+        regions = [found.outcome for found in discover(reader, self.patterns) if isinstance(found.outcome, Region)]
+        training = (region for region in regions if any(map(has_gradient, region.nodes)))
+        leaving = dict.fromkeys(node for region in training for node in region.leaving)
+        report = Report(dropped=tuple(map(dropped, leaving)))
+        return (rebuilt(gm, [], dropped=leaving) if leaving else gm), report
 
     def _cut_early(self, gm: GraphModule) -> tuple[Reader, Report]:
         """A reader of the graph in which heads project only the tokens that are read."""

@@ -164,6 +164,27 @@ def test_detached_logits_have_no_gradient(name):
     assert peak_bytes(run) < (2.2 if name == "shifted_loss_and_logits" else 1.6) * LOGITS  # joined of two parts
 
 
+@cases(RETURNED)
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_dropped_logits_never_exist(name, fn, inner):
+    tensors = inputs()
+
+    def first_of(fn):
+        return lambda *args: fn(*args)[0]
+
+    truth = step(first_of(fn), tensors)
+    compiled = looped(fn, returned_logits="drop", inner=inner)
+    assert compiled(*tensors)[1] is None
+    for value, exact in zip(step(first_of(compiled), tensors), truth, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-10, atol=1e-12)
+    report = mst_fx.reports()[-1]
+    assert [entry.bytes for entry in report.dropped] == [pytest.approx(LOGITS, rel=0.01)]
+    assert [region.returned_bytes for region in report.regions] == [0]
+    assert peak_bytes(lambda: step(first_of(compiled), tensors)) < LOGITS
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*tensors)[1], fn(*tensors)[1])
+
+
 @pytest.mark.parametrize("name", ["loss_and_logits", "loss_and_upcast_logits", "log_probabilities_and_logits"])
 def test_returned_logits_are_not_computed_again(name):
     assert products_in_backward(RETURNED[name]) == 0  # those of the gradients leave the body as factors
@@ -238,4 +259,4 @@ def test_both_directions_of_two_towers_are_refused():
 
 def test_unknown_option_value():
     with pytest.raises(TypeError, match="returned_logits"):
-        mst_fx.Config(returned_logits="drop")
+        mst_fx.Config(returned_logits="lose")
