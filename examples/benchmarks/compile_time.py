@@ -1,6 +1,6 @@
 """What the pass adds to a compile: a Llama of several depths, cold and from the caches, with and without mst_fx.
 
-    python examples/benchmarks/compile_time.py                   # a GPU: 8 and 12 layers, bfloat16
+    python examples/benchmarks/compile_time.py                   # a GPU: 8 and 32 layers, bfloat16
     python examples/benchmarks/compile_time.py --layers 2        # anywhere; a CPU takes minutes a layer
 
 Every compile has a process of its own, from the call of torch.compile to the end of the first step, forward and
@@ -109,7 +109,7 @@ def measure(layers: int, colds: int, warms: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[8, 12])
+    parser.add_argument("--layers", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--colds", type=int, default=1, help="cold compiles of each method")
     parser.add_argument("--warms", type=int, default=3, help="warm ones after each of them")
     parser.add_argument("--here", choices=METHODS, help=argparse.SUPPRESS)
