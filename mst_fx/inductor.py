@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch._inductor import ir
 from torch._inductor.ir import convert_shape_to_inductor  # type: ignore[attr-defined]
-from torch._inductor.lowering import constrain_to_fake_tensor, register_lowering
+from torch._inductor.lowering import constrain_to_fake_tensor, lowerings, register_lowering
 from torch._inductor.virtualized import V
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from mst_fx.loop import chunk_examples, mini_sequence_loop
+from mst_fx.overwriting import behind, let_overwrite
 
 # Inductor says so of every operator with subgraphs that it does not know; it then leaves the bodies as they are
 warnings.filterwarnings("ignore", message="Please add support for subgraph args to function mini_sequence_loop")
@@ -81,11 +82,18 @@ def _compile_body(subgraph: Any, chunk: Sequence[torch.Tensor]) -> None:
     if subgraph.graph is not None:
         return
     FakeTensorProp(subgraph.graph_module, mode=V.fake_mode).propagate_dont_convert_inputs(*chunk)
-    subgraph.graph = V.graph.make_subgraph(
-        gm=subgraph.graph_module, example_inputs=list(chunk), subgraph_name=subgraph.name
-    )
+    module = let_overwrite(subgraph.graph_module)
+    subgraph.graph = V.graph.make_subgraph(gm=module, example_inputs=list(chunk), subgraph_name=subgraph.name)
     with V.set_graph_handler(subgraph.graph):
         subgraph.graph.run(*chunk)
+
+
+@register_lowering(behind, type_promotion_kind=None)
+def _behind(value: Any, earlier: Any) -> Any:
+    """The value, which depends on `earlier` in name only: Inductor lets it overwrite what it is the last to read."""
+    earlier.realize()
+    same = lowerings[torch.ops.aten.eq.Tensor](earlier, earlier)
+    return lowerings[torch.ops.aten.where.self](same, value, value)
 
 
 def _output(kernel: MiniSequenceKernel, value: torch.Tensor, position: int) -> Any:

@@ -7,11 +7,13 @@ A model of what a fusing compiler makes of an aten graph, no record of what it d
   - what is made from the same buffers is one kernel, whose buffers are alive together
   - a buffer that one value of the kernel alone is made from, and nobody reads later, is overwritten by it if the sizes
     agree; reductions are read first where they are loops of their own, as in C++, and at the same time in Triton
+  - the values of a kernel of ours are written one behind the other (see `overwriting`): there the last one that is made
+    from a buffer overwrites it
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,17 +47,19 @@ class _Step:
     reads: frozenset[Node]
     makes: tuple[Node, ...]
     overwrites: tuple[tuple[Node, Node], ...] = ()
+    chain: tuple[Node, ...] = ()
 
 
-def peak(module: GraphModule, size: Size, *, reductions_apart: bool) -> float:
+def peak(module: GraphModule, size: Size, *, reductions_apart: bool, ordered: bool) -> float:
     """The most that `size` of the buffers alive adds up to, those of the inputs (alive throughout) left out.
 
     Args:
         module: an aten graph; views hold no memory.
         size: of the buffer of one value.
         reductions_apart: whether a kernel's reductions are over before it writes, as in C++.
+        ordered: whether a kernel's values are written in an order that lets them overwrite.
     """
-    steps = _Steps(module, reductions_apart)
+    steps = _Steps(module, reductions_apart, ordered)
     last = {node: index for index, step in enumerate(steps.order) for node in step.reads}
     last.update(dict.fromkeys(steps.returned, len(steps.order)))
     alive: set[Node] = set()
@@ -70,11 +74,19 @@ def peak(module: GraphModule, size: Size, *, reductions_apart: bool) -> float:
     return most
 
 
+def chains(module: GraphModule) -> Iterator[tuple[Node, ...]]:
+    """For each kernel with several values, those that are best written one behind the other, in this order."""
+    for step in _Steps(module, reductions_apart=True, ordered=True).order:
+        if len(step.chain) > 1 and all(isinstance(node.meta["val"], torch.Tensor) for node in step.chain):
+            yield step.chain
+
+
 class _Steps:
     """The steps of a graph in the order in which they run."""
 
-    def __init__(self, module: GraphModule, reductions_apart: bool) -> None:
+    def __init__(self, module: GraphModule, reductions_apart: bool, ordered: bool) -> None:
         self.order: list[_Step] = []
+        self._ordered = ordered
         self.returned = {buffer_of(node) for node in module.graph.output_node().all_input_nodes}
         self._apart = reductions_apart
         self._nodes = _alive_nodes(module)
@@ -128,12 +140,34 @@ class _Steps:
         ahead = {node for node in group if node.target in PICKING and node not in self._normed}
         writers = [node for node in group if node not in ahead and not (self._apart and _reduces(node))]
         hidden = {old for node in group if node.target in REDUCING and not self._apart for old in self._reads[node]}
-        overwritten: dict[Node, Node] = {}
-        for old in sorted(node for node in reads - hidden if node.op != "placeholder"):
+        buffers = sorted(node for node in reads - hidden if node.op != "placeholder")
+        chain = self._chain(writers) if self._ordered else ()
+        unordered, ordered = (self._overwritten(buffers, writers, order) for order in ((), chain))
+        if len(ordered) > len(unordered):
+            return _Step(reads, tuple(group), ordered, chain)
+        return _Step(reads, tuple(group), unordered)
+
+    def _overwritten(
+        self, buffers: Sequence[Node], writers: Collection[Node], chain: Sequence[Node]
+    ) -> tuple[tuple[Node, Node], ...]:
+        """Which buffers are overwritten by which values, where those of the chain are written one behind the other."""
+        found: dict[Node, Node] = {}
+        for old in buffers:
             readers = [new for new in writers if old in self._reads[new]]
-            if len(readers) == 1 and _numel(readers[0]) == _numel(old):
-                overwritten.setdefault(readers[0], old)
-        return _Step(reads, tuple(group), tuple((old, new) for new, old in overwritten.items()))
+            last = [new for new in chain if new in readers][-1:] if set(readers) <= set(chain) else readers
+            if len(last) == 1 and _numel(last[0]) == _numel(old):
+                found.setdefault(last[0], old)
+        return tuple((old, new) for new, old in found.items())
+
+    def _chain(self, writers: Collection[Node]) -> tuple[Node, ...]:
+        """The values as large as the largest, if they are read behind all of them; the more one reads, the earlier."""
+        made = [node for node in writers if not _reduces(node) and self._reads[node].isdisjoint(writers)]
+        largest = max(made, key=_numel, default=None)
+        alike = [node for node in made if largest is not None and _likeness(node) == _likeness(largest)]
+        readers = [user for node in alike for user in _readers(node) if user.target in UNFUSED]
+        if any(user < node for user in readers for node in alike):
+            return ()
+        return tuple(sorted(alike, key=lambda node: -len(self._reads[node])))
 
     def _run(self, node: Node) -> None:
         """Put the step that makes a buffer behind those that make what it reads."""
@@ -170,11 +204,20 @@ def _reduces(node: Node) -> bool:
     return node.target not in FREE and _numel(node) < max(map(_numel, node.all_input_nodes), default=0)
 
 
+def _likeness(node: Node) -> tuple[torch.Size, torch.dtype]:
+    """Shape and dtype of the value, of its largest part where it is a tuple."""
+    value = max(_parts(node), key=torch.Tensor.numel)
+    return value.shape, value.dtype
+
+
 def _numel(node: Node) -> int:
     """Elements of the value, of its largest part where it is a tuple."""
+    return max((part.numel() for part in _parts(node)), default=0)
+
+
+def _parts(node: Node) -> list[torch.Tensor]:
     value = node.meta.get("val")
-    parts = value if isinstance(value, Sequence) else [value]
-    return max((part.numel() for part in parts if isinstance(part, torch.Tensor)), default=0)
+    return [part for part in (value if isinstance(value, Sequence) else [value]) if isinstance(part, torch.Tensor)]
 
 
 def buffer_of(node: Node) -> Node:
@@ -194,7 +237,4 @@ def _readers(node: Node) -> Iterable[Node]:
 
 
 def _is_tensor(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) or (
-        isinstance(value, Sequence) and any(isinstance(x, torch.Tensor) for x in value)
-    )
+    return bool(_parts(node))

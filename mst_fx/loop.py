@@ -59,7 +59,7 @@ class LoopSpec(NamedTuple):
 
 def _version() -> str:
     """Hash of the sources that compiled code depends on: what another version made must not be reused."""
-    names = ("loop.py", "results.py", "inductor.py", "mini_sequence.py")
+    names = ("loop.py", "results.py", "inductor.py", "overwriting.py", "liveness.py", "mini_sequence.py")
     sources = b"".join((Path(__file__).parent / name).read_bytes() for name in names)
     return hashlib.sha256(sources).hexdigest()[:12]
 

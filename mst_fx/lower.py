@@ -176,6 +176,13 @@ def module_over(owner: GraphModule, graph: Graph) -> GraphModule:
     return _make_graph_module(owner, graph, owner.__class__.__name__)
 
 
+def copied(module: GraphModule) -> GraphModule:
+    """A module of its own over the same attributes."""
+    graph = Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return module_over(module, graph)
+
+
 def fake_value(node: Node) -> Any:
     """What the node produced when the graph was captured: fake tensors and plain values."""
     return node.meta.get("example_value")

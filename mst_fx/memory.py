@@ -176,7 +176,7 @@ def footprint(body: Body, spec: tuple[Any, ...], length: int) -> Footprint:
     fixed = _whole_nodes(body, outs)
     split = [(node, axis) for node, axis in zip(_inputs(body), ins, strict=True) if axis is not None]
     copied = sum(_bytes(node) for node, axis in split if _is_copied(node, axis))
-    once, twice = (_alive(body, fixed, times, reductions_apart=on_cpu) for times in (1, 2))
+    once, twice = (_alive(body, fixed, times, reductions_apart=on_cpu, ordered=True) for times in (1, 2))
     each = (twice - once + copied) / chunk
     at_rest = product + sum(_bytes(node) for node in {*map(buffer_of, _outputs(body))} if node.op != "placeholder")
     steady = round(max(once, at_rest) + copied - each * chunk)
@@ -199,18 +199,19 @@ def _split_bytes(kind: tuple[Any, ...], value: torch.Tensor, chunk: int, length:
     return prod(whole) * value.element_size()
 
 
-def _alive(body: Body, fixed: set[Node], times: float, *, reductions_apart: bool) -> float:
+def _alive(body: Body, fixed: set[Node], times: float, *, reductions_apart: bool, ordered: bool) -> float:
     """Most bytes at once of the temporaries of `times` chunks taken as one."""
 
     def size(node: Node) -> float:
         return _bytes(node) * (1 if node in fixed else times)
 
-    return peak(body.module, size, reductions_apart=reductions_apart)
+    return peak(body.module, size, reductions_apart=reductions_apart, ordered=ordered)
 
 
 def _whole(body: Body, spec: tuple[Any, ...], length: int) -> int:
     """Most bytes of the temporaries of a region that is not looped: what is reduced is reduced in the forward."""
-    return round(_alive(body, _whole_nodes(body, spec[3]), length / spec[1], reductions_apart=True))
+    fixed = _whole_nodes(body, spec[3])
+    return round(_alive(body, fixed, length / spec[1], reductions_apart=True, ordered=False))
 
 
 def _outputs(body: Body) -> list[Node]:
