@@ -35,7 +35,7 @@ SIZES: list[tuple[str, Any]] = [  # the first expression that matches the whole 
     (r"(moe|expert).*(intermediate|ffn|ffn_hidden)_?(size|dim)", EXPERT),
     (
         r"(dense_|.*encoder_)?intermediate_size(_mlp)?|.*ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|n_inner|d_inner|"
-        r"mlp_dim|feed_forward_size|hidden_dim_mlp|inner_dim",
+        r"mlp_dim|feed_forward_size|hidden_dim_mlp|inner_dim|prediction_head_size",
         DENSE,
     ),
     (r"(cross_)?(num|n)_(key_value|kv)_heads|num_kv_heads|swa_num_key_value_heads|num_query_groups", HEADS),
@@ -47,6 +47,7 @@ SIZES: list[tuple[str, Any]] = [  # the first expression that matches the whole 
         HEAD_DIM,
     ),
     (r"mamba_d_ssm", 2 * HIDDEN),
+    (r"mamba_d_state", 8),
     (r"mamba_d_head|mamba_headdim|mamba_head_dim", 2 * HEAD_DIM),
     (r"qk_rope_head_dim|rotary_dim", 8),
     (r"(kv|q|o)_lora_rank|.*_lora_rank|.*lowrank", 32),

@@ -3,8 +3,8 @@
 Composite ops are opened (see `openings`), autocast's casts become explicit nodes, no_grad blocks become detach nodes,
 and writes to values of the region itself become out-of-place ops.
 
-Private torch API: fake tensors, the fake mode of the captured values, what is known of sizes that vary, modules whose
-code is written late. Run on torch 2.11, 2.13 and 2.15.
+Private torch API: fake tensors and those of torch.func's transforms, the fake mode of the captured values, what is
+known of sizes that vary, modules whose code is written late. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -186,6 +186,11 @@ def copied(module: GraphModule) -> GraphModule:
 def fake_value(node: Node) -> Any:
     """What the node produced when the graph was captured: fake tensors and plain values."""
     return node.meta.get("example_value")
+
+
+def is_transformed(value: torch.Tensor) -> bool:
+    """Whether a value lives inside of a vmap, or another transform of torch.func, that was captured step by step."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def hint(size: Any) -> int:

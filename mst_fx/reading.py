@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.likeness import likeness_of_node
-from mst_fx.lower import fake_value, hint
+from mst_fx.lower import fake_value, hint, is_transformed
 from mst_fx.modes import modes_of
 from mst_fx.opened import Opened, open_alone, open_together
 from mst_fx.propagate import forbid_effects, forbid_unruled
@@ -249,9 +249,11 @@ _IN_PLACE_OPERATORS = frozenset(
 
 
 def _can_be_opened(node: Node) -> bool:
-    """What gives no tensor is there for its effect: autocast, grad mode, ..."""
+    """What gives no tensor is there for its effect: autocast, grad mode, ...; values of a transform stay there."""
     calls = node.op in ("call_function", "call_method", "call_module")
     if not calls or isinstance(node.target, torch._ops.HigherOrderOperator) or _reshapes_in_place(node):
+        return False
+    if any(map(is_transformed, [x for near in (node, *node.all_input_nodes) for x in tensors_of(near)])):
         return False
     return _result(node) is not None and all(fake_value(operand) is not None for operand in node.all_input_nodes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
-from models import NanoGPT, tokens
+from models import MlpLM, NanoGPT, tokens
 from numerics import assert_as_good_as_eager, looped
 from test_models import V, make
 from torch import nn
@@ -35,6 +35,28 @@ def test_encoder_and_decoder_of_torch():
     step = lambda m, source, target: m(source, target).pow(4).mean()  # noqa: E731
     report = assert_as_good_as_eager(model, inputs, step=step, dtype=torch.float32)
     assert [region.pattern for region in report.regions] == ["mlp", "mlp"]
+
+
+class Mapped(MlpLM):
+    """Weighs its tokens sample by sample, as masks and scans are often written."""
+
+    def forward(self, ids, labels):
+        x = self.tokens(ids)
+        x = torch.vmap(lambda row: row * row.norm(dim=-1, keepdim=True).sigmoid())(x)
+        x = x + self.mlp(x)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def test_vmap_around_the_regions():
+    report = assert_as_good_as_eager(Mapped(), tokens(2), regions=2)
+    assert {region.pattern for region in report.regions} == {"gated_mlp", "head"}
+
+
+def test_vmap_inside_a_region_is_refused():
+    model = MlpLM(tail=torch.vmap(lambda logits: 30 * torch.tanh(logits / 30)))
+    report = assert_as_good_as_eager(model, tokens(2), regions=1)
+    (refusal,) = report.refusals
+    assert (refusal.pattern, refusal.reason) == ("head", "UNKNOWN_OP")
 
 
 class Talkative(NanoGPT):
