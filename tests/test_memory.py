@@ -5,6 +5,7 @@ A wrong loop still gives right gradients; only these tests see it.
 
 from __future__ import annotations
 
+import predictions
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -51,6 +52,17 @@ def test_mlp_saves_nothing_but_its_inputs(mlp_inputs, inner):
     assert saved_bytes(lambda: compiled(*mlp_inputs), mlp_inputs) == 0
     unlooped = looped(mlp, disable=("gated_mlp",), inner=inner)
     assert saved_bytes(lambda: unlooped(*mlp_inputs), mlp_inputs) >= 2 * T * FF * FLOAT
+
+
+@pytest.mark.parametrize(("program", "wide"), [(predictions.swiglu, 4), (predictions.gelu, 2), (predictions.normed, 2)])
+def test_backward_overwrites_what_it_has_read(program, wide):
+    """SwiGLU has three wide values and makes three of them, GELU has two and makes two."""
+    sizes = predictions.Sizes(T, D, FF, V)
+    measured, _ = predictions.peaks(program, sizes, torch.float32, "cpu", chunk_tokens=CHUNK)
+    inputs = predictions.inputs_of(program, sizes, torch.float32, "cpu")
+    gradients = sum(x.numel() * FLOAT for x in inputs)
+    result = T * D * FLOAT
+    assert measured - gradients - result < (wide + 0.5) * CHUNK * FF * FLOAT
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])

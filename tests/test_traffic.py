@@ -22,6 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import mst_fx.inductor  # noqa: F401 - registers lowerings
+from mst_fx.overwriting import let_overwrite
+
 CHUNK = 16
 SIZES = predictions.Sizes(t=64, d=32, ff=128, v=512)
 WIDE = replace(SIZES, v=8192)  # its log-softmax is reduced in parts
@@ -50,7 +53,7 @@ def traffic(body: GraphModule) -> Traffic:
     with FakeTensorMode() as mode:
         inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in values]
         opened = make_fx(body, decomposition_table=select_decomp_table())(*inputs)
-    lowering = GraphLowering(opened, example_inputs=inputs)
+    lowering = GraphLowering(let_overwrite(opened), example_inputs=inputs)
     metrics.reset()
     with V.set_graph_handler(lowering), V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
         lowering.run(*inputs)
