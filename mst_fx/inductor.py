@@ -17,6 +17,7 @@ from torch._inductor.virtualized import V
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from mst_fx.loop import chunk_examples, mini_sequence_loop
+from mst_fx.lower import is_symbolic
 from mst_fx.overwriting import behind, let_overwrite
 
 # Inductor says so of every operator with subgraphs that it does not know; it then leaves the bodies as they are
@@ -82,7 +83,8 @@ def _compile_body(subgraph: Any, chunk: Sequence[torch.Tensor]) -> None:
     if subgraph.graph is not None:
         return
     FakeTensorProp(subgraph.graph_module, mode=V.fake_mode).propagate_dont_convert_inputs(*chunk)
-    module = let_overwrite(subgraph.graph_module)
+    static = not any(is_symbolic(size) for x in chunk for size in x.shape)
+    module = let_overwrite(subgraph.graph_module) if static else subgraph.graph_module
     subgraph.graph = V.graph.make_subgraph(gm=module, example_inputs=list(chunk), subgraph_name=subgraph.name)
     with V.set_graph_handler(subgraph.graph):
         subgraph.graph.run(*chunk)

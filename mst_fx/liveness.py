@@ -160,12 +160,12 @@ class _Steps:
         return tuple((old, new) for new, old in found.items())
 
     def _chain(self, writers: Collection[Node]) -> tuple[Node, ...]:
-        """The values as large as the largest, if they are read behind all of them; the more one reads, the earlier."""
+        """The values as large as the largest, the ones that read most in front; none if one is read too early."""
         made = [node for node in writers if not _reduces(node) and self._reads[node].isdisjoint(writers)]
         largest = max(made, key=_numel, default=None)
         alike = [node for node in made if largest is not None and _likeness(node) == _likeness(largest)]
-        readers = [user for node in alike for user in _readers(node) if user.target in UNFUSED]
-        if any(user < node for user in readers for node in alike):
+        early = [user for node in alike for user in node.users if user < max(alike)]
+        if any(user.target in UNFUSED or user.target in FREE for user in early):
             return ()
         return tuple(sorted(alike, key=lambda node: -len(self._reads[node])))
 

@@ -215,6 +215,7 @@ def _long_value(shape_env: Any, symbol: Any) -> Any:
 
 UNSEEN = 64
 LONG = 65536
+"""Positions: where heads, and MLPs that are computed again anyway, take their part of any model's memory."""
 _long = ContextVar("_long", default=False)
 
 

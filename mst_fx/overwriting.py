@@ -22,7 +22,7 @@ def let_overwrite(module: GraphModule) -> GraphModule:
     """A copy of an aten graph whose kernels write their values in an order that lets them overwrite.
 
     Args:
-        module: nodes carry fake values in `meta["val"]`.
+        module: nodes carry fake values in `meta["val"]`, of sizes that are known.
     """
     module = copied(module)
     for chain in chains(module):

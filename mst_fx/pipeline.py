@@ -145,11 +145,9 @@ def _rewritten(surveyed: Surveyed, surveyor: Surveyor, plans: dict[Site, Plan]) 
         replacement = Replacement(
             site.region, site.work.stages, surveyor.call(site.work, plan.lengths), site.around.kept
         )
-        detaches = surveyor.config.returned_logits == "detach"
-        detached = site.region.leaving if detaches else ()
+        detached = site.region.returned if surveyor.config.returned_logits == "detach" else ()
         edits.append(Edit(site.region, partial(loop, replacement=replacement), detached))
-        entry = looped(site.pattern, site.region, site.work, plan, detaches=detaches)
-        report = report.joined(Report(regions=(entry,)))
+        report = report.joined(Report(regions=(looped(site.pattern, site.region, site.work, plan, detached),)))
     children: dict[str, GraphModule] = {}
     for name, (child, _) in surveyed.children.items():
         new_child, inner_report = _rewritten(child, surveyor, plans)

@@ -249,7 +249,7 @@ _IN_PLACE_OPERATORS = frozenset(
 
 
 def _can_be_opened(node: Node) -> bool:
-    """What gives no tensor is there for its effect: autocast, grad mode, ...; values of a transform stay there."""
+    """What gives no tensor is there for its effect (autocast, ...); a transform's values mean nothing outside of it."""
     calls = node.op in ("call_function", "call_method", "call_module")
     if not calls or isinstance(node.target, torch._ops.HigherOrderOperator) or _reshapes_in_place(node):
         return False

@@ -54,12 +54,6 @@ class Region:
         """The last node, which names the region in reports."""
         return self.nodes[-1]
 
-    @property
-    def leaving(self) -> tuple[Node, ...]:
-        """What the graph's caller gets of the large values: themselves, or what is made of them."""
-        near = (node for value in self.returned for node in (value, *value.users))
-        return tuple(node for node in near if any(user.op == "output" for user in node.users))
-
 
 def close(
     reader: Reader,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -171,9 +172,8 @@ class Report:
         return "\n".join([head, *map(str, entries)])
 
 
-def looped(pattern: str, region: Region, work: Work, plan: Plan, *, detaches: bool) -> LoopedRegion:
+def looped(pattern: str, region: Region, work: Work, plan: Plan, detached: Sequence[Node]) -> LoopedRegion:
     """The entry of a region that was rewritten."""
-    carrying = [node for node in region.returned if needs_gradient(node, region.nodes) and not detaches]
     return LoopedRegion(
         pattern=pattern,
         module=module_path(region.last),
@@ -185,7 +185,9 @@ def looped(pattern: str, region: Region, work: Work, plan: Plan, *, detaches: bo
         backward=work.backward,
         added_ms=plan.added_ms,
         returned_bytes=sum(map(_bytes, region.returned)),
-        returned_gradient_bytes=sum(map(_bytes, carrying)),
+        returned_gradient_bytes=sum(
+            _bytes(node) for node in region.returned if needs_gradient(node, region.nodes) and node not in detached
+        ),
     )
 
 

@@ -42,7 +42,7 @@ class Edit:
         region: what is replaced.
         make: puts nodes in front of a given one, and returns those that stand for the region's outputs. It takes the
             copied module, that node, and a map from the original's nodes to the copy's.
-        detached: what the graph shall return without a gradient.
+        detached: values that the graph shall return without a gradient.
     """
 
     region: Region
@@ -80,8 +80,7 @@ def rebuilt(
         values = edit.make(copy, place, node_of)
         graph.erase_node(place)
         _replace(graph, edit.region, values, node_of)
-        for node in edit.detached:
-            _detach(graph, node_of[node])
+        _detach(graph, [node_of[node] for node in edit.detached])
     graph.lint()
     copy.recompile()
     return copy
@@ -150,13 +149,14 @@ def _replace(graph: Graph, region: Region, values: Sequence[Node], node_of: dict
         graph.erase_node(node)
 
 
-def _detach(graph: Graph, node: Node) -> None:
-    """The graph returns this value without a gradient."""
+def _detach(graph: Graph, values: Sequence[Node]) -> None:
+    """The graph returns these values, and what is made of them for its caller alone, without a gradient."""
     returned = graph.output_node()
-    with graph.inserting_before(returned):
-        detached = graph.call_method("detach", (node,))
-    detached.meta = {"example_value": node.meta["example_value"].detach()}
-    returned.replace_input_with(node, detached)
+    for node in [node for value in values for node in (value, *value.users) if returned in node.users]:
+        with graph.inserting_before(returned):
+            detached = graph.call_method("detach", (node,))
+        detached.meta = {"example_value": node.meta["example_value"].detach()}
+        returned.replace_input_with(node, detached)
 
 
 def _body(owner: GraphModule, name: str, body: Body | None) -> Node | None:

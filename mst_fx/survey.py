@@ -147,7 +147,7 @@ class Surveyor:
         reader = Reader(gm, self._opened)
         regions = [found.outcome for found in discover(reader, self.patterns) if isinstance(found.outcome, Region)]
         training = (region for region in regions if any(map(has_gradient, region.nodes)))
-        leaving = dict.fromkeys(node for region in training for node in region.leaving)
+        leaving = dict.fromkeys(node for region in training for node in _leaving(reader, region))
         report = Report(dropped=tuple(map(dropped, leaving)))
         return (rebuilt(gm, [], dropped=leaving) if leaving else gm), report
 
@@ -222,6 +222,14 @@ class Surveyor:
         if key not in self._memories:
             self._memories[key] = memory_of(work, self.call(work, lengths))
         return self._memories[key]
+
+
+def _leaving(reader: Reader, region: Region) -> Iterator[Node]:
+    """The large values of a region that the graph returns, as they are or in another form."""
+    for value in region.returned:
+        for node in (value, *value.users):
+            if reader.numel(node) == reader.numel(value) and any(user.op == "output" for user in node.users):
+                yield node
 
 
 def _modules(region: Region) -> tuple[str, ...]:
