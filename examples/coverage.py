@@ -18,9 +18,8 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 import torch._dynamo.testing
 import transformers
+from coverage_report import Result, summary, table
 from tiny_models import FEED_FORWARD, TASKS, Case, cases, inputs, make, set_experts, vocabulary_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,29 +40,6 @@ import mst_fx
 LIMIT_S = 600
 TOLERANCE, HALF_TOLERANCE = 1e-4, 2e-2  # in float32 and in bfloat16
 aten = torch.ops.aten
-
-
-@dataclass
-class Result:
-    """What became of one architecture. Errors are the largest ones over all parameters, relative to each's size."""
-
-    name: str
-    status: str = ""
-    error: str = ""
-    plain: str = ""
-    plain_error: float = 0.0
-    mst_error: float = 0.0
-    mlps: int = 0
-    mlps_looped: int = 0
-    experts: int = 0
-    grouped_looped: int = 0
-    grouped_error: float = 0.0
-    heads: int = 0
-    heads_looped: int = 0
-    graphs: int = 0
-    plain_graphs: int = 0
-    refusals: list[str] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 class Products(TorchDispatchMode):
@@ -260,51 +237,6 @@ def sweep(todo: list[Case], inner: str, out: Path, jobs: int) -> Iterator[Path]:
                 why = f"no result after {LIMIT_S} s" if sentinel not in ended else f"exit code {process.exitcode}"
                 path.write_text(json.dumps(asdict(Result(case.name, "fails", why)), indent=1))
             yield path
-
-
-def summary(results: list[Result]) -> str:
-    """The totals, and who fell short of them."""
-    trained = [result for result in results if result.plain == "ok"]
-    right = [result for result in trained if result.status == "trains"]
-    lines = [f"{len(results)} architectures; plain torch.compile trains {len(trained)}."]
-    lines += [f"Same loss and gradients with mst_fx: {len(right)} of {len(trained)}."]
-    lines += [f"    {r.name} {r.status}: {r.mst_error:.0e} {cell(r.error)}" for r in trained if r not in right]
-    lines += shortfall("every MLP", right, lambda r: r.mlps + r.experts, lambda r: r.mlps_looped)
-    grouped = [result for result in right if result.grouped_error]
-    lines += shortfall("every MLP, experts grouped", grouped, lambda r: r.mlps + r.experts, lambda r: r.grouped_looped)
-    lines += shortfall("every head", right, lambda r: r.heads, lambda r: r.heads_looped)
-    lines += [f"Not ours: {n} {status}" for status, n in Counter(r.status for r in results if r.plain != "ok").items()]
-    return "\n".join(lines)
-
-
-def shortfall(
-    what: str, results: list[Result], found: Callable[[Result], int], looped: Callable[[Result], int]
-) -> Iterator[str]:
-    """How many architectures have all of something looped, and who has not."""
-    having = [result for result in results if found(result)]
-    short = [result for result in having if looped(result) < found(result)]
-    yield f"{what} looped: {len(having) - len(short)} of {len(having)}"
-    for r in short:
-        yield f"    not {r.name}: {looped(r)} of {found(r)}, {r.graphs} graphs; {cell('; '.join(r.refusals))}"
-
-
-def table(results: list[Result]) -> str:
-    """One row an architecture, in Markdown."""
-    packages = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    lines = [f"# Coverage\n\n{packages}\n\n```text\n{summary(results)}\n```\n"]
-    lines.append("| architecture | torch.compile | mst_fx | error | graphs | MLPs | heads | refusals, or what failed |")
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for r in results:
-        why = "<br>".join(cell(text) for text in [*r.refusals, r.error] if text)
-        counts = f"{r.graphs} | {r.mlps_looped} / {r.mlps + r.experts} | {r.heads_looped} / {r.heads}"
-        error = f"{r.mst_error:.0e}" if r.plain == "ok" else ""
-        lines.append(f"| {r.name} | {r.plain or r.status} | {r.status} | {error} | {counts} | {why} |")
-    return "\n".join(lines) + "\n"
-
-
-def cell(text: str) -> str:
-    """Text that does not break a table."""
-    return " ".join(text.split()).replace("|", "/")[:300]
 
 
 def main() -> None:
