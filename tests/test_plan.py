@@ -123,6 +123,15 @@ def test_small_regions_are_left_alone():
     assert plans.of[0].reason == "its temporaries are 66,060,288 bytes, min_bytes is 67,108,864"
 
 
+@pytest.mark.parametrize("config", [Config(), Config(memory_budget=2**50)])
+def test_what_is_due_is_looped_however_small(config):
+    """A longer batch may come; checkpointed MLPs and heads lose nothing."""
+    offers, timeline = llama(64, 1, checkpointed=True)
+    offers = [replace(offer, due=True) for offer in offers]
+    assert looped(make_plans(offers, timeline, DEVICE, config)) == [True, True]
+    assert looped(make_plans(offers, timeline, DEVICE, replace(config, modules={"lm_head": False}))) == [True, False]
+
+
 def test_min_bytes_decides_alone():
     offers, timeline = llama(512, 2)
     assert all(looped(make_plans(offers, timeline, DEVICE, Config(min_bytes=0))))
