@@ -139,8 +139,7 @@ class _Steps:
         reads = frozenset().union(*(self._reads[node] for node in group)) - set(group)
         ahead = {node for node in group if node.target in PICKING and node not in self._normed}
         writers = [node for node in group if node not in ahead and not (self._apart and _reduces(node))]
-        hidden = {old for node in group if node.target in REDUCING and not self._apart for old in self._reads[node]}
-        buffers = sorted(node for node in reads - hidden if node.op != "placeholder")
+        buffers = sorted(node for node in reads if node.op != "placeholder")
         chain = self._chain(writers) if self._ordered else ()
         unordered, ordered = (self._overwritten(buffers, writers, order) for order in ((), chain))
         if len(ordered) > len(unordered):
@@ -155,7 +154,7 @@ class _Steps:
         for old in buffers:
             readers = [new for new in writers if old in self._reads[new]]
             last = [new for new in chain if new in readers][-1:] if set(readers) <= set(chain) else readers
-            if len(last) == 1 and _numel(last[0]) == _numel(old):
+            if len(last) == 1 and _numel(last[0]) == _numel(old) and (self._apart or last[0].target not in REDUCING):
                 found.setdefault(last[0], old)
         return tuple((old, new) for new, old in found.items())
 
