@@ -47,8 +47,8 @@ class Config:
             "float32" (as accurate as no loop; 4 bytes an element while the loop runs) or "native" (the weight's).
         returned_logits: what becomes of logits that the compiled function also returns: "keep" their gradient (a
             backward then starts from a gradient as large as they are, zeros if nobody used it), "detach" them, or
-            "drop" them: where a gradient is wanted, None is returned in their place, as callers that read the loss
-            alone do not mind.
+            "drop" them: where a loss that is made of them needs a gradient, None is returned in their place, for
+            callers that read the loss alone.
         disable: names of patterns that shall not be used.
         inner: what compiles the rewritten graph: "inductor", "aot_eager", "eager" or a backend callable.
         strict: raise exceptions of the pass itself in place of compiling the graph unrewritten.

@@ -146,7 +146,7 @@ class Surveyor:
         """The graph that returns None in place of what regions make for its caller."""
         reader = Reader(gm, self._opened)
         regions = [found.outcome for found in discover(reader, self.patterns) if isinstance(found.outcome, Region)]
-        training = (region for region in regions if any(map(has_gradient, region.nodes)))
+        training = (region for region in regions if _has_loss(region))
         leaving = dict.fromkeys(node for region in training for node in _leaving(reader, region))
         report = Report(dropped=tuple(map(dropped, leaving)))
         return (rebuilt(gm, [], dropped=leaving) if leaving else gm), report
@@ -222,6 +222,11 @@ class Surveyor:
         if key not in self._memories:
             self._memories[key] = memory_of(work, self.call(work, lengths))
         return self._memories[key]
+
+
+def _has_loss(region: Region) -> bool:
+    """Whether a gradient comes from something else than the large values that are returned."""
+    return any(has_gradient(node) for node in region.outputs if node not in region.returned)
 
 
 def _leaving(reader: Reader, region: Region) -> Iterator[Node]:

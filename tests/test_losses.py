@@ -185,6 +185,18 @@ def test_dropped_logits_never_exist(name, fn, inner):
         torch.testing.assert_close(compiled(*tensors)[1], fn(*tensors)[1])
 
 
+def test_logits_that_the_loss_is_made_of_elsewhere_are_not_dropped():
+    def predictions(x, w, y):
+        logits = x @ w.t()
+        return (logits.argmax(-1) == y).double().mean(), logits
+
+    tensors = inputs()
+    accuracy, logits = looped(predictions, returned_logits="drop")(*tensors)
+    assert len(mst_fx.reports()[-1].regions) == 1
+    torch.testing.assert_close((accuracy, logits), predictions(*tensors))
+    assert logits.requires_grad
+
+
 @pytest.mark.parametrize("name", ["loss_and_logits", "loss_and_upcast_logits", "log_probabilities_and_logits"])
 def test_returned_logits_are_not_computed_again(name):
     assert products_in_backward(RETURNED[name]) == 0  # those of the gradients leave the body as factors
