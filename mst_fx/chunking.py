@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from mst_fx.config import Accumulate, Wish
 
-CHUNK_BYTES: dict[Accumulate, int] = {"float32": 2**30, "native": 2**28}
-"""Aim for the widest matrix product of a chunk (bytes).
-
-A float32 accumulator is twice the traffic a chunk, and half as much memory again is for its cast in the end: shorter
-chunks would cost time and save nothing.
-"""
-MIN_ROWS, MAX_ROWS = 1024, 7680
+CHUNK_BYTES = 2**28
+"""Aim for the widest matrix product of a chunk (bytes)."""
+MIN_ROWS, MAX_ROWS = 1024, 4096
 """Rows that a matrix meets in a chunk: one a token, fewer where tokens are shared out among experts.
 
-Below, matmuls lose speed; above, they gain less than 1 % for memory in proportion (SwiGLU of 8B, H200)."""
+Below, matmuls lose speed; above, they gain nothing that can be told from noise (SwiGLU of 8B, H100)."""
+TILE = 128
+"""Rows are multiples of it, as matmuls compute them."""
 LEAST_ROWS = 128
 """No budget makes chunks shorter: products would lose more than half of their speed."""
 FORWARD_FACTOR = 2
 """A forward chunk needs a third of the memory that its gradients need, so a recomputing region's may be longer."""
 ALIGNMENT = 16
 """Chunk lengths are multiples of it where there is a choice, so that every chunk starts aligned."""
+NEAR = 1.15
+"""So much longer or shorter may a chunk be if none is ragged then: that is one body less, and full matmuls."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Extent:
         tokens: rows of the stream behind one position: the batch, where the axis is the sequence.
         widest: bytes that the widest product (or value, where there is none) holds for one position.
         sharing: tokens for each row that a matrix meets: 1, or more where tokens are shared out among experts.
+        wide: bytes that all of its widening products hold for one position.
+        cast: bytes of the largest gradient that adds up over the chunks in another dtype than its own.
     """
 
     length: int
@@ -41,6 +44,8 @@ class Extent:
     tokens: int
     widest: int
     sharing: float = 1.0
+    wide: int = 0
+    cast: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,21 @@ def default_lengths(extent: Extent, wish: Wish, accumulate: Accumulate, *, recom
     if wish.chunk_tokens is not None:
         chunk = _bounded(extent, max(1, wish.chunk_tokens // extent.tokens))
         return Lengths(chunk, chunk)
-    tokens = max(1, CHUNK_BYTES[accumulate] * extent.tokens // max(1, extent.widest))
-    rows = min(MAX_ROWS * extent.sharing, max(MIN_ROWS * extent.sharing, 1 << (tokens.bit_length() - 1)))
-    chunk = _even(extent, max(1, int(rows) // extent.tokens))
+    chunk = _even(extent, max(1, _rows(extent, accumulate) // extent.tokens))
     return Lengths(chunk, _bounded(extent, FORWARD_FACTOR * chunk) if recomputes else chunk)
+
+
+def _rows(extent: Extent, accumulate: Accumulate) -> int:
+    """Tokens of a chunk.
+
+    A float32 sum is twice the traffic, and its cast in the end takes memory that the chunks may use before: shorter
+    ones would cost time and save nothing.
+    """
+    aim = CHUNK_BYTES * extent.tokens // max(1, extent.widest)
+    rows = int(min(MAX_ROWS * extent.sharing, max(MIN_ROWS * extent.sharing, aim)))
+    if accumulate == "float32" and extent.wide:
+        rows = max(rows, extent.cast * extent.tokens // extent.wide)
+    return max(rows - rows % TILE, min(rows, TILE))
 
 
 def shorter(extent: Extent, wish: Wish, lengths: Lengths) -> Lengths | None:
@@ -87,10 +103,12 @@ def shorter(extent: Extent, wish: Wish, lengths: Lengths) -> Lengths | None:
 
 
 def _even(extent: Extent, chunk: int) -> int:
-    """At most about that many positions, in chunks of equal length."""
+    """About that many positions, in chunks of equal length; as many as leave none ragged, if that is near."""
     if extent.dynamic:
         return chunk
-    even = -(-extent.length // -(-extent.length // chunk))
+    fewest, most = (max(1, ceil(extent.length / (chunk * near))) for near in (NEAR, 1 / NEAR))
+    whole = (count for count in range(fewest, most + 1) if extent.length % (count * ALIGNMENT) == 0)
+    even = -(-extent.length // next(whole, ceil(extent.length / chunk)))
     return _bounded(extent, -(-even // ALIGNMENT) * ALIGNMENT)
 
 

@@ -19,10 +19,8 @@ from mst_fx.analysis import Work
 from mst_fx.chunking import Extent
 from mst_fx.lower import hint
 from mst_fx.memory import RegionMemory, is_sink
-from mst_fx.placement import WHOLE
 from mst_fx.rules import shape_of
 from mst_fx.rules.contraction import factors
-from mst_fx.stages import Stages
 
 EFFICIENCY = ((1, 0.005), (64, 0.31), (128, 0.6), (256, 0.9), (512, 1.0))
 """(rows, share of the best rate) of bfloat16 products of [rows, 4096] with [4096, 14336], on an H200."""
@@ -136,15 +134,6 @@ def cost_of(work: Work, memory: RegionMemory, extent: Extent) -> RegionCost:
         bytes_finished=cast + 2 * memory.saved,
         half=stages.stream.meta["val"].dtype in (torch.float16, torch.bfloat16),
     )
-
-
-def tokens_per_row(stages: Stages, product: Node) -> float:
-    """Tokens for each row that one of the product's matrices meets, where it has one for each group; else 0."""
-    weight = factors(product)[1]
-    if stages.placements.of[weight] != WHOLE or len(shape_of(weight)) != 3:
-        return 0.0
-    rows = hint(prod(shape_of(product)[:-1]))
-    return shape_of(weight)[0] * hint(prod(shape_of(stages.stream)[:-1])) / rows
 
 
 def _flops(product: Node) -> float:

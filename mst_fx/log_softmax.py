@@ -99,9 +99,15 @@ def _part_of(classes: int) -> int:
 
 
 def _of_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest entry of each part, and the sum of exp(entry - largest); both [..., P]."""
-    tops = x.amax(-1)
-    return tops, exp(x - _base(tops).unsqueeze(-1)).sum(-1)
+    """The largest entry of each part, and the sum of exp(entry - largest); both [..., P].
+
+    They are reduced as one long row of parts: Inductor pads the rows of a matrix that is wider than 1,024, and does not
+    keep in registers what it writes with gaps.
+    """
+    rows = x.flatten(0, -2)
+    tops = rows.amax(-1)
+    sums = exp(rows - _base(tops).unsqueeze(-1)).sum(-1)
+    return tops.view(x.shape[:-1]), sums.view(x.shape[:-1])
 
 
 def _base(top: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from math import prod
 from typing import Any
 
 import torch
@@ -17,12 +16,13 @@ from torch.fx import GraphModule, Node
 
 from mst_fx.analysis import Work, analysed
 from mst_fx.assembly import Call, assembled
-from mst_fx.chunking import Extent, Lengths, default_lengths
+from mst_fx.chunking import Lengths, default_lengths
 from mst_fx.config import Config
-from mst_fx.cost import Device, cost_of, device_of, tokens_per_row
+from mst_fx.cost import Device, cost_of, device_of
 from mst_fx.discover import Nested, discover, nested
+from mst_fx.extent import extent_of
 from mst_fx.lower import fake_value, hint, is_symbolic
-from mst_fx.memory import RegionMemory, bytes_per_position, memory_of, temporary_bytes, written_after
+from mst_fx.memory import RegionMemory, memory_of, temporary_bytes, written_after
 from mst_fx.narrow import CutHead, cut_heads
 from mst_fx.opened import Opened
 from mst_fx.pattern import Pattern
@@ -33,7 +33,6 @@ from mst_fx.refusal import Refusal
 from mst_fx.region import Region, has_gradient
 from mst_fx.report import Report, cut_head, dropped, refused
 from mst_fx.rewrite import Edit, nodes_of, rebuilt
-from mst_fx.rules import shape_of
 from mst_fx.timeline import Segment, Timeline, resident_bytes, returned_bytes, segments_of
 
 
@@ -239,20 +238,6 @@ def _leaving(reader: Reader, region: Region) -> Iterator[Node]:
 
 def _modules(region: Region) -> tuple[str, ...]:
     return tuple(sorted({module_path(node) for node in region.nodes}))
-
-
-def extent_of(work: Work) -> Extent:
-    """Numbers of a region's axis."""
-    stages = work.stages
-    products = stages.products
-    length = hint(stages.length)
-    return Extent(
-        length=length,
-        dynamic=stages.dynamic,
-        tokens=max(1, hint(prod(shape_of(stages.stream)[:-1])) // length),
-        widest=max((bytes_per_position(stages, node) for node in products or stages.loop), default=0),
-        sharing=max([1.0, *(tokens_per_row(stages, node) for node in products)]),
-    )
 
 
 def timeline_of(surveyed: Surveyed) -> Timeline:

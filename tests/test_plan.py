@@ -203,14 +203,6 @@ def test_spellings_of_a_budget(budget, count):
     assert Config(memory_budget=budget).budget_bytes(DEVICE.memory) == count
 
 
-def test_even_chunks_of_aligned_length():
-    for length in (1000, 8192, 10000, 65536, 99999):
-        lengths = default_lengths(Extent(length, False, 1, FFN * 2), Wish(), "native", recomputes=True)
-        chunks = -(-length // lengths.chunk)
-        assert lengths.chunk * chunks - length < 16 * chunks
-        assert lengths.chunk <= lengths.forward <= 2 * lengths.chunk
-
-
 sizes = st.integers(0, 4 * GIB)
 
 

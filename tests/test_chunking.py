@@ -1,0 +1,50 @@
+"""How long a mini-sequence is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mst_fx.chunking import ALIGNMENT, MAX_ROWS, MIN_ROWS, NEAR, Extent, default_lengths
+from mst_fx.config import Wish
+
+H, F, V = 4096, 14336, 128256
+MLP = Extent(65536, False, 1, widest=2 * F, wide=4 * F, cast=2 * H * F)
+HEAD = Extent(65536, False, 1, widest=2 * V, wide=2 * V, cast=2 * H * V)
+
+
+def chunk_of(extent, accumulate="native", *, recomputes=False):
+    return default_lengths(extent, Wish(), accumulate, recomputes=recomputes).chunk
+
+
+@given(st.integers(1, 300_000), st.sampled_from([MLP, HEAD]), st.sampled_from(["native", "float32"]))
+def test_chunks_are_even_and_aligned(length, extent, accumulate):
+    lengths = default_lengths(replace(extent, length=length), Wish(), accumulate, recomputes=True)
+    chunks = -(-length // lengths.chunk)
+    assert lengths.chunk * chunks - length < ALIGNMENT * chunks
+    assert lengths.chunk % ALIGNMENT == 0 or lengths.chunk == length
+    assert lengths.chunk <= lengths.forward <= 2 * lengths.chunk
+
+
+@pytest.mark.parametrize("extent", [MLP, HEAD])
+@pytest.mark.parametrize("length", [8192, 12288, 16384, 24576, 131072])
+def test_no_chunk_is_ragged_where_a_length_nearby_divides(extent, length):
+    for accumulate in ("native", "float32"):
+        assert length % chunk_of(replace(extent, length=length), accumulate) == 0
+
+
+def test_rows_are_enough_for_fast_products_and_no_more():
+    assert chunk_of(MLP) == MAX_ROWS
+    assert chunk_of(HEAD) == MIN_ROWS
+    assert chunk_of(replace(MLP, tokens=8)) == MAX_ROWS // 8  # a position is a token of each sequence of the batch
+    assert chunk_of(replace(MLP, sharing=16.0)) == MIN_ROWS * 16  # an expert meets a part of the tokens
+
+
+@pytest.mark.parametrize(("hidden", "classes"), [(4096, 128256), (2048, 151936), (3584, 256000), (8192, 128256)])
+def test_chunks_of_a_float32_sum_fill_what_its_cast_will_take(hidden, classes):
+    row, cast = 2 * classes, 2 * hidden * classes
+    held = row * chunk_of(Extent(65536, False, 1, widest=row, wide=row, cast=cast), "float32")
+    assert cast / NEAR / 1.1 <= held <= cast * NEAR
