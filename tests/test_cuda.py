@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import experts
 import losses
 import predictions
@@ -11,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from memory_probe import peak_bytes
 from models import Gelu, MlpLM, NanoGPT, SwiGLU, tokens
 from numerics import TOLERANCE, gradients, looped, relative_error
+from torch._inductor.utils import run_and_get_code
 
 import mst_fx
 
@@ -198,6 +201,18 @@ def test_head_peak(accumulate):
     accumulator = 4 * V * D if accumulate == "float32" else 0
     bound = 2 * (T * D + V * D) + accumulator + 2 * CHUNK * V  # gradients, logits of a chunk, which theirs overwrites
     assert peak_bytes(step, "cuda") <= bound * 1.02
+
+
+@pytest.mark.parametrize("classes", [128256, 151936, 256000])
+def test_wide_rows_are_reduced_in_registers(classes):
+    rows = 128
+    x, w, labels = half(2 * rows, 16), half(classes, 16), torch.randint(0, classes, (2 * rows,), device="cuda")
+    compiled = looped(lambda x, w, y: F.cross_entropy(F.linear(x, w).float(), y), chunk_tokens=rows, inner="inductor")
+    _, codes = run_and_get_code(lambda: compiled(x, w, labels).backward())
+    kernels = re.findall(r"async_compile\.triton\(.*?\'\'\'\)?, device_str", "".join(codes), re.DOTALL)
+    passes = [int(re.search(r"xnumel = (\d+)", kernel)[1]) for kernel in kernels if "for r0_offset" in kernel]
+    assert kernels
+    assert max(passes, default=0) <= rows  # over the parts of a row at most, not over the classes
 
 
 def test_mlp_peak():

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mst_fx.chunking import Extent, default_lengths
-from mst_fx.config import Config, Wish
+from mst_fx.chunking import Extent
+from mst_fx.config import Config
 from mst_fx.cost import Device, RegionCost
 from mst_fx.memory import Footprint, RegionMemory
 from mst_fx.plan import Offer, make_plans

@@ -11,11 +11,10 @@ A step is forward and backward of transformers' LlamaForCausalLM, random weights
     mst_fx         backend=mst_fx.backend, as planned and with the chunk lengths of --chunks
     both           mst_fx and checkpointing
 
-All methods of one length are compiled and warmed up, then take turns in random order: an untimed step, so that clocks
-have followed the method itself, and a few timed ones. Times are medians. "Peak" is memory above the weights in one
-step, gradients included; "predicted" is what mst_fx expects it to be. --json is written after every length; several
-such files, of a few lengths each, may follow --from. Prints a Markdown table; ratios are of times, to plain, or to
-checkpointing where plain runs out of memory.
+All methods of one length are compiled and warmed up, then take turns of about a second in random order (`turns.py`).
+Times are medians. "Peak" is memory above the weights in one step, gradients included; "predicted" is what mst_fx
+expects it to be. --json is written after every length; several such files, of a few lengths each, may follow --from.
+Prints a Markdown table; ratios are of times, to plain, or to checkpointing where plain runs out of memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Several methods, one piece of work: all are warmed up, then take turns, so that clocks are fair to each of them."""
+"""Several methods, one piece of work: all are warmed up, then take turns, so that clocks are fair to each of them.
+
+A GPU that draws all the power it may have changes its clocks, by up to a fifth, for some hundred milliseconds after the
+load has changed. So a turn lasts about a second, and its first part is not timed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,8 @@ import torch
 Step = Callable[[], Any]
 R = TypeVar("R")  # a row: what is known of one method, with `times_ms` and `error`
 K = TypeVar("K")
-IN_A_ROW = 3
+TURN_S = {"cuda": 0.8, "cpu": 0.05}
+"""Seconds of a turn that are timed, at least one step; half as many run before them."""
 
 
 class Timed:
@@ -123,9 +128,12 @@ def warm_up(row: Row, step: Step, leaves: Sequence[torch.Tensor]) -> Row:
 
 
 def add_time(row: R, step: Step, device: torch.device) -> R:
-    """One turn: a step that is not timed, so that what drew power before is the method itself, and some that are."""
-    step()
-    return replace(row, times_ms=(*row.times_ms, time_of(step, device)))
+    """One turn."""
+    once_ms = time_of(step, device, 1)
+    timed = max(1, round(TURN_S[device.type] * 1e3 / once_ms))
+    for _ in range(timed // 2):
+        step()
+    return replace(row, times_ms=(*row.times_ms, time_of(step, device, timed)))
 
 
 def peak_of(step: Step, leaves: Sequence[torch.Tensor]) -> float:
@@ -143,17 +151,17 @@ def peak_of(step: Step, leaves: Sequence[torch.Tensor]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def time_of(step: Step, device: torch.device) -> float:
-    """Milliseconds of one step, the mean of a few in a row."""
+def time_of(step: Step, device: torch.device, count: int) -> float:
+    """Milliseconds of one step, the mean of `count` in a row."""
     if device.type != "cuda":
         start = time.perf_counter()
-        for _ in range(IN_A_ROW):
+        for _ in range(count):
             step()
-        return (time.perf_counter() - start) * 1e3 / IN_A_ROW
+        return (time.perf_counter() - start) * 1e3 / count
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    for _ in range(IN_A_ROW):
+    for _ in range(count):
         step()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / IN_A_ROW
+    return begin.elapsed_time(end) / count
