@@ -56,7 +56,9 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
         spec = spec._replace(forward_spec=(VERSION, forward_chunk, ins, full.outs))
         call = Call(spec, full, tail)
     if work.backward != "none":
-        gradients = Gradients(work.wanted, work.differentiable, in_forward, accumulate, work.kept)
+        # the backward's factor casts as well; one chunk adds nothing up
+        cast = not in_forward or stages.dynamic or stages.length <= chunk
+        gradients = Gradients(work.wanted, work.differentiable, in_forward, accumulate, work.kept, cast)
         full, tail = _full_and_tail(stages, chunk, partial(gradient_body, stages, gradients))
         read = () if in_forward else (*work.differentiable, *work.kept)
         given = tuple(axis_of(stages, stages.results[i]) for i in read)

@@ -47,6 +47,7 @@ class Gradients:
         in_forward: compute the results too, with 1 as the upstream gradient.
         accumulate: dtype policy for gradients of whole operands in half precision.
         kept: positions of the loop's results that are given, and not computed again.
+        cast: whether what adds up is returned in the dtype of its operand, and not in the one it adds up in.
     """
 
     wanted: tuple[int, ...]
@@ -54,6 +55,7 @@ class Gradients:
     in_forward: bool
     accumulate: Accumulate
     kept: tuple[int, ...] = ()
+    cast: bool = True
 
 
 def axis_of(stages: Stages, node: Node) -> Axis | None:
@@ -91,7 +93,7 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None) -> B
 
     module = trace(run, partial(_chunk_inputs, stages, [*upstream, *kept, *stages.operands]), length)
     kinds = [_result_kind(stages, node) for node in stages.results] if gradients.in_forward else []
-    kinds += [_gradient_kind(stages, stages.operands[i], gradients.accumulate) for i in gradients.wanted]
+    kinds += [_gradient_kind(stages, stages.operands[i], gradients) for i in gradients.wanted]
     return Body(module, take_out_products(module, kinds))
 
 
@@ -163,12 +165,16 @@ def _result_kind(stages: Stages, node: Node) -> tuple[Any, ...]:
     if axis is not None:
         return ("cat", *axis)
     assert adds_up(stages.placements.of[node])
-    return ("sum", _accumulator(node.meta["val"].dtype, "float32"))
+    dtype = node.meta["val"].dtype
+    return ("sum", _accumulator(dtype, "float32"), dtype)
 
 
-def _gradient_kind(stages: Stages, operand: Node, accumulate: Accumulate) -> tuple[Any, ...]:
-    axis = axis_of(stages, operand)
-    return ("cat", *axis) if axis is not None else ("sum", _accumulator(operand.meta["val"].dtype, accumulate))
+def _gradient_kind(stages: Stages, operand: Node, gradients: Gradients) -> tuple[Any, ...]:
+    axis, dtype = axis_of(stages, operand), operand.meta["val"].dtype
+    if axis is not None:
+        return ("cat", *axis)
+    adds_up_in = _accumulator(dtype, gradients.accumulate)
+    return ("sum", adds_up_in, dtype if gradients.cast else adds_up_in)
 
 
 def _accumulator(dtype: torch.dtype, accumulate: Accumulate) -> torch.dtype:

@@ -10,9 +10,8 @@ Terms
   ins        for each operand None (whole) or (dim, outer, inner), as in `placement.Split`
   outs       how the body's outputs become results:
                ("cat", dim, outer, inner)  one output, written to its place in the result
-               ("sum", dtype)              one output, added up over the chunks in `dtype`
-               ("outer", dtype, result)    two outputs A [n, i] and B [n, j]; A^T B [i, j] adds up in place in `dtype`
-                                           and is returned in dtype `result`
+               ("sum", dtype, result)      one output, added up over the chunks in `dtype`, returned in dtype `result`
+               ("outer", dtype, result)    two outputs A [n, i] and B [n, j]; A^T B [i, j] adds up in place like that
                ("rows", count, axis, sizes) `count` pairs A [n, k] and B [k, m]; the sum of A B is written to its place
                                            in the result of `sizes` (0 stands for the split dim)
 
@@ -194,8 +193,10 @@ def _fake(
             shape, dtype = list(out.shape), out.dtype
             if kind[0] == "cat":
                 shape[kind[1]] = kind[2] * total * kind[3]
+            if kind[0] in ("sum", "outer"):
+                dtype = kind[2]
             if kind[0] == "outer":
-                shape, dtype = [out.shape[1], next(outs).shape[1]], kind[2]
+                shape = [out.shape[1], next(outs).shape[1]]
             if kind[0] == "rows":
                 for _ in range(2 * kind[1] - 1):
                     next(outs)

@@ -35,6 +35,7 @@ class Footprint:
         sums: of what adds up over the chunks, in the dtype that it adds up in.
         cast: of the largest sum in the dtype that it is returned in, where that is another one.
         returned: of the sums as they are returned.
+        native: of the sums in the dtype of what adds up.
         fixed: of a mini-sequence's temporaries, those that do not grow with its length.
         each: of a mini-sequence's temporaries, those of one position.
     """
@@ -43,6 +44,7 @@ class Footprint:
     sums: int = 0
     cast: int = 0
     returned: int = 0
+    native: int = 0
     fixed: int = 0
     each: float = 0.0
 
@@ -70,7 +72,9 @@ class RegionMemory:
         backward: of the loop that runs in the backward, None where there is none.
         saved: what is kept for backward in a loop, besides what the region reads.
         saved_whole: the same without a loop.
-        rescaled: of the largest gradient, if gradients are made in the forward: backward scales one after the other.
+        scaled: of the gradients that were made in the forward, as backward gives them.
+        rescaled: of the largest gradient that was made in the forward and that backward casts while it scales it; those
+            that it does not cast are scaled in place.
         whole_forward, whole_backward: most at once without a loop, results and gradients included.
         stream_gradient: of the stream's gradient, where the stream itself is large: nothing in the loop makes it from
             less.
@@ -80,6 +84,7 @@ class RegionMemory:
     forward: Footprint = Footprint()
     backward: Footprint | None = None
     saved: int = 0
+    scaled: int = 0
     rescaled: int = 0
     saved_whole: int = 0
     whole_forward: int = 0
@@ -113,16 +118,17 @@ def memory_of(work: Work, call: Call) -> RegionMemory:
         footprint(body, spec, length) if body is not None else None
         for body, spec in ((call.forward, call.spec.forward_spec), (call.backward, call.spec.backward_spec))
     )
-    gradients = [_bytes(stages.operands[i]) for i in work.wanted]
     in_forward = forward is None
+    gradients = _gradients_saved(work, call) if in_forward else []
     dear = [n for n in stages.products if n not in stages.results and not is_sink(stages, n)]
     saved_whole = sum(bytes_per_position(stages, node) for node in dear) * length if work.backward != "none" else 0
     return RegionMemory(
         written=temporary_bytes(stages, length),
         forward=forward or backward or Footprint(),
         backward=None if in_forward else backward,
-        saved=sum(gradients) if in_forward else 0,
-        rescaled=max(gradients, default=0) if in_forward else 0,
+        saved=sum(saved for _, saved in gradients),
+        scaled=sum(own for own, _ in gradients),
+        rescaled=max((own for own, saved in gradients if own != saved), default=0),
         saved_whole=saved_whole,
         whole_forward=saved_whole if forward is None else forward.temporaries(length) + forward.left,
         whole_backward=_whole(call.backward, call.spec.backward_spec, length) + backward.left
@@ -130,6 +136,15 @@ def memory_of(work: Work, call: Call) -> RegionMemory:
         else 0,
         stream_gradient=_stream_gradient(work),
     )
+
+
+def _gradients_saved(work: Work, call: Call) -> list[tuple[int, int]]:
+    """Of each gradient that is made in the forward: its bytes as the operand's, and as it is kept for backward."""
+    kinds = call.spec.backward_spec[3][-len(work.wanted) :] if work.wanted else ()
+    values: list[torch.Tensor] = [work.stages.operands[i].meta["val"] for i in work.wanted]
+    dtypes = [kind[2] if kind[0] in ("sum", "outer") else x.dtype for x, kind in zip(values, kinds, strict=True)]
+    counts = [hint(x.numel()) for x in values]
+    return [(n * x.itemsize, n * dtype.itemsize) for n, x, dtype in zip(counts, values, dtypes, strict=True)]
 
 
 def written_after(work: Work, chunk: int) -> int:
@@ -158,21 +173,22 @@ def footprint(body: Body, spec: tuple[Any, ...], length: int) -> Footprint:
     """
     _, chunk, ins, outs = spec
     on_cpu = _inputs(body)[0].meta["val"].device.type == "cpu"
-    results = sums = returned = cast = product = 0
+    results = sums = returned = native = cast = product = 0
     for kind, nodes in _by_result(body, outs):
         value: torch.Tensor = nodes[0].meta["val"]
         if kind[0] in ("cat", "rows"):
             results += _split_bytes(kind, value, chunk, length)
             continue
         count = value.numel() if kind[0] == "sum" else value.shape[1] * nodes[1].meta["val"].shape[1]
-        dtype: torch.dtype = value.dtype if kind[0] == "sum" else kind[2]
+        dtype: torch.dtype = kind[2]
         adds_up_in = kind[1] if length > chunk else dtype
         sums += count * adds_up_in.itemsize
         returned += count * dtype.itemsize
+        native += count * value.itemsize
         if dtype != adds_up_in:
             cast = max(cast, count * dtype.itemsize)
-            if kind[0] == "outer" and on_cpu:  # it multiplies in the one dtype, and adds up in the other
-                product = max(product, count * (dtype.itemsize + adds_up_in.itemsize))
+        if kind[0] == "outer" and on_cpu and value.dtype != adds_up_in:  # it multiplies in one and adds up in another
+            product = max(product, count * (value.itemsize + adds_up_in.itemsize))
     fixed = _whole_nodes(body, outs)
     split = [(node, axis) for node, axis in zip(_inputs(body), ins, strict=True) if axis is not None]
     copied = sum(_bytes(node) for node, axis in split if _is_copied(node, axis))
@@ -180,7 +196,7 @@ def footprint(body: Body, spec: tuple[Any, ...], length: int) -> Footprint:
     each = (twice - once + copied) / chunk
     at_rest = product + sum(_bytes(node) for node in {*map(buffer_of, _outputs(body))} if node.op != "placeholder")
     steady = round(max(once, at_rest) + copied - each * chunk)
-    return Footprint(results, sums, cast, returned, max(0, steady), each)
+    return Footprint(results, sums, cast, returned, native, max(0, steady), each)
 
 
 def _by_result(body: Body, outs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], list[Node]]]:

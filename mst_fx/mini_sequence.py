@@ -96,6 +96,7 @@ class _GradientsInForward(torch.autograd.Function):
         results, grads = outs[: -len(spec.wanted)], outs[-len(spec.wanted) :]
         ctx.save_for_backward(*grads)
         ctx.spec, ctx.count = spec, len(operands)
+        ctx.dtypes = [operands[i].dtype for i in spec.wanted]
         ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in spec.differentiable))
         return tuple(results)
 
@@ -103,13 +104,16 @@ class _GradientsInForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         factor = tangents[ctx.spec.differentiable[0]]
-        grads = tuple(_scaled(grad, factor) for grad in ctx.saved_tensors)
+        grads = tuple(_scaled(grad, factor, dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return (None, None, None, *_placed(ctx.spec, grads, ctx.count))
 
 
-def _scaled(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Times the upstream factor, but 0 stays 0: without any label the factor is infinite, and the gradients are 0."""
-    return torch.where(grad == 0, grad, grad * factor).to(grad.dtype)
+def _scaled(grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Times the upstream factor, but 0 stays 0: without any label the factor is infinite, and the gradients are 0.
+
+    A float32 sum is rounded here for the first time.
+    """
+    return torch.where(grad == 0, grad, grad * factor).to(dtype)
 
 
 def _placed(spec: CallSpec, grads: tuple[torch.Tensor, ...], count: int) -> list[torch.Tensor | None]:

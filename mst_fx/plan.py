@@ -5,7 +5,7 @@ Plans depend on shapes, options and the kind of device: they are the same on eve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mst_fx.chunking import Extent, Lengths, default_lengths, shorter
@@ -151,8 +151,15 @@ class _Planner:
             before = self.peak(state)
             large = [n for n in self.candidates if more[n] is None and self._own_bytes(n) >= OWN_SHARE * before]
             chosen = [n for n in large if self.offers[n].recomputes is recomputes]
-            more = _with(more, {n: self.lengths[n] for n in chosen})
+            more = self._without_harm(_with(more, {n: self.lengths[n] for n in chosen}), chosen)
             state = more if before - self.peak(more) >= share * before else state
+        return state
+
+    def _without_harm(self, state: State, numbers: Iterable[int]) -> State:
+        """Less the loops among these that raise the peak, as one may that keeps a large sum for a small region."""
+        for number in numbers:
+            fewer = _with(state, {number: None})
+            state = fewer if self.peak(fewer) < self.peak(state) else state
         return state
 
     def within(self, budget: int) -> State:
@@ -237,7 +244,7 @@ class _Planner:
         advice = [f"{readable(missing)} more"]
         memories = [offer.memory for offer, lengths in zip(self.offers, state, strict=True) if lengths is not None]
         loops = [memory.backward or memory.forward for memory in memories]
-        sums = max((loop.sums - loop.returned for loop in loops), default=0)
+        sums = max((loop.sums - loop.native for loop in loops), default=0)
         if sums > 0:
             advice.append(f"accumulate='native' (float32 sums take {readable(sums)} more than the gradients)")
         saved = sum(segment.saved for segment in self.timeline.segments if segment.block is None)
@@ -246,7 +253,7 @@ class _Planner:
         return ", ".join(advice)
 
 
-def _with(state: State, changes: dict[int, Lengths]) -> State:
+def _with(state: State, changes: Mapping[int, Lengths | None]) -> State:
     return tuple(changes.get(number, lengths) for number, lengths in enumerate(state))
 
 

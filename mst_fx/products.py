@@ -1,7 +1,7 @@
 """Matrix products at the end of a body leave it: the runtime multiplies their factors straight into the results.
 
-("sum", dtype) ending in A^T B          -> ("outer", dtype, result)        one accumulator, no gradient of a chunk
-("cat", axis)  ending in A1 B1 + A2 B2  -> ("rows", count, axis, sizes)    written in place, no copy of a chunk
+("sum", dtype, result) ending in A^T B         -> ("outer", dtype, result)      one sum, no gradient of a chunk
+("cat", axis)          ending in A1 B1 + A2 B2 -> ("rows", count, axis, sizes)  written in place, no copy of a chunk
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def take_out_products(module: GraphModule, kinds: Sequence[Kind]) -> tuple[Kind,
 
     Args:
         module: a body; changed in place.
-        kinds: for each of its outputs ("cat", dim, outer, inner) or ("sum", dtype), as in `loop`.
+        kinds: for each of its outputs ("cat", dim, outer, inner) or ("sum", dtype, result), as in `loop`.
     """
     (output,) = (node for node in module.graph.nodes if node.op == "output")
     values: Any = output.args[0]
@@ -53,7 +53,7 @@ def _outer(value: Node, kind: Kind) -> tuple[list[Factors], Kind]:
         return [], kind
     left, right = source.all_input_nodes if len(source.all_input_nodes) == 2 else source.all_input_nodes * 2
     factors = (right, _t(left, source)) if transposed else (_t(left, source), right)
-    return [factors], ("outer", kind[1], value.meta["val"].dtype)
+    return [factors], ("outer", *kind[1:])
 
 
 def _rows(value: Node, kind: Kind) -> tuple[list[Factors], Kind]:

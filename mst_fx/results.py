@@ -38,9 +38,8 @@ def result_of(kind: Kind, total: int, chunk: int) -> Result:
         return _Written(kind[1:], total, chunk)
     if kind[0] == "rows":
         return _Rows(kind, total, chunk)
-    if kind[0] == "sum":
-        return _Sum(kind[1] if total > chunk else None)
-    return _Outer(kind[1] if total > chunk else kind[2], kind[2])
+    sums = _Sum if kind[0] == "sum" else _Outer
+    return sums(kind[1] if total > chunk else kind[2], kind[2])
 
 
 def pieces(x: torch.Tensor, axis: Axis, chunk: int) -> Iterator[torch.Tensor]:
@@ -108,32 +107,31 @@ class _Rows(_Placed):
             place.addmm_(next(outs), next(outs))
 
 
-class _Sum:
-    """One output a chunk, added up in `dtype`; the sum has the dtype of the outputs, which None stands for."""
+class _AddedUp:
+    """A result that adds up in `dtype`, and is given in dtype `result`."""
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: torch.dtype, result: torch.dtype) -> None:
+        self._dtype, self._result = dtype, result
         self._total: torch.Tensor | None = None
-        self._own: torch.dtype | None = None
+
+    def finished(self) -> torch.Tensor:
+        assert self._total is not None
+        return self._total.to(self._result)
+
+
+class _Sum(_AddedUp):
+    """One output a chunk."""
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
         out = next(outs)
         if self._total is None:
-            self._total, self._own = out.to(self._dtype or out.dtype, copy=True), out.dtype
+            self._total = out.to(self._dtype, copy=True)
         else:
             self._total.add_(out)
 
-    def finished(self) -> torch.Tensor:
-        assert self._total is not None
-        return self._total.to(self._own)
 
-
-class _Outer:
-    """Two outputs a chunk, A [n, i] and B [n, j]; A^T B adds up in `dtype`."""
-
-    def __init__(self, dtype: torch.dtype, own: torch.dtype) -> None:
-        self._dtype, self._own = dtype, own
-        self._total: torch.Tensor | None = None
+class _Outer(_AddedUp):
+    """Two outputs a chunk, A [n, i] and B [n, j]; A^T B adds up."""
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
         a, b = next(outs).t(), next(outs)
@@ -145,10 +143,6 @@ class _Outer:
             self._total = torch.mm(a, b, out_dtype=self._dtype)
         else:
             self._total = torch.mm(a, b).to(self._dtype)
-
-    def finished(self) -> torch.Tensor:
-        assert self._total is not None
-        return self._total.to(self._own)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

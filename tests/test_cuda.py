@@ -160,6 +160,13 @@ def test_predicted_peak(program, accumulate):
         assert abs(measured / predicted - 1) <= 0.1
 
 
+@pytest.mark.parametrize("accumulate", ["native", "float32"])
+def test_predicted_peak_of_a_wide_head(accumulate):
+    sizes, options = predictions.Sizes(t=4096, d=2048, ff=0, v=32768), {"chunk_tokens": 256, "accumulate": accumulate}
+    measured, predicted = predictions.peaks(predictions.cross_entropy, sizes, torch.bfloat16, "cuda", **options)
+    assert abs(measured / predicted - 1) <= 0.1
+
+
 def test_autocast():
     model = MlpLM().cuda()
     batch = on_gpu(tokens(2, 64))

@@ -27,7 +27,7 @@ def mlp(length: int, module: str = "mlp", *, repeated: bool = False) -> Offer:
     memory = RegionMemory(
         written=4 * wide,
         forward=Footprint(results=stream, each=2 * FFN * 2),
-        backward=Footprint(stream, weights * 4, FFN * WIDTH * 2, weights * 2, 0, 6 * FFN * 2),
+        backward=Footprint(stream, weights * 4, FFN * WIDTH * 2, weights * 2, weights * 2, 0, 6 * FFN * 2),
         saved_whole=2 * wide,
         whole_forward=2 * wide + stream,
         whole_backward=6 * wide + stream + weights * 2,
@@ -42,8 +42,9 @@ def head(length: int, module: str = "lm_head") -> Offer:
     wide, stream, weights = length * VOCAB * 2, length * WIDTH * 2, VOCAB * WIDTH
     memory = RegionMemory(
         written=3 * wide,
-        forward=Footprint(stream, weights * 4, weights * 2, weights * 2, 0, 2 * VOCAB * 2),
-        saved=stream + weights * 2,
+        forward=Footprint(stream, weights * 4, 0, weights * 4, weights * 2, 0, 2 * VOCAB * 2),
+        saved=stream + weights * 4,
+        scaled=stream + weights * 2,
         rescaled=weights * 2,
         saved_whole=wide,
         whole_forward=wide,

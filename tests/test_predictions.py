@@ -31,9 +31,10 @@ def offer(fn, inputs, **options):
     return surveyor.offer(site)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("program", [*MLPS, *HEADS], ids=lambda program: program.__name__)
-def test_saved_bytes(program):
-    inputs = inputs_of(program, SIZES, torch.float32, "cpu")
+def test_saved_bytes(program, dtype):
+    inputs = inputs_of(program, SIZES, dtype, "cpu")
     compiled = looped(program, chunk_tokens=CHUNK, inner="inductor")
     saved = saved_bytes(lambda: compiled(*inputs), inputs)
     scalars = 16 if program is predictions.cross_entropy else 0  # the mean's denominator
@@ -45,6 +46,16 @@ def test_one_chunk_needs_no_sums():
     sizes, options = Sizes(t=32, d=256, ff=1024, v=0), {"dtype": torch.bfloat16, "device": "cpu", "chunk_tokens": 32}
     wide, native = (peaks(predictions.swiglu, sizes, accumulate=how, **options) for how in ("float32", "native"))
     assert wide == native
+
+
+@pytest.mark.parametrize("accumulate", ["native", "float32"])
+@pytest.mark.parametrize("chunk", [64, 512])
+def test_peak_of_a_wide_head(accumulate, chunk):
+    """Its gradients are most of what it holds; backward scales them in place, or while it casts them."""
+    sizes = Sizes(t=512, d=512, ff=0, v=8192)
+    options = {"chunk_tokens": chunk, "accumulate": accumulate}
+    measured, predicted = peaks(predictions.cross_entropy, sizes, torch.bfloat16, "cpu", **options)
+    assert abs(measured / predicted - 1) <= 0.1
 
 
 @pytest.mark.parametrize("chunk", [128, 256, 512])
