@@ -36,6 +36,7 @@ class Region:
         modes: of the nodes.
         returned: large values that the caller of the graph gets, made by the nodes or read by them.
         smaller: a part of the region to loop where the whole cannot be, None where there is none.
+        front: nodes among them that make the stream of the recognised region (see `front`).
     """
 
     owner: GraphModule
@@ -48,6 +49,7 @@ class Region:
     modes: Mapping[Node, Mode]
     returned: tuple[Node, ...] = ()
     smaller: Region | None = None
+    front: frozenset[Node] = frozenset()
 
     @property
     def last(self) -> Node:
@@ -61,6 +63,7 @@ def close(
     stream: Node,
     returned: tuple[Node, ...] = (),
     smaller: Region | None = None,
+    front: frozenset[Node] = frozenset(),
 ) -> Region:
     """Nodes -> a region, if one call can stand in their place.
 
@@ -83,7 +86,7 @@ def close(
     moved = {operand for node in early for operand in (node, *node.all_input_nodes)}
     _check_writes(reader, ordered, {*live_ins, *moved}, before)
     modes = {node: reader.modes[node] for node in ordered}
-    return Region(reader.owner, ordered, outputs, live_ins, stream, before, early, modes, returned, smaller)
+    return Region(reader.owner, ordered, outputs, live_ins, stream, before, early, modes, returned, smaller, front)
 
 
 def needs_gradient(node: Node, inside: Collection[Node]) -> bool:

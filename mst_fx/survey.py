@@ -5,7 +5,7 @@ What was found out about one node or region is known for all that are like it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -21,6 +21,7 @@ from mst_fx.config import Config
 from mst_fx.cost import Device, cost_of, device_of
 from mst_fx.discover import Nested, discover, nested
 from mst_fx.extent import extent_of
+from mst_fx.front import with_front
 from mst_fx.lower import fake_value, hint, is_symbolic
 from mst_fx.memory import RegionMemory, memory_of, temporary_bytes, written_after
 from mst_fx.narrow import CutHead, cut_heads
@@ -128,11 +129,14 @@ class Surveyor:
         reader, cuts = self._cut_early(gm)
         report = report.joined(cuts)
         sites: list[Site] = []
-        for found in discover(reader, self.patterns):
+        discovered = discover(reader, self.patterns)
+        taken = {node for found in discovered if isinstance(found.outcome, Region) for node in found.outcome.nodes}
+        for found in discovered:
             try:
                 if isinstance(found.outcome, Refusal):
                     raise found.outcome
-                sites.append(self._best_part(found.pattern, found.outcome, around))
+                region, work = self._best_part(reader, found.outcome, taken)
+                sites.append(Site(found.pattern, region, work, around))
             except Refusal as refusal:
                 report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
         children = {
@@ -167,30 +171,45 @@ class Surveyor:
         varies = any(map(is_symbolic, fake_value(head.region.stream).shape))
         return head.bytes_before >= self.config.least_bytes or (varies and self.config.min_bytes is None)
 
-    def _best_part(self, pattern: str, region: Region, around: Around) -> Site:
+    def _best_part(self, reader: Reader, region: Region, taken: Collection[Node]) -> tuple[Region, Work]:
         """The largest part that can be looped; where large values are returned, the one that leaves the fewest bytes.
 
         Raises:
             Refusal: neither the region nor any part of it can be looped.
         """
-        parts: list[Site] = []
+        parts: list[tuple[Region, Work]] = []
         refusal: Refusal | None = None
         part: Region | None = region
         while part is not None and (part.returned or not parts):
             try:
-                parts.append(Site(pattern, part, analysed(part, self.config, self._works, self.marked), around))
+                parts.append(self._with_front(reader, part, taken) or (part, self._analysed(part)))
             except Refusal as error:
                 refusal = refusal or error
             part = part.smaller
         if not parts:
             assert refusal is not None
             raise refusal
-        return min(parts, key=lambda part: written_after(part.work, self._lengths(part).chunk))
+        return min(parts, key=lambda part: written_after(part[1], self._lengths(*part).chunk))
 
-    def _lengths(self, site: Site) -> Lengths:
-        wish = self.config.wish_for(_modules(site.region))
-        recomputes = site.work.backward == "recompute"
-        return default_lengths(extent_of(site.work), wish, self.config.accumulate, recomputes=recomputes)
+    def _with_front(self, reader: Reader, region: Region, taken: Collection[Node]) -> tuple[Region, Work] | None:
+        """The region and what stands in front of it, if its tokens stay apart there, too: the longest axis is split."""
+        whole = with_front(reader, region, taken)
+        if whole is None:
+            return None
+        try:
+            work = self._analysed(whole)
+        except Refusal:
+            return None
+        longest = max(map(hint, fake_value(whole.stream).shape[:-1]), default=0)
+        return (whole, work) if hint(work.stages.length) >= longest else None
+
+    def _analysed(self, region: Region) -> Work:
+        return analysed(region, self.config, self._works, self.marked)
+
+    def _lengths(self, region: Region, work: Work) -> Lengths:
+        wish = self.config.wish_for(_modules(region))
+        recomputes = work.backward == "recompute"
+        return default_lengths(extent_of(work), wish, self.config.accumulate, recomputes=recomputes)
 
     def call(self, work: Work, lengths: Lengths) -> Call:
         """The bodies for these lengths; the same ones for all regions that are alike."""
@@ -206,7 +225,8 @@ class Surveyor:
             site: of the region.
             due: as in `Offer`.
         """
-        modules, extent, lengths = _modules(site.region), extent_of(site.work), self._lengths(site)
+        modules, extent = _modules(site.region), extent_of(site.work)
+        lengths = self._lengths(site.region, site.work)
         written = temporary_bytes(site.work.stages, extent.length)
         if written < self.config.least_bytes and not (due or self.config.wish_for(modules).loop):
             memory = RegionMemory(written)  # it is left alone: no need to trace what its loop would be
@@ -237,7 +257,7 @@ def _leaving(reader: Reader, region: Region) -> Iterator[Node]:
 
 
 def _modules(region: Region) -> tuple[str, ...]:
-    return tuple(sorted({module_path(node) for node in region.nodes}))
+    return tuple(sorted({module_path(node) for node in region.nodes if node not in region.front}))
 
 
 def timeline_of(surveyed: Surveyed) -> Timeline:

@@ -1,0 +1,81 @@
+"""What stands in front of a region and belongs to its tokens alone: a norm, mostly, whose value nobody else reads.
+
+With it in the loop, the value and its gradient never exist at the whole length, and what is saved for backward is what
+the norm reads, which backward would need in any case.
+
+Terms
+  stream  what the region reads the tokens from
+  front   nodes that make it from an earlier value of its shape, and that nobody outside of the region reads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch.fx import Node
+
+from mst_fx.lower import fake_value
+from mst_fx.reading import Reader, writes
+from mst_fx.refusal import Refusal
+from mst_fx.region import Region, close
+
+
+def with_front(reader: Reader, region: Region, taken: Collection[Node]) -> Region | None:
+    """The region and its front, None where there is none.
+
+    Args:
+        reader: of the graph.
+        region: as recognised.
+        taken: nodes that belong to regions.
+    """
+    found = _front(reader, region, taken)
+    if found is None:
+        return None
+    front, stream = found
+    try:
+        return close(reader, {*region.nodes, *front}, stream, region.returned, region.smaller, front)
+    except Refusal:
+        return None
+
+
+def _front(reader: Reader, region: Region, taken: Collection[Node]) -> tuple[frozenset[Node], Node] | None:
+    """The longest front, and the stream that it reads.
+
+    Going back from the region's stream, last node first, all is taken that may be. A front has come to its end wherever
+    one value as large as the stream is read, and whatever else is left has to be made outside.
+    """
+    inside, front = set(region.nodes), set[Node]()
+    open_ends, closed = {region.stream}, set[Node]()
+    found = None
+    while open_ends:
+        node = max(open_ends, key=reader.order.__getitem__)
+        open_ends.remove(node)
+        if node in taken or not _belongs(reader, node, inside):
+            closed.add(node)
+        else:
+            front.add(node)
+            inside.add(node)
+            open_ends.update(set(reader.tensor_operands(node)) - closed)
+        large = [end for end in (*open_ends, *closed) if reader.numel(end) >= reader.numel(region.stream)]
+        if front and len(large) == 1 and open_ends <= {*large} and _is_like(large[0], region.stream):
+            found = frozenset(front), large[0]
+    return found
+
+
+def _belongs(reader: Reader, node: Node, inside: Collection[Node]) -> bool:
+    """Whether a node only computes something for the region, token by token as far as its ops can tell."""
+    if node.op not in ("call_function", "call_method") or not set(node.users) <= {*inside}:
+        return False
+    if not all(isinstance(fake_value(value), torch.Tensor) for value in (node, *reader.tensor_operands(node))):
+        return False  # a tuple, or a part of one
+    computes = reader.is_pure(node) and not reader.multiplies(node) and reader.obstacle(node) is None
+    return computes and not any(writes(user) for user in node.users)
+
+
+def _is_like(value: Node, stream: Node) -> bool:
+    """Whether a loop may read it in place of the stream, for no more memory."""
+    a, b = fake_value(value), fake_value(stream)
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    return a.shape == b.shape and a.itemsize <= b.itemsize and a.is_floating_point()
