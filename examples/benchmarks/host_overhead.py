@@ -19,7 +19,8 @@ from mst_fx.loop import VERSION, run_loop
 
 CHUNKS = 2000
 ROWS = (1, 1, 1)  # the axis of the tokens: dim 1 of [batch, tokens, features]
-SUM = ("sum", torch.float32)
+SUM = ("sum", torch.float32, torch.float32)
+CAT = ("cat", *ROWS)
 OUTER = ("outer", torch.float32, torch.float32)
 
 
@@ -31,6 +32,7 @@ LOOPS = {  # split operands, whole ones, results
     "head, gradients in the forward": (1, 3, (SUM, rows(1), OUTER)),
     "gated MLP, forward": (1, 3, (rows(1),)),
     "gated MLP, backward": (2, 3, (rows(2), OUTER, OUTER, OUTER)),
+    "gated MLP and its norm, backward": (2, 4, (CAT, SUM, OUTER, OUTER, OUTER)),
 }
 
 
@@ -38,7 +40,7 @@ def microseconds(split: int, whole: int, outs: Sequence[tuple[Any, ...]], rounds
     """Of one chunk, in the best of several loops."""
     ins = (*repeat(ROWS, split), *repeat(None, whole))
     operands = [torch.zeros(1, CHUNKS if axis else 1, 1) for axis in ins]
-    count = sum(2 * kind[1] if kind[0] == "rows" else 2 - (kind == SUM) for kind in outs)
+    count = sum(2 * kind[1] if kind[0] == "rows" else 2 - (kind in (SUM, CAT)) for kind in outs)
     made = [torch.zeros(1, 1)] * count
     best = float("inf")
     for _ in range(rounds):
