@@ -20,6 +20,7 @@ from mst_fx.derivatives import reads_log_softmax, run_on_logits
 from mst_fx.log_softmax import reduces_wide_rows, run_in_parts
 from mst_fx.loop import axis_length
 from mst_fx.lower import hint, on_fakes, trace
+from mst_fx.overwriting import products_late
 from mst_fx.placement import Split, adds_up, split_of, sure
 from mst_fx.products import take_out_products
 from mst_fx.resize import run_resized
@@ -92,6 +93,7 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None) -> B
         return (*results, *grads) if gradients.in_forward else grads
 
     module = trace(run, partial(_chunk_inputs, stages, [*upstream, *kept, *stages.operands]), length)
+    products_late(module)
     kinds = [_result_kind(stages, node) for node in stages.results] if gradients.in_forward else []
     kinds += [_gradient_kind(stages, stages.operands[i], gradients) for i in gradients.wanted]
     return Body(module, take_out_products(module, kinds))

@@ -82,14 +82,14 @@ def run_loop(bodies: tuple[Body, Body | None], raw_spec: tuple[Any, ...], operan
     spec = LoopSpec(*raw_spec)
     total = axis_length(spec.ins, operands)
     chunks = [
-        repeat(aligned(x)) if axis is None else pieces(x, axis, spec.chunk)
+        repeat(aligned(x)) if axis is None else map(aligned, pieces(x, axis, spec.chunk))
         for x, axis in zip(operands, spec.ins, strict=True)
     ]
     results = [result_of(kind, total, spec.chunk) for kind in spec.outs]
     for start in range(0, total, spec.chunk):
         body = bodies[0] if start + spec.chunk <= total else bodies[1]
         assert body is not None
-        outs = iter(body([aligned(next(chunk)) for chunk in chunks]))
+        outs = iter(body([next(chunk) for chunk in chunks]))
         for result in results:
             result.add(outs)
         del outs  # free this chunk before the next one starts

@@ -9,8 +9,28 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from mst_fx.liveness import chains
+from mst_fx.liveness import UNFUSED, chains
 from mst_fx.lower import copied
+
+
+def products_late(module: GraphModule) -> None:
+    """Put whatever is fused in front of the matrix products that do not need to run before it, in place.
+
+    Else a product that reads one value of a kernel stands in front of another value of it, and there is no order in
+    which the kernel's values may be written one behind the other.
+    """
+    graph = module.graph
+    waiting = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    unplaced = set(waiting)
+    end = graph.output_node()
+    while waiting:
+        ready = (node for node in waiting if unplaced.isdisjoint(node.all_input_nodes))
+        first = next(ready)
+        node = next((node for node in (first, *ready) if node.target not in UNFUSED), first)
+        end.prepend(node)
+        waiting.remove(node)
+        unplaced.remove(node)
+    module.recompile()
 
 
 def behind(value: object, earlier: object) -> object:

@@ -84,8 +84,9 @@ class _Written(_Placed):
             shape = list(out.shape)
             shape[dim] = outer * self._total * inner
             self._whole = torch.empty(shape, dtype=out.dtype, device=out.device)
-            self._places = iter(self._whole.unflatten(dim, (outer, -1)).split(self._chunk * inner, dim + 1))
-        next(self._places).copy_(out.unflatten(dim, (outer, -1)))
+            whole = self._whole if outer == 1 else self._whole.unflatten(dim, (outer, -1))
+            self._places = iter(whole.split(self._chunk * inner, dim if outer == 1 else dim + 1))
+        next(self._places).copy_(out if outer == 1 else out.unflatten(dim, (outer, -1)))
 
 
 class _Rows(_Placed):

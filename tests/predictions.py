@@ -25,6 +25,10 @@ def normed(x, up, down):
     return F.linear(F.relu(F.layer_norm(F.linear(x, up), (up.shape[0],))).square(), down)
 
 
+def pre_normed(x, scale, gate, up, down):
+    return swiglu(F.rms_norm(x, (x.shape[-1],), scale), gate, up, down)
+
+
 def cross_entropy(x, w, labels):
     return F.cross_entropy(F.linear(x, w).float(), labels)
 
@@ -49,13 +53,14 @@ def inputs_of(program: Callable, sizes: Sizes, dtype: torch.dtype, device: str) 
         swiglu: [(t, d), (ff, d), (ff, d), (d, ff)],
         gelu: [(t, d), (ff, d), (ff,), (d, ff)],
         normed: [(t, d), (ff, d), (d, ff)],
+        pre_normed: [(t, d), (d,), (ff, d), (ff, d), (d, ff)],
     }
     leaves = shapes.get(program, [(t, d), (v, d)])
     made = [(torch.randn(shape, device=device) * 0.1).to(dtype).requires_grad_() for shape in leaves]
     return made if program in shapes else [*made, torch.randint(0, v, (t,), device=device)]
 
 
-MLPS = (swiglu, gelu, normed)
+MLPS = (swiglu, gelu, normed, pre_normed)
 HEADS = (cross_entropy, log_probabilities)
 
 

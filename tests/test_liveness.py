@@ -23,6 +23,8 @@ SIZES = predictions.Sizes(t=64, d=32, ff=128, v=512)
         (predictions.gelu, False, 2, 3),
         (predictions.normed, True, 2, 3),
         (predictions.normed, False, 3, 4),  # a norm's gradient does not overwrite what the same kernel reduces
+        (predictions.pre_normed, True, 4, 6),  # two products of the body read what the kernel makes
+        (predictions.pre_normed, False, 4, 6),
     ],
 )
 def test_wide_values_of_a_backward(program, reductions_apart, ordered, unordered):

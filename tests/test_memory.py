@@ -54,7 +54,10 @@ def test_mlp_saves_nothing_but_its_inputs(mlp_inputs, inner):
     assert saved_bytes(lambda: unlooped(*mlp_inputs), mlp_inputs) >= 2 * T * FF * FLOAT
 
 
-@pytest.mark.parametrize(("program", "wide"), [(predictions.swiglu, 4), (predictions.gelu, 2), (predictions.normed, 2)])
+@pytest.mark.parametrize(
+    ("program", "wide"),
+    [(predictions.swiglu, 4), (predictions.gelu, 2), (predictions.normed, 2), (predictions.pre_normed, 4)],
+)
 def test_backward_overwrites_what_it_has_read(program, wide):
     """SwiGLU has three wide values and makes three of them, GELU has two and makes two."""
     sizes = predictions.Sizes(T, D, FF, V)

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/host_overhead.py                  # anywhere
 
-The loops are those of a head and of a gated MLP, on tensors of one element a chunk, with bodies that do nothing; what
+The loops are those of a head and of a gated MLP, on tensors of 16 bytes a chunk, with bodies that do nothing; what
 remains is cutting the operands and adding up or writing the results, with the calls of torch that do it.
 """
 
@@ -39,7 +39,7 @@ LOOPS = {  # split operands, whole ones, results
 def microseconds(split: int, whole: int, outs: Sequence[tuple[Any, ...]], rounds: int = 7) -> float:
     """Of one chunk, in the best of several loops."""
     ins = (*repeat(ROWS, split), *repeat(None, whole))
-    operands = [torch.zeros(1, CHUNKS if axis else 1, 1) for axis in ins]
+    operands = [torch.zeros(1, CHUNKS if axis else 1, 4) for axis in ins]  # each chunk starts aligned
     count = sum(2 * kind[1] if kind[0] == "rows" else 2 - (kind in (SUM, CAT)) for kind in outs)
     made = [torch.zeros(1, 1)] * count
     best = float("inf")
