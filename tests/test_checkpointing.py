@@ -22,25 +22,37 @@ POLICIES = {"default": {}, "of the user": {"context_fn": partial(create_selectiv
 
 
 class Blocks(nn.Module):
-    """Checkpointed layers, one behind the other, with a norm and a head behind the last one."""
+    """Checkpointed layers, one behind the other, with a norm and a head behind the last one.
 
-    def __init__(self, count: int, **how) -> None:
+    What the norm gives is read by the head alone, or by something else as well.
+    """
+
+    def __init__(self, count: int, *, alone: bool = False, **how) -> None:
         super().__init__()
         self.tokens, self.head, self.norm = nn.Embedding(V, D), nn.Linear(D, V, bias=False), nn.RMSNorm(D)
         self.norms = nn.ModuleList(nn.RMSNorm(D) for _ in range(count))
         self.mlps = nn.ModuleList(SwiGLU() for _ in range(count))
-        self.how = how
+        self.how, self.alone = how, alone
 
     def forward(self, ids, labels):
         x = self.tokens(ids)
         for norm, mlp in zip(self.norms, self.mlps, strict=True):
             x = checkpoint(lambda x, norm=norm, mlp=mlp: x + mlp(norm(x)), x, use_reentrant=False, **self.how)
-        logits = self.head(self.norm(x))
-        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        x = self.norm(x)
+        loss = nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+        return loss if self.alone else loss + x.square().mean()
 
 
-@pytest.mark.parametrize(("policy", "count", "again"), [("default", 3, 0), ("default", 1, 1), ("of the user", 3, 1)])
-def test_the_last_block_does_not_run_its_loop_again(policy, count, again):
+@pytest.mark.parametrize(
+    ("policy", "count", "alone", "again"),
+    [
+        ("default", 3, False, 0),
+        ("default", 1, False, 1),
+        ("of the user", 3, False, 1),
+        ("of the user", 3, True, 0),  # the norm is looped with the head, whose gradients are made in the forward
+    ],
+)
+def test_the_last_block_does_not_run_its_loop_again(policy, count, alone, again):
     """The norm behind it reads what it gives; the other blocks save what they read."""
     loops = []
 
@@ -49,7 +61,7 @@ def test_the_last_block_does_not_run_its_loop_again(policy, count, again):
         return make_boxed_func(gm.forward)
 
     inner = aot_autograd(fw_compiler=counted, partition_fn=min_cut_rematerialization_partition)
-    model, batch = Blocks(count, **POLICIES[policy]), tokens(2, 64)
+    model, batch = Blocks(count, alone=alone, **POLICIES[policy]), tokens(2, 64)
     eager = gradients(model, model, batch)
     torch._dynamo.reset()
     ours = gradients(model, looped(model, inner=inner), batch)
