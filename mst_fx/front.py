@@ -42,30 +42,32 @@ def with_front(reader: Reader, region: Region, taken: Collection[Node]) -> Regio
 def _front(reader: Reader, region: Region, taken: Collection[Node]) -> tuple[frozenset[Node], Node] | None:
     """The longest front, and the stream that it reads.
 
-    Going back from the region's stream, last node first, all is taken that may be. A front has come to its end wherever
-    one value as large as the stream is read, and whatever else is left has to be made outside.
+    Going back from the region's stream, last node first, all is taken that may be. A front is whole wherever one value
+    as large as the stream is read, and all else that it reads is given.
     """
     inside, front = set(region.nodes), set[Node]()
-    open_ends, closed = {region.stream}, set[Node]()
+    made, given = {region.stream}, set[Node]()
     found = None
-    while open_ends:
-        node = max(open_ends, key=reader.order.__getitem__)
-        open_ends.remove(node)
+    while made:
+        node = max(made, key=reader.order.__getitem__)
+        made.remove(node)
         if node in taken or not _belongs(reader, node, inside):
-            closed.add(node)
+            given.add(node)
         else:
             front.add(node)
             inside.add(node)
-            open_ends.update(set(reader.tensor_operands(node)) - closed)
-        large = [end for end in (*open_ends, *closed) if reader.numel(end) >= reader.numel(region.stream)]
-        if front and len(large) == 1 and open_ends <= {*large} and _is_like(large[0], region.stream):
+            operands = reader.tensor_operands(node)
+            given.update(operand for operand in operands if operand.op in ("placeholder", "get_attr"))
+            made.update(set(operands) - given)
+        large = [end for end in (*made, *given) if reader.numel(end) >= reader.numel(region.stream)]
+        if front and len(large) == 1 and made <= {*large} and _is_like(large[0], region.stream):
             found = frozenset(front), large[0]
     return found
 
 
 def _belongs(reader: Reader, node: Node, inside: Collection[Node]) -> bool:
     """Whether a node only computes something for the region, token by token as far as its ops can tell."""
-    if node.op not in ("call_function", "call_method") or not set(node.users) <= {*inside}:
+    if not node.op.startswith("call_") or not set(node.users) <= {*inside}:
         return False
     if not all(isinstance(fake_value(value), torch.Tensor) for value in (node, *reader.tensor_operands(node))):
         return False  # a tuple, or a part of one

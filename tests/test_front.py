@@ -135,6 +135,18 @@ def test_tokens_that_are_mixed_in_front_are_mixed_outside(mixing):
     assert [region.axis for region in report.regions] == [f"dim 1 ({S} positions)"]
 
 
+@pytest.mark.parametrize("region", [mlp, head])
+def test_a_sum_that_the_norm_alone_reads_is_made_outside(region):
+    """In place of its two terms, as behind the last layer of a model; the norm has a weight."""
+
+    def last(x, out, scale, *weights):
+        return region(F.rms_norm(x + F.linear(x, out), (D,), scale), *weights)
+
+    stream, outside = stream_of(last, *tensors((B, S, D), (D, D), (D,)), *inputs_of(region)[1:])
+    assert stream.target is operator.add
+    assert not any("norm" in name for name in outside)
+
+
 def test_one_block_behind_the_other():
     def blocks(x, up, down, again, back):
         x = x + mlp(rms(x), up, down)
