@@ -56,7 +56,7 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
         spec = spec._replace(forward_spec=(VERSION, forward_chunk, ins, full.outs))
         call = Call(spec, full, tail)
     if work.backward != "none":
-        # the backward's factor casts as well; one chunk adds nothing up
+        # backward casts while it scales, unless one chunk is all, or may be: that adds nothing up in another dtype
         cast = not in_forward or stages.dynamic or stages.length <= chunk
         gradients = Gradients(work.wanted, work.differentiable, in_forward, accumulate, work.kept, cast)
         full, tail = _full_and_tail(stages, chunk, partial(gradient_body, stages, gradients))

@@ -122,9 +122,7 @@ def cost_of(work: Work, memory: RegionMemory, extent: Extent) -> RegionCost:
         extent: of its axis.
     """
     stages, loop = work.stages, memory.backward or memory.forward
-    finished = loop.sums + loop.returned if loop.cast else 0
-    if memory.scaled:
-        finished += memory.saved + memory.scaled
+    cast = loop.sums + loop.returned if loop.cast else 0
     kept = {stages.results[i] for i in work.kept}
     flops = {node: _flops(node) for node in stages.products}
     again = [node for node in flops if node not in kept and not is_sink(stages, node)]
@@ -133,7 +131,7 @@ def cost_of(work: Work, memory: RegionMemory, extent: Extent) -> RegionCost:
         recomputed=sum(flops[node] for node in again) if work.backward == "recompute" else 0.0,
         rows=extent.tokens / extent.sharing,
         bytes_summed=2 * loop.sums,
-        bytes_finished=finished,
+        bytes_finished=cast + memory.saved + memory.scaled,
         half=stages.stream.meta["val"].dtype in (torch.float16, torch.bfloat16),
     )
 

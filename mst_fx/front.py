@@ -65,9 +65,9 @@ def _front(reader: Reader, region: Region, taken: Collection[Node]) -> tuple[fro
     return found
 
 
-def _belongs(reader: Reader, node: Node, inside: Collection[Node]) -> bool:
+def _belongs(reader: Reader, node: Node, inside: set[Node]) -> bool:
     """Whether a node only computes something for the region, token by token as far as its ops can tell."""
-    if not node.op.startswith("call_") or not set(node.users) <= {*inside}:
+    if not node.op.startswith("call_") or not inside.issuperset(node.users):
         return False
     if not all(isinstance(fake_value(value), torch.Tensor) for value in (node, *reader.tensor_operands(node))):
         return False  # a tuple, or a part of one

@@ -44,11 +44,19 @@ def result_of(kind: Kind, total: int, chunk: int) -> Result:
 
 def pieces(x: torch.Tensor, axis: Axis, chunk: int) -> Iterator[torch.Tensor]:
     """The mini-sequences along the axis of `x`, one after the other, contiguous: views where memory allows."""
+    dim, outer, _ = axis
+    parts = _views(x, axis, chunk)
+    if outer == 1:
+        return map(torch.Tensor.contiguous, parts)
+    return (part.flatten(dim, dim + 1).contiguous() for part in parts)
+
+
+def _views(x: torch.Tensor, axis: Axis, chunk: int) -> tuple[torch.Tensor, ...]:
+    """The mini-sequences of `x` in its own memory; where there is an outer factor, it has a dim of its own."""
     dim, outer, inner = axis
     if outer == 1:
-        return map(torch.Tensor.contiguous, x.split(chunk * inner, dim))
-    parts = x.unflatten(dim, (outer, -1)).split(chunk * inner, dim + 1)
-    return (part.flatten(dim, dim + 1).contiguous() for part in parts)
+        return x.split(chunk * inner, dim)
+    return x.unflatten(dim, (outer, -1)).split(chunk * inner, dim + 1)
 
 
 def rows_of_result(kind: Kind, total: int) -> list[int]:
@@ -84,9 +92,9 @@ class _Written(_Placed):
             shape = list(out.shape)
             shape[dim] = outer * self._total * inner
             self._whole = torch.empty(shape, dtype=out.dtype, device=out.device)
-            whole = self._whole if outer == 1 else self._whole.unflatten(dim, (outer, -1))
-            self._places = iter(whole.split(self._chunk * inner, dim if outer == 1 else dim + 1))
-        next(self._places).copy_(out if outer == 1 else out.unflatten(dim, (outer, -1)))
+            self._places = iter(_views(self._whole, self._axis, self._chunk))
+        place = next(self._places)
+        place.copy_(out.view(place.shape))
 
 
 class _Rows(_Placed):
