@@ -14,6 +14,7 @@ from mst_fx.config import Wish
 H, F, V = 4096, 14336, 128256
 MLP = Extent(65536, False, 1, widest=2 * F, wide=4 * F, cast=2 * H * F)
 HEAD = Extent(65536, False, 1, widest=2 * V, wide=2 * V, cast=2 * H * V)
+ODD = replace(HEAD, cast=2 * 3584 * V)  # its float32 sum asks for chunks that divide none of the lengths below
 
 
 def chunk_of(extent, accumulate="native", *, recomputes=False):
@@ -29,7 +30,7 @@ def test_chunks_are_even_and_aligned(length, extent, accumulate):
     assert lengths.chunk <= lengths.forward <= 2 * lengths.chunk
 
 
-@pytest.mark.parametrize("extent", [MLP, HEAD])
+@pytest.mark.parametrize("extent", [MLP, HEAD, ODD])
 @pytest.mark.parametrize("length", [8192, 12288, 16384, 24576, 131072])
 def test_no_chunk_is_ragged_where_a_length_nearby_divides(extent, length):
     for accumulate in ("native", "float32"):
