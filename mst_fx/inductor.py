@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch._inductor import ir
+from torch._inductor import config, ir
 from torch._inductor.ir import convert_shape_to_inductor  # type: ignore[attr-defined]
 from torch._inductor.lowering import constrain_to_fake_tensor, lowerings, register_lowering
 from torch._inductor.virtualized import V
@@ -51,7 +52,8 @@ class MiniSequenceKernel(ir.ExternKernel):
         names = []
         for subgraph in self.subgraphs:
             if subgraph is not None:
-                wrapper.codegen_subgraph_common(subgraph)
+                with _settings(subgraph.graph.example_inputs):
+                    wrapper.codegen_subgraph_common(subgraph)
             names.append(subgraph.graph.name if subgraph is not None else "None")
         buffers: Sequence[Any] = self.inputs
         operands = ", ".join(buffer.codegen_reference() for buffer in buffers)
@@ -83,11 +85,22 @@ def _compile_body(subgraph: Any, chunk: Sequence[torch.Tensor]) -> None:
     if subgraph.graph is not None:
         return
     FakeTensorProp(subgraph.graph_module, mode=V.fake_mode).propagate_dont_convert_inputs(*chunk)
-    static = not any(is_symbolic(size) for x in chunk for size in x.shape)
-    module = let_overwrite(subgraph.graph_module) if static else subgraph.graph_module
+    module = subgraph.graph_module if _any_length(chunk) else let_overwrite(subgraph.graph_module)
     subgraph.graph = V.graph.make_subgraph(gm=module, example_inputs=list(chunk), subgraph_name=subgraph.name)
-    with V.set_graph_handler(subgraph.graph):
+    with V.set_graph_handler(subgraph.graph), _settings(chunk):
         subgraph.graph.run(*chunk)
+
+
+def _any_length(chunk: Sequence[torch.Tensor]) -> bool:
+    return any(is_symbolic(size) for x in chunk for size in x.shape)
+
+
+def _settings(chunk: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
+    """For a body of any length: no kernel that reduces along both axes, which torch 2.11 cannot split without a hint.
+
+    Such a kernel is meant for many rows, and is taken wherever their number is not known to be small.
+    """
+    return config.patch({"triton.mix_order_reduction": False} if _any_length(chunk) else {})
 
 
 @register_lowering(behind, type_promotion_kind=None)

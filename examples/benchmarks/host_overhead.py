@@ -3,7 +3,8 @@
     python examples/benchmarks/host_overhead.py                  # anywhere
 
 The loops are those of a head and of a gated MLP, on tensors of 16 bytes a chunk, with bodies that do nothing; what
-remains is cutting the operands and adding up or writing the results, with the calls of torch that do it.
+remains is cutting the operands and adding up or writing the results, with the calls of torch that do it. Among them are
+the matrix products of gradients, which any way of running calls; the last column is what such calls alone take.
 """
 
 from __future__ import annotations
@@ -50,10 +51,28 @@ def microseconds(split: int, whole: int, outs: Sequence[tuple[Any, ...]], rounds
     return best / CHUNKS * 1e6
 
 
+def products(outs: Sequence[tuple[Any, ...]]) -> int:
+    """Calls of matrix products that a chunk makes for these results."""
+    return sum(kind[1] if kind[0] == "rows" else kind[0] == "outer" for kind in outs)
+
+
+def microseconds_of_product(rounds: int = 7) -> float:
+    """Of one product of matrices, added to another one."""
+    total, a, b = torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1)
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(CHUNKS):
+            total.addmm_(a, b)
+        best = min(best, time.perf_counter() - start)
+    return best / CHUNKS * 1e6
+
+
 def main() -> None:
-    print("| loop | us a chunk |\n|---|---|")
+    product = microseconds_of_product()
+    print("| loop | us a chunk | of it, products |\n|---|---|---|")
     for name, loop in LOOPS.items():
-        print(f"| {name} | {microseconds(*loop):.1f} |")
+        print(f"| {name} | {microseconds(*loop):.1f} | {products(loop[2]) * product:.1f} |")
 
 
 if __name__ == "__main__":
