@@ -15,6 +15,7 @@ from mst_fx.likeness import likeness_of_nodes
 from mst_fx.lower import depends_on_data, fake_value, fix, hint, is_symbolic, lower
 from mst_fx.placement import PARTIAL
 from mst_fx.region import Region, needs_gradient
+from mst_fx.scalars import as_tensors
 from mst_fx.stages import Stages, cut
 
 Backward = Literal["recompute", "in_forward", "none"]
@@ -30,6 +31,7 @@ class Work:
         wanted: positions of the loop's operands that get a gradient.
         differentiable: positions of the loop's results that have one.
         kept: positions of the results that backward reads in place of computing them again.
+        fixed: positions of the region's live-ins, numbers whose value is a part of the stages.
     """
 
     stages: Stages
@@ -37,6 +39,7 @@ class Work:
     wanted: tuple[int, ...]
     differentiable: tuple[int, ...]
     kept: tuple[int, ...]
+    fixed: tuple[int, ...] = ()
 
 
 def analysed(region: Region, config: Config, known: dict[Hashable, Work], marked: Container[str] = ()) -> Work:
@@ -55,6 +58,8 @@ def analysed(region: Region, config: Config, known: dict[Hashable, Work], marked
     if key not in known:
         _fix_other_dims(fake_value(region.stream), marked)
         known[key] = _analysed(region, config)
+    for position in known[key].fixed:
+        fix(fake_value(region.live_ins[position]))
     return known[key]
 
 
@@ -74,6 +79,7 @@ def _returned(region: Region, output: Node) -> tuple[bool, bool]:
 
 def _analysed(region: Region, config: Config) -> Work:
     lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes)
+    fixed = as_tensors(lowered, region.live_ins)
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     stages = cut(lowered, placeholders[region.live_ins.index(region.stream)])
     needs_grad = _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True)))
@@ -81,7 +87,7 @@ def _analysed(region: Region, config: Config) -> Work:
     differentiable = _differentiable(region, stages, wanted, config) if wanted else ()
     backward = _backward(stages, differentiable)
     kept = _kept(region, stages, differentiable) if backward == "recompute" else ()
-    return Work(stages, backward, wanted if differentiable else (), differentiable, kept)
+    return Work(stages, backward, wanted if differentiable else (), differentiable, kept, fixed)
 
 
 def _fix_other_dims(stream: torch.Tensor, marked: Container[str]) -> None:

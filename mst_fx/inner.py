@@ -1,6 +1,6 @@
 """The compiler behind us: what `inner`, `mode` and foreign options of torch.compile mean for it.
 
-Private torch API: Inductor's entry points. Run on torch 2.11, 2.13 and 2.15.
+Private torch API: Inductor's entry points, and Dynamo's way to start again. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from mst_fx.loop import VERSION
 from mst_fx.mini_sequence import mini_sequence
 
 CALLED = f"{mini_sequence.__module__}.{mini_sequence.__name__}"
+
+CapturedAnew = torch._dynamo.exc.TensorifyScalarRestartAnalysis
+"""No error: a number has turned out to be fixed, and Dynamo captures the program once more, with its value."""
 
 Compile: TypeAlias = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 

@@ -246,9 +246,9 @@ def is_symbolic(size: Any) -> bool:
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
-def fix(size: Any) -> int:
-    """Make a size the one that was seen: another one is compiled anew."""
-    return int(size)
+def fix(number: Any) -> None:
+    """Make a size or a float the one that was seen: another one is compiled anew."""
+    float(number) if isinstance(number, torch.SymFloat) else int(number)
 
 
 def marked_sizes(gm: GraphModule) -> frozenset[str]:

@@ -24,7 +24,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from mst_fx.config import Config
-from mst_fx.inner import inductor_options, inner_compiler, writes_python
+from mst_fx.inner import CapturedAnew, inductor_options, inner_compiler, writes_python
 from mst_fx.lower import long_lengths, marked_sizes
 from mst_fx.pattern import Pattern, patterns
 from mst_fx.plan import Plan, Plans, make_plans
@@ -63,17 +63,18 @@ def backend(
     config, foreign = Config.split(options, inductor_options())
     compile_graph = inner_compiler(config, mode, foreign)
     rewritten, report = _rewrite_safely(gm, config, foreign)
-    record(report)
-    log.info("%s", report)
-    if rewritten is gm:
-        return compile_graph(gm, example_inputs)
     try:
-        return compile_graph(rewritten, example_inputs)
+        compiled = compile_graph(rewritten, example_inputs)
+    except CapturedAnew:
+        raise
     except Exception:
-        if config.strict:
+        if config.strict or rewritten is gm:
             raise
         log.warning("mst_fx: the looped graph does not compile; compiling it unlooped", exc_info=True)
-        return compile_graph(gm, example_inputs)
+        compiled = compile_graph(gm, example_inputs)
+    record(report)
+    log.info("%s", report)
+    return compiled
 
 
 def _rewrite_safely(gm: GraphModule, config: Config, foreign: dict[str, Any]) -> tuple[GraphModule, Report]:

@@ -259,9 +259,10 @@ def _with(state: State, changes: Mapping[int, Lengths | None]) -> State:
 
 def held(offer: Offer, lengths: Lengths | None) -> Held:
     """What a region holds when it is looped with these lengths, or not at all."""
-    memory = offer.memory
+    memory, length = offer.memory, offer.extent.length
     if lengths is None:
         return Held(memory.whole_forward, memory.saved_whole, max(0, memory.whole_backward - memory.saved_whole))
-    backward = memory.backward.peak(lengths.chunk) if memory.backward is not None else memory.rescaled
+    chunk, forward = min(lengths.chunk, length), min(lengths.forward, length)
+    backward = memory.backward.peak(chunk) if memory.backward is not None else memory.rescaled
     kept = memory.forward.results if offer.kept else 0
-    return Held(memory.forward.peak(lengths.forward), memory.saved, backward, kept)
+    return Held(memory.forward.peak(forward), memory.saved, backward, kept)

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/longest.py                          # a GPU with 80 GB or more, a process for each method
     python examples/benchmarks/longest.py --cap 0                  # all that the card has
+    python examples/benchmarks/longest.py --rates 16384 55296        # the compiled methods in turn, in one process
     python examples/benchmarks/longest.py --small --lengths 64     # anywhere: tiny shapes, these lengths only
 
 As in the paper: batch 1, weights and AdamW's state in bfloat16, and the optimizer's step inside the backward, one hook
@@ -25,6 +26,7 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -95,7 +97,6 @@ def make_step(model: PreTrainedModel, method: str) -> Callable[[torch.Tensor], t
     compiled = compiler_of(method)
     run_layer = compiled(checkpointed_layer if "checkpointing" in method else decoder_layer)
     run_head = compiled(head_loss)
-    step_in_backward(model)
 
     def step(input_ids: torch.Tensor) -> torch.Tensor:
         x = model.model.embed_tokens(input_ids)
@@ -186,16 +187,37 @@ def slope(trials: Sequence[Trial]) -> float:
     return (last.peak_gib - before.peak_gib) / (last.tokens - before.tokens) if last.trained else 0.0
 
 
-def run_here(args: argparse.Namespace) -> list[Trial]:
-    """All trials of one method, in this process."""
+def capped_model(args: argparse.Namespace) -> tuple[PreTrainedModel, float]:
+    """The model, its optimizer in its hooks, and how many GiB of the device may be used."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     preset = replace(TINY if args.small else LLAMA, length=2**18)
     model = build_model(preset, device).train()
-    cap_gib = 0.0
-    if device.type == "cuda":
-        whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap * 1e9 / whole) if args.cap else 1.0)
-        cap_gib = min(whole, args.cap * 1e9 or whole) / 2**30
+    step_in_backward(model)
+    if device.type != "cuda":
+        return model, 0.0
+    whole = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap * 1e9 / whole) if args.cap else 1.0)
+    return model, min(whole, args.cap * 1e9 or whole) / 2**30
+
+
+def rates(args: argparse.Namespace) -> None:
+    """All methods in this process, taking turns of one step: a table of medians, ratios to the first method."""
+    model, _ = capped_model(args)
+    steps = {method: make_step(model, method) for method in args.methods}
+    print("| tokens | method | s a step | ratio | tokens/s | peak GiB |\n|---|---|---|---|---|---|")
+    for tokens in args.rates:
+        for step in steps.values():
+            attempt(model, step, tokens)
+        turns = [{method: attempt(model, step, tokens) for method, step in steps.items()} for _ in range(args.rounds)]
+        seconds = {method: statistics.median(turn[method].seconds for turn in turns) for method in steps}
+        for method, each in seconds.items():
+            ratio, peak = each / seconds[args.methods[0]], turns[-1][method].peak_gib
+            print(f"| {tokens:,} | {method} | {each:.2f} | {ratio:.3f} | {tokens / each:,.0f} | {peak:.1f} |")
+
+
+def run_here(args: argparse.Namespace) -> list[Trial]:
+    """All trials of one method, in this process."""
+    model, cap_gib = capped_model(args)
     step = make_step(model, args.here)
     if args.lengths:
         return [attempt(model, step, tokens, steps=2) for tokens in args.lengths]
@@ -225,12 +247,16 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=1024, help="tokens to begin with")
     parser.add_argument("--grain", type=int, default=512, help="tokens between the lengths that are told apart")
     parser.add_argument("--lengths", type=int, nargs="+", help="try these (tokens), and search for none")
+    parser.add_argument("--rates", type=int, nargs="+", metavar="TOKENS", help="compare the methods at these lengths")
+    parser.add_argument("--rounds", type=int, default=3, help="of --rates: turns of each method")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--here", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
         print(json.dumps([asdict(trial) for trial in run_here(args)]))
         return
+    if args.rates:
+        return rates(args)
     passed = [f"--cap={args.cap}", f"--first={args.first}", f"--grain={args.grain}"]
     passed += ["--small"] * args.small + (["--lengths", *map(str, args.lengths)] if args.lengths else [])
     print("| method | longest (tokens) | does not train | peak GiB | tokens/s | loss |\n|---|---|---|---|---|---|")

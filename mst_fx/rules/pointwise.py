@@ -24,8 +24,11 @@ COPIES = (
     aten.copy.default,
 )
 
+UNTAGGED = (aten.leaky_relu.default, aten.hardswish.default, aten.rsub.Tensor)
+"""Elementwise, and not tagged as such by every version of torch."""
 
-@rule("pointwise", *COPIES)
+
+@rule("pointwise", *COPIES, *UNTAGGED)
 def pointwise(node: Node, flow: Flow) -> Placement:
     """Every operand that has the split dim must be split there; a size of 1 broadcasts."""
     if not isinstance(node.meta["val"], torch.Tensor):
@@ -38,7 +41,7 @@ def pointwise(node: Node, flow: Flow) -> Placement:
     return split
 
 
-@back("pointwise", *COPIES)
+@back("pointwise", *COPIES, *UNTAGGED)
 def aligned(node: Node, split: Split) -> dict[Node, Split]:
     """Operands that have the dim at full size."""
     shape = shape_of(node)
