@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ MIXING = ("conv", "attention", "batch_norm", "cum", "sort", "scan", "fft", "inde
 """Parts of the names of ops that make tokens depend on one another, or tell nothing about it."""
 
 
-def examine(case: Case, inner: str) -> Result:
+def examine(case: Case, inner: str, dynamic: bool | None = None) -> Result:
     """Run the steps of one architecture."""
     result = Result(case.name)
     torch.set_num_threads(1)
@@ -100,15 +101,15 @@ def examine(case: Case, inner: str) -> Result:
             raise ValueError("the loss or a gradient is not finite")
         stage = "not ours"
         counted = torch._dynamo.testing.CompileCounterWithBackend(inner)
-        plain = step(model, batch, torch.compile(loss_of(model), backend=counted))
+        plain = step(model, batch, torch.compile(loss_of(model), backend=counted, dynamic=dynamic))
         result.plain, result.plain_graphs, result.plain_error = "ok", counted.frame_count, difference(truth, plain)
         stage = "fails"
-        looped, watched = looped_step(model, batch, inner)
+        looped, watched = looped_step(model, batch, inner, dynamic)
         result.mst_error = difference(truth, looped)
         result.mlps_looped, result.heads_looped = watched.looped("mlp", "experts"), watched.looped("head")
         result.graphs, result.refusals = watched.graphs, watched.refusals()
         if result.experts and set_experts(model, "grouped_mm"):
-            group(result, model.to(torch.bfloat16), batch, inner)
+            group(result, model.to(torch.bfloat16), batch, inner, dynamic)
         same = min(result.mst_error, difference(plain, looped)) <= TOLERANCE
         result.status = "trains" if same and result.grouped_error <= HALF_TOLERANCE else "differs"
     except Exception as error:
@@ -118,24 +119,26 @@ def examine(case: Case, inner: str) -> Result:
     return result
 
 
-def group(result: Result, model: PreTrainedModel, batch: dict[str, Any], inner: str) -> None:
+def group(result: Result, model: PreTrainedModel, batch: dict[str, Any], inner: str, dynamic: bool | None) -> None:
     """The same once more with grouped products, which are compiled in bfloat16 only."""
     half = {k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
     try:
         truth = step(model, half, loss_of(model))
     except RuntimeError:  # eager's own: a router that is to stay in float32, say
         return
-    looped, watched = looped_step(model, half, inner)
+    looped, watched = looped_step(model, half, inner, dynamic)
     result.grouped_error = difference(truth, looped)
     result.grouped_looped = watched.looped("mlp", "experts")
     result.refusals += [f"grouped: {refusal}" for refusal in watched.refusals()]
 
 
-def looped_step(model: PreTrainedModel, batch: dict[str, Any], inner: str) -> tuple[dict[str, torch.Tensor], Watched]:
+def looped_step(
+    model: PreTrainedModel, batch: dict[str, Any], inner: str, dynamic: bool | None
+) -> tuple[dict[str, torch.Tensor], Watched]:
     """A step with mst_fx, in loops of 16 tokens."""
     torch._dynamo.reset()
     watched = Watched({"inner": inner, "min_bytes": 0, "chunk_tokens": 16, "strict": True})
-    return step(model, batch, torch.compile(loss_of(model), backend=watched)), watched
+    return step(model, batch, torch.compile(loss_of(model), backend=watched, dynamic=dynamic)), watched
 
 
 def loss_of(model: torch.nn.Module) -> Callable[..., torch.Tensor]:
@@ -205,17 +208,17 @@ class Watched:
         return list(dict.fromkeys(lines))
 
 
-def run_one(case: Case, inner: str, path: Path) -> None:
+def run_one(case: Case, run: Callable[[Case], Result], path: Path) -> None:
     """In a process of its own: examine, and leave a file."""
     start = time.time()
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1), os.dup2(null, 2)
-    result = examine(case, inner)
+    result = run(case)
     result.seconds = round(time.time() - start, 1)
     path.write_text(json.dumps(asdict(result), indent=1))
 
 
-def sweep(todo: list[Case], inner: str, out: Path, jobs: int) -> Iterator[Path]:
+def sweep(todo: list[Case], run: Callable[[Case], Result], out: Path, jobs: int) -> Iterator[Path]:
     """Run the cases, `jobs` at a time; yields the file of each as it ends."""
     context = multiprocessing.get_context("fork")  # torch and transformers are imported once
     running: dict[Any, tuple[Any, Case, float]] = {}
@@ -223,7 +226,7 @@ def sweep(todo: list[Case], inner: str, out: Path, jobs: int) -> Iterator[Path]:
     while pending or running:
         while pending and len(running) < jobs:
             case = pending.pop()
-            process = context.Process(target=run_one, args=(case, inner, out / f"{case.name}.json"))
+            process = context.Process(target=run_one, args=(case, run, out / f"{case.name}.json"))
             process.start()
             running[process.sentinel] = (process, case, time.time())
         ended = wait(list(running), timeout=1)
@@ -244,6 +247,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--only", default="", help="parts of names, separated by commas")
     parser.add_argument("--inner", default="aot_eager", help="what compiles the graphs, with mst_fx and without")
+    parser.add_argument("--dynamic", action="store_true", help="compile for any length and any value of a float")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("coverage"))
     parser.add_argument("--again", default="", help="statuses to run again, separated by commas")
@@ -259,7 +263,8 @@ def main() -> None:
             path.unlink()
         if not path.exists():
             todo.append(case)
-    for _ in tqdm(sweep(todo, args.inner, args.out, args.jobs), total=len(todo), smoothing=0.05):
+    run = partial(examine, inner=args.inner, dynamic=args.dynamic or None)
+    for _ in tqdm(sweep(todo, run, args.out, args.jobs), total=len(todo), smoothing=0.05):
         pass
     results = [Result(**json.loads((args.out / f"{case.name}.json").read_text())) for case in found]
     (args.out / "coverage.json").write_text(json.dumps([asdict(result) for result in results], indent=1))
