@@ -17,7 +17,7 @@ from math import prod
 from typing import Literal, TypeAlias
 
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import is_concrete_int, statically_known_true
 
 sure = statically_known_true
 
@@ -100,9 +100,15 @@ def through_view(split: Split, before: Sequence[int], after: Sequence[int]) -> S
     for dim, size in enumerate(after):
         front, back = prod(after[:dim]), prod(after[dim + 1 :])
         fits = sure(in_front % front == 0) and sure(behind % back == 0)
-        if fits and sure(size == (in_front // front) * axis * (behind // back)):
-            return Split(dim, in_front // front, behind // back)
+        outer, inner = number(in_front // front), number(behind // back)
+        if fits and outer and inner and sure(size == outer * axis * inner):
+            return Split(dim, outer, inner)
     return None
+
+
+def number(factor: int) -> int | None:
+    """A factor computed from sizes, where all that vary among them cancel: placements are compared and hashed."""
+    return int(factor) if is_concrete_int(factor) else None
 
 
 def _refines(part: Split, split: Split) -> bool:
@@ -117,7 +123,10 @@ def refinements(split: Split, before: Sequence[int], after: Sequence[int]) -> li
     for dim, size in enumerate(after):
         front, back = prod(after[:dim]), prod(after[dim + 1 :])
         if not sure(size <= 1) and sure(front % in_front == 0) and sure(back % behind == 0):
-            part = Split(split.dim, front // in_front, back // behind)
+            outer, inner = number(front // in_front), number(back // behind)
+            if outer is None or inner is None:
+                continue
+            part = Split(split.dim, outer, inner)
             if sure(part.outer * size * part.inner == before[split.dim]) and _refines(part, split):
                 parts.append(part)
     return parts

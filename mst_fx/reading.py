@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.likeness import likeness_of_node
-from mst_fx.lower import fake_value, hint, is_transformed
+from mst_fx.lower import fake_value, hint, is_size, is_transformed
 from mst_fx.modes import modes_of
 from mst_fx.opened import Opened, open_alone, open_together
 from mst_fx.propagate import forbid_effects, forbid_unruled
@@ -123,9 +123,11 @@ class Reader:
         return before.activation if before is not None and narrowed else activation
 
     def ops(self, node: Node) -> set[object] | None:
-        """The ops that a node opens into; None where it cannot be opened."""
+        """The ops that a node opens into, but those that compute sizes; None where it cannot be opened."""
         opened = self.opened(node)
-        return None if opened is None else {op.target for op in opened.ops if op.op == "call_function"}
+        if opened is None:
+            return None
+        return {op.target for op in opened.ops if op.op == "call_function" and not is_size(op.meta.get("val"))}
 
     def does(self, node: Node, ops: tuple[object, ...]) -> bool:
         """Whether the node opens into one of the ops."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mst_fx.placement import WHOLE, Placement, Split, sure
+from mst_fx.placement import WHOLE, Placement, Split, number, sure
 from mst_fx.rules.registry import Demand, Flow, args_of, back, mixed, rule, shape_of
 
 aten = torch.ops.aten
@@ -76,8 +76,9 @@ def _rows_of(node: Node, table: Placement, source: Any, rows: Any, picked: Place
     """What to raise where rows are picked from the split dim: only an order of the rows may do so."""
     single = len(shape_of(rows)) == 1 or shape_of(rows)[1:] == shape_of(source)[1:]
     if isinstance(table, Split) and table.dim == 0 and picked == WHOLE and single:
-        each, rest = divmod(shape_of(rows)[0], shape_of(source)[0])
-        if sure(each >= 1) and sure(rest == 0):
+        picks, tokens = shape_of(rows)[0], shape_of(source)[0]
+        each = number(picks // tokens)
+        if each and sure(picks % tokens == 0):
             return Demand(rows, Split(0, table.outer, table.inner * each))
     return mixed(node, "picks rows of the split dim")
 

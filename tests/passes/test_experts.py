@@ -19,7 +19,9 @@ from experts import (
 )
 from graphs import assert_idempotent, captured, rewritten, text
 from memory_probe import peak_bytes, saved_bytes
-from numerics import assert_as_good_as_eager, looped
+from numerics import assert_as_good_as_eager, gradients, looped, relative_error
+
+import mst_fx
 
 N = 24
 
@@ -219,6 +221,29 @@ def test_counts_may_leave():
         model(counted), inputs(), step=lambda m, *args: m(*args).square().sum(), dtype=torch.bfloat16, chunk_tokens=7
     )
     assert [region.chunks for region in report.regions] == [4]
+
+
+class Chosen(Experts):
+    """The router's own choice, as in a model: the number of tokens and of choices is one size."""
+
+    def forward(self, x_ND):
+        weights_NK, experts_NK = self.router(x_ND).softmax(-1).topk(K)
+        return self.mix(x_ND, weights_NK, experts_NK, self.up, self.down)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_one_compile_serves_all_lengths(form):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    mixture = Chosen(form).bfloat16()
+    compiled, before = looped(mixture, dynamic=True), len(mst_fx.reports())
+    for length in (40, 24, 37, 5):
+        x = tokens(length, D).bfloat16()
+        eager, ours = (gradients(mixture, lambda x, fn=fn: fn(x).square().sum(), [x]) for fn in (mixture, compiled))
+        for name, value in eager.items():
+            assert relative_error(ours[name], value) < 2e-2, (name, length)
+    (report,) = mst_fx.reports()[before:]
+    assert [region.pattern for region in report.regions] == ["experts"]
 
 
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
