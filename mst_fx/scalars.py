@@ -29,6 +29,8 @@ def as_tensors(lowered: GraphModule, live_ins: Sequence[Node]) -> tuple[int, ...
         The positions of the live-ins whose value has become a part of the graph, as some op takes it as a number only.
         It has to be fixed, for this region and for all that share the graph.
     """
+    if not any(map(_is_number, lowered.graph.nodes)):
+        return ()
     reading = {node: found for node in lowered.graph.nodes if (found := _operands(node))}
     with tracing([*map(fake_value, live_ins)]):
         for node, positions in reading.items():
