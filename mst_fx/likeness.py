@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mst_fx.lower import fake_value
+from mst_fx.lower import fake_value, seen
 
 
 def likeness_of_node(node: Node) -> Hashable:
@@ -59,8 +59,8 @@ def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
         return tuple((name, like(part, number)) for name, part in value.items())
     if isinstance(value, slice):
         return (slice, *(like(part, number) for part in (value.start, value.stop, value.step)))
-    if isinstance(value, torch.SymFloat) and value.node.has_hint():
-        return (type(value), value.node.hint)  # an operand of a loop; or fixed, for each region (see `scalars`)
+    if isinstance(value, torch.SymFloat) and seen(value) is not None:
+        return (type(value), seen(value))  # an operand of a loop; or fixed, for each region (see `scalars`)
     if isinstance(value, SYMBOLS) or not isinstance(value, Hashable):
         return (type(value), str(value))  # to hash a symbol is to guard on it
     return (type(value), value)  # 1, 1.0 and True are equal, but not alike

@@ -251,6 +251,11 @@ def fix(number: Any) -> None:
     float(number) if isinstance(number, torch.SymFloat) else int(number)
 
 
+def seen(number: torch.SymFloat) -> float | None:
+    """The value that a float had when the graph was captured, None where it depends on the data; adds no guard."""
+    return float(number.node.hint) if number.node.has_hint() else None
+
+
 def marked_sizes(gm: GraphModule) -> frozenset[str]:
     """The sizes that the user has marked as varying (`mark_dynamic`): to fix one of them is an error."""
     marked: set[str] = set()

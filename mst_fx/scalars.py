@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node, map_arg
 
 from mst_fx.body import HALF
-from mst_fx.lower import fake_value, tracing
+from mst_fx.lower import fake_value, seen, tracing
 
 aten = torch.ops.aten
 
@@ -119,7 +119,7 @@ def _write(number: Node) -> None:
     """Write the value that was seen where a number is needed."""
     for user in [user for user in number.users if _needs_number(number, user)]:
         user.args, user.kwargs = map_arg(
-            (user.args, user.kwargs), lambda operand: number.meta["val"].node.hint if operand is number else operand
+            (user.args, user.kwargs), lambda operand: seen(number.meta["val"]) if operand is number else operand
         )
 
 

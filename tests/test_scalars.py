@@ -126,11 +126,11 @@ def test_layers_that_differ_in_nothing_share_their_bodies(monkeypatch):
     monkeypatch.setattr(analysis, "_analysed", lambda *given: seen.append(given) or once(*given))
     layers = nn.ModuleList(Scaled() for _ in range(4))
     looped(lambda x, y: sum(layer(x, y) for layer in layers), dynamic=True)(*inputs())
-    of_two = len(seen)
+    of_four = len(seen)
     torch._dynamo.reset()
     seen.clear()
     looped(lambda x, y: sum(layer(x, y) for layer in layers[:2]), dynamic=True)(*inputs())
-    assert len(seen) == of_two
+    assert len(seen) == of_four
 
 
 def test_a_program_that_is_captured_anew_keeps_its_loops(caplog):

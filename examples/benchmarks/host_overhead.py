@@ -10,7 +10,7 @@ the matrix products of gradients, which any way of running calls; the last colum
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -43,10 +43,15 @@ def microseconds(split: int, whole: int, outs: Sequence[tuple[Any, ...]], rounds
     operands = [torch.zeros(1, CHUNKS if axis else 1, 4) for axis in ins]  # each chunk starts aligned
     count = sum(2 * kind[1] if kind[0] == "rows" else 2 - (kind in (SUM, CAT)) for kind in outs)
     made = [torch.zeros(1, 1)] * count
+    return fastest(lambda: run_loop((lambda _: made, None), (VERSION, 1, ins, tuple(outs)), list(operands)), rounds)
+
+
+def fastest(run: Callable[[], Any], rounds: int) -> float:
+    """Microseconds of a chunk in the best of several runs over all of them."""
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
-        run_loop((lambda _: made, None), (VERSION, 1, ins, tuple(outs)), list(operands))
+        run()
         best = min(best, time.perf_counter() - start)
     return best / CHUNKS * 1e6
 
@@ -59,13 +64,12 @@ def products(outs: Sequence[tuple[Any, ...]]) -> int:
 def microseconds_of_product(rounds: int = 7) -> float:
     """Of one product of matrices, added to another one."""
     total, a, b = torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1)
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
+
+    def run() -> None:
         for _ in range(CHUNKS):
             total.addmm_(a, b)
-        best = min(best, time.perf_counter() - start)
-    return best / CHUNKS * 1e6
+
+    return fastest(run, rounds)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/longest.py                          # a GPU with 80 GB or more, a process for each method
     python examples/benchmarks/longest.py --cap 0                  # all that the card has
-    python examples/benchmarks/longest.py --rates 16384 55296        # the compiled methods in turn, in one process
+    python examples/benchmarks/longest.py --rates 16384 55296      # steps in turn, of all methods that fit there
     python examples/benchmarks/longest.py --small --lengths 64     # anywhere: tiny shapes, these lengths only
 
 As in the paper: batch 1, weights and AdamW's state in bfloat16, and the optimizer's step inside the backward, one hook
@@ -201,17 +201,16 @@ def capped_model(args: argparse.Namespace) -> tuple[PreTrainedModel, float]:
 
 
 def rates(args: argparse.Namespace) -> None:
-    """All methods in this process, taking turns of one step: a table of medians, ratios to the first method."""
+    """Methods in one process, taking turns of one step: a table of medians, ratios to the first one that trains."""
     model, _ = capped_model(args)
     steps = {method: make_step(model, method) for method in args.methods}
     print("| tokens | method | s a step | ratio | tokens/s | peak GiB |\n|---|---|---|---|---|---|")
     for tokens in args.rates:
-        for step in steps.values():
-            attempt(model, step, tokens)
-        turns = [{method: attempt(model, step, tokens) for method, step in steps.items()} for _ in range(args.rounds)]
-        seconds = {method: statistics.median(turn[method].seconds for turn in turns) for method in steps}
+        fit = {method: step for method, step in steps.items() if attempt(model, step, tokens).trained}
+        turns = [{method: attempt(model, step, tokens) for method, step in fit.items()} for _ in range(args.rounds)]
+        seconds = {method: statistics.median(turn[method].seconds for turn in turns) for method in fit}
         for method, each in seconds.items():
-            ratio, peak = each / seconds[args.methods[0]], turns[-1][method].peak_gib
+            ratio, peak = each / next(iter(seconds.values())), turns[-1][method].peak_gib
             print(f"| {tokens:,} | {method} | {each:.2f} | {ratio:.3f} | {tokens / each:,.0f} | {peak:.1f} |")
 
 
