@@ -96,10 +96,18 @@ def _rows(extent: Extent, accumulate: Accumulate) -> int:
 def shorter(extent: Extent, wish: Wish, lengths: Lengths) -> Lengths | None:
     """Half as long; None where the user has fixed the length, or where no product of that many rows is worth it."""
     half = _even(extent, -(-lengths.chunk // 2))
-    fixed = wish.num_chunks is not None or wish.chunk_tokens is not None
-    if fixed or half >= lengths.chunk or half * extent.tokens < LEAST_ROWS * extent.sharing:
+    if wish.fixes_length or half >= lengths.chunk or half * extent.tokens < LEAST_ROWS * extent.sharing:
         return None
     return Lengths(half, half)
+
+
+def longer(extent: Extent, wish: Wish, lengths: Lengths) -> Lengths | None:
+    """About twice as long; None where the user has fixed the length, or where one would be the only or a ragged one."""
+    double = _even(extent, 2 * lengths.chunk)
+    ragged = extent.length % double > 0 and extent.length % lengths.chunk == 0
+    if wish.fixes_length or double >= extent.length or (ragged and not extent.dynamic):
+        return None
+    return Lengths(double, max(double, lengths.forward))
 
 
 def _even(extent: Extent, chunk: int) -> int:

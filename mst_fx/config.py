@@ -26,6 +26,11 @@ class Wish:
     chunk_tokens: int | None = None
     num_chunks: int | None = None
 
+    @property
+    def fixes_length(self) -> bool:
+        """Whether the length of a mini-sequence is not the plan's to choose."""
+        return self.chunk_tokens is not None or self.num_chunks is not None
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:

@@ -5,10 +5,10 @@ Plans depend on shapes, options and the kind of device: they are the same on eve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from mst_fx.chunking import Extent, Lengths, default_lengths, shorter
+from mst_fx.chunking import Extent, Lengths, default_lengths, longer, shorter
 from mst_fx.config import Config, Wish
 from mst_fx.cost import Device, RegionCost
 from mst_fx.memory import RegionMemory
@@ -20,6 +20,8 @@ FREE_SHARE, SHARE_OF_PEAK = 0.02, 0.1
 and those whose loop does; ..."""
 OWN_SHARE = 0.004
 """... each of which has at least so large a part in it."""
+LENT_SHARE = 0.1
+"""So much of what all loops take off the peak may longer chunks take back: they sum gradients less often."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,27 @@ class _Planner:
             chosen = [n for n in large if self.offers[n].recomputes is recomputes]
             more = self._without_harm(_with(more, {n: self.lengths[n] for n in chosen}), chosen)
             state = more if before - self.peak(more) >= share * before else state
+        return self._with_longer_chunks(state) if self.config.min_bytes is None else state
+
+    def _with_longer_chunks(self, state: State) -> State:
+        """Chunks twice as long where the peak allows it; regions that are alike together, the largest gain first."""
+        peak = self.peak(state)
+        limit = peak + LENT_SHARE * (self.peak((None,) * len(state)) - peak)
+        alike: dict[Hashable, dict[int, Lengths]] = {}
+        for number, lengths in enumerate(state):
+            double = longer(self.offers[number].extent, self.wishes[number], lengths) if lengths else None
+            if double:
+                offer = self.offers[number]
+                alike.setdefault((offer.extent, offer.memory, offer.cost, double), {})[number] = double
+        for group in sorted(alike.values(), key=lambda group: self._gain(state, group), reverse=True):
+            changed = _with(state, group)
+            state = changed if self.peak(changed) <= limit else state
         return state
+
+    def _gain(self, state: State, changes: Mapping[int, Lengths]) -> float:
+        """Predicted milliseconds that other chunks of regions that are looped save."""
+        now = {number: lengths for number, lengths in enumerate(state) if lengths is not None}
+        return sum(self.added_ms(n, now[n]) - self.added_ms(n, lengths) for n, lengths in changes.items())
 
     def _without_harm(self, state: State, numbers: Iterable[int]) -> State:
         """Less the loops among these that raise the peak, as one may that keeps a large sum for a small region."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mst_fx.chunking import ALIGNMENT, MAX_ROWS, MIN_ROWS, NEAR, Extent, default_lengths
+from mst_fx.chunking import ALIGNMENT, MAX_ROWS, MIN_ROWS, NEAR, Extent, default_lengths, longer, shorter
 from mst_fx.config import Wish
 
 H, F, V = 4096, 14336, 128256
@@ -49,3 +49,31 @@ def test_chunks_of_a_float32_sum_fill_what_its_cast_will_take(hidden, classes):
     row, cast = 2 * classes, 2 * hidden * classes
     held = row * chunk_of(Extent(65536, False, 1, widest=row, wide=row, cast=cast), "float32")
     assert cast / NEAR / 1.1 <= held <= cast * NEAR
+
+
+@given(st.integers(1, 300_000), st.sampled_from([MLP, HEAD]))
+def test_longer_chunks_are_about_twice_as_long_and_never_the_only_ones(length, extent):
+    lengths = default_lengths(replace(extent, length=length), Wish(), "float32", recomputes=True)
+    double = longer(replace(extent, length=length), Wish(), lengths)
+    chunks = -(-length // lengths.chunk)
+    if double is None:
+        assert chunks <= 2 or length % lengths.chunk == 0
+    else:
+        assert double.chunk < length
+        assert length % double.chunk == 0 or length % lengths.chunk > 0
+        assert 1.4 < double.chunk / lengths.chunk < 2 * NEAR + 0.1
+        assert double.forward >= max(double.chunk, lengths.forward)
+
+
+def test_longer_chunks_of_lengths_in_use():
+    for length, chunk in ((8192, None), (12288, 6144), (16384, 8192), (20480, None), (65536, 8192), (131072, 8192)):
+        extent = replace(MLP, length=length)
+        double = longer(extent, Wish(), default_lengths(extent, Wish(), "float32", recomputes=True))
+        assert (double and double.chunk) == chunk
+
+
+@pytest.mark.parametrize("wish", [Wish(chunk_tokens=4096), Wish(num_chunks=16)])
+def test_what_the_user_has_fixed_stays(wish):
+    lengths = default_lengths(MLP, wish, "float32", recomputes=True)
+    assert longer(MLP, wish, lengths) is None
+    assert shorter(MLP, wish, lengths) is None

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mst_fx.chunking import Extent
-from mst_fx.config import Config
+from mst_fx.chunking import Extent, default_lengths
+from mst_fx.config import Config, Wish
 from mst_fx.cost import Device, RegionCost
 from mst_fx.memory import Footprint, RegionMemory
-from mst_fx.plan import Offer, make_plans
+from mst_fx.plan import LENT_SHARE, Offer, held, make_plans
 from mst_fx.readable import readable
 from mst_fx.timeline import Held, Segment, Timeline
 
@@ -247,7 +247,41 @@ def test_a_plan_keeps_to_its_budget_or_says_what_is_missing(graph, budget):
 def test_a_loop_is_never_chosen_for_a_higher_peak(graph):
     plans = make_plans(*graph, DEVICE, Config())
     heads = make_plans(*graph, DEVICE, Config(modules={n.modules[0]: False for n in graph[0] if not n.free}))
-    assert plans.peak <= heads.peak
+    assert plans.peak <= heads.peak + LENT_SHARE * (plans.peak_whole - heads.peak)
+
+
+@given(graphs())
+def test_longer_chunks_take_back_a_small_part_of_what_loops_save(graph):
+    offers, _ = graph
+    plans = make_plans(*graph, DEVICE, Config())
+    defaults = [default_lengths(o.extent, Wish(), "float32", recomputes=not o.free) for o in offers]
+    chosen = [plan.lengths for plan in plans.of]
+    looped = [default if lengths else None for default, lengths in zip(defaults, chosen, strict=True)]
+    peak = graph[1].peak([held(offer, lengths) for offer, lengths in zip(offers, looped, strict=True)])
+    assert peak <= plans.peak <= peak + LENT_SHARE * (plans.peak_whole - peak)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_chunks_are_longer_where_the_rest_of_a_step_leaves_room(checkpointed):
+    """Alike regions have alike chunks, and added time is what longer ones are for."""
+    graph = llama(32768, 8, checkpointed=checkpointed)
+    plans, short = (make_plans(*graph, DEVICE, config) for config in (Config(), Config(chunk_tokens=4096)))
+    assert [plan.lengths.chunk for plan in plans.of[:8]] == [8192] * 8
+    assert sum(plan.added_ms for plan in plans.of[:8]) < 0.9 * sum(plan.added_ms for plan in short.of[:8])
+
+
+def test_chunks_stay_where_they_make_the_peak():
+    """Nothing else is in memory: two such chunks would take back a third of what the loop saves."""
+    offer = mlp(12288)
+    weights = 3 * WIDTH * FFN * 2
+    plans = make_plans([offer], Timeline(weights, (Segment(region=0, gradients=weights),)), DEVICE, Config())
+    assert plans.of[0].lengths.chunk == 4096
+
+
+@pytest.mark.parametrize("options", [{"min_bytes": 0}, {"chunk_tokens": 4096}, {"num_chunks": 8}])
+def test_chunks_stay_where_the_user_decides(options):
+    plans = make_plans(*llama(32768, 8), DEVICE, Config(**options))
+    assert [plan.lengths.chunk for plan in plans.of[:8]] == [4096] * 8
 
 
 @given(graphs(), st.one_of(st.none(), st.integers(1, 200 * GIB)))

@@ -56,6 +56,9 @@ METHODS = (
     "mst_fx + checkpointing",
 )
 MOST_TRIALS = 14
+LAYER_CHUNK = 8192
+"""Tokens of a mini-sequence of the MLPs: their gradients are summed half as often as with the 4,096 that mst_fx takes
+where it does not know how long a sequence will be; the backward of attention needs more memory than either."""
 
 
 @dataclass(frozen=True)
@@ -83,28 +86,31 @@ def checkpointed_layer(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tenso
     return checkpoint(decoder_layer, layer, x, cos, sin, use_reentrant=False)
 
 
-def compiler_of(method: str) -> Callable[..., Any]:
+def compiler_of(method: str, **options: Any) -> Callable[..., Any]:
     """What a method does to a function; mst_fx loops all that it finds, as the first length is a short one."""
     if method.startswith("eager"):
         return lambda fn: fn
-    options = {"strict": True, "min_bytes": 0}
+    options = {"strict": True, "min_bytes": 0, **options}
     how = {"backend": mst_fx.backend, "options": options} if method.startswith("mst_fx") else {}
     return lambda fn: torch.compile(fn, dynamic=True, fullgraph=True, **how)
 
 
 def make_step(model: PreTrainedModel, method: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """A training step of one method; gives the loss."""
-    compiled = compiler_of(method)
-    run_layer = compiled(checkpointed_layer if "checkpointing" in method else decoder_layer)
-    run_head = compiled(head_loss)
+    layer_of = checkpointed_layer if "checkpointing" in method else decoder_layer
+    run_layer = compiler_of(method, chunk_tokens=LAYER_CHUNK)(layer_of)
+    run_head = compiler_of(method)(head_loss)
 
-    def step(input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(input_ids: torch.Tensor) -> torch.Tensor:
         x = model.model.embed_tokens(input_ids)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         cos, sin = model.model.rotary_emb(x, positions)
         for layer in model.model.layers:
             x = run_layer(layer, x, cos, sin)
-        loss = run_head(model, x, F.pad(input_ids[:, 1:], (0, 1), value=-100))
+        return run_head(model, x, F.pad(input_ids[:, 1:], (0, 1), value=-100))
+
+    def step(input_ids: torch.Tensor) -> torch.Tensor:
+        loss = forward(input_ids)  # a function of its own: the backward finds what autograd has saved, and no locals
         loss.backward()
         return loss.detach()
 
@@ -219,7 +225,7 @@ def run_here(args: argparse.Namespace) -> list[Trial]:
     model, cap_gib = capped_model(args)
     step = make_step(model, args.here)
     if args.lengths:
-        return [attempt(model, step, tokens, steps=2) for tokens in args.lengths]
+        return [attempt(model, step, tokens, steps=1 if i else 2) for i, tokens in enumerate(args.lengths)]
     trials = search(lambda tokens: attempt(model, step, tokens), args.first, cap_gib, args.grain)
     return [*trials, attempt(model, step, bounds(trials)[0], steps=2)]
 
@@ -245,7 +251,9 @@ def main() -> None:
     parser.add_argument("--cap", type=float, default=80.0, help="GB of the device that may be used; 0 for all")
     parser.add_argument("--first", type=int, default=1024, help="tokens to begin with")
     parser.add_argument("--grain", type=int, default=512, help="tokens between the lengths that are told apart")
-    parser.add_argument("--lengths", type=int, nargs="+", help="try these (tokens), and search for none")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", help="try these (tokens; the first one twice), search for none"
+    )
     parser.add_argument("--rates", type=int, nargs="+", metavar="TOKENS", help="compare the methods at these lengths")
     parser.add_argument("--rounds", type=int, default=3, help="of --rates: turns of each method")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
