@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node, map_arg
 
 from mst_fx.body import HALF
 from mst_fx.lower import fake_value, seen, tracing
+from mst_fx.refusal import Reason, Refusal
 
 aten = torch.ops.aten
 
@@ -28,6 +29,9 @@ def as_tensors(lowered: GraphModule, live_ins: Sequence[Node]) -> tuple[int, ...
     Returns:
         The positions of the live-ins whose value has become a part of the graph, as some op takes it as a number only.
         It has to be fixed, for this region and for all that share the graph.
+
+    Raises:
+        Refusal: such a value depends on the data.
     """
     if not any(map(_is_number, lowered.graph.nodes)):
         return ()
@@ -117,9 +121,12 @@ def _needs_number(number: Node, user: Node) -> bool:
 
 def _write(number: Node) -> None:
     """Write the value that was seen where a number is needed."""
+    value = seen(number.meta["val"])
     for user in [user for user in number.users if _needs_number(number, user)]:
+        if value is None:
+            raise Refusal(Reason.NUMBER, user, f"{user.target} takes a number that depends on the data")
         user.args, user.kwargs = map_arg(
-            (user.args, user.kwargs), lambda operand: seen(number.meta["val"]) if operand is number else operand
+            (user.args, user.kwargs), lambda operand: value if operand is number else operand
         )
 
 

@@ -130,6 +130,30 @@ def test_checkpointed_layers_loop_inside():
     assert peaks[0] + 3 * T * FF * FLOAT <= peaks[1]
 
 
+def test_nothing_wide_grows_with_a_length_that_varies():
+    """One compile; of twice the length, what is saved and the peak take more of [tokens, hidden] alone."""
+    weights = tensors((FF, D), (FF, D), (D, FF), (V, D))
+
+    def model(x, gate, up, down, w, labels):
+        return head(x + mlp(x, gate, up, down), w, labels)
+
+    def measured(compiled, length):
+        x, labels = torch.randn(length, D, requires_grad=True), torch.randint(0, V, (length,))
+        for given in (x, labels):
+            torch._dynamo.mark_dynamic(given, 0)
+        inputs = [x, *weights, labels]
+        step = lambda: torch.autograd.grad(compiled(*inputs), inputs[:-1])  # noqa: E731
+        return saved_bytes(lambda: compiled(*inputs), inputs), peak_bytes(step)
+
+    for disabled, least, most in (((), 0, 3), (("gated_mlp", "head"), V / D, 2 * V / D)):
+        compiled = looped(model, chunk_tokens=CHUNK, inner="inductor", disable=disabled)
+        before = len(mst_fx.reports())
+        shorter, longer = measured(compiled, T), measured(compiled, 2 * T)
+        assert len(mst_fx.reports()) == before + 1
+        for less, more in zip(shorter, longer, strict=True):
+            assert least <= (more - less) / (T * D * FLOAT) <= most
+
+
 def test_evaluation_frees_each_chunk(head_inputs):
     compiled = looped(head, chunk_tokens=CHUNK, inner="inductor")
 

@@ -118,6 +118,26 @@ def test_a_number_that_an_op_needs_is_fixed_for_every_layer():
         torch.testing.assert_close(compiled(*inputs()), all_of_them(*inputs()))
 
 
+@pytest.mark.parametrize(("read", "looped_too"), [(F.leaky_relu, False), (torch.mul, True)])
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_a_number_that_depends_on_the_data(read, looped_too):
+    """It is an operand like any other; an op that needs it as a number is refused."""
+    model = Scaled(read)
+
+    def program(x, labels):
+        return model.head(x + model.down(read(F.gelu(model.up(x)), x.abs().max().item()))).logsumexp(-1).sum()
+
+    given = inputs()
+    torch.testing.assert_close(looped(program)(*given), program(*given))
+    report = mst_fx.reports()[-1]
+    assert [region.pattern for region in report.regions] == (["mlp", "head"] if looped_too else ["head"])
+    if not looped_too:
+        (refused,) = report.refusals
+        assert refused.reason == "NUMBER"
+        assert refused.text == "aten.leaky_relu.default takes a number that depends on the data"
+        assert "model.down(read(F.gelu(model.up(x))" in refused.source
+
+
 def test_layers_that_differ_in_nothing_share_their_bodies(monkeypatch):
     from mst_fx import analysis
 
