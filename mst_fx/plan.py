@@ -158,7 +158,10 @@ class _Planner:
         return self._with_longer_chunks(state) if self.config.min_bytes is None else state
 
     def _with_longer_chunks(self, state: State) -> State:
-        """Chunks twice as long where the peak allows it; regions that are alike together, the largest gain first."""
+        """Chunks twice as long where the peak allows it; regions that are alike share their bodies, and go together.
+
+        No order matters: a chunk's length shows in the peak of its own region's loop alone.
+        """
         peak = self.peak(state)
         limit = peak + LENT_SHARE * (self.peak((None,) * len(state)) - peak)
         alike: dict[Hashable, dict[int, Lengths]] = {}
@@ -167,15 +170,10 @@ class _Planner:
             if double:
                 offer = self.offers[number]
                 alike.setdefault((offer.extent, offer.memory, offer.cost, double), {})[number] = double
-        for group in sorted(alike.values(), key=lambda group: self._gain(state, group), reverse=True):
+        for group in alike.values():
             changed = _with(state, group)
             state = changed if self.peak(changed) <= limit else state
         return state
-
-    def _gain(self, state: State, changes: Mapping[int, Lengths]) -> float:
-        """Predicted milliseconds that other chunks of regions that are looped save."""
-        now = {number: lengths for number, lengths in enumerate(state) if lengths is not None}
-        return sum(self.added_ms(n, now[n]) - self.added_ms(n, lengths) for n, lengths in changes.items())
 
     def _without_harm(self, state: State, numbers: Iterable[int]) -> State:
         """Less the loops among these that raise the peak, as one may that keeps a large sum for a small region."""

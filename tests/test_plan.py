@@ -261,6 +261,13 @@ def test_longer_chunks_take_back_a_small_part_of_what_loops_save(graph):
     assert peak <= plans.peak <= peak + LENT_SHARE * (plans.peak_whole - peak)
 
 
+def test_layers_that_are_alike_keep_one_chunk_length():
+    """The first two of these leave room, the last two do not: two bodies to compile in place of one."""
+    offers, timeline = llama(16384, 4)
+    plans = make_plans(offers[:4], Timeline(timeline.resident, timeline.segments[:-1]), DEVICE, Config())
+    assert [plan.lengths.chunk for plan in plans.of] == [4096] * 4
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_chunks_are_longer_where_the_rest_of_a_step_leaves_room(checkpointed):
     """Alike regions have alike chunks, and added time is what longer ones are for."""
