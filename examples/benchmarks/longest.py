@@ -58,7 +58,7 @@ METHODS = (
 MOST_TRIALS = 14
 LAYER_CHUNK = 8192
 """Tokens of a mini-sequence of the MLPs: their gradients are summed half as often as with the 4,096 that mst_fx takes
-where it does not know how long a sequence will be; the backward of attention needs more memory than either."""
+where it does not know how long a sequence will be; over long ones the backward of attention needs more memory."""
 
 
 @dataclass(frozen=True)
