@@ -110,7 +110,7 @@ def make_plans(offers: Sequence[Offer], timeline: Timeline, device: Device, conf
     budget = config.budget_bytes(device.memory)
     state = planner.worth_it() if budget is None else planner.within(budget)
     plans = tuple(planner.plan(number, state) for number in range(len(offers)))
-    peak, whole = planner.peak(state), planner.peak((None,) * len(offers))
+    peak, whole = planner.peak(state), planner.peak(planner.unlooped)
     advice = planner.advice(state, peak - budget) if budget is not None and peak > budget else ""
     return Plans(plans, peak, whole, budget, advice)
 
@@ -126,6 +126,7 @@ class _Planner:
             for offer, wish in zip(offers, self.wishes, strict=True)
         ]
         self.candidates = [number for number in range(len(offers)) if self._may_be_looped(number)]
+        self.unlooped: State = (None,) * len(offers)
 
     def _may_be_looped(self, number: int) -> bool:
         wish, offer = self.wishes[number], self.offers[number]
@@ -133,8 +134,8 @@ class _Planner:
 
     def _must_be_looped(self, number: int) -> bool:
         wish = self.wishes[number]
-        given = (self.config.min_bytes, wish.loop, wish.chunk_tokens, wish.num_chunks)
-        return self.offers[number].due or any(option is not None for option in given)
+        given = self.config.min_bytes is not None or wish.loop is not None or wish.fixes_length
+        return given or self.offers[number].due
 
     def peak(self, state: State) -> int:
         """Predicted bytes of a training step."""
@@ -163,7 +164,7 @@ class _Planner:
         No order matters: a chunk's length shows in the peak of its own region's loop alone.
         """
         peak = self.peak(state)
-        limit = peak + LENT_SHARE * (self.peak((None,) * len(state)) - peak)
+        limit = peak + LENT_SHARE * (self.peak(self.unlooped) - peak)
         alike: dict[Hashable, dict[int, Lengths]] = {}
         for number, lengths in enumerate(state):
             double = longer(self.offers[number].extent, self.wishes[number], lengths) if lengths else None
@@ -214,7 +215,7 @@ class _Planner:
             yield state
 
     def _looped(self, numbers: Iterable[int]) -> State:
-        return _with((None,) * len(self.offers), {n: self.lengths[n] for n in numbers})
+        return _with(self.unlooped, {n: self.lengths[n] for n in numbers})
 
     def _own_bytes(self, number: int) -> int:
         memory = self.offers[number].memory

@@ -87,7 +87,7 @@ def checkpointed_layer(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tenso
 
 
 def compiler_of(method: str, **options: Any) -> Callable[..., Any]:
-    """What a method does to a function; mst_fx loops all that it finds, as the first length is a short one."""
+    """What a method does to a function; mst_fx, with these options, loops all: the first length is a short one."""
     if method.startswith("eager"):
         return lambda fn: fn
     options = {"strict": True, "min_bytes": 0, **options}
