@@ -50,7 +50,14 @@ class _Step:
     chain: tuple[Node, ...] = ()
 
 
-def peak(module: GraphModule, size: Size, *, reductions_apart: bool, ordered: bool) -> float:
+def peak(
+    module: GraphModule,
+    size: Size,
+    *,
+    reductions_apart: bool,
+    ordered: bool,
+    multiplied: Collection[tuple[Node, Node]] = (),
+) -> float:
     """The most that `size` of the buffers alive adds up to, those of the inputs (alive throughout) left out.
 
     Args:
@@ -58,19 +65,23 @@ def peak(module: GraphModule, size: Size, *, reductions_apart: bool, ordered: bo
         size: of the buffer of one value.
         reductions_apart: whether a kernel's reductions are over before it writes, as in C++.
         ordered: whether a kernel's values are written in an order that lets them overwrite.
+        multiplied: pairs of results that are not kept: a product reads them as soon as both are there.
     """
-    steps = _Steps(module, reductions_apart, ordered)
+    pairs = [(buffer_of(left), buffer_of(right)) for left, right in multiplied]
+    steps = _Steps(module, reductions_apart, ordered, early={node for pair in pairs for node in pair})
     last = {node: index for index, step in enumerate(steps.order) for node in step.reads}
-    last.update(dict.fromkeys(steps.returned, len(steps.order)))
+    made = {node: index for index, step in enumerate(steps.order) for node in step.makes}
+    last.update(dict.fromkeys(steps.returned.difference(*pairs), len(steps.order)))
+    for pair in pairs:
+        both = max(made.get(node, -1) for node in pair)
+        last.update({node: max(last.get(node, -1), both) for node in pair})
     alive: set[Node] = set()
     most = 0.0
     for index, step in enumerate(steps.order):
-        dying = {node for node in step.reads & alive if last[node] == index}
-        reused = {old for old, new in step.overwrites if old in dying and size(old) == size(new)}
+        reused = {old for old, new in step.overwrites if last[old] == index and size(old) == size(new)}
         alive.update(step.makes)
         most = max(most, sum(map(size, alive - reused)))
-        alive -= dying
-        alive.difference_update(node for node in step.makes if node not in last)
+        alive = {node for node in alive if last.get(node, -1) > index}
     return most
 
 
@@ -82,11 +93,16 @@ def chains(module: GraphModule) -> Iterator[tuple[Node, ...]]:
 
 
 class _Steps:
-    """The steps of a graph in the order in which they run."""
+    """The steps of a graph in the order in which they run: products, and last what is returned.
 
-    def __init__(self, module: GraphModule, reductions_apart: bool, ordered: bool) -> None:
+    What is wanted early is made in its turn, by a kernel of its own.
+    """
+
+    def __init__(
+        self, module: GraphModule, reductions_apart: bool, ordered: bool, early: Collection[Node] = ()
+    ) -> None:
         self.order: list[_Step] = []
-        self._ordered = ordered
+        self._ordered, self._early = ordered, early
         self.returned = {buffer_of(node) for node in module.graph.output_node().all_input_nodes}
         self._apart = reductions_apart
         self._nodes = _alive_nodes(module)
@@ -98,7 +114,7 @@ class _Steps:
         self._kernels = self._fused()
         self._done: set[Node] = set()
         for node in self._nodes:
-            if node.target in UNFUSED:
+            if node.target in UNFUSED or node in early:
                 self._run(node)
         for node in sorted(self.returned):
             self._run(node)
@@ -132,8 +148,9 @@ class _Steps:
         return {node: kernel for group in groups for kernel in [self._kernel(group)] for node in group}
 
     def _meet(self, group: list[Node], node: Node) -> bool:
-        same_level = self._level[group[0]] == self._level[node]
-        return same_level and any(not self._reads[node].isdisjoint(self._reads[other] | {other}) for other in group)
+        if node in self._early or self._level[group[0]] != self._level[node]:
+            return False
+        return any(not self._reads[node].isdisjoint(self._reads[other] | {other}) for other in group)
 
     def _kernel(self, group: list[Node]) -> _Step:
         reads = frozenset().union(*(self._reads[node] for node in group)) - set(group)

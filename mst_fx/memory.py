@@ -21,7 +21,7 @@ from mst_fx.body import Body
 from mst_fx.liveness import buffer_of, peak
 from mst_fx.lower import hint
 from mst_fx.placement import split_of
-from mst_fx.rules.contraction import CONTRACTIONS
+from mst_fx.rules.contraction import CONTRACTIONS, factors
 from mst_fx.rules.view import FREE
 from mst_fx.stages import Stages
 
@@ -120,8 +120,7 @@ def memory_of(work: Work, call: Call) -> RegionMemory:
     )
     in_forward = forward is None
     gradients = _gradients_saved(work, call) if in_forward else []
-    dear = [n for n in stages.products if n not in stages.results and not is_sink(stages, n)]
-    saved_whole = sum(bytes_per_position(stages, node) for node in dear) * length if work.backward != "none" else 0
+    saved_whole = sum(bytes_per_position(stages, node) for node in _saved_whole(work)) * length
     return RegionMemory(
         written=temporary_bytes(stages, length),
         forward=forward or backward or Footprint(),
@@ -129,9 +128,9 @@ def memory_of(work: Work, call: Call) -> RegionMemory:
         saved=sum(saved for _, saved in gradients),
         scaled=sum(own for own, _ in gradients),
         rescaled=max((own for own, saved in gradients if own != saved), default=0),
-        saved_whole=saved_whole,
+        saved_whole=saved_whole if work.backward != "none" else 0,
         whole_forward=saved_whole if forward is None else forward.temporaries(length) + forward.left,
-        whole_backward=_whole(call.backward, call.spec.backward_spec, length) + backward.left
+        whole_backward=_whole(call.backward, call.spec.backward_spec, length) + backward.native
         if call.backward is not None and backward is not None
         else 0,
         stream_gradient=_stream_gradient(work),
@@ -155,6 +154,18 @@ def written_after(work: Work, chunk: int) -> int:
 def _stream_gradient(work: Work) -> int:
     wanted = {work.stages.operands[i] for i in work.wanted}
     return _bytes(work.stages.stream) if not work.stages.products and work.stages.stream in wanted else 0
+
+
+def _saved_whole(work: Work) -> list[Node]:
+    """What a region that is not looped saves for backward: its products, and what they read for a factor's gradient."""
+    stages = work.stages
+    carrying = {stages.operands[i] for i in work.wanted}
+    for node in stages.loop:
+        carrying.update([node] if not carrying.isdisjoint(node.all_input_nodes) else ())
+    saved = {node: node for node in stages.products if node not in stages.results and not is_sink(stages, node)}
+    for left, right in map(factors, stages.products):
+        saved.update({buffer_of(read): read for read, other in ((left, right), (right, left)) if other in carrying})
+    return [saved[buffer] for buffer in saved.keys() & {*stages.loop}]
 
 
 def is_sink(stages: Stages, product: Node) -> bool:
@@ -215,19 +226,24 @@ def _split_bytes(kind: tuple[Any, ...], value: torch.Tensor, chunk: int, length:
     return prod(whole) * value.element_size()
 
 
-def _alive(body: Body, fixed: set[Node], times: float, *, reductions_apart: bool, ordered: bool) -> float:
-    """Most bytes at once of the temporaries of `times` chunks taken as one."""
+def _alive(body: Body, fixed: set[Node], times: float, **how: Any) -> float:
+    """Most bytes at once of the temporaries of `times` chunks taken as one; `how` as in `liveness.peak`."""
 
     def size(node: Node) -> float:
         return _bytes(node) * (1 if node in fixed else times)
 
-    return peak(body.module, size, reductions_apart=reductions_apart, ordered=ordered)
+    return peak(body.module, size, **how)
 
 
 def _whole(body: Body, spec: tuple[Any, ...], length: int) -> int:
-    """Most bytes of the temporaries of a region that is not looped: what is reduced is reduced in the forward."""
+    """Most bytes of a region that is not looped, gradients of its weights left out.
+
+    What is reduced is reduced in the forward, and a gradient is multiplied as soon as its factors are there.
+    """
     fixed = _whole_nodes(body, spec[3])
-    return round(_alive(body, fixed, length / spec[1], reductions_apart=True, ordered=False))
+    pairs = [(nodes[0], nodes[1]) for kind, nodes in _by_result(body, spec[3]) if kind[0] == "outer"]
+    times = length / spec[1]
+    return round(_alive(body, fixed, times, reductions_apart=True, ordered=False, multiplied=pairs))
 
 
 def _outputs(body: Body) -> list[Node]:

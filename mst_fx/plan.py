@@ -20,7 +20,7 @@ FREE_SHARE, SHARE_OF_PEAK = 0.02, 0.1
 and those whose loop does; ..."""
 OWN_SHARE = 0.004
 """... each of which has at least so large a part in it."""
-LENT_SHARE = 0.1
+LENT_SHARE = 0.125
 """So much of what all loops take off the peak may longer chunks take back: they sum gradients less often."""
 
 

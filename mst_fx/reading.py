@@ -205,8 +205,9 @@ class Reader:
         return opened is not None and not writes(node) and torch.Tag.nondeterministic_seeded not in tags
 
     def storages(self, node: Node) -> set[torch.UntypedStorage]:
-        """The memory that the node's value lies in, as captured."""
-        return {tensor.untyped_storage() for tensor in tensors_of(node) if tensor.layout == torch.strided}
+        """The memory that the node's value lies in, as captured; none inside a transform."""
+        tensors = [tensor for tensor in tensors_of(node) if tensor.layout == torch.strided]
+        return {tensor.untyped_storage() for tensor in tensors if not is_transformed(tensor)}
 
     def numel(self, node: Node) -> int:
         """Elements of the node's value as captured, added up where it is a tuple."""

@@ -275,15 +275,7 @@ def _segments(surveyed: Surveyed, numbers: dict[Site, int], fresh: Iterator[int]
             inner = _segments(child, numbers, fresh, top=False)
             block = next(fresh) if child.around.repeated else None
             blocks[caller] = [replace(part, block=block) if part.block is None else part for part in inner]
-    results = {numbers[site]: _result_bytes(site.region) for site in surveyed.sites}
-    return segments_of(surveyed.reader, regions, blocks, results, top=top)
-
-
-def _result_bytes(region: Region) -> int:
-    """Of what the rest of the graph keeps; what the caller gets is counted there."""
-    inner = [node for node in region.outputs if any(user.op != "output" for user in node.users)]
-    values: list[torch.Tensor] = [fake_value(node) for node in inner]
-    return sum(hint(value.numel()) * value.element_size() for value in values if value.requires_grad)
+    return segments_of(surveyed.reader, regions, blocks, top=top)
 
 
 def device_of_graph(surveyed: Surveyed) -> Device:

@@ -1,27 +1,22 @@
 """The memory of a whole graph over one training step, region by region: what else is alive while a loop runs.
 
 A step goes through the graph once forward and once back. What backward needs is saved on the way; what backward makes
-is a gradient. Outside the regions a compiler saves what is dear to compute again (products, attention, unknown ops) and
-what these and the regions read, and fuses or recomputes the rest: that is the model here. Inside a checkpointed block
-all of it is only alive while backward passes the block.
+is a gradient. What the nodes outside the regions save is told in `saving`; inside a checkpointed block it is only
+alive while backward passes the block.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
 
-from mst_fx.body import HALF
 from mst_fx.lower import fake_value, hint
-from mst_fx.reading import Reader, tensors_of
-from mst_fx.rules import rule_for
-from mst_fx.rules.contraction import CONTRACTIONS
-
-aten = torch.ops.aten
+from mst_fx.reading import Reader
+from mst_fx.saving import activation_bytes, bytes_of, passing_bytes, saved_values
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,6 @@ def segments_of(
     reader: Reader,
     regions: Mapping[Node, int],
     blocks: Mapping[Node, Sequence[Segment]],
-    results: Mapping[int, int],
     *,
     top: bool,
 ) -> list[Segment]:
@@ -112,10 +106,10 @@ def segments_of(
         reader: of the graph.
         regions: the number of the region of each node that belongs to one.
         blocks: the segments of the subgraphs that nodes of the graph run (checkpointed blocks and the like).
-        results: bytes of what each region gives.
         top: whether the graph's inputs are those of the whole; a subgraph's gradients are its caller's.
     """
     last = _last_readers(reader) if top else {}
+    saved = saved_values(reader, regions, blocks)
     found: list[Segment] = []
     place: dict[int, int] = {}
     current = Segment()
@@ -126,21 +120,21 @@ def segments_of(
             if number not in place:
                 found += [current, Segment(region=number)]
                 place[number] = len(found) - 1
-                current = Segment(saved=results[number])
+                current = Segment()
+            current = replace(current, saved=current.saved + saved.get(node, 0))
             at = place[number]
             found[at] = replace(found[at], gradients=found[at].gradients + gradients)
         elif node in blocks:
             inner = list(blocks[node]) or [Segment()]
-            inner[0] = replace(inner[0], entry=inner[0].entry + _activation_bytes(node))
+            inner[0] = replace(inner[0], entry=inner[0].entry + activation_bytes(node))
             inner[-1] = replace(inner[-1], gradients=inner[-1].gradients + gradients)
             found += [current, *inner]
-            current = Segment()
+            current = Segment(saved=saved.get(node, 0))
         else:
-            saved, passing = _saved_by(reader, node, regions)
             current = replace(
                 current,
-                saved=current.saved + saved,
-                passing=max(current.passing, passing),
+                saved=current.saved + saved.get(node, 0),
+                passing=max(current.passing, passing_bytes(reader, node)),
                 gradients=current.gradients + gradients,
             )
     return [*found, current]
@@ -172,48 +166,5 @@ def _last_readers(reader: Reader) -> dict[Node, int]:
         value = fake_value(node)
         if isinstance(value, torch.nn.Parameter) and value.requires_grad and node.users:
             last = max(node.users, key=reader.order.__getitem__)
-            gradients[last] = gradients.get(last, 0) + _bytes(value)
+            gradients[last] = gradients.get(last, 0) + bytes_of(value)
     return gradients
-
-
-ATTENTION = 3
-"""Attention's backward holds so many times what it reads and makes: gradients, and sums of them in float32."""
-
-
-def _saved_by(reader: Reader, node: Node, regions: Container[Node]) -> tuple[int, int]:
-    """Bytes that a node outside the regions saves for backward, and that its backward needs beside them.
-
-    Args:
-        reader: of the graph.
-        node: outside the regions.
-        regions: the nodes of the regions.
-    """
-    values = [x for x in tensors_of(node) if x.requires_grad]
-    if node.op in ("placeholder", "get_attr", "output") or not values:
-        return 0, 0
-    made = sum(map(_bytes, values))
-    if reader.does(node, (aten.embedding.default, aten.index.Tensor)):  # rows of a table: it adds up in float32
-        tables = [
-            x for operand in node.all_input_nodes for x in tensors_of(operand) if isinstance(x, torch.nn.Parameter)
-        ]
-        return 0, sum(4 * hint(x.numel()) + _bytes(x) for x in tables if x.dtype in HALF)
-    if _is_dear(reader, node):
-        return made, (made + _activation_bytes(node)) * (1 if reader.multiplies(node) else ATTENTION)
-    needed = any(user in regions or _is_dear(reader, user) for user in node.users)
-    return (made if needed and not reader.is_view(node) else 0), 0
-
-
-def _is_dear(reader: Reader, node: Node) -> bool:
-    """Whether a compiler would rather save a node's result than compute it once more."""
-    ops = reader.ops(node)
-    return ops is None or any(op in CONTRACTIONS or rule_for(op) is None for op in ops)
-
-
-def _activation_bytes(node: Node) -> int:
-    """Bytes of the operands that carry gradients and are no parameters."""
-    values = [x for operand in node.all_input_nodes for x in tensors_of(operand)]
-    return sum(_bytes(x) for x in values if x.requires_grad and not isinstance(x, torch.nn.Parameter))
-
-
-def _bytes(value: torch.Tensor) -> int:
-    return hint(value.numel()) * value.element_size()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from graphs import captured, rewritten
 from memory_probe import peak_bytes
 from numerics import looped
 
@@ -65,16 +66,29 @@ HEADS = (cross_entropy, log_probabilities)
 
 
 def peaks(program: Callable, sizes: Sizes, dtype: torch.dtype, device: str, **options) -> tuple[int, int]:
-    """Bytes above the inputs in a step, measured and predicted."""
+    """Bytes above the inputs in a step with a loop, measured and predicted."""
     inputs = inputs_of(program, sizes, dtype, device)
-    compiled = looped(program, inner="inductor", **options)
-    upstream = torch.ones_like(program(*inputs))
+    measured = _peak(looped(program, inner="inductor", **options), inputs, device)
+    return measured, mst_fx.reports()[-1].peak - _resident(inputs)
+
+
+def peaks_without_a_loop(program: Callable, sizes: Sizes, dtype: torch.dtype, device: str) -> tuple[int, int]:
+    """The same without one."""
+    inputs = inputs_of(program, sizes, dtype, device)
+    _, report = rewritten(captured(program, *inputs))
+    return _peak(torch.compile(program), inputs, device), report.peak_whole - _resident(inputs)
+
+
+def _peak(compiled: Callable, inputs: list[torch.Tensor], device: str) -> int:
+    upstream = torch.ones_like(compiled(*inputs))
 
     def step():
         compiled(*inputs).backward(upstream)
         for x in inputs:
             x.grad = None  # not at the start: a profile knows no memory that was there before it
 
-    measured = peak_bytes(step, device)
-    resident = sum(x.untyped_storage().nbytes() for x in inputs)
-    return measured, mst_fx.reports()[-1].peak - resident
+    return peak_bytes(step, device)
+
+
+def _resident(inputs: list[torch.Tensor]) -> int:
+    return sum(x.untyped_storage().nbytes() for x in inputs)

@@ -8,7 +8,7 @@ import torch
 from graphs import captured
 from memory_probe import saved_bytes
 from numerics import looped
-from predictions import HEADS, MLPS, Sizes, inputs_of, peaks
+from predictions import HEADS, MLPS, Sizes, inputs_of, peaks, peaks_without_a_loop
 
 from mst_fx.config import Config
 from mst_fx.pattern import patterns
@@ -64,4 +64,17 @@ def test_peak(program, chunk):
     if program is predictions.cross_entropy and torch.__version__ < "2.13":
         pytest.skip("2.11's C++ fuses the loss with the gradient of the logits, which then has a buffer of its own")
     measured, predicted = peaks(program, SIZES, torch.float32, "cpu", chunk_tokens=chunk)
+    assert abs(measured / predicted - 1) <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("program", "sizes", "dtype"),
+    [
+        (predictions.swiglu, SIZES, torch.float32),
+        (predictions.pre_normed, SIZES, torch.bfloat16),
+        (predictions.cross_entropy, Sizes(t=512, d=512, ff=0, v=8192), torch.bfloat16),
+    ],
+)
+def test_peak_without_a_loop(program, sizes, dtype):
+    measured, predicted = peaks_without_a_loop(program, sizes, dtype, "cpu")
     assert abs(measured / predicted - 1) <= 0.1
