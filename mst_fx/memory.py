@@ -76,6 +76,7 @@ class RegionMemory:
         rescaled: of the largest gradient that was made in the forward and that backward casts while it scales it; those
             that it does not cast are scaled in place.
         whole_forward, whole_backward: most at once without a loop, results and gradients included.
+        whole_again: of the backward, where what is saved is computed again right before it: one kernel makes that, too.
         stream_gradient: of the stream's gradient, where the stream itself is large: nothing in the loop makes it from
             less.
     """
@@ -89,6 +90,7 @@ class RegionMemory:
     saved_whole: int = 0
     whole_forward: int = 0
     whole_backward: int = 0
+    whole_again: int = 0
     stream_gradient: int = 0
 
 
@@ -121,6 +123,8 @@ def memory_of(work: Work, call: Call) -> RegionMemory:
     in_forward = forward is None
     gradients = _gradients_saved(work, call) if in_forward else []
     saved_whole = sum(bytes_per_position(stages, node) for node in _saved_whole(work)) * length
+    weights = backward.native if backward is not None else 0
+    early, late = (weights + _whole(call, length, early=early) for early in (True, False))
     return RegionMemory(
         written=temporary_bytes(stages, length),
         forward=forward or backward or Footprint(),
@@ -130,9 +134,8 @@ def memory_of(work: Work, call: Call) -> RegionMemory:
         rescaled=max((own for own, saved in gradients if own != saved), default=0),
         saved_whole=saved_whole if work.backward != "none" else 0,
         whole_forward=saved_whole if forward is None else forward.temporaries(length) + forward.left,
-        whole_backward=_whole(call.backward, call.spec.backward_spec, length) + backward.native
-        if call.backward is not None and backward is not None
-        else 0,
+        whole_backward=early,
+        whole_again=late,
         stream_gradient=_stream_gradient(work),
     )
 
@@ -235,15 +238,22 @@ def _alive(body: Body, fixed: set[Node], times: float, **how: Any) -> float:
     return peak(body.module, size, **how)
 
 
-def _whole(body: Body, spec: tuple[Any, ...], length: int) -> int:
-    """Most bytes of a region that is not looped, gradients of its weights left out.
+def _whole(call: Call, length: int, *, early: bool) -> int:
+    """Most bytes of the backward of a region that is not looped, gradients of weights left out.
 
-    What is reduced is reduced in the forward, and a gradient is multiplied as soon as its factors are there.
+    What is reduced is reduced in the forward.
+
+    Args:
+        call: of the region.
+        length: positions of its axis.
+        early: whether a gradient is multiplied as soon as its factors are there, and each of these has its own kernel.
     """
-    fixed = _whole_nodes(body, spec[3])
-    pairs = [(nodes[0], nodes[1]) for kind, nodes in _by_result(body, spec[3]) if kind[0] == "outer"]
-    times = length / spec[1]
-    return round(_alive(body, fixed, times, reductions_apart=True, ordered=False, multiplied=pairs))
+    if call.backward is None:
+        return 0
+    _, chunk, _, outs = call.spec.backward_spec
+    factors_of = [(nodes[0], nodes[1]) for kind, nodes in _by_result(call.backward, outs) if kind[0] == "outer"]
+    how = {"reductions_apart": True, "ordered": False, "multiplied": factors_of if early else ()}
+    return round(_alive(call.backward, _whole_nodes(call.backward, outs), length / chunk, **how))
 
 
 def _outputs(body: Body) -> list[Node]:

@@ -282,7 +282,8 @@ def held(offer: Offer, lengths: Lengths | None) -> Held:
     """What a region holds when it is looped with these lengths, or not at all."""
     memory, length = offer.memory, offer.extent.length
     if lengths is None:
-        return Held(memory.whole_forward, memory.saved_whole, max(0, memory.whole_backward - memory.saved_whole))
+        backward = memory.whole_again if offer.repeated else memory.whole_backward
+        return Held(memory.whole_forward, memory.saved_whole, max(0, backward - memory.saved_whole))
     chunk, forward = min(lengths.chunk, length), min(lengths.forward, length)
     backward = memory.backward.peak(chunk) if memory.backward is not None else memory.rescaled
     kept = memory.forward.results if offer.kept else 0
