@@ -68,7 +68,7 @@ def peak(
         multiplied: pairs of results that are not kept: a product reads them as soon as both are there.
     """
     pairs = [(buffer_of(left), buffer_of(right)) for left, right in multiplied]
-    steps = _Steps(module, reductions_apart, ordered, early={node for pair in pairs for node in pair})
+    steps = _Steps(module, reductions_apart, ordered, early=frozenset(node for pair in pairs for node in pair))
     last = {node: index for index, step in enumerate(steps.order) for node in step.reads}
     made = {node: index for index, step in enumerate(steps.order) for node in step.makes}
     last.update(dict.fromkeys(steps.returned.difference(*pairs), len(steps.order)))
@@ -99,7 +99,7 @@ class _Steps:
     """
 
     def __init__(
-        self, module: GraphModule, reductions_apart: bool, ordered: bool, early: Collection[Node] = ()
+        self, module: GraphModule, reductions_apart: bool, ordered: bool, early: frozenset[Node] = frozenset()
     ) -> None:
         self.order: list[_Step] = []
         self._ordered, self._early = ordered, early
@@ -148,7 +148,7 @@ class _Steps:
         return {node: kernel for group in groups for kernel in [self._kernel(group)] for node in group}
 
     def _meet(self, group: list[Node], node: Node) -> bool:
-        if node in self._early or self._level[group[0]] != self._level[node]:
+        if not self._early.isdisjoint((group[0], node)) or self._level[group[0]] != self._level[node]:
             return False
         return any(not self._reads[node].isdisjoint(self._reads[other] | {other}) for other in group)
 

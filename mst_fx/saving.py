@@ -88,8 +88,9 @@ def _needed(reader: Reader, node: Node, operand: Node) -> Need:
     ops = reader.ops(node)
     if ops is not None and ops <= BILINEAR:
         others = [other for other in node.all_input_nodes if other is not operand]
-        read = node.args.count(operand) > 1 or any(x.requires_grad for other in others for x in tensors_of(other))
-        divides = aten.div.Tensor in ops and node.args[0] is not operand
+        twice = [*node.args, *node.kwargs.values()].count(operand) > 1
+        read = twice or any(x.requires_grad for other in others for x in tensors_of(other))
+        divides = aten.div.Tensor in ops and node.all_input_nodes[0] is not operand
         if ops <= LINEAR or not (read or divides):
             return Need.NOTHING
     return Need.MEMORY if _is_dear(reader, node) else Need.NUMBERS
