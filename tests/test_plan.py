@@ -31,6 +31,7 @@ def mlp(length: int, module: str = "mlp", *, repeated: bool = False) -> Offer:
         saved_whole=2 * wide,
         whole_forward=2 * wide + stream,
         whole_backward=6 * wide + stream + weights * 2,
+        whole_again=6 * wide + stream + weights * 2,
     )
     flops = 6.0 * length * WIDTH * FFN
     cost = RegionCost(flops, flops * 2 / 3, 1.0, weights * 8, half=True)
