@@ -1,8 +1,8 @@
 """What a compiler saves for backward of the values outside the regions, and what their backward needs beside it.
 
-A matrix product, attention and what nobody knows are dear: they are not computed twice. Nor is what they read, since it
-would have to lie in memory once more. All else is: of what its backward needs, that is saved which it is made of, or
-itself where it is half as large.
+Matrix products, attention and what nobody knows are dear: they are not computed twice, and what they read is saved as
+well, since it would have to lie in memory once more. All else is computed again from what it is made of, and that is
+saved; or the value itself, where it is at most half as large.
 """
 
 from __future__ import annotations
@@ -71,14 +71,16 @@ def _needs(reader: Reader, regions: Mapping[Node, int], blocks: Container[Node])
     for node in filter(_makes, reversed(reader.owner.graph.nodes)):
         if node in blocks:
             continue
-        own = node in regions or reader.is_view(node)
-        if not own and _is_dear(reader, node) and not reader.multiplies(node):
+        is_view = reader.is_view(node)
+        if not (is_view or node in regions or reader.multiplies(node)) and _is_dear(reader, node):
             needs[node] = Need.MEMORY  # attention's backward reads its result
         for operand in node.all_input_nodes:
             if node in regions:
                 need = Need.NOTHING if regions.get(operand) == regions[node] else Need.MEMORY
+            elif is_view:
+                need = needs[node]
             else:
-                need = needs[node] if own else _needed(reader, node, operand)
+                need = _needed(reader, node, operand)
             needs[operand] = max(needs[operand], need)
     return needs
 
