@@ -10,7 +10,7 @@ from torch.fx import Node
 from mst_fx.analysis import Work
 from mst_fx.body import HALF
 from mst_fx.chunking import Extent
-from mst_fx.lower import hint
+from mst_fx.lower import bytes_of, hint
 from mst_fx.memory import bytes_per_position, is_sink
 from mst_fx.placement import WHOLE
 from mst_fx.rules import shape_of
@@ -38,7 +38,7 @@ def _bytes_cast(work: Work, operand: Node) -> int:
     """Of the gradient of an operand in half precision that every chunk reads as a whole."""
     value: torch.Tensor = operand.meta["val"]
     adds_up = value.dtype in HALF and work.stages.placement(operand) == WHOLE
-    return hint(value.numel()) * value.element_size() if adds_up else 0
+    return bytes_of(value) if adds_up else 0
 
 
 def _tokens_per_row(stages: Stages, product: Node) -> float:

@@ -193,6 +193,11 @@ def is_transformed(value: torch.Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
+def bytes_of(value: torch.Tensor) -> int:
+    """Bytes of a value at the lengths that `hint` tells."""
+    return hint(value.numel()) * value.element_size()
+
+
 def hint(size: Any) -> int:
     """The size that was seen when the graph was captured, or that `mark_dynamic(hint_override=)` names.
 

@@ -19,7 +19,7 @@ from mst_fx.analysis import Work
 from mst_fx.assembly import Call
 from mst_fx.body import Body
 from mst_fx.liveness import buffer_of, peak
-from mst_fx.lower import hint
+from mst_fx.lower import bytes_of, hint
 from mst_fx.placement import split_of
 from mst_fx.rules.contraction import CONTRACTIONS, factors
 from mst_fx.rules.view import FREE
@@ -132,7 +132,7 @@ def memory_of(work: Work, call: Call) -> RegionMemory:
         saved=sum(saved for _, saved in gradients),
         scaled=sum(own for own, _ in gradients),
         rescaled=max((own for own, saved in gradients if own != saved), default=0),
-        saved_whole=saved_whole if work.backward != "none" else 0,
+        saved_whole=saved_whole,
         whole_forward=saved_whole if forward is None else forward.temporaries(length) + forward.left,
         whole_backward=early,
         whole_again=late,
@@ -161,6 +161,8 @@ def _stream_gradient(work: Work) -> int:
 
 def _saved_whole(work: Work) -> list[Node]:
     """What a region that is not looped saves for backward: its products, and what they read for a factor's gradient."""
+    if work.backward == "none":
+        return []
     stages = work.stages
     carrying = {stages.operands[i] for i in work.wanted}
     for node in stages.loop:
@@ -251,9 +253,10 @@ def _whole(call: Call, length: int, *, early: bool) -> int:
     if call.backward is None:
         return 0
     _, chunk, _, outs = call.spec.backward_spec
-    factors_of = [(nodes[0], nodes[1]) for kind, nodes in _by_result(call.backward, outs) if kind[0] == "outer"]
-    how = {"reductions_apart": True, "ordered": False, "multiplied": factors_of if early else ()}
-    return round(_alive(call.backward, _whole_nodes(call.backward, outs), length / chunk, **how))
+    fixed = _whole_nodes(call.backward, outs)
+    outer = [(nodes[0], nodes[1]) for kind, nodes in _by_result(call.backward, outs) if kind[0] == "outer"]
+    pairs = outer if early else ()
+    return round(_alive(call.backward, fixed, length / chunk, reductions_apart=True, ordered=False, multiplied=pairs))
 
 
 def _outputs(body: Body) -> list[Node]:
@@ -287,4 +290,4 @@ def _whole_nodes(body: Body, outs: Sequence[tuple[Any, ...]]) -> set[Node]:
 def _bytes(node: Node) -> int:
     value = node.meta.get("val")
     parts = value if isinstance(value, tuple | list) else [value]
-    return sum(hint(part.numel()) * part.element_size() for part in parts if isinstance(part, torch.Tensor))
+    return sum(bytes_of(part) for part in parts if isinstance(part, torch.Tensor))

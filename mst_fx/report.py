@@ -6,11 +6,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch.fx import Node
 
 from mst_fx.analysis import Work
-from mst_fx.lower import fake_value, hint
+from mst_fx.lower import bytes_of, fake_value
 from mst_fx.narrow import CutHead
 from mst_fx.plan import Plan
 from mst_fx.provenance import module_path, op_name, source_line
@@ -192,8 +191,7 @@ def looped(pattern: str, region: Region, work: Work, plan: Plan, detached: Seque
 
 
 def _bytes(node: Node) -> int:
-    value: torch.Tensor = fake_value(node)
-    return hint(value.numel()) * value.element_size()
+    return bytes_of(fake_value(node))
 
 
 def cut_head(head: CutHead) -> EarlyCut:

@@ -15,8 +15,9 @@ import torch
 from torch.fx import Node
 
 from mst_fx.body import HALF
-from mst_fx.lower import hint
+from mst_fx.lower import bytes_of, hint
 from mst_fx.reading import Reader, tensors_of
+from mst_fx.region import has_gradient
 from mst_fx.rules import rule_for
 from mst_fx.rules.contraction import CONTRACTIONS
 from mst_fx.rules.linear import IN_ALL, IN_THE_FIRST
@@ -91,7 +92,7 @@ def _needed(reader: Reader, node: Node, operand: Node) -> Need:
     if ops is not None and ops <= BILINEAR:
         others = [other for other in node.all_input_nodes if other is not operand]
         twice = [*node.args, *node.kwargs.values()].count(operand) > 1
-        read = twice or any(x.requires_grad for other in others for x in tensors_of(other))
+        read = twice or any(map(has_gradient, others))
         divides = aten.div.Tensor in ops and node.all_input_nodes[0] is not operand
         if ops <= LINEAR or not (read or divides):
             return Need.NOTHING
@@ -104,10 +105,8 @@ def passing_bytes(reader: Reader, node: Node) -> int:
     if not made:
         return 0
     if reader.does(node, (aten.embedding.default, aten.index.Tensor)):  # rows of a table: it adds up in float32
-        tables = [
-            x for operand in node.all_input_nodes for x in tensors_of(operand) if isinstance(x, torch.nn.Parameter)
-        ]
-        return sum(4 * hint(x.numel()) + bytes_of(x) for x in tables if x.dtype in HALF)
+        tables = [x for x in _read_by(node) if isinstance(x, torch.nn.Parameter) and x.dtype in HALF]
+        return sum(4 * hint(table.numel()) + bytes_of(table) for table in tables)
     if not _is_dear(reader, node):
         return 0
     return (made + activation_bytes(node)) * (1 if reader.multiplies(node) else ATTENTION)
@@ -115,13 +114,12 @@ def passing_bytes(reader: Reader, node: Node) -> int:
 
 def activation_bytes(node: Node) -> int:
     """Bytes of the operands that carry gradients and are no parameters."""
-    values = [x for operand in node.all_input_nodes for x in tensors_of(operand)]
-    return sum(bytes_of(x) for x in values if x.requires_grad and not isinstance(x, torch.nn.Parameter))
+    activations = (x for x in _read_by(node) if x.requires_grad and not isinstance(x, torch.nn.Parameter))
+    return sum(map(bytes_of, activations))
 
 
-def bytes_of(value: torch.Tensor) -> int:
-    """Bytes of a value at the lengths that were captured."""
-    return hint(value.numel()) * value.element_size()
+def _read_by(node: Node) -> list[torch.Tensor]:
+    return [x for operand in node.all_input_nodes for x in tensors_of(operand)]
 
 
 def _is_dear(reader: Reader, node: Node) -> bool:

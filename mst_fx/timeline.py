@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from mst_fx.lower import fake_value, hint
+from mst_fx.lower import bytes_of, fake_value, hint
 from mst_fx.reading import Reader
-from mst_fx.saving import activation_bytes, bytes_of, passing_bytes, saved_values
+from mst_fx.saving import activation_bytes, passing_bytes, saved_values
 
 
 @dataclass(frozen=True)
