@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from graphs import text
 from models import D, Gelu, MlpLM, V, tokens
-from numerics import looped, relative_error
+from numerics import looped
 from torch import nn
 
 import mst_fx
@@ -224,35 +224,22 @@ def test_one_compile_serves_every_length():
     assert len(made[1].regions) == 2
 
 
-def test_ragged_lengths_through_inductor_with_one_compile():
-    model = MlpLM()
-    compiled = looped(model, inner="inductor")
-    before = len(mst_fx.reports())
-    for length in (37, 50, 3, 48, 41):
-        batch = tokens(1, length, ignored=1)
-        grads = []
-        for step in (model, compiled):
-            model.zero_grad()
-            step(*batch).backward()
-            grads.append([p.grad for p in model.parameters()])
-        for ours, eager in zip(*grads, strict=True):
-            assert relative_error(ours, eager) < 1e-5
-    assert len(mst_fx.reports()) - before == 2
-
-
 CACHE_PROBE = """
 import sys, torch
 from torch._dynamo.utils import counters
 sys.path.insert(0, {tests!r})
 from models import MlpLM, tokens
 from numerics import gradients, looped, relative_error
-torch.manual_seed(0)
-model = MlpLM()
-torch.nn.functional.silu = torch.nn.functional.{activation}
-eager = gradients(model, model, tokens())
-ours = gradients(model, looped(model, inner="inductor"), tokens())
-assert all(relative_error(ours[name], value) < 1e-5 for name, value in eager.items())
-print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"])
+for activation in {activations}:
+    torch.nn.functional.silu = getattr(torch.nn.functional, activation)
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = MlpLM()
+    eager = gradients(model, model, tokens())
+    ours = gradients(model, looped(model, inner="inductor"), tokens())
+    assert all(relative_error(ours[name], value) < 1e-5 for name, value in eager.items())
+    print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"])
 """
 
 
@@ -260,8 +247,8 @@ def test_a_second_process_hits_both_caches(tmp_path, monkeypatch):
     """And a program that differs inside the loop alone does not."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     hits = []
-    for activation in ("silu", "silu", "gelu"):
-        code = CACHE_PROBE.format(tests=str(Path(__file__).parent), activation=activation)
+    for activations in (["silu"], ["silu", "gelu"]):
+        code = CACHE_PROBE.format(tests=str(Path(__file__).parent), activations=activations)
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        hits.append(run.stdout.split())
-    assert hits == [["0", "0"], ["2", "1"], ["0", "0"]]
+        hits += run.stdout.splitlines()
+    assert hits == ["0 0", "2 1", "0 0"]
