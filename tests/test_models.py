@@ -52,6 +52,7 @@ NAMES = ["llama", "qwen2", "gpt2", "gemma2", "phi3"]
     [
         *[(name, 1, True, "aot_eager") for name in NAMES],
         *[(name, 3, False, "aot_eager") for name in NAMES],
+        ("llama", 1, False, "aot_eager"),
         ("llama", 3, True, "inductor"),
     ],
 )
