@@ -104,7 +104,9 @@ def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool
     for node in stages.graph.nodes:
         value = node.meta.get("val")
         floating = value is not None and hasattr(value, "is_floating_point") and value.is_floating_point()
-        if node in live_in_of:
+        if node.target == torch.ops.aten.detach.default:
+            needs[node] = False
+        elif node in live_in_of:
             needs[node] = floating and bool(fake_value(live_in_of[node]).requires_grad)
         else:
             needs[node] = floating and any(needs[operand] for operand in node.all_input_nodes)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from mst_fx.analysis import Work
-from mst_fx.body import Body, Gradients, axis_of, forward_body, gradient_body
+from mst_fx.body import Body, Gradients, axis_of, forward_body, gradient_body, strides_of
 from mst_fx.config import Accumulate
-from mst_fx.loop import VERSION
+from mst_fx.loop import VERSION, LoopSpec
 from mst_fx.mini_sequence import CallSpec
 from mst_fx.stages import Stages
 
@@ -53,7 +53,8 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
     in_forward = work.backward == "in_forward"
     if not in_forward:
         full, tail = _full_and_tail(stages, forward_chunk, partial(forward_body, stages))
-        spec = spec._replace(forward_spec=(VERSION, forward_chunk, ins, full.outs))
+        forward_spec = LoopSpec(VERSION, forward_chunk, ins, full.outs, strides_of(stages))
+        spec = spec._replace(forward_spec=tuple(forward_spec))
         call = Call(spec, full, tail)
     if work.backward != "none":
         # backward casts while it scales, unless one chunk is all, or may be: that adds nothing up in another dtype
@@ -62,7 +63,8 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
         full, tail = _full_and_tail(stages, chunk, partial(gradient_body, stages, gradients))
         read = () if in_forward else (*work.differentiable, *work.kept)
         given = tuple(axis_of(stages, stages.results[i]) for i in read)
-        spec = spec._replace(backward_spec=(VERSION, chunk, given + ins, full.outs))
+        strides = tuple((len(given) + position, of_operand) for position, of_operand in strides_of(stages))
+        spec = spec._replace(backward_spec=tuple(LoopSpec(VERSION, chunk, given + ins, full.outs, strides)))
         call = replace(call, spec=spec, backward=full, backward_tail=tail)
     return call
 

@@ -13,18 +13,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, map_arg
 
 from mst_fx.config import Accumulate
 from mst_fx.derivatives import reads_log_softmax, run_on_logits
 from mst_fx.log_softmax import reduces_wide_rows, run_in_parts
 from mst_fx.loop import axis_length
-from mst_fx.lower import hint, on_fakes, trace
+from mst_fx.lower import hint, is_symbolic, on_fakes, trace
 from mst_fx.overwriting import products_late
+from mst_fx.overwritten import overwritten
 from mst_fx.placement import Split, adds_up, split_of, sure
 from mst_fx.products import take_out_products
 from mst_fx.resize import run_resized
-from mst_fx.results import Axis
+from mst_fx.results import Axis, example
 from mst_fx.stages import Stages
 
 HALF = (torch.float16, torch.bfloat16)
@@ -65,11 +66,36 @@ def axis_of(stages: Stages, node: Node) -> Axis | None:
     return (placement.dim, placement.outer, placement.inner) if isinstance(placement, Split) else None
 
 
+def strides_of(stages: Stages) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Layouts of the whole operands that are not contiguous, as `strides` of the loop operator.
+
+    One that is known at run time only, or in which elements share memory, is none that a copy could be brought to: such
+    an operand is read as contiguous memory.
+    """
+    found = []
+    for position, node in enumerate(stages.operands):
+        value: torch.Tensor = node.meta["val"]
+        literal = axis_of(stages, node) is None and not any(map(is_symbolic, (*value.shape, *value.stride())))
+        if literal and not value.is_contiguous() and _has_own_elements(value):
+            found.append((position, tuple(map(int, value.stride()))))
+    return tuple(found)
+
+
+def _has_own_elements(value: torch.Tensor) -> bool:
+    """Whether no two elements share memory."""
+    reach = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return False
+        reach = max(reach, stride * (size - 1) + 1)
+    return True
+
+
 def forward_body(stages: Stages, length: int | None) -> Body:
     """The body that computes the results of `length` positions, of any number of them for None."""
 
-    def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return _run_chunk(stages, operands)
+    def run(*pieces: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return _run_chunk(stages, _merged(stages, stages.operands, pieces))
 
     module = trace(run, partial(_chunk_inputs, stages, stages.operands), length)
     return Body(module, take_out_products(module, [_result_kind(stages, node) for node in stages.results]))
@@ -79,9 +105,10 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None) -> B
     """The body that computes gradients; its inputs are upstream gradients, kept results, operands. Length as above."""
     upstream = [] if gradients.in_forward else [stages.results[i] for i in gradients.differentiable]
     kept = [stages.results[i] for i in gradients.kept]
+    inputs = [*upstream, *kept, *stages.operands]
 
-    def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        given = iter(inputs)
+    def run(*pieces: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = iter(_merged(stages, inputs, pieces))
         tangents = [next(given) for _ in upstream]
         known = {node: next(given) for node in kept}
         operands = [x.detach() for x in given]
@@ -92,7 +119,7 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None) -> B
         grads = torch.autograd.grad(sinks, leaves, seeds, materialize_grads=True)
         return (*results, *grads) if gradients.in_forward else grads
 
-    module = trace(run, partial(_chunk_inputs, stages, [*upstream, *kept, *stages.operands]), length)
+    module = trace(run, partial(_chunk_inputs, stages, inputs), length)
     products_late(module)
     kinds = [_result_kind(stages, node) for node in stages.results] if gradients.in_forward else []
     kinds += [_gradient_kind(stages, stages.operands[i], gradients) for i in gradients.wanted]
@@ -102,7 +129,8 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None) -> B
 def differentiable_results(stages: Stages, wanted: Sequence[int]) -> tuple[int, ...]:
     """Positions of the loop's results that have a gradient when the operands at `wanted` do; a count has none."""
 
-    def run(*operands: torch.Tensor) -> tuple[int, ...]:
+    def run(*pieces: torch.Tensor) -> tuple[int, ...]:
+        operands = _merged(stages, stages.operands, pieces)
         for position in wanted:
             operands[position].requires_grad_()
         results = _run_chunk(stages, operands)
@@ -112,15 +140,20 @@ def differentiable_results(stages: Stages, wanted: Sequence[int]) -> tuple[int, 
 
 
 def _chunk_inputs(stages: Stages, nodes: Sequence[Node], length: int) -> list[torch.Tensor]:
-    inputs = []
-    for node in nodes:
-        value, placement = node.meta["val"], stages.placement(node)
-        if isinstance(placement, Split):
-            shape = placement.chunk_shape(value.shape, length)
-            inputs.append(torch.empty(shape, dtype=value.dtype, device=value.device))
-        else:
-            inputs.append(torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device))
-    return inputs
+    """What the loop hands to a body for these operands and results (upstream gradients are like these)."""
+    layouts = {stages.operands[position]: strides for position, strides in strides_of(stages)}
+    return [example(node.meta["val"], axis_of(stages, node), length, layouts.get(node)) for node in nodes]
+
+
+def _merged(stages: Stages, nodes: Sequence[Node], pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Mini-sequences in the shapes of the graph, from those in which a body takes them."""
+    merged = list(pieces)
+    for position, (node, piece) in enumerate(zip(nodes, pieces, strict=True)):
+        split = stages.placement(node)
+        if isinstance(split, Split) and (split.outer, split.inner) != (1, 1):
+            length = piece.shape[split.dim + (split.outer != 1)]
+            merged[position] = piece.view(split.chunk_shape(node.meta["val"].shape, length))
+    return merged
 
 
 class _Known(torch.autograd.Function):
@@ -146,7 +179,9 @@ def _run_chunk(
     inside = set(stages.loop)
     for node in stages.loop:
         placement = stages.placements.of[node]
-        if reads_log_softmax(node, inside):
+        if node.target == overwritten:
+            env[node] = _Known.apply(*map_arg(node.args, env.get))
+        elif reads_log_softmax(node, inside):
             env[node] = run_on_logits(node, env)
         elif reduces_wide_rows(node):
             env[node] = run_in_parts(node, env)

@@ -66,12 +66,13 @@ def _lower(full: Any, tail: Any, spec: tuple[Any, ...], *operands: Any) -> list[
     node = V.graph.current_node
     operand_nodes: Any = node.args[3:]
     fakes = [operand.meta["val"] for operand in operand_nodes]
-    realized = [
-        constrain_to_fake_tensor(ir.ExternKernel.realize_input(operand), fake)
-        for operand, fake in zip(operands, fakes, strict=True)
-    ]
     with V.fake_mode:
         examples = chunk_examples(spec, fakes, V.fake_mode.shape_env)
+    taken = [fake if axis else chunk for fake, axis, chunk in zip(fakes, spec[2], examples[0], strict=True)]
+    realized = [
+        constrain_to_fake_tensor(ir.ExternKernel.realize_input(operand), like)
+        for operand, like in zip(operands, taken, strict=True)
+    ]
     for subgraph, chunk in zip((full, tail), examples, strict=True):
         if subgraph is not None:
             _compile_body(subgraph, chunk)

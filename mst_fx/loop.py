@@ -6,8 +6,10 @@ fuse the chunks until all of them are alive.
 Terms
   body       an aten graph module that computes one mini-sequence
   full, tail the bodies for a full chunk and for the ragged last one (None where the length divides)
-  spec       (version, chunk, ins, outs): plain literals, so that graphs, cache keys and generated code can hold it
+  spec       (version, chunk, ins, outs, strides): plain literals, so that graphs, cache keys and generated code can
+             hold it
   ins        for each operand None (whole) or (dim, outer, inner), as in `placement.Split`
+  strides    for whole operands that bodies take in another layout than the contiguous one, (position, strides)
   outs       how the body's outputs become results:
                ("cat", dim, outer, inner)  one output, written to its place in the result
                ("sum", dtype, result)      one output, added up over the chunks in `dtype`, returned in dtype `result`
@@ -42,7 +44,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, disable_p
 from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from mst_fx.lower import any_length, is_symbolic
-from mst_fx.results import Axis, pieces, result_of, rows_of_result
+from mst_fx.results import Axis, aligned, example, laid_out, pieces, result_of, rows_of_result
 
 Body: TypeAlias = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
@@ -54,6 +56,7 @@ class LoopSpec(NamedTuple):
     chunk: int
     ins: tuple[Axis | None, ...]
     outs: tuple[tuple[Any, ...], ...]
+    strides: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 def _version() -> str:
@@ -66,11 +69,6 @@ def _version() -> str:
 VERSION = _version()
 
 
-def aligned(x: torch.Tensor) -> torch.Tensor:
-    """Compiled bodies read 16 bytes at a time, as they may from memory that torch has allocated."""
-    return x.clone() if x.data_ptr() % 16 else x
-
-
 def axis_length(ins: Sequence[Axis | None], operands: Sequence[torch.Tensor]) -> int:
     """Length of the axis."""
     x, (dim, outer, inner) = next((x, axis) for x, axis in zip(operands, ins, strict=True) if axis is not None)
@@ -81,9 +79,10 @@ def run_loop(bodies: tuple[Body, Body | None], raw_spec: tuple[Any, ...], operan
     """Run the loop. Generated code calls this with the bodies that it compiled."""
     spec = LoopSpec(*raw_spec)
     total = axis_length(spec.ins, operands)
+    layouts = dict(spec.strides)
     chunks = [
-        repeat(aligned(x)) if axis is None else map(aligned, pieces(x, axis, spec.chunk))
-        for x, axis in zip(operands, spec.ins, strict=True)
+        repeat(laid_out(x, layouts.get(position))) if axis is None else map(aligned, pieces(x, axis, spec.chunk))
+        for position, (x, axis) in enumerate(zip(operands, spec.ins, strict=True))
     ]
     results = [result_of(kind, total, spec.chunk) for kind in spec.outs]
     for start in range(0, total, spec.chunk):
@@ -127,24 +126,21 @@ def results_kept() -> Iterator[None]:
 def chunk_examples(
     raw_spec: tuple[Any, ...], operands: Sequence[torch.Tensor], shape_env: Any
 ) -> list[list[torch.Tensor]]:
-    """Fake operands of a full chunk and of the ragged one, as `pieces` gives them; call it under their fake mode.
+    """Fake operands of a full chunk and of the ragged one, as `run_loop` hands them on; call it under their fake mode.
 
     The ragged length is a symbol of its own where the axis' length is only known at run time, so no guard comes of it.
     """
     spec = LoopSpec(*raw_spec)
     total = axis_length(spec.ins, operands)
     tail = any_length(shape_env) if is_symbolic(total) else total % spec.chunk
+    layouts = dict(spec.strides)
     return [
-        [_example(x, axis, length) for x, axis in zip(operands, spec.ins, strict=True)] for length in (spec.chunk, tail)
+        [
+            example(x, axis, length, layouts.get(position))
+            for position, (x, axis) in enumerate(zip(operands, spec.ins, strict=True))
+        ]
+        for length in (spec.chunk, tail)
     ]
-
-
-def _example(x: torch.Tensor, axis: Axis | None, length: int) -> torch.Tensor:
-    if axis is None:
-        return x
-    shape = list(x.shape)
-    shape[axis[0]] = axis[1] * length * axis[2]
-    return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
 class _Like(NamedTuple):

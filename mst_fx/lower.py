@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Interpreter, Node, map_arg
+from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map_only
 
 from mst_fx.modes import Mode
 from mst_fx.openings import openings
+from mst_fx.overwritten import WithoutWrites
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -60,16 +61,15 @@ def lower(
         env = dict(zip(live_ins, values, strict=True))
         for node in nodes:
             with set_current_meta(node), under(modes[node].autocast):  # each aten op remembers the user's line
-                env[node] = execute(owner, node, env)
-                if recorded and not modes[node].grad:
-                    env[node] = tree_map_only(torch.Tensor, torch.Tensor.detach, env[node])
+                run_node = execute if modes[node].grad or not recorded else _execute_unrecorded
+                env[node] = run_node(owner, node, env)
         return [env[node] for node in outputs]
 
     examples = [fake_value(node) for node in live_ins]
     with tracing(examples):
         lowered = make_fx(run, decomposition_table=openings(gathers))(*examples)
         if any(mutates(node) for node in lowered.graph.nodes):
-            out_of_place = torch.func.functionalize(Interpreter(lowered).run, remove="mutations")
+            out_of_place = torch.func.functionalize(WithoutWrites(lowered).run, remove="mutations")
             with without_autocast():  # its casts are explicit by now
                 lowered = make_fx(out_of_place, decomposition_table=openings(gathers))(*examples)
         _settle(lowered)
@@ -166,6 +166,23 @@ def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
     if node.op == "call_module":
         return owner.get_submodule(str(node.target))(*args, **kwargs)
     raise ValueError(f"cannot run {node.op} {node.target}")
+
+
+def _execute_unrecorded(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
+    """Run one node of a no_grad block: of a result that is new no gradient goes back to the operands.
+
+    An op in place gives back its operand, which has the gradient that it had.
+    """
+    given: dict[int, torch.Tensor] = {}
+
+    def detached(value: torch.Tensor) -> torch.Tensor:
+        alias = value.detach() if value.is_floating_point() or value.is_complex() else value
+        given[id(alias)] = value
+        return alias
+
+    operands = {operand: tree_map_only(torch.Tensor, detached, env[operand]) for operand in node.all_input_nodes}
+    result = execute(owner, node, operands)
+    return tree_map_only(torch.Tensor, lambda value: given.get(id(value), value), result)
 
 
 def module_over(owner: GraphModule, graph: Graph) -> GraphModule:

@@ -187,7 +187,7 @@ def footprint(body: Body, spec: tuple[Any, ...], length: int) -> Footprint:
         spec: a `loop.LoopSpec`.
         length: positions of the whole axis.
     """
-    _, chunk, ins, outs = spec
+    _, chunk, ins, outs, _ = spec
     on_cpu = _inputs(body)[0].meta["val"].device.type == "cpu"
     results = sums = returned = native = cast = product = 0
     for kind, nodes in _by_result(body, outs):
@@ -252,7 +252,7 @@ def _whole(call: Call, length: int, *, early: bool) -> int:
     """
     if call.backward is None:
         return 0
-    _, chunk, _, outs = call.spec.backward_spec
+    _, chunk, _, outs, _ = call.spec.backward_spec
     fixed = _whole_nodes(call.backward, outs)
     outer = [(nodes[0], nodes[1]) for kind, nodes in _by_result(call.backward, outs) if kind[0] == "outer"]
     pairs = outer if early else ()

@@ -19,6 +19,7 @@ import torch
 from torch._decomp import decomposition_table
 from torch.nn.functional import embedding
 
+from mst_fx.placement import sure
 from mst_fx.replay import uniform_like
 from mst_fx.rules import rule_for
 
@@ -111,6 +112,13 @@ def _open_rand_like(x: torch.Tensor, *, dtype: torch.dtype | None = None, **opti
     return uniform_like(x).to(dtype or x.dtype)
 
 
+def _open_copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """What a write of a whole value leaves behind; aten has no derivative for the op itself."""
+    source = source.to(device=x.device, dtype=x.dtype)
+    same = x.dim() == source.dim() and all(sure(a == b) for a, b in zip(x.shape, source.shape, strict=True))
+    return source if same else source.expand(x.shape)
+
+
 def _open_gather(x: torch.Tensor, dim: int, index: torch.Tensor, *, sparse_grad: bool = False) -> Any:
     """One class of each row, as a negative log-likelihood: its backward fuses with what the row's other gradients are.
 
@@ -131,6 +139,7 @@ GATHERS: dict[Any, Callable[..., Any]] = {aten.gather.default: _open_gather}
 OWN: dict[Any, Callable[..., Any]] = {
     aten.nll_loss_forward.default: functools.partial(_open_nll, aten.nll_loss_forward.default),
     aten.nll_loss2d_forward.default: functools.partial(_open_nll, aten.nll_loss2d_forward.default),
+    aten.copy.default: _open_copy,
     aten.mean.default: _open_mean,
     aten.mean.dim: _open_mean_dim,
     aten.native_dropout.default: _open_dropout,

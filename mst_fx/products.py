@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import GraphModule, Node
 
+from mst_fx.placement import sure
 from mst_fx.rules.view import RESHAPES
 
 aten = torch.ops.aten
@@ -61,28 +62,34 @@ def _rows(value: Node, kind: Kind) -> tuple[list[Factors], Kind]:
     sizes = list(value.meta["val"].shape)
     dim, outer, inner = kind[1:]
     contiguous = outer == 1 and prod(sizes[:dim]) == 1
-    products = _summands(value, sizes[-1]) if contiguous and dim < len(sizes) - 1 else []
+    products = _summands(value) if contiguous and dim < len(sizes) - 1 else []
     sizes[dim] = 0
     return products, ("rows", len(products), (dim, outer, inner), tuple(sizes))
 
 
-def _summands(value: Node, width: int) -> list[Factors]:
-    """Factors of the products that a value is the sum of; none where it is anything else."""
-    while value.target in (*RESHAPES, aten.detach.default) and len(value.users) == 1:
-        value = value.all_input_nodes[0]
-    if len(value.users) > 1:
-        return []  # the body needs it all the same
-    if list(value.meta["val"].shape[-1:]) != [width]:
-        return []
-    if value.target == aten.mm.default:
-        left, right = value.args
+def _summands(value: Node) -> list[Factors]:
+    """Factors of the products that a value is the sum of, row by row; none where it is anything else."""
+    rows = value
+    while rows.target in (*RESHAPES, aten.detach.default) and len(rows.users) == 1:
+        rows = rows.all_input_nodes[0]
+    if len(rows.users) > 1 or not _has_rows_of(rows, value):
+        return []  # the body needs it all the same, or its rows are not those of the result
+    if rows.target == aten.mm.default:
+        left, right = rows.args
         assert isinstance(left, Node)
         assert isinstance(right, Node)
         return [(left, right)]
-    if value.target == aten.add.Tensor and not value.kwargs and len(value.all_input_nodes) == 2:
-        parts = [_summands(operand, width) for operand in value.all_input_nodes]
+    if rows.target == aten.add.Tensor and not rows.kwargs and len(rows.all_input_nodes) == 2:
+        operands = rows.all_input_nodes
+        parts = [_summands(operand) if _has_rows_of(operand, rows) else [] for operand in operands]
         return parts[0] + parts[1] if all(parts) else []
     return []
+
+
+def _has_rows_of(part: Node, value: Node) -> bool:
+    """Whether a value has as many rows as another one, of as many columns, in the same dtype: none is repeated."""
+    a, b = part.meta["val"], value.meta["val"]
+    return a.dtype == b.dtype and a.shape[-1:] == b.shape[-1:] and sure(a.numel() == b.numel())
 
 
 def _t(node: Node, before: Node) -> Node:

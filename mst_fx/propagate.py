@@ -20,9 +20,9 @@ import torch
 from torch.fx import Graph, Node
 
 from mst_fx.lower import hint, is_size
-from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
+from mst_fx.placement import PARTIAL, WHOLE, Placement, Split, sure
 from mst_fx.refusal import Reason, Refusal
-from mst_fx.rules import Demand, Result, args_of, demands_of, is_linear, mixed, route, rule_for
+from mst_fx.rules import Demand, Result, args_of, demands_of, is_linear, mixed, route, rule_for, shape_of
 from mst_fx.rules.creation import DRAWS, FILLS
 
 
@@ -62,8 +62,19 @@ def propagate(graph: Graph, seeds: Mapping[Node, Split], until: Node | None = No
             if all(forced.get(node) == split for node, split in found.items()):
                 raise mixed(demand.node, "is needed both whole and split") from None
             for node, split in found.items():
+                _check_fits(node, split, seeds)
                 if forced.setdefault(node, split) != split:
                     raise mixed(node, f"is needed split as {forced[node]} and {split}") from None
+
+
+def _check_fits(node: Node, split: Split, seeds: Mapping[Node, Split]) -> None:
+    """What a demand comes down to is a guess: the value must have the axis."""
+    seed, axis = next(iter(seeds.items()))
+    shape = shape_of(node)
+    if split.dim >= len(shape) or not sure(
+        shape[split.dim] == split.outer * axis.axis_length(shape_of(seed)) * split.inner
+    ):
+        raise mixed(node, f"is needed split as {split}, and has no such axis")
 
 
 class _Walk:

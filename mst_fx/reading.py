@@ -91,11 +91,11 @@ class Reader:
         return Contraction(left, right) if weights == [right] else Contraction(right, left)
 
     def _weights(self, left: Node, right: Node, grouped: bool) -> list[Node]:
-        """Which of two factors are weights: what comes from a parameter, or from an input if it looks like a weight."""
-        roots = {operand: self._input_behind(operand) for operand in (left, right)}
-        found = [operand for operand, root in roots.items() if isinstance(fake_value(root), torch.nn.Parameter)]
+        """Which of two factors are weights: what is made of parameters, or an input if it looks like a weight."""
+        found = [operand for operand in (left, right) if self._is_learnt(operand)]
         if found:
             return found  # two of them are an adapter and its weight, being merged: no tokens
+        roots = {operand: self._input_behind(operand) for operand in (left, right)}
         if _rank(left) == _rank(right) == 3:
             return [operand for operand, root in roots.items() if _is_input(root) and _rank(root) == 3]
         if grouped:
@@ -114,13 +114,32 @@ class Reader:
         return contraction
 
     def unprojected(self, activation: Node) -> Node:
-        """What an activation of low rank was projected from; the activation itself where it was not."""
+        """What an activation of low rank was projected from; the activation itself where it was not.
+
+        Of a projection that narrows what another one has widened, as in an MLP, counts what that one has read.
+        """
         source = activation
         while self.contraction(source) is None and len(self.tensor_operands(source)) == 1:
             (source,) = self.tensor_operands(source)
         before = self.contraction(source)
-        narrowed = before is not None and self.numel(before.activation) > self.numel(activation)
-        return before.activation if before is not None and narrowed else activation
+        if before is None or self.numel(before.activation) <= self.numel(activation):
+            return activation
+        narrow = self._widened_from(before.activation)
+        return before.activation if narrow is None else max(narrow, activation, key=self.numel)
+
+    def _widened_from(self, large: Node) -> Node | None:
+        """What a contraction made a large value of, straight or by way of values as large; None if none did."""
+        pending, seen = [large], {large}
+        while pending:
+            node = pending.pop()
+            contraction = self.contraction(node)
+            if contraction is not None and self.numel(contraction.activation) < self.numel(node):
+                return contraction.activation
+            operands = [] if contraction is not None else self.tensor_operands(node)
+            more = [o for o in operands if o not in seen and self.numel(o) >= self.numel(large)]
+            seen.update(more)
+            pending += more
+        return None
 
     def ops(self, node: Node) -> set[object] | None:
         """The ops that a node opens into, but those that compute sizes; None where it cannot be opened."""
@@ -138,6 +157,16 @@ class Reader:
         while not _is_input(node) and node.target is not operator.getitem and self._does_only(node, VIEWS):
             node = node.all_input_nodes[0]
         return node
+
+    def _is_learnt(self, node: Node) -> bool:
+        """Whether a value is made of parameters alone."""
+        key = ("learnt", node)
+        if key not in self.remembered:
+            operands = self.tensor_operands(node)
+            parameter = isinstance(fake_value(node), torch.nn.Parameter)
+            self.remembered[key] = parameter or (bool(operands) and all(map(self._is_learnt, operands)))
+        learnt: bool = self.remembered[key]
+        return learnt
 
     def _input_behind(self, node: Node) -> Node:
         """The input of the graph that a node views, casts or picks rows of; whatever else is made of none."""
@@ -199,6 +228,8 @@ class Reader:
 
     def is_pure(self, node: Node) -> bool:
         """Whether the node does nothing but compute its value: it writes nothing and draws no random numbers."""
+        if is_size(fake_value(node)):
+            return node.op.startswith("call_")
         opened = self.opened(node)
         ops = opened.ops if opened is not None else ()
         tags = {tag for op in ops if isinstance(op.target, torch._ops.OpOverload) for tag in op.target.tags}

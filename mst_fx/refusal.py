@@ -23,6 +23,7 @@ class Reason(Enum):
     TWO_PASSES = "Reduce over tokens last: a later step here needs both the sum and every token."
     GRAD_MODE = "Enter and leave no_grad or autocast outside the region."
     NOT_CONVEX = "Let no value leave the region and come back into it."
+    UNREAD = "Remove it, or use its result: compilers leave out what nobody reads."
     SHAPE = "Use lengths above 1; a region of one row has nothing to split."
     DYNAMIC = "Compile with static shapes (dynamic=False) or make only the split dim dynamic."
     DATA_DEPENDENT = "Route tokens without sizes that depend on them: sort them by expert and multiply group by group."

@@ -71,9 +71,12 @@ def close(
         Refusal: a size depends on the data, a value leaves the nodes and comes back, no place is behind all live-ins
             and in front of all readers, or memory that the nodes read or make is written to in between.
     """
-    inside = with_parts(nodes)
+    inside = _without_foreign_parts(with_parts(nodes))
     ordered = tuple(sorted(inside, key=reader.order.__getitem__))
     outputs = tuple(node for node in ordered if not inside.issuperset(node.users))
+    if not outputs:
+        last = max(nodes, key=reader.order.__getitem__)
+        raise Refusal(Reason.UNREAD, last, f"nobody reads the result of {op_name(last)}")
     for node in outputs:
         if not isinstance(fake_value(node), torch.Tensor):
             raise Refusal(Reason.ESCAPES, node, f"{op_name(node)} gives what is no tensor to the rest of the graph")
@@ -82,9 +85,15 @@ def close(
             Reason.DATA_DEPENDENT, ordered[0], f"the sizes of {list(fake_value(stream).shape)} depend on data"
         )
     live_ins = tuple(dict.fromkeys(o for n in ordered for o in n.all_input_nodes if o not in inside))
+    for node in live_ins:
+        if isinstance(fake_value(node), (tuple, list)):
+            (user, *_) = (user for user in node.users if user in inside)
+            text = f"{op_name(user)} reads several values at once, which {op_name(node)} makes outside of the region"
+            raise Refusal(Reason.UNKNOWN_OP, user, text)
     before, early = _place(reader, ordered, outputs, live_ins)
     moved = {operand for node in early for operand in (node, *node.all_input_nodes)}
     _check_writes(reader, ordered, {*live_ins, *moved}, before)
+    _check_saved(reader, ordered)
     modes = {node: reader.modes[node] for node in ordered}
     return Region(reader.owner, ordered, outputs, live_ins, stream, before, early, modes, returned, smaller, front)
 
@@ -112,6 +121,16 @@ def with_parts(nodes: Collection[Node]) -> set[Node]:
             inside.update(parts)
             pending += parts
     return inside
+
+
+def _without_foreign_parts(nodes: set[Node]) -> set[Node]:
+    """The nodes but the parts of tuples that are made outside: the region reads these, each by itself."""
+    return {n for n in nodes if n.target is not operator.getitem or _is_part_inside(n, nodes)}
+
+
+def _is_part_inside(part: Node, nodes: Collection[Node]) -> bool:
+    source = part.all_input_nodes[0]
+    return source in nodes or not isinstance(fake_value(source), (tuple, list))
 
 
 def _place(
@@ -178,3 +197,31 @@ def _check_writes(reader: Reader, nodes: Sequence[Node], live_ins: Collection[No
             ):
                 raise Refusal(Reason.MUTATION, node, f"{op_name(node)} writes to its operand")
         node = node.next
+
+
+def _check_saved(reader: Reader, nodes: Sequence[Node]) -> None:
+    """Nothing may be written through `.data` that an earlier op may have saved: its backward would read the new value.
+
+    Of any other write that autograd does not see, eager execution tells that the saved value has changed.
+    """
+    hidden = [node for node in nodes if _writes_data(reader, node)]
+    for write in hidden:
+        target = written_by(write)
+        assert target is not None
+        for node in reader.owner.graph.nodes:
+            if reader.order[node] >= reader.order[write]:
+                break
+            reads = any(not reader.storages(target).isdisjoint(reader.storages(o)) for o in node.all_input_nodes)
+            if reads and reader.modes[node].grad and has_gradient(node) and not reader.is_view(node):
+                text = f"{op_name(write)} writes through .data to what {op_name(node)} may have saved for backward"
+                raise Refusal(Reason.MUTATION, write, text)
+
+
+def _writes_data(reader: Reader, node: Node) -> bool:
+    """Whether a node writes to what `.data` gave, or to a view of it."""
+    target = written_by(node)
+    while target is not None and target.all_input_nodes and reader.is_view(target):
+        if getattr(target.target, "__name__", "") == "_get_data_attr":
+            return True
+        target = target.all_input_nodes[0]
+    return False

@@ -1,13 +1,13 @@
 """How the outputs of the chunks become the results of a loop: written to their places, or added up in place.
 
-A result takes what the body gave for one chunk after the other. What can be done once for all chunks is done with the
-first: the host must not fall behind the device.
+A result takes what the body gave for one chunk after the other, and is contiguous. What can be done once for all chunks
+is done with the first: the host must not fall behind the device.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -43,20 +43,76 @@ def result_of(kind: Kind, total: int, chunk: int) -> Result:
 
 
 def pieces(x: torch.Tensor, axis: Axis, chunk: int) -> Iterator[torch.Tensor]:
-    """The mini-sequences along the axis of `x`, one after the other, contiguous: views where memory allows."""
-    dim, outer, _ = axis
-    parts = _views(x, axis, chunk)
-    if outer == 1:
-        return map(torch.Tensor.contiguous, parts)
-    return (part.flatten(dim, dim + 1).contiguous() for part in parts)
+    """The mini-sequences along the axis of `x`, contiguous, in shapes as `piece_shape` has them: views if they can be.
+
+    Args:
+        x: of any strides.
+        axis: (dim, outer, inner).
+        chunk: positions in one mini-sequence; the last one may have fewer.
+    """
+    return map(torch.Tensor.contiguous, _views(x, axis, chunk))
+
+
+def piece_shape(shape: Sequence[int], axis: Axis, length: int) -> list[int]:
+    """The shape in which a body takes a mini-sequence of a value: the axis has a dim of its own.
+
+    So code that is compiled for any length finds the length among the sizes, and not a multiple of it.
+
+    Args:
+        shape: of the whole value, of any number of positions.
+        axis: (dim, outer, inner).
+        length: positions in the mini-sequence.
+    """
+    dim = axis[0]
+    return [*shape[:dim], *_factors(axis, length), *shape[dim + 1 :]]
+
+
+def _factors(axis: Axis, length: int) -> list[int]:
+    """Sizes that one dim is taken apart into: the axis, and the factors around it that are not 1."""
+    _, outer, inner = axis
+    return [*([outer] if outer != 1 else []), length, *([inner] if inner != 1 else [])]
 
 
 def _views(x: torch.Tensor, axis: Axis, chunk: int) -> tuple[torch.Tensor, ...]:
-    """The mini-sequences of `x` in its own memory; where there is an outer factor, it has a dim of its own."""
+    """The mini-sequences of `x` in its own memory, in shapes as `piece_shape` has them."""
     dim, outer, inner = axis
-    if outer == 1:
-        return x.split(chunk * inner, dim)
-    return x.unflatten(dim, (outer, -1)).split(chunk * inner, dim + 1)
+    if outer != 1 or inner != 1:
+        x = x.unflatten(dim, _factors(axis, x.shape[dim] // (outer * inner)))
+    return x.split(chunk, dim + (outer != 1))
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous value where compiled bodies may read 16 bytes at a time, as from memory that torch has allocated."""
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def laid_out(x: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Tensor:
+    """A whole value, aligned, in the layout that the bodies were made for: itself where it lies like that.
+
+    Args:
+        x: of any strides.
+        strides: those that the bodies take; None for contiguous memory.
+    """
+    if strides is None:
+        return aligned(x.contiguous())
+    if x.stride() == strides and not x.data_ptr() % 16:
+        return x
+    return example(x, None, 0, strides).copy_(x)
+
+
+def example(x: torch.Tensor, axis: Axis | None, length: int, strides: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Memory of the shape and layout in which a body takes a value.
+
+    Args:
+        x: the whole value.
+        axis: (dim, outer, inner); None for a value that is whole.
+        length: positions in one mini-sequence.
+        strides: of a value that is whole; None for contiguous memory.
+    """
+    shape = list(x.shape) if axis is None else piece_shape(x.shape, axis, length)
+    if strides is None:
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
+    return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
 
 
 def rows_of_result(kind: Kind, total: int) -> list[int]:
@@ -134,7 +190,7 @@ class _Sum(_AddedUp):
     def add(self, outs: Iterator[torch.Tensor]) -> None:
         out = next(outs)
         if self._total is None:
-            self._total = out.to(self._dtype, copy=True)
+            self._total = out.to(self._dtype, copy=True, memory_format=torch.contiguous_format)
         else:
             self._total.add_(out)
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from mst_fx.assembly import Call
 from mst_fx.body import Body
-from mst_fx.lower import module_over
+from mst_fx.lower import hint, module_over
 from mst_fx.mini_sequence import mini_sequence
 from mst_fx.region import Region
 from mst_fx.stages import Stages
@@ -112,10 +113,28 @@ def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacem
         call = graph.call_function(mini_sequence, (*bodies, tuple(spec), *operands))
         call.meta = {key: value for key, value in region.last.meta.items() if key != "example_value"}
         for position, node in enumerate(stages.results):
-            env[node] = _copied(graph.call_function(operator.getitem, (call, position)), node)
+            result = graph.call_function(operator.getitem, (call, position))
+            env[node] = _copied(_laid_out_like(result, node.meta["val"]), node)
         for node in stages.epilogue:
             env[node] = _copied(graph.node_copy(node, env.__getitem__), node)
     return [env[node] for node in stages.outputs]
+
+
+def _laid_out_like(result: Node, value: torch.Tensor) -> Node:
+    """A result of the loop, which is contiguous, with its dims in memory in the order of the captured value's.
+
+    What reads it was captured for that order: not every view of one is a view of another.
+    """
+    strides = [hint(stride) for stride in value.stride()]
+    matter = [stride for stride, size in zip(strides, value.shape, strict=True) if stride and hint(size) != 1]
+    if matter == sorted(matter, reverse=True):
+        return result
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    inverse = [order.index(dim) for dim in range(len(order))]
+    graph = result.graph
+    for target, arguments in (("permute", (order,)), ("contiguous", ()), ("permute", (inverse,))):
+        result = graph.call_method(target, (result, *arguments))
+    return result
 
 
 def nodes_of(

@@ -159,7 +159,7 @@ class Surveyor:
         report = Report()
         while True:
             reader = Reader(gm, self._opened)
-            found = [head for head in cut_heads(reader) if self._is_worth_cutting(head)]
+            found = _apart([head for head in cut_heads(reader) if self._is_worth_cutting(head)])
             if not found:
                 return reader, report
             report = report.joined(Report(cuts=tuple(map(cut_head, found))))
@@ -241,6 +241,17 @@ class Surveyor:
         if key not in self._memories:
             self._memories[key] = memory_of(work, self.call(work, lengths))
         return self._memories[key]
+
+
+def _apart(heads: Sequence[CutHead]) -> list[CutHead]:
+    """Those that share no node with an earlier one: where two projections are joined before the cut, one waits."""
+    chosen: list[CutHead] = []
+    taken: set[Node] = set()
+    for head in heads:
+        if taken.isdisjoint(head.region.nodes):
+            taken.update(head.region.nodes)
+            chosen.append(head)
+    return chosen
 
 
 def _has_loss(region: Region) -> bool:

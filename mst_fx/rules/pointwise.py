@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from mst_fx.overwritten import overwritten
 from mst_fx.placement import WHOLE, Placement, Split
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.rules.registry import Demand, Flow, back, mixed, rule, shape_of
@@ -22,6 +23,7 @@ COPIES = (
     aten.fill.Scalar,
     aten.fill.Tensor,
     aten.copy.default,
+    overwritten,
 )
 
 UNTAGGED = (aten.leaky_relu.default, aten.hardswish.default, aten.rsub.Tensor)
