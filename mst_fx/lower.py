@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta, set_current_meta
 from torch.utils._pytree import tree_map_only
 
+from mst_fx.clean_room import without_autocast
 from mst_fx.modes import Mode
 from mst_fx.openings import openings
 
@@ -93,10 +94,10 @@ def tracing(examples: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def under(autocast: Sequence[Sequence[Any]]) -> Iterator[None]:
-    """Inside these autocast blocks, outermost first."""
+    """Inside these autocast blocks, outermost first; each use of a weight is cast by itself."""
     with ExitStack() as stack:
-        for device_type, dtype, enabled, cache in autocast:
-            stack.enter_context(torch.autocast(device_type, dtype, enabled, cache))
+        for device_type, dtype, enabled, _ in autocast:
+            stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled=False))
         yield
 
 
@@ -140,16 +141,6 @@ def any_length(shape_env: ShapeEnv) -> int:
         length: Any = shape_env.create_unbacked_symint()
     torch._check(length >= 2)
     return length
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """Casts are explicit in a lowered graph; autocast must not add to them."""
-    with ExitStack() as stack:
-        for device_type in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
 
 
 def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:

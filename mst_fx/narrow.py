@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import set_current_meta
 
+from mst_fx.clean_room import without_autocast
 from mst_fx.lower import execute, fake_value, lower, tracing
 from mst_fx.placement import Split
 from mst_fx.propagate import origins, propagate
@@ -110,7 +111,7 @@ def _revalue(module: GraphModule, examples: list[Any]) -> None:
     """Give the nodes fake values that tell whether they need a gradient."""
     env: dict[Node, Any] = {}
     given = iter(examples)
-    with tracing(examples), torch.enable_grad():
+    with tracing(examples), without_autocast(), torch.enable_grad():
         for node in module.graph.nodes:
             if node.op != "output":
                 env[node] = next(given) if node.op == "placeholder" else execute(module, node, env)
@@ -173,7 +174,7 @@ def _retraced(
                     env[result] = torch.cat(pieces, placements[result].dim)
         raise AssertionError("a graph ends in its output")
 
-    with tracing(examples):
+    with tracing(examples), without_autocast():
         moved = make_fx(run)(*examples)
     moved.graph.eliminate_dead_code()
     return moved
