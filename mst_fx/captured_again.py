@@ -2,8 +2,8 @@
 
 The operator and its bodies go into the captured graph as they are.
 
-Private torch API: Dynamo's variables of higher-order operators. Run on torch 2.13. Where they have other names, backward
-graphs that hold loops cannot be compiled by compiled autograd, and all else is as it was.
+Private torch API: Dynamo's variables of higher-order operators. Run on torch 2.13. Where they have other names,
+compiled autograd cannot compile backward graphs that hold loops, and all else is as it was.
 """
 
 from __future__ import annotations
@@ -34,9 +34,19 @@ def _variable_class(base: Any) -> Any:
     from torch._dynamo.utils import set_example_value
     from torch._dynamo.variables.builder import wrap_fx_proxy
     from torch._dynamo.variables.higher_order_ops import make_attr
+    from torch._dynamo.variables.tensor import SymNodeVariable
+
+    def literal(tx: Any, argument: Any) -> Any:
+        """A number that Dynamo has taken for one that may vary is the one that was seen."""
+        argument = argument.realize()
+        if isinstance(argument, SymNodeVariable):
+            return argument.evaluate_expr(tx.output)
+        if argument.is_python_constant():
+            return argument.as_python_constant()
+        return tuple(literal(tx, item) for item in argument.items)
 
     def proxy_of(tx: Any, argument: Any) -> Any:
-        body = getattr(argument, "value", None)
+        body = vars(argument).get("value")
         if not isinstance(body, GraphModule):
             return argument.as_proxy()
         modules = tx.output.nn_modules
@@ -50,8 +60,11 @@ def _variable_class(base: Any) -> Any:
         _HOP_NAME = "torch.ops.higher_order.mini_sequence_loop"
 
         def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
-            proxies = tuple(proxy_of(tx, argument.realize()) for argument in args)
-            call = tx.output.create_proxy("call_function", self.value, args=proxies, kwargs={})
+            import mst_fx.inductor  # noqa: F401 - the graph may be compiled by Inductor, which nobody has told of it
+
+            full, tail, *operands = (proxy_of(tx, argument.realize()) for argument in (*args[:2], *args[3:]))
+            arguments = (full, tail, literal(tx, args[2]), *operands)
+            call = tx.output.create_proxy("call_function", self.value, args=arguments, kwargs={})
             return wrap_fx_proxy(tx=tx, proxy=call)
 
     return Variable
