@@ -40,6 +40,7 @@ def lower(
     outputs: Sequence[Node],
     modes: Mapping[Node, Mode],
     *,
+    examples: Sequence[Any] | None = None,
     gathers: bool = True,
 ) -> GraphModule:
     """Trace `nodes` of `owner` (in graph order) into aten.
@@ -50,6 +51,7 @@ def lower(
         live_ins: the values that the nodes read from outside; they become placeholders, in this order.
         outputs: the values to return, in this order.
         modes: of the nodes.
+        examples: to trace on, in place of the captured values of the live-ins.
         gathers: as for `openings`.
 
     Returns:
@@ -66,7 +68,7 @@ def lower(
                     env[node] = tree_map_only(torch.Tensor, torch.Tensor.detach, env[node])
         return [env[node] for node in outputs]
 
-    examples = [fake_value(node) for node in live_ins]
+    examples = [fake_value(node) for node in live_ins] if examples is None else list(examples)
     with tracing(examples):
         lowered = make_fx(run, decomposition_table=openings(gathers))(*examples)
         if any(mutates(node) for node in lowered.graph.nodes):

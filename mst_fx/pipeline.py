@@ -23,6 +23,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from mst_fx.analysis import fix_for
 from mst_fx.captured_again import let_dynamo_capture_loops
 from mst_fx.clean_room import clean_room
 from mst_fx.config import Config
@@ -150,6 +151,7 @@ def _rewritten(surveyed: Surveyed, surveyor: Surveyor, plans: dict[Site, Plan]) 
             refusal = Refusal(Reason.SMALL, site.region.last, plan.reason)
             report = report.joined(Report(refusals=(refused(site.pattern, refusal),)))
             continue
+        fix_for(site.region, site.work)
         replacement = Replacement(
             site.region, site.work.stages, surveyor.call(site.work, plan.lengths), site.around.kept
         )

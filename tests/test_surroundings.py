@@ -12,7 +12,7 @@ from functools import cache, partial
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy, silu
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -32,10 +32,10 @@ class Small(nn.Module):
         self.head = nn.Linear(H, V)
 
     def mlp(self, x_TH):
-        return x_TH + self.down(F.silu(self.gate(x_TH)) * self.up(x_TH))
+        return x_TH + self.down(silu(self.gate(x_TH)) * self.up(x_TH))
 
     def forward(self, x_TH):
-        return F.cross_entropy(self.head(self.mlp(x_TH)), torch.arange(x_TH.shape[0]) % V)
+        return cross_entropy(self.head(self.mlp(x_TH)), torch.arange(x_TH.shape[0]) % V)
 
 
 def small():
