@@ -17,7 +17,7 @@ from torch.fx.traceback import set_current_meta
 
 from mst_fx.clean_room import without_autocast
 from mst_fx.lower import execute, fake_value, lower, tracing
-from mst_fx.placement import Split
+from mst_fx.placement import Split, same_shape
 from mst_fx.propagate import origins, propagate
 from mst_fx.reading import Reader, writes
 from mst_fx.refusal import Refusal
@@ -122,7 +122,11 @@ def _moved(lowered: GraphModule, stream: int, examples: list[Any]) -> Iterator[G
     """The graph with one cut moved, for each cut that can be."""
     tokens = [node for node in lowered.graph.nodes if node.op == "placeholder"][stream]
     for cut in lowered.graph.nodes:
-        if cut.target not in CUTS or shape_of(cut) == shape_of(args_of(cut)[0]) or args_of(cut)[4:] not in ((), (1,)):
+        if (
+            cut.target not in CUTS
+            or same_shape(shape_of(cut), shape_of(args_of(cut)[0]))
+            or args_of(cut)[4:] not in ((), (1,))
+        ):
             continue
         source, axis = args_of(cut)[0], Split(dim_of(cut, 1))
         try:

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import mst_fx
+from mst_fx.pattern import patterns
+from mst_fx.pipeline import rewrite
 
 OPTIONS = {"min_bytes": 0, "chunk_tokens": 16, "inner": "aot_eager", "strict": True}
 T, H, V = 40, 8, 64
@@ -268,3 +270,71 @@ def test_transforms_are_what_they_are_without(transform):
         torch.testing.assert_close(found, expected)
     else:
         assert found is expected
+
+
+def guards(gm):
+    values = [node.meta.get("example_value") for node in gm.graph.nodes]
+    env = next(value.fake_mode.shape_env for value in values if isinstance(value, torch.Tensor))
+    return [str(guard.expr) for guard in env.guards], dict(env.replacements), dict(env.deferred_runtime_asserts)
+
+
+def last_position(model, x_BTH):
+    return model.head(x_BTH)[:, -1].sum()
+
+
+def next_token(model, x_BTH):
+    return cross_entropy(model.head(x_BTH)[:, :-1].flatten(0, 1), torch.arange(x_BTH[:, 1:, 0].numel()) % V)
+
+
+def both_directions(model, x_BTH):
+    return (model.head(x_BTH).flatten(0, 1).log_softmax(0) * model.head(x_BTH).flatten(0, 1).log_softmax(1)).sum()
+
+
+def of_a_number(model, x_BTH):
+    return nn.functional.leaky_relu(model.head(x_BTH), x_BTH.shape[0] / 10).logsumexp(-1).sum()
+
+
+def whole_model(model, x_BTH):
+    return model(x_BTH.flatten(0, 1)) + model.mlp(x_BTH).square().mean()
+
+
+PROGRAMS = [last_position, next_token, both_directions, of_a_number, whole_model]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_what_is_left_alone_is_not_guarded(program):
+    seen = []
+
+    def backend(gm, inputs):
+        before = guards(gm)
+        seen.append((before, guards(gm) if rewrite(gm, mst_fx.Config(), patterns())[1] else None))
+        return gm
+
+    torch._dynamo.reset()
+    torch.compile(program, backend=backend, dynamic=True)(small(), tokens().view(5, -1, H).repeat(1, 2, 1))
+    ((before, after),) = seen
+    assert after == before
+
+
+def test_what_is_looped_is_fixed_where_it_must_be():
+    torch._dynamo.reset()
+    before = len(mst_fx.reports())
+    model = small()
+    run = compiled(model.mlp, dynamic=True, inner="eager")
+    for batch, length in ((2, 24), (2, 40), (3, 40)):
+        x_BTH = tokens(batch * length).view(batch, length, H)
+        torch.testing.assert_close(run(x_BTH), model.mlp(x_BTH))
+    assert len(mst_fx.reports()[before:]) == 2  # one for each batch, none for a length
+
+
+def test_what_one_region_fixes_another_may_be_split_along():
+    def program(model, x_BTH):
+        pooled_BH = x_BTH.mean(1)
+        return model.mlp(pooled_BH).sum() + model.head(x_BTH).logsumexp(-1).sum()
+
+    torch._dynamo.reset()
+    x_BTH = tokens(4 * 24).view(4, 24, H)
+    options = {"chunk_tokens": 3, "inner": "aot_eager"}
+    ours = step(small(), lambda m: compiled(partial(program, m), dynamic=True, **options)(x_BTH))
+    torch.testing.assert_close(ours, step(small(), lambda m: program(m, x_BTH)))
+    assert len(mst_fx.reports()[-1].regions) == 2
