@@ -10,6 +10,7 @@ known of sizes that vary, modules whose code is written late. Run on torch 2.11,
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -184,6 +185,12 @@ def fake_value(node: Node) -> Any:
 def is_transformed(value: torch.Tensor) -> bool:
     """Whether a value lives inside of a vmap, or another transform of torch.func, that was captured step by step."""
     return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def is_sharded(value: object) -> bool:
+    """Whether a value is a DTensor: its ops communicate, and keep what they saw for the whole process."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # nobody has made one where nobody has loaded it
+    return distributed is not None and isinstance(value, distributed.DTensor)
 
 
 def bytes_of(value: torch.Tensor) -> int:

@@ -11,9 +11,14 @@ from functools import cache, partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy, silu
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -338,3 +343,38 @@ def test_what_one_region_fixes_another_may_be_split_along():
     ours = step(small(), lambda m: compiled(partial(program, m), dynamic=True, **options)(x_BTH))
     torch.testing.assert_close(ours, step(small(), lambda m: program(m, x_BTH)))
     assert len(mst_fx.reports()[-1].regions) == 2
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+class Sharded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.sharded, self.plain = nn.Embedding(V, H), *(nn.Linear(H, 32) for _ in range(2))
+        self.back, self.down = nn.Linear(32, H), nn.Linear(32, H)
+
+    def forward(self, ids_T):
+        x_TH = self.tokens(ids_T)
+        x_TH = x_TH + self.back(silu(self.sharded(x_TH)))
+        return (x_TH + self.down(silu(self.plain(x_TH)))).sum()
+
+
+def test_shards_are_not_opened_and_the_rest_is_looped(mesh):
+    torch._dynamo.reset()
+    plan = {
+        "tokens": RowwiseParallel(input_layouts=Replicate()),
+        "sharded": ColwiseParallel(),
+        "back": RowwiseParallel(),
+    }
+    model, ids_T = parallelize_module(Sharded().double(), mesh, plan), torch.arange(T) % V
+    loss = compiled(model)(ids_T)
+    loss.backward()
+    torch.testing.assert_close(loss, model(ids_T))  # what the ops on shards remember is none of ours
+    report = mst_fx.reports()[-1]
+    assert [region.module for region in report.regions] == ["down"]
+    assert [refusal.reason for refusal in report.refusals] == ["SHARDED"]
