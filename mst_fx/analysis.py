@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Container, Hashable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.fx import Node
 
 from mst_fx.body import differentiable_results
 from mst_fx.config import Config
+from mst_fx.fixing import as_if_fixed, other_dims
 from mst_fx.likeness import likeness_of_nodes
-from mst_fx.lower import depends_on_data, fake_value, fix, hint, is_symbolic, lower
+from mst_fx.lower import fake_value, fix, lower
 from mst_fx.placement import PARTIAL
 from mst_fx.region import Region, needs_gradient
 from mst_fx.scalars import as_tensors
@@ -32,6 +33,7 @@ class Work:
         differentiable: positions of the loop's results that have one.
         kept: positions of the results that backward reads in place of computing them again.
         fixed: positions of the region's live-ins, numbers whose value is a part of the stages.
+        sizes: of its tensors, whose value is.
     """
 
     stages: Stages
@@ -40,6 +42,7 @@ class Work:
     differentiable: tuple[int, ...]
     kept: tuple[int, ...]
     fixed: tuple[int, ...] = ()
+    sizes: tuple[Any, ...] = ()
 
 
 def analysed(region: Region, config: Config, known: dict[Hashable, Work], marked: Container[str] = ()) -> Work:
@@ -56,11 +59,14 @@ def analysed(region: Region, config: Config, known: dict[Hashable, Work], marked
     """
     key = _likeness(region)
     if key not in known:
-        _fix_other_dims(fake_value(region.stream), marked)
-        known[key] = _analysed(region, config)
-    for position in known[key].fixed:
-        fix(fake_value(region.live_ins[position]))
+        known[key] = _analysed(region, config, other_dims(fake_value(region.stream), marked))
     return known[key]
+
+
+def fix_for(region: Region, work: Work) -> None:
+    """Fix what the work needs fixed, for this region: another value of it is compiled anew."""
+    for number in (*work.sizes, *(fake_value(region.live_ins[position]) for position in work.fixed)):
+        fix(number)
 
 
 def _likeness(region: Region) -> Hashable:
@@ -77,8 +83,9 @@ def _returned(region: Region, output: Node) -> tuple[bool, bool]:
     return output in region.returned, any(user.op == "output" for user in output.users)
 
 
-def _analysed(region: Region, config: Config) -> Work:
-    lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes)
+def _analysed(region: Region, config: Config, sizes: tuple[Any, ...]) -> Work:
+    examples = as_if_fixed([fake_value(node) for node in region.live_ins], sizes)
+    lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes, examples=examples)
     fixed = as_tensors(lowered, region.live_ins)
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     stages = cut(lowered, placeholders[region.live_ins.index(region.stream)])
@@ -87,15 +94,7 @@ def _analysed(region: Region, config: Config) -> Work:
     differentiable = _differentiable(region, stages, wanted, config) if wanted else ()
     backward = _backward(stages, differentiable)
     kept = _kept(region, stages, differentiable) if backward == "recompute" else ()
-    return Work(stages, backward, wanted if differentiable else (), differentiable, kept, fixed)
-
-
-def _fix_other_dims(stream: torch.Tensor, marked: Container[str]) -> None:
-    """Only one dim may vary at run time, the longest; of another, the batch, every length is compiled by itself."""
-    varying = sorted((size for size in stream.shape[:-1] if is_symbolic(size)), key=hint)
-    for size in varying[:-1]:
-        if not depends_on_data(size) and str(size) not in marked:
-            fix(size)
+    return Work(stages, backward, wanted if differentiable else (), differentiable, kept, fixed, sizes)
 
 
 def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool]:

@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.lower import fake_value
+from mst_fx.placement import same_shape
 from mst_fx.reading import Reader, writes
 from mst_fx.refusal import Refusal
 from mst_fx.region import Region, close
@@ -80,4 +81,4 @@ def _is_like(value: Node, stream: Node) -> bool:
     a, b = fake_value(value), fake_value(stream)
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return False
-    return a.shape == b.shape and a.itemsize <= b.itemsize and a.is_floating_point()
+    return same_shape(a.shape, b.shape) and a.itemsize <= b.itemsize and a.is_floating_point()

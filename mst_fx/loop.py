@@ -41,6 +41,7 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, disable_proxy_modes_tracing, track_tensor_tree
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from mst_fx.lower import any_length, is_symbolic
@@ -102,6 +103,14 @@ class _MiniSequenceLoop(HigherOrderOperator):
 
     def __call__(self, full: Any, tail: Any, spec: tuple[Any, ...], *operands: Any) -> tuple[torch.Tensor, ...]:
         return super().__call__(full, tail, spec, *operands)
+
+    def dispatch(self, /, dispatch_key: Any, *args: Any, **kwargs: Any) -> Any:
+        """A mode that knows no such operators, of the user's or one that counts, sees the ops that the loop runs."""
+        mode = _get_current_dispatch_mode() if dispatch_key == DispatchKey.Python else None
+        unknown = mode is not None and type(mode) not in self.python_key_table
+        if unknown and not getattr(mode, "supports_higher_order_operators", False):
+            return _eager(*args)
+        return super().dispatch(dispatch_key, *args, **kwargs)
 
 
 mini_sequence_loop = _MiniSequenceLoop()

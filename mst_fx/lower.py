@@ -10,6 +10,7 @@ known of sizes that vary, modules whose code is written late. Run on torch 2.11,
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta, set_current_meta
 from torch.utils._pytree import tree_map_only
 
+from mst_fx.clean_room import without_autocast
 from mst_fx.modes import Mode
 from mst_fx.openings import openings
 from mst_fx.overwritten import WithoutWrites
@@ -40,6 +42,7 @@ def lower(
     outputs: Sequence[Node],
     modes: Mapping[Node, Mode],
     *,
+    examples: Sequence[Any] | None = None,
     gathers: bool = True,
 ) -> GraphModule:
     """Trace `nodes` of `owner` (in graph order) into aten.
@@ -50,6 +53,7 @@ def lower(
         live_ins: the values that the nodes read from outside; they become placeholders, in this order.
         outputs: the values to return, in this order.
         modes: of the nodes.
+        examples: to trace on, in place of the captured values of the live-ins.
         gathers: as for `openings`.
 
     Returns:
@@ -65,7 +69,7 @@ def lower(
                 env[node] = run_node(owner, node, env)
         return [env[node] for node in outputs]
 
-    examples = [fake_value(node) for node in live_ins]
+    examples = [fake_value(node) for node in live_ins] if examples is None else list(examples)
     with tracing(examples):
         lowered = make_fx(run, decomposition_table=openings(gathers))(*examples)
         if any(mutates(node) for node in lowered.graph.nodes):
@@ -93,10 +97,10 @@ def tracing(examples: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def under(autocast: Sequence[Sequence[Any]]) -> Iterator[None]:
-    """Inside these autocast blocks, outermost first."""
+    """Inside these autocast blocks, outermost first; each use of a weight is cast by itself."""
     with ExitStack() as stack:
-        for device_type, dtype, enabled, cache in autocast:
-            stack.enter_context(torch.autocast(device_type, dtype, enabled, cache))
+        for device_type, dtype, enabled, _ in autocast:
+            stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled=False))
         yield
 
 
@@ -140,16 +144,6 @@ def any_length(shape_env: ShapeEnv) -> int:
         length: Any = shape_env.create_unbacked_symint()
     torch._check(length >= 2)
     return length
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """Casts are explicit in a lowered graph; autocast must not add to them."""
-    with ExitStack() as stack:
-        for device_type in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
 
 
 def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
@@ -208,6 +202,12 @@ def fake_value(node: Node) -> Any:
 def is_transformed(value: torch.Tensor) -> bool:
     """Whether a value lives inside of a vmap, or another transform of torch.func, that was captured step by step."""
     return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def is_sharded(value: object) -> bool:
+    """Whether a value is a DTensor: its ops communicate, and keep what they saw for the whole process."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # nobody has made one where nobody has loaded it
+    return distributed is not None and isinstance(value, distributed.DTensor)
 
 
 def bytes_of(value: torch.Tensor) -> int:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from mst_fx.clean_room import without_autocast
 from mst_fx.loop import mini_sequence_loop, results_kept
-from mst_fx.lower import without_autocast
 
 
 class CallSpec(NamedTuple):

@@ -15,8 +15,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import set_current_meta
 
+from mst_fx.clean_room import without_autocast
 from mst_fx.lower import execute, fake_value, lower, tracing
-from mst_fx.placement import Split
+from mst_fx.placement import Split, same_shape
 from mst_fx.propagate import origins, propagate
 from mst_fx.reading import Reader, writes
 from mst_fx.refusal import Refusal
@@ -110,7 +111,7 @@ def _revalue(module: GraphModule, examples: list[Any]) -> None:
     """Give the nodes fake values that tell whether they need a gradient."""
     env: dict[Node, Any] = {}
     given = iter(examples)
-    with tracing(examples), torch.enable_grad():
+    with tracing(examples), without_autocast(), torch.enable_grad():
         for node in module.graph.nodes:
             if node.op != "output":
                 env[node] = next(given) if node.op == "placeholder" else execute(module, node, env)
@@ -121,7 +122,11 @@ def _moved(lowered: GraphModule, stream: int, examples: list[Any]) -> Iterator[G
     """The graph with one cut moved, for each cut that can be."""
     tokens = [node for node in lowered.graph.nodes if node.op == "placeholder"][stream]
     for cut in lowered.graph.nodes:
-        if cut.target not in CUTS or shape_of(cut) == shape_of(args_of(cut)[0]) or args_of(cut)[4:] not in ((), (1,)):
+        if (
+            cut.target not in CUTS
+            or same_shape(shape_of(cut), shape_of(args_of(cut)[0]))
+            or args_of(cut)[4:] not in ((), (1,))
+        ):
             continue
         source, axis = args_of(cut)[0], Split(dim_of(cut, 1))
         try:
@@ -173,7 +178,7 @@ def _retraced(
                     env[result] = torch.cat(pieces, placements[result].dim)
         raise AssertionError("a graph ends in its output")
 
-    with tracing(examples):
+    with tracing(examples), without_autocast():
         moved = make_fx(run)(*examples)
     moved.graph.eliminate_dead_code()
     return moved

@@ -23,6 +23,9 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from mst_fx.analysis import fix_for
+from mst_fx.captured_again import let_dynamo_capture_loops
+from mst_fx.clean_room import clean_room
 from mst_fx.config import Config
 from mst_fx.inner import CapturedAnew, inductor_options, inner_compiler, writes_python
 from mst_fx.lower import long_lengths, marked_sizes
@@ -62,6 +65,7 @@ def backend(
     """
     config, foreign = Config.split(options, inductor_options())
     compile_graph = inner_compiler(config, mode, foreign)
+    let_dynamo_capture_loops()
     rewritten, report = _rewrite_safely(gm, config, foreign)
     try:
         compiled = compile_graph(rewritten, example_inputs)
@@ -84,8 +88,7 @@ def _rewrite_safely(gm: GraphModule, config: Config, foreign: dict[str, Any]) ->
         refusal = Refusal(Reason.BACKEND, None, "Inductor's C++ wrapper cannot call the loop")
         return gm, Report(refusals=(refused("all", refusal),))
     try:
-        with _without_collections():
-            return rewrite(gm, config, chosen)
+        return rewrite(gm, config, chosen)
     except Exception as error:
         if config.strict:
             raise
@@ -107,6 +110,11 @@ def _without_collections() -> Iterator[None]:
 
 def rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple[GraphModule, Report]:
     """The graph with loops, and the decisions; `gm` itself where nothing is changed."""
+    with clean_room(), _without_collections():
+        return _rewrite(gm, config, chosen)
+
+
+def _rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple[GraphModule, Report]:
     surveyor = Surveyor(config, chosen, marked_sizes(gm))
     surveyed = surveyor.survey(gm)
     plans = _planned(surveyor, surveyed, due=_due(surveyor, surveyed))
@@ -143,6 +151,7 @@ def _rewritten(surveyed: Surveyed, surveyor: Surveyor, plans: dict[Site, Plan]) 
             refusal = Refusal(Reason.SMALL, site.region.last, plan.reason)
             report = report.joined(Report(refusals=(refused(site.pattern, refusal),)))
             continue
+        fix_for(site.region, site.work)
         replacement = Replacement(
             site.region, site.work.stages, surveyor.call(site.work, plan.lengths), site.around.kept
         )

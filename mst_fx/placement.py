@@ -22,6 +22,11 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int, statically_kn
 sure = statically_known_true
 
 
+def same_shape(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two shapes are surely equal."""
+    return len(a) == len(b) and all(sure(x == y) for x, y in zip(a, b, strict=True))
+
+
 @dataclass(frozen=True)
 class Split:
     """Dim `dim` of size outer * L * inner is cut along L."""

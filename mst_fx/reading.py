@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.likeness import likeness_of_node
-from mst_fx.lower import fake_value, hint, is_size, is_transformed
+from mst_fx.lower import fake_value, hint, is_sharded, is_size, is_transformed
 from mst_fx.modes import modes_of
 from mst_fx.opened import Opened, open_alone, open_together
 from mst_fx.propagate import forbid_effects, forbid_unruled
@@ -211,6 +211,8 @@ class Reader:
     def obstacle(self, node: Node) -> Refusal | None:
         """Why a region must not run through this node; None where each of its ops has a placement rule."""
         opened = self.opened(node)
+        if works_on_shards(node):
+            return Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors")
         if opened is None:
             return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} cannot be opened into aten ops")
         if any(op.op == "get_attr" for op in opened.ops):
@@ -287,9 +289,18 @@ def _can_be_opened(node: Node) -> bool:
     calls = node.op in ("call_function", "call_method", "call_module")
     if not calls or isinstance(node.target, torch._ops.HigherOrderOperator) or _reshapes_in_place(node):
         return False
-    if any(map(is_transformed, [x for near in (node, *node.all_input_nodes) for x in tensors_of(near)])):
+    if works_on_shards(node) or any(map(is_transformed, _near(node))):
         return False
     return _result(node) is not None and all(fake_value(operand) is not None for operand in node.all_input_nodes)
+
+
+def works_on_shards(node: Node) -> bool:
+    """Whether a node reads or makes DTensors."""
+    return any(map(is_sharded, _near(node)))
+
+
+def _near(node: Node) -> list[torch.Tensor]:
+    return [x for near in (node, *node.all_input_nodes) for x in tensors_of(near)]
 
 
 def _result(node: Node) -> Node | None:

@@ -28,6 +28,7 @@ class Reason(Enum):
     DYNAMIC = "Compile with static shapes (dynamic=False) or make only the split dim dynamic."
     DATA_DEPENDENT = "Route tokens without sizes that depend on them: sort them by expert and multiply group by group."
     NUMBER = "Give the op a tensor, or a number that does not depend on the data."
+    SHARDED = "Ops on DTensors (tensor parallel) are never looped; those on plain tensors around them are."
     SMALL = "Set min_bytes, or name the module in `modules`, to loop it all the same."
     BUDGET = "Allow more memory, or take what the text names."
     DISABLED = "Remove the pattern's name from `disable`."

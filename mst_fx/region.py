@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from mst_fx.lower import depends_on_data, fake_value
 from mst_fx.modes import Mode
 from mst_fx.provenance import op_name
-from mst_fx.reading import Reader, written_by
+from mst_fx.reading import Reader, works_on_shards, written_by
 from mst_fx.refusal import Reason, Refusal
 
 
@@ -77,6 +77,9 @@ def close(
     if not outputs:
         last = max(nodes, key=reader.order.__getitem__)
         raise Refusal(Reason.UNREAD, last, f"nobody reads the result of {op_name(last)}")
+    for node in ordered:
+        if works_on_shards(node):
+            raise Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors")
     for node in outputs:
         if not isinstance(fake_value(node), torch.Tensor):
             raise Refusal(Reason.ESCAPES, node, f"{op_name(node)} gives what is no tensor to the rest of the graph")

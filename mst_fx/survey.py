@@ -28,9 +28,9 @@ from mst_fx.narrow import CutHead, cut_heads
 from mst_fx.opened import Opened
 from mst_fx.pattern import Pattern
 from mst_fx.plan import Offer
-from mst_fx.provenance import module_path
-from mst_fx.reading import Reader
-from mst_fx.refusal import Refusal
+from mst_fx.provenance import module_path, op_name
+from mst_fx.reading import Reader, works_on_shards
+from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region, has_gradient
 from mst_fx.report import Report, cut_head, dropped, refused
 from mst_fx.rewrite import Edit, nodes_of, rebuilt
@@ -127,7 +127,7 @@ class Surveyor:
         """Find the regions of a graph as captured, and of its subgraphs."""
         gm, report = self._without_logits(gm) if self.config.returned_logits == "drop" else (gm, Report())
         reader, cuts = self._cut_early(gm)
-        report = report.joined(cuts)
+        report = report.joined(cuts).joined(_sharded(reader))
         sites: list[Site] = []
         discovered = discover(reader, self.patterns)
         taken = {node for found in discovered if isinstance(found.outcome, Region) for node in found.outcome.nodes}
@@ -252,6 +252,15 @@ def _apart(heads: Sequence[CutHead]) -> list[CutHead]:
             taken.update(head.region.nodes)
             chosen.append(head)
     return chosen
+
+
+def _sharded(reader: Reader) -> Report:
+    """A word about ops on DTensors: patterns cannot tell what they are."""
+    nodes = [node for node in reader.owner.graph.nodes if node.op.startswith("call_") and works_on_shards(node)]
+    if not nodes:
+        return Report()
+    text = f"{op_name(nodes[0])} works on DTensors, as {len(nodes)} op(s) of the graph do"
+    return Report(refusals=(refused("all", Refusal(Reason.SHARDED, nodes[0], text)),))
 
 
 def _has_loss(region: Region) -> bool:

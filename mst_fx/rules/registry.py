@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch.fx import Node
 
-from mst_fx.placement import Placement, Split
+from mst_fx.placement import Placement, Split, same_shape
 from mst_fx.refusal import Reason, Refusal
 
 Result: TypeAlias = Placement | tuple[Placement, ...]
@@ -105,7 +105,7 @@ def demands_of(node: Node, split: Split) -> dict[Node, Split]:
         return _BACKS[node.target](node, split)
     if torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return _BACKS["pointwise"](node, split)
-    alike = [operand for operand in node.all_input_nodes if shape_of(operand) == result_shape(node)]
+    alike = [operand for operand in node.all_input_nodes if same_shape(shape_of(operand), result_shape(node))]
     if node.op != "call_function" or not alike:
         raise mixed(node, "is needed split, but its operands are whole")
     return dict.fromkeys(alike, split)

@@ -1,0 +1,69 @@
+"""Sizes that a loop needs fixed: a region is analysed as if they were, and they are where its loop enters the graph.
+
+What is fixed is a guard, and another value compiles anew: a region that is left alone must leave none.
+
+Private torch API: the symbols of sizes and their values. Run on torch 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from mst_fx.lower import depends_on_data, hint, is_symbolic
+
+
+def other_dims(stream: torch.Tensor, marked: Container[str]) -> tuple[Any, ...]:
+    """The sizes of a stream that must not vary: only one dim may, the longest; of another, the batch, none but one.
+
+    Args:
+        stream: the captured value.
+        marked: the sizes that have to vary, by their names.
+    """
+    varying = sorted((size for size in stream.shape[:-1] if is_symbolic(size)), key=hint)
+    return tuple(size for size in varying[:-1] if not depends_on_data(size) and str(size) not in marked)
+
+
+def as_if_fixed(values: Sequence[Any], sizes: Sequence[Any]) -> list[Any]:
+    """Captured values as they would be if these sizes were fixed; adds no guard.
+
+    Args:
+        values: fake tensors, sizes, and whatever else.
+        sizes: to be fixed; what depends on the data cannot be.
+    """
+    seen = {symbol: value for size in sizes for symbol, value in _symbols(size)}
+    return [tree_map(lambda leaf: _with(leaf, seen), value) if seen else value for value in values]
+
+
+def _symbols(size: Any) -> Iterator[tuple[Any, Any]]:
+    """The symbols that a size is made of, and the values that they had."""
+    for symbol in size.node.expr.free_symbols:
+        yield symbol, size.node.shape_env.backed_var_to_val[symbol]
+
+
+def _with(value: Any, seen: dict[Any, Any]) -> Any:
+    if isinstance(value, torch.SymInt):
+        return _size_with(value, seen)
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return value
+    before = (*value.shape, *value.stride())
+    after = [_size_with(size, seen) for size in before]
+    if all(a is b for a, b in zip(before, after, strict=True)):
+        return value
+    mode: Any = value.fake_mode  # type: ignore[attr-defined]
+    shape, stride = after[: value.dim()], after[value.dim() :]
+    with mode, torch.no_grad():
+        fixed = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+    return fixed.requires_grad_(value.requires_grad)
+
+
+def _size_with(size: Any, seen: dict[Any, Any]) -> Any:
+    if not isinstance(size, torch.SymInt) or size.node.expr.free_symbols.isdisjoint(seen):
+        return size
+    expression = size.node.expr.xreplace(seen)
+    if expression.is_number:
+        return int(expression)
+    return size.node.shape_env.create_symintnode(expression, hint=size.node.hint)
