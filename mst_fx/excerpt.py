@@ -27,7 +27,7 @@ from mst_fx.placement import Split
 from mst_fx.refusal import Refusal
 from mst_fx.region import Region, needs_gradient
 
-LIMIT = 64 * 2**20
+LIMIT = 16 * 2**20
 """Bytes that the values of an excerpt may take in float64."""
 POSITIONS = 33
 """Of a short axis: two mini-sequences and a ragged one."""
