@@ -135,9 +135,9 @@ def group(result: Result, model: PreTrainedModel, batch: dict[str, Any], inner: 
 def looped_step(
     model: PreTrainedModel, batch: dict[str, Any], inner: str, dynamic: bool | None
 ) -> tuple[dict[str, torch.Tensor], Watched]:
-    """A step with mst_fx, in loops of 16 tokens."""
+    """A step with mst_fx, in loops of 16 tokens, each of which is verified first."""
     torch._dynamo.reset()
-    watched = Watched({"inner": inner, "min_bytes": 0, "chunk_tokens": 16, "strict": True})
+    watched = Watched({"inner": inner, "min_bytes": 0, "chunk_tokens": 16, "strict": True, "verify": True})
     return step(model, batch, torch.compile(loss_of(model), backend=watched, dynamic=dynamic)), watched
 
 
@@ -202,9 +202,11 @@ class Watched:
         return sum(any(part in region.pattern for part in parts) for region in regions)
 
     def refusals(self) -> list[str]:
-        """Every refusal once, with the line of the model."""
-        found = (refusal for report in self.runs for refusal in report.refusals)
-        lines = (f"{r.pattern} {r.reason}: {r.text} ({r.source.strip().rpartition('/')[2]})" for r in found)
+        """Every refusal once, with the line of the model, and every loop that could not be verified."""
+        found = [(r.pattern, r.reason, r.text, r.source) for report in self.runs for r in report.refusals]
+        regions = [region for report in self.runs for region in report.regions if not region.verified]
+        found += [(region.pattern, "not verified", region.verification, region.source) for region in regions]
+        lines = (f"{p} {reason}: {text} ({source.strip().rpartition('/')[2]})" for p, reason, text, source in found)
         return list(dict.fromkeys(lines))
 
 

@@ -57,6 +57,8 @@ class Config:
         disable: names of patterns that shall not be used.
         inner: what compiles the rewritten graph: "inductor", "aot_eager", "eager" or a backend callable.
         strict: raise exceptions of the pass itself in place of compiling the graph unrewritten.
+        verify: run each distinct region once while it is compiled, looped and as captured, on random numbers; one whose
+            loop differs by more than rounding is left alone.
     """
 
     memory_budget: int | float | str | None = None
@@ -69,6 +71,7 @@ class Config:
     disable: tuple[str, ...] = ()
     inner: Inner | Callable[..., Any] = "inductor"
     strict: bool = False
+    verify: bool = False
 
     def __post_init__(self) -> None:
         """Raise TypeError or ValueError for a value that its option does not take."""
@@ -88,7 +91,8 @@ class Config:
         _check(isinstance(self.disable, tuple), "disable", "a tuple or list of pattern names", self.disable)
         known = callable(self.inner) or self.inner in get_args(Inner)
         _check(known, "inner", f"a callable or one of {get_args(Inner)}", self.inner)
-        _check(isinstance(self.strict, bool), "strict", "a bool", self.strict)
+        for name in ("strict", "verify"):
+            _check(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
 
     def budget_bytes(self, device_memory: int) -> int | None:
         """`memory_budget` in bytes.

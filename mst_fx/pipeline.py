@@ -7,6 +7,7 @@ survey     gm, patterns             -> regions, subgraphs, refusals
   memory     work, bodies             -> bytes as a function of the chunk length; cost: milliseconds
 plan       regions, rest of the graph, device, options -> chunk lengths | Refusal, for all regions at once
 assembly   work, lengths            -> aten bodies of one chunk
+verify     region, bodies           -> Verified | Refusal, if it is asked for
 rewrite    gm, bodies               -> gm'
 inner      gm'                      -> what torch.compile calls
 """
@@ -151,13 +152,20 @@ def _rewritten(surveyed: Surveyed, surveyor: Surveyor, plans: dict[Site, Plan]) 
             refusal = Refusal(Reason.SMALL, site.region.last, plan.reason)
             report = report.joined(Report(refusals=(refused(site.pattern, refusal),)))
             continue
+        verified = surveyor.verified(site, plan.lengths)
+        if isinstance(verified, Refusal):
+            report = report.joined(Report(refusals=(refused(site.pattern, verified),)))
+            continue
         fix_for(site.region, site.work)
         replacement = Replacement(
             site.region, site.work.stages, surveyor.call(site.work, plan.lengths), site.around.kept
         )
         detached = site.region.returned if surveyor.config.returned_logits == "detach" else ()
         edits.append(Edit(site.region, partial(loop, replacement=replacement), detached))
-        report = report.joined(Report(regions=(looped(site.pattern, site.region, site.work, plan, detached),)))
+        entry = looped(site.pattern, site.region, site.work, plan, detached)
+        if verified is not None:
+            entry = replace(entry, verified=verified.holds, verification=verified.text)
+        report = report.joined(Report(regions=(entry,)))
     children: dict[str, GraphModule] = {}
     for name, (child, _) in surveyed.children.items():
         new_child, inner_report = _rewritten(child, surveyor, plans)

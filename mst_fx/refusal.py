@@ -32,6 +32,7 @@ class Reason(Enum):
     SMALL = "Set min_bytes, or name the module in `modules`, to loop it all the same."
     BUDGET = "Allow more memory, or take what the text names."
     DISABLED = "Remove the pattern's name from `disable`."
+    DIFFERS = "This is a bug in mst_fx; please report it with the text and this code. verify=True shows it again."
     BACKEND = "Use the Python wrapper of Inductor (cpp_wrapper=False)."
     INTERNAL = "This is a bug in mst_fx; please report it with the traceback."
 

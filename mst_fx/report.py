@@ -33,6 +33,8 @@ class LoopedRegion:
         added_ms: predicted time that the loop adds to a training step.
         returned_bytes: of logits that the compiled function returns, so that they exist as a whole.
         returned_gradient_bytes: of their gradient, with which backward starts even if nobody used them.
+        verified: with the option `verify`, whether the loop was run and is right; False where it could not be run.
+        verification: at which sizes it was run, or why it could not be.
     """
 
     pattern: str
@@ -46,6 +48,8 @@ class LoopedRegion:
     added_ms: float = 0.0
     returned_bytes: int = 0
     returned_gradient_bytes: int = 0
+    verified: bool | None = None
+    verification: str = ""
 
     def __str__(self) -> str:
         lines = [
@@ -60,6 +64,8 @@ class LoopedRegion:
         if self.returned_gradient_bytes:
             size = readable(self.returned_gradient_bytes)
             lines.append(f"Backward starts with their gradient, {size}; returned_logits='detach' does without it.")
+        if self.verified is not None:
+            lines.append(f"{'Verified at' if self.verified else 'Could not be verified:'} {self.verification}.")
         return "\n    ".join(lines)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -35,6 +35,9 @@ from mst_fx.region import Region, has_gradient
 from mst_fx.report import Report, cut_head, dropped, refused
 from mst_fx.rewrite import Edit, nodes_of, rebuilt
 from mst_fx.timeline import Segment, Timeline, resident_bytes, returned_bytes, segments_of
+
+if TYPE_CHECKING:
+    from mst_fx.verify import Verified
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class Surveyor:
     _works: dict[Hashable, Work] = field(default_factory=dict)
     _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
     _memories: dict[tuple[Work, Lengths, int], RegionMemory] = field(default_factory=dict)
+    _verified: dict[tuple[Work, Lengths], Verified | Refusal] = field(default_factory=dict)
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
         """Find the regions of a graph as captured, and of its subgraphs."""
@@ -217,6 +221,21 @@ class Surveyor:
         if key not in self._calls:
             self._calls[key] = assembled(work, lengths.chunk, lengths.forward, self.config.accumulate)
         return self._calls[key]
+
+    def verified(self, site: Site, lengths: Lengths) -> Verified | Refusal | None:
+        """Whether the loop was run and is right (option `verify`), once for regions that are alike; None unasked."""
+        if not self.config.verify:
+            return None
+        from mst_fx.verify import verified
+
+        key = (site.work, lengths)
+        if key not in self._verified:
+            try:
+                self._verified[key] = verified(site.region, site.work, self.call(site.work, lengths), self.config)
+            except Refusal as refusal:
+                self._verified[key] = refusal
+        found = self._verified[key]
+        return Refusal(found.reason, site.region.last, found.text) if isinstance(found, Refusal) else found
 
     def offer(self, site: Site, *, due: bool = False) -> Offer:
         """What the planner has to know of a region.

@@ -1,0 +1,307 @@
+"""Option `verify`: what is right is said to be, a fault costs the loop that has it, and nobody notices the runs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from experts import DENSE, GROUPED, Experts, routed
+from experts import D as EXPERTS_D
+from graphs import rewritten, tensors
+from models import FF, D, MlpLM, NanoGPT, V, tokens
+from numerics import gradients, relative_error
+
+import mst_fx
+from mst_fx import body, mini_sequence, results, verify
+from mst_fx import loop as loop_operator
+
+ON = {"verify": True, "strict": True, "min_bytes": 0, "chunk_tokens": 16, "inner": "eager"}
+
+
+def compiled(fn, dynamic=None, **options):
+    torch._dynamo.reset()
+    return torch.compile(fn, backend=mst_fx.backend, options={**ON, **options}, dynamic=dynamic)
+
+
+def report_of(fn, *inputs, dynamic=None, **options):
+    compiled(fn, dynamic, **options)(*inputs)
+    return mst_fx.reports()[-1]
+
+
+def assert_verified(report, regions):
+    assert len(report.regions) == regions, str(report)
+    assert {region.verified for region in report.regions} == {True}, str(report)
+
+
+def test_is_off_and_then_never_called(monkeypatch):
+    def fail(*args):
+        raise AssertionError("verified without being asked")
+
+    monkeypatch.setattr(verify, "verified", fail)
+    report = report_of(MlpLM(), *tokens(), verify=False)
+    assert [(region.verified, region.verification) for region in report.regions] == [(None, "")] * 2
+    assert "erified" not in str(report)
+    assert mst_fx.Config().verify is False
+    with pytest.raises(TypeError, match="verify"):
+        mst_fx.Config(verify=1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "accumulate"),
+    [(torch.float64, "float32"), (torch.bfloat16, "float32"), (torch.bfloat16, "native"), (torch.float16, "float32")],
+)
+def test_right_in_every_dtype(dtype, accumulate):
+    report = report_of(MlpLM().to(dtype), *tokens(2), accumulate=accumulate)
+    assert_verified(report, regions=2)
+    assert str(report).count("Verified at its own sizes.") == 2
+
+
+def reads_views(x_btd, up_fd, down_df):
+    """Reads its tokens from every second position, and its weights transposed and from an expanded row."""
+    x = x_btd[:, ::2]
+    return (F.gelu(x @ up_fd.t()) @ down_df).sum(-1)
+
+
+def strided():
+    x, up, down = torch.randn(2, 74, D), torch.randn(FF, D).t().contiguous().t(), torch.randn(1, D).expand(FF, D)
+    return reads_views, (x.requires_grad_(), up.requires_grad_(), down)
+
+
+def dropout():
+    return lambda x, w, v: F.dropout(F.gelu(x @ w), 0.3) @ v, tensors((2, 37, D), (D, FF), (FF, D))
+
+
+def no_grad_inside():
+    def fn(x, w, v):
+        h = x @ w
+        with torch.no_grad():
+            scale = h.abs().amax(-1, keepdim=True)
+        return (h / scale).relu() @ v
+
+    return fn, tensors((2, 37, D), (D, FF), (FF, D))
+
+
+def autocast():
+    def fn(x, w, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.gelu(x @ w) @ v
+
+    return fn, tensors((2, 37, D), (D, FF), (FF, D))
+
+
+def ignored():
+    def fn(x, w, labels):
+        return F.cross_entropy((x @ w).flatten(0, 1), labels.flatten(), ignore_index=7, label_smoothing=0.1)
+
+    return fn, [*tensors((2, 37, D), (D, V)), torch.randint(0, V, (2, 37))]
+
+
+def accuracy():
+    def fn(x, w, labels):
+        logits = x @ w
+        return logits.logsumexp(-1).sum(), (logits.argmax(-1) == labels).sum()
+
+    return fn, [*tensors((2, 37, D), (D, V)), torch.randint(0, V, (2, 37))]
+
+
+@pytest.mark.parametrize("case", [strided, dropout, no_grad_inside, autocast, ignored, accuracy])
+def test_right_whatever_is_inside(case):
+    fn, inputs = case()
+    assert_verified(report_of(fn, *inputs), regions=1)
+
+
+@pytest.mark.parametrize("form", [*GROUPED[:1], *DENSE[:1]])
+def test_right_with_experts(form):
+    report = report_of(Experts(form).bfloat16(), torch.randn(24, EXPERTS_D).bfloat16(), routed(24))
+    assert_verified(report, regions=1)
+
+
+def test_right_for_any_length():
+    assert_verified(report_of(MlpLM(), *tokens(2, 37), dynamic=True), regions=2)
+
+
+def test_alike_regions_are_run_once(monkeypatch):
+    runs = []
+    found = verify.verified
+    monkeypatch.setattr(verify, "verified", lambda *args: runs.append(args) or found(*args))
+    assert_verified(report_of(NanoGPT(layers=3), *tokens(ignored=0)), regions=4)
+    assert len(runs) == 2
+
+
+def wrong_body(monkeypatch):
+    """The SiLU of a mini-sequence is too large by a tenth."""
+    right = body.run_resized
+
+    def run(node, *args):
+        return right(node, *args) * (1.1 if node.target == torch.ops.aten.silu.default else 1)
+
+    monkeypatch.setattr(body, "run_resized", run)
+
+
+def wrong_sum(monkeypatch):
+    """Products of mini-sequences but the first are not added."""
+    monkeypatch.setattr(results, "_add_product", lambda total, a, b: None)
+
+
+def wrong_scale(monkeypatch):
+    """A gradient that was made in the forward is not multiplied with the one that comes in."""
+    monkeypatch.setattr(mini_sequence, "_scaled", lambda grad, factor, dtype: grad.to(dtype))
+
+
+def wrong_memory(monkeypatch):
+    """Gradients are read as if they were contiguous."""
+    right = loop_operator.pieces
+
+    def pieces(x, axis, chunk):
+        strides = torch.empty(x.shape, device="meta").stride()
+        return right(x if x.requires_grad else x.as_strided(x.shape, strides), axis, chunk)
+
+    monkeypatch.setattr(loop_operator, "pieces", pieces)
+
+
+@pytest.mark.parametrize(
+    ("fault", "patterns", "dtype"),
+    [
+        (wrong_body, ["gated_mlp"], torch.bfloat16),
+        (wrong_sum, ["gated_mlp", "head"], torch.float16),
+        (wrong_scale, ["head"], torch.float32),
+        (wrong_memory, ["gated_mlp"], torch.float64),
+    ],
+)
+def test_a_fault_costs_the_loops_that_have_it(monkeypatch, fault, patterns, dtype):
+    fault(monkeypatch)
+    model, inputs = MlpLM().to(dtype), tokens(2)
+    report = report_of(model, *inputs)
+    assert [(refusal.pattern, refusal.reason) for refusal in report.refusals] == [(p, "DIFFERS") for p in patterns]
+    assert len(report.regions) == 2 - len(patterns)
+    assert all(region.verified for region in report.regions)
+
+
+def test_a_refusal_names_value_size_and_line_and_nothing_is_wrong(monkeypatch):
+    wrong_body(monkeypatch)
+    model, inputs = MlpLM().double(), tokens(2)
+    refusal = report_of(model, *inputs).refusals[0]
+    assert "the gradient of l_self_modules_mlp_modules_down_parameters_weight_ by 1.0e-01 (eager by 0" in refusal.text
+    assert "self.down(F.silu" in refusal.source
+    assert "report" in refusal.advice
+    truth = gradients(model, model, inputs)
+    for name, value in gradients(model, compiled(model), inputs).items():
+        assert relative_error(value, truth[name]) < 1e-10, name
+
+
+def test_what_raises_differs(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no sum")
+
+    monkeypatch.setattr(results, "_add_product", fail)
+    assert "it raises RuntimeError: no sum" in report_of(MlpLM(), *tokens(2)).refusals[0].text
+
+
+def seen_by(fn):
+    """What a user's hooks and generators notice of a compile and a backward: tensors saved, and the next numbers."""
+    torch.manual_seed(0)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        loss = fn(*tokens(2))
+    modes = torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), torch.is_inference_mode_enabled()
+    return saved, torch.get_rng_state().tolist(), modes, float(loss.detach())
+
+
+def test_nobody_notices():
+    model = MlpLM()
+    off, on = (seen_by(compiled(model, verify=on)) for on in (False, True))
+    assert off == on
+    with torch.no_grad():
+        compiled(model)(*tokens(2))
+        assert not torch.is_grad_enabled()
+    inputs = tokens(2)
+    with torch.device("meta"):
+        assert_verified(report_of(model, *inputs), regions=2)
+
+
+def captured_unrun(fn, *inputs):
+    """A graph for tensors that take no memory until they are written."""
+    seen = []
+    torch._dynamo.reset()
+    backend = lambda gm, _: seen.append(gm) or (lambda *args: (torch.zeros(()),))  # noqa: E731
+    torch.compile(fn, backend=backend, fullgraph=True)(*inputs)
+    return seen[0]
+
+
+def empty(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16).requires_grad_()
+
+
+def swiglu(x, gate_up, down, view=()):
+    gate, up = (x @ gate_up).chunk(2, -1)
+    h = F.silu(gate) * up
+    return (h.view(*h.shape[:-1], *view).softmax(-1).flatten(-2) if view else h) @ down
+
+
+def cross_entropy(x, w, labels):
+    return F.cross_entropy((x @ w)[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes", "dynamic"),
+    [
+        (swiglu, [(2, 16384, 4096), (4096, 28672), (14336, 4096)], False),
+        (swiglu, [(1, 4096, 4096), (4096, 28672), (14336, 4096)], False),  # as many tokens as features
+        (cross_entropy, [(2, 8192, 4096), (4096, 128256)], True),
+    ],
+)
+def test_large_regions_run_at_small_sizes(monkeypatch, fn, shapes, dynamic):
+    inputs = [empty(*shape) for shape in shapes]
+    inputs += [torch.zeros(shapes[0][:-1], dtype=torch.long)] if fn is cross_entropy else []
+    for x in [x for x in inputs if dynamic and x.shape[:2] == shapes[0][:2]]:
+        torch._dynamo.mark_dynamic(x, 1)
+    elements, run = [], verify.outcomes
+
+    def watched(program, given, *args, **options):
+        elements.extend(x.numel() for x in given if isinstance(x, torch.Tensor))
+        return run(program, given, *args, **options)
+
+    monkeypatch.setattr(verify, "outcomes", watched)
+    _, report = rewritten(captured_unrun(fn, *inputs), verify=True, chunk_tokens=1024)
+    assert_verified(report, regions=1)
+    assert "at smaller sizes (" in str(report)
+    assert f"{shapes[1][0]} -> 16" in str(report)
+    assert 0 < max(elements) < 2**21
+
+
+def test_a_long_length_that_varies_runs_short(monkeypatch):
+    x, up, down = empty(2, 2**16, 64), empty(64, 256), empty(128, 64)
+    torch._dynamo.mark_dynamic(x, 1)
+    _, report = rewritten(captured_unrun(swiglu, x, up, down), verify=True, chunk_tokens=1024)
+    assert_verified(report, regions=1)
+    assert "at 33 of its positions" in str(report)
+
+
+def test_a_fault_shows_at_small_sizes(monkeypatch):
+    wrong_body(monkeypatch)
+    _, report = rewritten(
+        captured_unrun(swiglu, empty(2, 8192, 4096), empty(4096, 28672), empty(14336, 4096)), verify=True
+    )
+    assert [refusal.reason for refusal in report.refusals] == ["DIFFERS"]
+
+
+def test_tells_what_it_could_not_run():
+    fn = partial(swiglu, view=(112, 128))
+    graph = captured_unrun(fn, empty(2, 8192, 4096), empty(4096, 28672), empty(14336, 4096))
+    _, report = rewritten(graph, verify=True, chunk_tokens=1024)
+    assert [region.verified for region in report.regions] == [False]
+    assert "Could not be verified: it is too large to run, and does not run at smaller sizes: " in str(report)
+
+
+def test_choices_that_rounding_decides_are_no_fault():
+    """Top-k, floor and signs jump where a value is next to a border, and bfloat16 puts many there."""
+
+    def fn(x, w, v):
+        h = x @ w
+        return ((h * 64).floor() + h.sign() + h.topk(8, -1).values.sum(-1, keepdim=True)) @ v
+
+    inputs = [x.detach().bfloat16().requires_grad_() for x in tensors((2, 37, D), (D, FF), (FF, D))]
+    report = report_of(fn, *inputs)
+    assert_verified(report, regions=1)
