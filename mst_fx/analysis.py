@@ -11,13 +11,13 @@ from torch.fx import Node
 
 from mst_fx.body import differentiable_results
 from mst_fx.config import Config
-from mst_fx.fixing import as_if_fixed, other_dims
+from mst_fx.fixing import as_if_fixed, other_dims, to_be_fixed
 from mst_fx.likeness import likeness_of_nodes
 from mst_fx.lower import fake_value, fix, lower
 from mst_fx.placement import PARTIAL
 from mst_fx.region import Region, needs_gradient
 from mst_fx.scalars import as_tensors
-from mst_fx.stages import Stages, cut
+from mst_fx.stages import Numbers, Stages, cut
 
 Backward = Literal["recompute", "in_forward", "none"]
 
@@ -58,8 +58,12 @@ def analysed(region: Region, config: Config, known: dict[Hashable, Work], marked
         Refusal: the region must not be looped.
     """
     key = _likeness(region)
-    if key not in known:
-        known[key] = _analysed(region, config, other_dims(fake_value(region.stream), marked))
+    sizes = other_dims(fake_value(region.stream), marked)
+    while key not in known:
+        try:
+            known[key] = _analysed(region, config, sizes)
+        except Numbers as numbers:
+            sizes += to_be_fixed(numbers.read, fake_value(region.stream), marked)
     return known[key]
 
 

@@ -11,9 +11,11 @@ from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.fx import Node
 from torch.utils._pytree import tree_map
 
 from mst_fx.lower import depends_on_data, hint, is_symbolic
+from mst_fx.refusal import Reason, Refusal
 
 
 def other_dims(stream: torch.Tensor, marked: Container[str]) -> tuple[Any, ...]:
@@ -25,6 +27,28 @@ def other_dims(stream: torch.Tensor, marked: Container[str]) -> tuple[Any, ...]:
     """
     varying = sorted((size for size in stream.shape[:-1] if is_symbolic(size)), key=hint)
     return tuple(size for size in varying[:-1] if not depends_on_data(size) and str(size) not in marked)
+
+
+def to_be_fixed(read: Sequence[tuple[Node, Node]], stream: torch.Tensor, marked: Container[str]) -> tuple[Any, ...]:
+    """The numbers that ops of a loop read, to be fixed.
+
+    Args:
+        read: (the op, the number) for each.
+        stream: the captured value: its length must not be fixed.
+        marked: the sizes that have to vary, by their names.
+
+    Raises:
+        Refusal: one of them must not be fixed, or cannot be.
+    """
+    lengths = {symbol for size in stream.shape if is_symbolic(size) for symbol in size.node.expr.free_symbols}
+    for node, number in read:
+        value = number.meta["val"]
+        if not is_symbolic(value) or depends_on_data(value):
+            raise Refusal(Reason.NUMBER, node, f"{node.target} takes a number that depends on the data")
+        symbols = value.node.expr.free_symbols
+        if not symbols.isdisjoint(lengths) or any(str(symbol) in marked for symbol in symbols):
+            raise Refusal(Reason.NUMBER, node, f"{node.target} takes a number that varies with the length")
+    return tuple(number.meta["val"] for _, number in read)
 
 
 def as_if_fixed(values: Sequence[Any], sizes: Sequence[Any]) -> list[Any]:

@@ -8,12 +8,30 @@ from typing import Any
 import torch
 from torch.fx import Node, map_arg
 
+from mst_fx.lower import is_size
 from mst_fx.placement import Placement, split_of
 from mst_fx.rules import Result, inverted
 from mst_fx.rules.creation import FILLS
 from mst_fx.rules.view import RESHAPES, dim_of
 
 aten = torch.ops.aten
+
+
+def numbers_read(node: Node, placement: Result | Placement) -> list[Node]:
+    """The operands of a node that `run_resized` needs as numbers: those that are no sizes of what is split."""
+    split = split_of(placement)
+    args, target = list(node.args), node.target
+    if split is not None and (target in RESHAPES or target == aten.expand.default):
+        args = args[:1]
+    elif split is not None and target in FILLS:
+        del args[FILLS[target] : FILLS[target] + 1]
+    elif split is not None and target == aten.slice.Tensor and dim_of(node, 1) == split.dim:
+        args = args[:1]
+    elif inverted(node, placement) is not None:
+        args = []
+    found: list[Node] = []
+    map_arg((args, dict(node.kwargs)), found.append)
+    return [operand for operand in found if is_size(operand.meta.get("val"))]
 
 
 def run_resized(node: Node, placement: Result | Placement, length: int, env: Mapping[Node, Any]) -> Any:

@@ -1,6 +1,9 @@
 """Numbers that are only known at run time -> tensors without dims, which a loop reads like any other operand.
 
-A program that is compiled for any value (`dynamic=True`) gives its floats, such as a norm's epsilon, as symbols.
+A program that is compiled for any value (`dynamic=True`) gives its floats, such as a norm's epsilon, as symbols, and so
+it gives its ints and whatever is computed from a length. Where an op takes a number only, its form that takes a tensor
+stands in its place, if there is one; of a float that is needed as a number the value is fixed. An int that is (a number
+of classes to keep, a shift) is fixed later, where a loop turns out to read it (see `stages`).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node, map_arg
 
 from mst_fx.body import HALF
-from mst_fx.lower import fake_value, seen, tracing
+from mst_fx.lower import fake_value, is_size, seen, tracing
 from mst_fx.refusal import Reason, Refusal
 
 aten = torch.ops.aten
@@ -35,10 +38,13 @@ def as_tensors(lowered: GraphModule, live_ins: Sequence[Node]) -> tuple[int, ...
     """
     if not any(map(_is_number, lowered.graph.nodes)):
         return ()
-    reading = {node: found for node in lowered.graph.nodes if (found := _operands(node))}
     with tracing([*map(fake_value, live_ins)]):
-        for node, positions in reading.items():
-            _read_tensors(node, positions)
+        for node in list(lowered.graph.nodes):
+            if _makes_tensor(node) and any(map(_is_number, node.all_input_nodes)):
+                _take_tensors(node)
+                positions = _operands(node)
+                if positions:
+                    _read_tensors(node, positions)
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     fixed: set[Node] = set()
     for number in [node for node in lowered.graph.nodes if isinstance(node.meta.get("val"), torch.SymFloat)]:
@@ -51,18 +57,105 @@ def as_tensors(lowered: GraphModule, live_ins: Sequence[Node]) -> tuple[int, ...
 
 def _operands(node: Node) -> list[int]:
     """The positions of a node's arguments that may be tensors, and are numbers only known at run time."""
-    if not isinstance(node.target, OpOverload) or not isinstance(node.meta.get("val"), torch.Tensor):
-        return []
-    arguments = zip(node.args, node.target._schema.arguments, strict=False)
+    target: Any = node.target
+    arguments = zip(node.args, target._schema.arguments, strict=False)
     return [
         position
         for position, (given, declared) in enumerate(arguments)
-        if isinstance(given, Node) and _is_number(given) and isinstance(declared.type, torch.TensorType)
+        if _is_number(given) and _is_tensor_type(declared.type)
     ]
 
 
-def _is_number(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat)
+def _is_number(value: object) -> bool:
+    return isinstance(value, Node) and isinstance(value.meta.get("val"), torch.SymInt | torch.SymFloat)
+
+
+def _makes_tensor(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _take_tensors(node: Node) -> None:
+    """Put in place of an op that takes numbers one that takes tensors there, if aten has one."""
+    if node.target in VALUES:
+        _fill_with_tensor(node)
+    elif _is_number(node.kwargs.get("alpha")) and node.target in (aten.add.Tensor, aten.sub.Tensor):
+        left, right = node.args[:2]
+        with node.graph.inserting_before(node):
+            scaled = node.graph.call_function(aten.mul.Tensor, (right, node.kwargs["alpha"]))
+        scaled.meta = {**node.meta, "val": right.meta["val"].to(node.meta["val"].dtype)}  # type: ignore[union-attr]
+        node.args, node.kwargs = (left, scaled), {}
+        _read_tensors(scaled, [1])
+    elif (form := _tensor_form(node)) is not None:
+        node.target, declared = form, form._schema.arguments
+        given = {argument.name: value for argument, value in zip(declared, node.args, strict=False)} | dict(node.kwargs)
+        taken = [given.get(argument.name) for argument in declared if not argument.kwarg_only]
+        while taken and taken[-1] is None:
+            taken.pop()
+        tensors = [_is_tensor_type(argument.type) for argument in declared]
+        with node.graph.inserting_before(node):
+            node.args = tuple(
+                _literal(node, value) if tensor and isinstance(value, int | float) else value
+                for value, tensor in zip(taken, tensors, strict=False)
+            )
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name not in {a.name for a in declared}}
+
+
+VALUES = {aten.full.default: 1, aten.new_full.default: 2, aten.full_like.default: 1}
+"""Fills with a given value, and the position of it."""
+
+
+def _fill_with_tensor(node: Node) -> None:
+    """A fill with a number becomes a tensor of that number that is expanded, or written over memory of the shape."""
+    value = node.args[VALUES[node.target]]
+    if not isinstance(value, Node) or not _is_number(value):
+        return
+    with node.graph.inserting_before(node):
+        tensor = _tensor(node, value, node.meta["val"].dtype)
+        if node.target == aten.full_like.default:
+            memory = node.graph.call_function(aten.empty_like.default, node.args[:1], dict(node.kwargs))
+            memory.meta = dict(node.meta)
+            node.target, node.args = aten.fill.Tensor, (memory, tensor)
+        else:
+            node.target, node.args = aten.expand.default, (tensor, node.args[VALUES[node.target] - 1])
+    node.kwargs = {}
+
+
+def _tensor_form(node: Node) -> OpOverload | None:
+    """The overload of a node's op that takes tensors where the node gives numbers; None where there is none."""
+    target: Any = node.target
+    own = target._schema.arguments
+    given = {argument.name: value for argument, value in zip(own, node.args, strict=False)} | dict(node.kwargs)
+    numbers = {argument.name for argument in own if isinstance(given.get(argument.name), Node | int | float)}
+    numbers = {name for name in numbers if not _is_tensor_type(_type_of(own, name))}
+    varying = {name for name in numbers if isinstance(given[name], Node)}
+    if not varying:
+        return None
+    for name in target.overloadpacket.overloads():
+        form: OpOverload = getattr(target.overloadpacket, name)
+        arguments = form._schema.arguments
+        positional = [argument.name for argument in arguments if not argument.kwarg_only]
+        same = not form._schema.is_mutable and positional == [a.name for a in own if not a.kwarg_only]
+        if same and all(_is_tensor_type(_type_of(arguments, number)) for number in varying):
+            return form
+    return None
+
+
+def _type_of(arguments: Sequence[Any], name: str) -> Any:
+    return next((argument.type for argument in arguments if argument.name == name), None)
+
+
+def _is_tensor_type(declared: Any) -> bool:
+    optional = isinstance(declared, torch.OptionalType)
+    return isinstance(declared.getElementType() if optional else declared, torch.TensorType)
+
+
+def _literal(reader: Node, value: float) -> Node:
+    """A number that does not vary, as a tensor beside one that does."""
+    dtype = reader.meta["val"].dtype
+    tensor = reader.graph.call_function(aten.full.default, ([], value))
+    tensor.kwargs = {"dtype": dtype, "device": reader.meta["val"].device}
+    tensor.meta = {**reader.meta, "val": torch.full((), value, dtype=dtype, device=reader.meta["val"].device)}
+    return tensor
 
 
 def _read_tensors(node: Node, positions: Sequence[int]) -> None:
@@ -115,8 +208,9 @@ def _cast(reader: Node, operand: Node, dtype: torch.dtype) -> Node:
 
 
 def _needs_number(number: Node, user: Node) -> bool:
-    """Whether a user that gives a tensor takes the number as a number, and not as `_tensor` does."""
-    return isinstance(user.meta.get("val"), torch.Tensor) and not (user.target == _AS_TENSOR and user.args[1] is number)
+    """Whether a user that gives tensors takes the number as a number, and not as `_tensor` does."""
+    made = user.op == "call_function" and not is_size(user.meta.get("val"))
+    return made and not (user.target == _AS_TENSOR and user.args[1] is number)
 
 
 def _write(number: Node) -> None:

@@ -15,9 +15,10 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mst_fx.lower import hint, is_size, is_symbolic
-from mst_fx.placement import WHOLE, Placement, Routed, Split, adds_up, split_of
+from mst_fx.placement import WHOLE, Placement, Routed, Split, adds_up
 from mst_fx.propagate import Placements, propagate
 from mst_fx.refusal import Reason, Refusal
+from mst_fx.resize import numbers_read
 from mst_fx.rules import Spans, inverted, shape_of
 from mst_fx.rules.contraction import CONTRACTIONS
 from mst_fx.rules.creation import DRAWS, FILLS
@@ -79,6 +80,18 @@ class Stages:
         return cast(Placement, self.placements.of[node])
 
 
+class Numbers(Exception):  # noqa: N818 - control flow within the analysis
+    """The loop reads numbers that are only known at run time, in ops that take no tensor there.
+
+    Attributes:
+        read: (the op, the number) for each.
+    """
+
+    def __init__(self, read: list[tuple[Node, Node]]) -> None:
+        super().__init__(f"numbers: {read}")
+        self.read = read
+
+
 def cut(lowered: GraphModule, stream: Node) -> Stages:
     """Choose the axis among the dims of `stream` (a placeholder of `lowered`) and cut the graph.
 
@@ -86,6 +99,7 @@ def cut(lowered: GraphModule, stream: Node) -> Stages:
 
     Raises:
         Refusal: no dim of the stream can be split, with the reason that the longest one met.
+        Numbers: numbers have to be fixed first.
     """
     shape = shape_of(stream)
     candidates = [Split(dim) for dim in _splittable(stream, shape)]
@@ -146,12 +160,12 @@ def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length
     def reads(node: Node) -> list[Node]:
         """A split value's sizes come from the chunk, not from nodes that compute the whole's."""
         order = inverted(node, placements.of[node])
-        if order is not None:
-            return [order]
-        split = split_of(placements.of[node]) is not None
-        return [n for n in node.all_input_nodes if not split or not is_size(n.meta.get("val"))]
+        return [order] if order is not None else [n for n in node.all_input_nodes if not is_size(n.meta.get("val"))]
 
     loop = _ancestors(results, reads, stop=lambda n: n.op == "placeholder" or n in hoisted)
+    numbers = [(node, number) for node in loop for number in numbers_read(node, placements.of[node])]
+    if numbers:
+        raise Numbers(numbers)
     operands = _ordered(graph, (n for node in loop for n in reads(node) if n not in loop))
     early = (n for n in (*operands, *_operands(placements.epilogue)) if n not in epilogue)
     outside = [n for n in early if n in made or whole(n)]
@@ -186,8 +200,13 @@ def _check_operand(node: Node, placements: Placements) -> None:
 
 
 def _costs(node: Node) -> bool:
-    """Whether a whole node draws a number or computes something from a tensor: the rest is free inside the loop too."""
+    """Whether a whole node cannot be made for free inside the loop.
+
+    It draws a number, computes something from a tensor, or reads a number that is only known at run time.
+    """
     free = node.target in FREE or node.target in FILLS
+    if free and any(is_size(operand.meta.get("val")) for operand in node.all_input_nodes):
+        return not is_size(node.meta.get("val"))
     return node.target in DRAWS or (not free and bool(node.all_input_nodes))
 
 
