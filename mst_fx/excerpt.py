@@ -4,7 +4,7 @@ At its own sizes it is the region itself, with its own stages. A larger one runs
 only known at run time, a short one; else its sizes are renamed, each the same way wherever it is named, and the nodes
 are analysed anew. A renamed region stands for the region only where both are cut alike, op by op.
 
-Private torch API: fake tensors, and the symbols of sizes that vary. Run on torch 2.13.
+Private torch API: fake tensors, and the symbols of sizes that vary. Run on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations

@@ -120,7 +120,8 @@ def shape_in(excerpt: Excerpt, value: torch.Tensor) -> list[int]:
 def plain(excerpt: Excerpt, value: Any) -> Any:
     """What is no tensor, as a plain number."""
     if isinstance(value, torch.SymFloat):
-        return seen(value)
+        known = seen(value)
+        return 0.5 if known is None else known  # of one that depends on the data, nothing was seen
     return excerpt.measure(value) if isinstance(value, torch.SymInt) else value
 
 
