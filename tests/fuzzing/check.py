@@ -86,7 +86,3 @@ def unstable(program: Program) -> bool:
     finally:
         harness.NOISE[0] = 0.0
     return any(harness.farthest(a, {k: v for k, v in b.items() if not k.startswith("argument")})[0] for a, b in zip(noisy, exact, strict=True))
-
-
-def control_threads() -> None:
-    torch.set_num_threads(1)

@@ -22,15 +22,15 @@ EXTRA_USERS = (
 )  # fmt: skip
 
 
-def generate(seed: int) -> Program | None:
-    """The program of a seed; None if eager mode itself does not run what was drawn."""
+def generate(seed: int, small: bool = False) -> Program | None:
+    """The program of a seed; None if eager mode itself does not run what was drawn. A small one has one block."""
     g = Drawer(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         x = stream(g)
         values = [x]
-        for _ in range(g.choice((1, 1, 1, 2, 2, 3))):
+        for _ in range(1 if small else g.choice((1, 1, 1, 2, 2, 3))):
             _block(g, values)
         _extras(g)
         program = _finished(g, seed)

@@ -120,6 +120,6 @@ class Program:
         """A file that shows the difference when it is run."""
         call = f"{self.compiling(inner)}, {self.backward!r}, {self.cotangent!r}"
         return (
-            f"{HARNESS.read_text()}\n{self.text()}\n\n"
+            f"{HARNESS.read_text()}\n# --- the program ---\n{self.text()}\n\n"
             f"print(compare(program, inputs, {len(self.lengths)}, {call}), 'looped')\nprint(*mst_fx.reports(), sep='\\n')\n"
         )
