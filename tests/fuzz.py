@@ -19,9 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fuzzing.check import FAILED, OK, TORCH, UNSTABLE, check  # noqa: E402
-from fuzzing.generate import generate  # noqa: E402
-from fuzzing.parallel import Done, Pool, Task  # noqa: E402
+from fuzzing.check import FAILED, OK, TORCH, UNSTABLE, check
+from fuzzing.generate import generate
+from fuzzing.parallel import Done, Pool, Task
+from fuzzing.program import CUT
 
 
 def arguments() -> argparse.Namespace:
@@ -46,7 +47,7 @@ def one(seed: int, inner: str, small: bool) -> int:
     if program is None:
         print("eager mode does not run what was drawn")
         return 0
-    print(program.standalone(inner).split("# --- the program ---\n")[-1])
+    print(program.standalone(inner).split(CUT)[-1])
     outcome = check(program, inner)
     print(*mst_fx.reports(), sep="\n")
     print(outcome.kind, outcome.signature, outcome.detail, f"{outcome.looped} looped", sep="\n")
@@ -120,7 +121,7 @@ def main() -> int:
 
 def tell(done: Done, out: Path | None) -> None:
     """A shrunk program."""
-    text = done.text.split("# --- the program ---\n")[-1]
+    text = done.text.split(CUT)[-1]
     print(f"--- seed {done.task.seed}, shrunk: {done.task.signature}\n{text}", flush=True)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

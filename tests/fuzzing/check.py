@@ -8,8 +8,6 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from fuzzing import harness
 from fuzzing.generate import eager_results, loaded
 from fuzzing.program import Program
@@ -41,10 +39,9 @@ def check(program: Program, inner: str) -> Outcome:
     failed = attempt(program, program.compiling(inner))
     if failed.kind == OK:
         return failed
-    for backend in {inner, "aot_eager"}:
-        plain = attempt(program, {"backend": backend, "dynamic": program.compiling(inner)["dynamic"]})
-        if plain.kind != OK and (backend == inner or plain.signature == failed.signature):
-            return Outcome(TORCH, plain.signature, plain.detail)
+    plain = attempt(program, {"backend": inner, "dynamic": program.compiling(inner)["dynamic"]})
+    if plain.kind != OK:
+        return Outcome(TORCH, plain.signature, plain.detail)
     if failed.signature.startswith("wrong") and unstable(program):
         return Outcome(UNSTABLE, failed.signature, failed.detail)
     return failed
@@ -85,4 +82,7 @@ def unstable(program: Program) -> bool:
         noisy = eager_results(program)
     finally:
         harness.NOISE[0] = 0.0
-    return any(harness.farthest(a, {k: v for k, v in b.items() if not k.startswith("argument")})[0] for a, b in zip(noisy, exact, strict=True))
+    return any(
+        harness.farthest(a, {k: v for k, v in b.items() if not k.startswith("argument")})[0]
+        for a, b in zip(noisy, exact, strict=True)
+    )

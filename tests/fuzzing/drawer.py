@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +17,7 @@ from fuzzing import harness
 from fuzzing.program import Input, Step
 
 PROBES = (7, 9)
+LENGTHS = (1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8, 9, 10, 11, 12, 13, 16, 17)
 A = TypeVar("A")
 
 
@@ -30,17 +30,19 @@ class Drawer:
         widths: sizes of the features: of the stream, and of wide values.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, small: bool = False) -> None:
         self.random = random.Random(seed)
         self.inputs: list[Input] = []
         self.steps: list[Step] = []
         self.kept: list[str] = []  # what the program may return
         self.weights: dict[tuple[int, ...], list[str]] = {}
         self.count = 0
-        self.lengths = tuple(self.choice(LENGTHS) for _ in range(self.choice((1, 1, 1, 2, 2, 3))))
+        self.lengths = tuple(
+            self.choice(LENGTHS) for _ in range(self.choice((1, 1, 1, 1, 2) if small else (1, 1, 1, 2, 2, 3)))
+        )
         helpers = {"Square": harness.Square, "StraightThrough": harness.StraightThrough, "D": torch.float64}
         makers = {"normal": harness.normal, "weight": harness.weight, "indices": harness.indices}
-        common = {"torch": torch, "F": F, "nn": nn, "checkpoint": checkpoint, **helpers, **makers}
+        common = {"torch": torch, "F": nn.functional, "nn": nn, "checkpoint": checkpoint, **helpers, **makers}
         self.runs = tuple({**common, "T": probe} for probe in PROBES)
         self.D, self.F = self.choice((2, 3, 4, 6)), self.choice((8, 12, 16))
 
@@ -156,6 +158,3 @@ class Drawer:
             if made is not None:
                 return made
         return value
-
-
-LENGTHS: Any = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17)

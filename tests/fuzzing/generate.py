@@ -16,28 +16,30 @@ from fuzzing.projections import experts, narrowed, normed, stream, widened
 from fuzzing.wide import wide_step
 
 EXTRA_USERS = (
-    "{v}.sum()", "{v}.mean(-1)", "{v}.sum(0).t().tanh()", "{v}.sum((0, 1)).tanh()", "{v}.transpose(-1, -2)", "{v}.detach()", "{v} * 2", "{v}[0]",
-    "{v}[..., :2]", "{v}.square().mean()", "{v}.flatten(0, -2).t()", "{v}.amax(-1)", "{v}.sum(-1, keepdim=True).expand_as({v})", "{v}.norm()",
-    "{v}.unflatten(-1, (2, -1)).sum((0, 1)).t().tanh()", "{v} + 0", "{v}.shape[1]", "{v}.float()", "{v}.contiguous()", "{v}.view(-1)", "{v}.t().contiguous()",
+    "{v}.sum()", "{v}.mean(-1)", "{v}.sum(0).t().tanh()", "{v}.sum((0, 1)).tanh()", "{v}.transpose(-1, -2)",
+    "{v}.detach()", "{v} * 2", "{v}[0]", "{v}[..., :2]", "{v}.square().mean()", "{v}.flatten(0, -2).t()",
+    "{v}.amax(-1)", "{v}.sum(-1, keepdim=True).expand_as({v})", "{v}.norm()",
+    "{v}.unflatten(-1, (2, -1)).sum((0, 1)).t().tanh()", "{v} + 0", "{v}.shape[1]", "{v}.float()", "{v}.contiguous()",
+    "{v}.view(-1)", "{v}.t().contiguous()",
 )  # fmt: skip
 
 
 def generate(seed: int, small: bool = False) -> Program | None:
     """The program of a seed; None if eager mode itself does not run what was drawn. A small one has one block."""
-    g = Drawer(seed)
+    g = Drawer(seed, small)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         x = stream(g)
         values = [x]
         for _ in range(1 if small else g.choice((1, 1, 1, 2, 2, 3))):
-            _block(g, values)
+            _block(g, values, small)
         _extras(g)
         program = _finished(g, seed)
         return program if program and runs_eagerly(program) else None
 
 
-def _block(g: Drawer, values: list[str]) -> None:
+def _block(g: Drawer, values: list[str], small: bool) -> None:
     x = g.choice(values[-2:])
     if g.chance(0.1):
         embedded = _embedded(g, x)
@@ -53,12 +55,12 @@ def _block(g: Drawer, values: list[str]) -> None:
     if g.chance(0.3):
         x = normed(g, x)
     h = widened(g, x)
-    for _ in range(g.choice((0, 1, 1, 2, 3)) if h else 0):
+    for _ in range(g.choice((0, 0, 1, 1, 2) if small else (0, 0, 1, 1, 2, 3)) if h else 0):
         h = wide_step(g, h) or h
     y = narrowed(g, h, x) if h else None
     if y and len(g.shape(y)) > 1 and g.token_dims(y):
         values.append(y)
-        if g.chance(0.2):  # an MLP that nobody reads, unless its result is
+        if g.chance(0.06):  # an MLP that nobody reads, unless its result is
             g.kept.remove(y) if y in g.kept else None
             values.pop()
     return None
@@ -75,7 +77,7 @@ def _embedded(g: Drawer, x: str) -> str | None:
 
 def _extras(g: Drawer) -> None:
     """More users of what was made, and intermediates that are returned."""
-    for _ in range(g.choice((0, 0, 0, 1, 1, 2))):
+    for _ in range(g.choice((0, 0, 0, 0, 1, 1, 2))):
         tensors = g.tensors()
         if tensors:
             made = g.let(g.choice(EXTRA_USERS).format(v=g.choice(tensors)), "another user")
@@ -95,7 +97,9 @@ def _finished(g: Drawer, seed: int) -> Program | None:
     if not outputs:
         return None
     several = len(g.lengths) > 1
-    options: dict[str, Any] = g.choice(({"num_chunks": 2}, {"num_chunks": 3}, {"num_chunks": 3}, {"chunk_tokens": 4}, {"chunk_tokens": 1}))
+    options: dict[str, Any] = g.choice(
+        ({"num_chunks": 2}, {"num_chunks": 3}, {"num_chunks": 3}, {"chunk_tokens": 4}, {"chunk_tokens": 1})
+    )
     if g.chance(0.05):
         options = {"memory_budget": "1MiB"}
     if g.chance(0.05):
@@ -106,7 +110,9 @@ def _finished(g: Drawer, seed: int) -> Program | None:
         steps=tuple(g.steps),
         outputs=tuple(outputs),
         lengths=g.lengths,
-        dynamic=g.choice((True, None, "mark", False)) if several else g.choice((False, False, False, None, True, "mark")),
+        dynamic=g.choice((True, None, "mark", False))
+        if several
+        else g.choice((False, False, False, None, True, "mark")),
         module=g.chance(0.25),
         options=options,
         backward=g.choice(("all", "all", "all", "all", "first", "last", "each", "twice")),
@@ -121,7 +127,11 @@ def runs_eagerly(program: Program) -> bool:
             gradients = [x for name, x in found.items() if name.startswith("gradient")]
             if all(x is None for x in gradients):
                 return False
-            if any(isinstance(x, torch.Tensor) and x.is_floating_point() and not x.nan_to_num(0).abs().max() < 1e5 for x in found.values() if isinstance(x, torch.Tensor) and x.numel()):
+            if any(
+                isinstance(x, torch.Tensor) and x.is_floating_point() and not x.nan_to_num(0).abs().max() < 1e5
+                for x in found.values()
+                if isinstance(x, torch.Tensor) and x.numel()
+            ):
                 return False
     except Exception:
         return False

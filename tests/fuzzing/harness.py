@@ -1,6 +1,7 @@
 """Runs a program compiled with mst_fx beside eager, call by call, and tells the first difference.
 
-This file needs nothing but torch and mst_fx: its text goes in front of every program that failed, so that one can paste it.
+This file needs nothing but torch and mst_fx: its text goes in front of every program that failed, so that one can
+paste it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ NOISE = [0.0]  # relative noise on every input: how far does rounding alone carr
 
 
 class DifferentError(AssertionError):
-    """A value or a gradient is not eager's, or nothing but the report is wrong."""
+    """A value or a gradient is not eager's, or a report holds an internal error."""
 
 
 class Square(torch.autograd.Function):
@@ -135,9 +136,7 @@ def made(program: Any) -> Any:
     return program() if isinstance(program, type) else program
 
 
-def compare(
-    program: Any, inputs: Any, calls: int, compiling: dict[str, Any], backward: str, how: str
-) -> int:
+def compare(program: Any, inputs: Any, calls: int, compiling: dict[str, Any], backward: str, how: str) -> int:
     """Each call compiled and in eager mode; returns the number of loops.
 
     Raises:

@@ -12,6 +12,7 @@ HEAD = """
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 """
+CUT = "\n# --- the program ---\n"  # between the harness and what was drawn
 NAME = re.compile(r"(?<![\w.'\"])([a-z]\d+)\b")  # every value and every input is a letter and a number
 
 
@@ -111,8 +112,11 @@ class Program:
         lines += [f"    {x.name} = {x.text}" for x in given]
         leaves = ", ".join(x.name for x in given if x.kind in ("stream", "weight"))
         views = [f"    {x.name}_ = {x.view or x.name}" for x in given if x.kind == "stream"]
-        if self.dynamic == "mark":
-            views += [f"    torch._dynamo.mark_dynamic({x.name}_, {x.mark})" for x in given if x.mark is not None]
+        if self.dynamic == "mark":  # torch refuses to mark a size of 1, and one that equals a size not marked
+            marked = [x for x in given if x.mark is not None]
+            plain = any(re.search(r"\bT\b", x.text) for x in given if x not in marked)
+            how = "maybe_mark_dynamic" if plain or min(self.lengths) < 2 else "mark_dynamic"
+            views += [f"    torch._dynamo.{how}({x.name}_, {x.mark})" for x in marked]
         args = ", ".join(f"{x.name}_" if x.kind == "stream" else x.name for x in given)
         return [*lines, *views, f"    return [{leaves}], [{args}]"]
 
@@ -120,6 +124,7 @@ class Program:
         """A file that shows the difference when it is run."""
         call = f"{self.compiling(inner)}, {self.backward!r}, {self.cotangent!r}"
         return (
-            f"{HARNESS.read_text()}\n# --- the program ---\n{self.text()}\n\n"
-            f"print(compare(program, inputs, {len(self.lengths)}, {call}), 'looped')\nprint(*mst_fx.reports(), sep='\\n')\n"
+            f"{HARNESS.read_text()}{CUT}{self.text()}\n\n"
+            f"print(compare(program, inputs, {len(self.lengths)}, {call}), 'looped')\n"
+            "print(*mst_fx.reports(), sep='\\n')\n"
         )

@@ -56,7 +56,7 @@ def projected(g: Drawer, x: str, out: int, tag: str = "projection") -> str | Non
         tag = "adapter"
     elif how < 0.80:
         text = f"F.layer_norm({x}, ({D},)) @ {g.weight(D, out)}"
-    elif how < 0.85:
+    elif how < 0.82:
         text = f"checkpoint(F.linear, {x}, {g.weight(out, D)}, use_reentrant=False)"
         tag = "checkpoint"
     elif how < 0.90 and len(g.shape(x)) == 3:
@@ -123,7 +123,9 @@ def narrowed(g: Drawer, h: str, x: str) -> str | None:
         return None
     g.kept.append(y)
     if g.chance(0.15):
-        other = g.choice((f"{h}.amax(-2, keepdim=True)", f"{h}[..., :1, :]", f"{h}.flip(-1)", f"{h}.detach()", f"{h}[..., ::2]"))
+        other = g.choice(
+            (f"{h}.amax(-2, keepdim=True)", f"{h}[..., :1, :]", f"{h}.flip(-1)", f"{h}.detach()", f"{h}[..., ::2]")
+        )
         z = g.let(other, "another down's operand")
         w = z and projected(g, z, out, "another down")
         if w:

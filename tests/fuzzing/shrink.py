@@ -12,15 +12,13 @@ from fuzzing.check import FAILED, check
 from fuzzing.generate import simpler
 from fuzzing.program import NAME, Input, Program, Step
 
-PLAIN: tuple[dict[str, Any], ...] = (
-    {"dynamic": False},
-    {"dynamic": True},
-    {"module": False},
-    {"backward": "all"},
-    {"cotangent": "random"},
-    {"options": {"num_chunks": 3}},
-    {"options": {"num_chunks": 2}},
-)
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "dynamic": (False, True),
+    "module": (False,),
+    "backward": ("all",),
+    "cotangent": ("random",),
+    "options": ({"num_chunks": 3}, {"num_chunks": 2}),
+}
 
 
 def shrunk(program: Program, signature: str, inner: str, seconds: float) -> Program:
@@ -53,27 +51,31 @@ def candidates(program: Program) -> Iterator[Program]:
 
 
 def _changes(program: Program) -> Iterator[dict[str, Any]]:
-    for output in program.outputs:
-        if len(program.outputs) > 1:
-            yield live(program, (output,))
-    if len(program.lengths) > 1:
-        for call, length in enumerate(program.lengths):
-            yield {"lengths": (length,), "inputs": tuple(_of_calls(x, (call,)) for x in program.inputs)}
-        yield {"lengths": program.lengths[:2], "inputs": tuple(_of_calls(x, (0, 1)) for x in program.inputs)}
+    if len(program.outputs) > 1:
+        yield from (live(program, (output,)) for output in program.outputs)
+    yield from _fewer_calls(program)
     for position in reversed(range(len(program.steps))):
         yield without(program, position)
-    for output in program.outputs:
-        rest = tuple(x for x in program.outputs if x != output)
-        if rest:
-            yield live(program, rest)
+    if len(program.outputs) > 2:
+        yield from (live(program, tuple(x for x in program.outputs if x != output)) for output in program.outputs)
     for position in reversed(range(len(program.steps))):
         yield from bypassed(program, position)
-    for change in PLAIN:
-        if any(getattr(program, key) != value for key, value in change.items()) and "options" not in change:
-            yield change
-    if program.options not in [change.get("options") for change in PLAIN]:
-        yield from PLAIN[-2:]
+    yield from _plainer_settings(program)
     yield from _plainer_inputs(program)
+
+
+def _plainer_settings(program: Program) -> Iterator[dict[str, Any]]:
+    for key, plain in PLAIN.items():
+        if getattr(program, key) not in plain:
+            yield from ({key: value} for value in plain)
+
+
+def _fewer_calls(program: Program) -> Iterator[dict[str, Any]]:
+    count = len(program.lengths)
+    kept = [(call,) for call in range(count)] * (count > 1) + [(0, 1)] * (count > 2)
+    for calls in kept:
+        inputs = tuple(_of_calls(x, calls) for x in program.inputs)
+        yield {"lengths": tuple(program.lengths[call] for call in calls), "inputs": inputs}
 
 
 def _of_calls(x: Input, calls: tuple[int, ...]) -> Input:
@@ -115,7 +117,10 @@ def bypassed(program: Program, position: int) -> Iterator[dict[str, Any]]:
             continue
         steps = [*program.steps[:position], *program.steps[position + 1 :]]
         renamed = tuple(Step(_renamed(s.text, step.made, operand), s.tag) for s in steps)
-        yield {"steps": renamed, "outputs": tuple(dict.fromkeys(operand if x in step.made else x for x in program.outputs))}
+        yield {
+            "steps": renamed,
+            "outputs": tuple(dict.fromkeys(operand if x in step.made else x for x in program.outputs)),
+        }
 
 
 def _renamed(text: str, names: set[str], operand: str) -> str:
