@@ -40,6 +40,10 @@ class Drawer:
         self.lengths = tuple(
             self.choice(LENGTHS) for _ in range(self.choice((1, 1, 1, 1, 2) if small else (1, 1, 1, 2, 2, 3)))
         )
+        several = len(self.lengths) > 1
+        self.dynamic: bool | str | None = self.choice(
+            (True, None, "mark", False) if several else (False, False, False, None, True, "mark")
+        )
         helpers = {"Square": harness.Square, "StraightThrough": harness.StraightThrough, "D": torch.float64}
         makers = {"normal": harness.normal, "weight": harness.weight, "indices": harness.indices}
         common = {"torch": torch, "F": nn.functional, "nn": nn, "checkpoint": checkpoint, **helpers, **makers}
@@ -74,6 +78,8 @@ class Drawer:
         if known and self.chance(0.15):
             return self.choice(known)
         maker = self.choice(("weight", "weight", "normal"))
+        if self.dynamic is True and self.chance(0.9):
+            maker = "weight"  # whose sizes are fixed
         grad = ", grad=False" if self.chance(0.12) else ""
         scale = f", scale={0.6 if len(shape) < 2 else round(1.2 / shape[-2] ** 0.5, 2)}"
 

@@ -15,12 +15,14 @@ from fuzzing.program import Program
 from fuzzing.projections import experts, narrowed, normed, stream, widened
 from fuzzing.wide import wide_step
 
-EXTRA_USERS = (
-    "{v}.sum()", "{v}.mean(-1)", "{v}.sum(0).t().tanh()", "{v}.sum((0, 1)).tanh()", "{v}.transpose(-1, -2)",
-    "{v}.detach()", "{v} * 2", "{v}[0]", "{v}[..., :2]", "{v}.square().mean()", "{v}.flatten(0, -2).t()",
-    "{v}.amax(-1)", "{v}.sum(-1, keepdim=True).expand_as({v})", "{v}.norm()",
-    "{v}.unflatten(-1, (2, -1)).sum((0, 1)).t().tanh()", "{v} + 0", "{v}.shape[1]", "{v}.float()", "{v}.contiguous()",
-    "{v}.view(-1)", "{v}.t().contiguous()",
+REDUCED = (
+    "{v}.sum()", "{v}.mean(-1)", "{v}.sum(0).t().tanh()", "{v}.sum((0, 1)).tanh()", "{v}[0]", "{v}.square().mean()",
+    "{v}.amax(-1)", "{v}.norm()", "{v}.unflatten(-1, (2, -1)).sum((0, 1)).t().tanh()", "{v}.shape[1]",
+)  # fmt: skip
+WHOLE = (
+    "{v}.transpose(-1, -2)", "{v}.detach()", "{v} * 2", "{v}[..., :2]", "{v}.flatten(0, -2).t()",
+    "{v}.sum(-1, keepdim=True).expand_as({v})", "{v} + 0", "{v}.float()", "{v}.contiguous()", "{v}.view(-1)",
+    "{v}.t().contiguous()",
 )  # fmt: skip
 
 
@@ -80,10 +82,10 @@ def _extras(g: Drawer) -> None:
     for _ in range(g.choice((0, 0, 0, 0, 1, 1, 2))):
         tensors = g.tensors()
         if tensors:
-            made = g.let(g.choice(EXTRA_USERS).format(v=g.choice(tensors)), "another user")
+            made = g.let(g.choice(REDUCED if g.chance(0.75) else WHOLE).format(v=g.choice(tensors)), "another user")
             if made:
                 g.kept.append(made)
-    if g.chance(0.1) and g.tensors():
+    if g.chance(0.04) and g.tensors():
         g.kept.append(g.choice(g.tensors()))
 
 
@@ -96,7 +98,6 @@ def _finished(g: Drawer, seed: int) -> Program | None:
         outputs += last[-1:]
     if not outputs:
         return None
-    several = len(g.lengths) > 1
     options: dict[str, Any] = g.choice(
         ({"num_chunks": 2}, {"num_chunks": 3}, {"num_chunks": 3}, {"chunk_tokens": 4}, {"chunk_tokens": 1})
     )
@@ -110,9 +111,7 @@ def _finished(g: Drawer, seed: int) -> Program | None:
         steps=tuple(g.steps),
         outputs=tuple(outputs),
         lengths=g.lengths,
-        dynamic=g.choice((True, None, "mark", False))
-        if several
-        else g.choice((False, False, False, None, True, "mark")),
+        dynamic=g.dynamic,
         module=g.chance(0.25),
         options=options,
         backward=g.choice(("all", "all", "all", "all", "first", "last", "each", "twice")),

@@ -56,7 +56,7 @@ def projected(g: Drawer, x: str, out: int, tag: str = "projection") -> str | Non
         tag = "adapter"
     elif how < 0.80:
         text = f"F.layer_norm({x}, ({D},)) @ {g.weight(D, out)}"
-    elif how < 0.82:
+    elif how < 0.815:
         text = f"checkpoint(F.linear, {x}, {g.weight(out, D)}, use_reentrant=False)"
         tag = "checkpoint"
     elif how < 0.90 and len(g.shape(x)) == 3:
@@ -133,7 +133,10 @@ def narrowed(g: Drawer, h: str, x: str) -> str | None:
             if g.chance(0.5):
                 g.add(f"{y} += {w}", "in place down")
     if g.shape(y) == g.shape(x) and g.chance(0.5):
-        y = g.let(f"{x} + {y}", "residual") or y
+        added = g.let(f"{x} + {y}", "residual")
+        if added:
+            g.kept[-1] = added
+        y = added or y
     return y
 
 
