@@ -6,7 +6,7 @@ A dim that differs between the two runs is one of tokens. Legend: T tokens, D fe
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -52,6 +52,10 @@ class Drawer:
 
     def choice(self, options: Sequence[A]) -> A:
         return options[self.random.randrange(len(options))]
+
+    def weighted(self, options: Iterable[str], often: dict[str, int]) -> str:
+        options = list(options)
+        return self.random.choices(options, [often.get(option, 1) for option in options])[0]
 
     def chance(self, share: float) -> bool:
         return self.random.random() < share

@@ -7,9 +7,11 @@ from fuzzing.drawer import Drawer
 ACTIVATIONS = (
     "F.gelu({})", "F.silu({})", "{}.relu()", "{}.tanh()", "{}.sigmoid()", "F.softplus({})", "{}.square()", "{}.sin()",
     "F.gelu({}, approximate='tanh')", "F.leaky_relu({}, 0.1)", "F.elu({})", "F.relu({}).square()", "F.hardswish({})",
-    "checkpoint(F.silu, {}, use_reentrant=False)", "Square.apply({})", "StraightThrough.apply({})", "F.mish({})",
+    "F.mish({})",
     "F.dropout({}, 0.0)", "F.dropout({}, 0.3, training=False)", "({} * 3).clamp(-1, 1)", "{}.abs()", "F.selu({})",
 )  # fmt: skip
+
+OPENED = ("checkpoint(F.silu, {}, use_reentrant=False)", "Square.apply({})", "StraightThrough.apply({})")
 
 STREAMS = (
     # what makes it, the dim of the tokens
@@ -70,6 +72,8 @@ def projected(g: Drawer, x: str, out: int, tag: str = "projection") -> str | Non
 
 
 def activated(g: Drawer, h: str) -> str | None:
+    if g.chance(0.05):
+        return g.let(g.choice(OPENED).format(h), "graph inside")
     return g.let(g.choice(ACTIVATIONS).format(h), "activation")
 
 
