@@ -38,11 +38,11 @@ class Drawer:
         self.weights: dict[tuple[int, ...], list[str]] = {}
         self.count = 0
         self.lengths = tuple(
-            self.choice(LENGTHS) for _ in range(self.choice((1, 1, 1, 1, 2) if small else (1, 1, 1, 2, 2, 3)))
+            self.choice(LENGTHS) for _ in range(self.choice((1, 1, 1, 1, 1, 1, 2) if small else (1, 1, 1, 2, 2, 3)))
         )
         several = len(self.lengths) > 1
         self.dynamic: bool | str | None = self.choice(
-            (True, None, "mark", False) if several else (False, False, False, None, True, "mark")
+            (True, None, "mark", False) if several else (False,) * (6 if small else 3) + (None, True, "mark")
         )
         helpers = {"Square": harness.Square, "StraightThrough": harness.StraightThrough, "D": torch.float64}
         makers = {"normal": harness.normal, "weight": harness.weight, "indices": harness.indices}
