@@ -13,6 +13,7 @@ from fuzzing.generate import eager_results, loaded
 from fuzzing.program import Program
 
 OK, FAILED, TORCH, UNSTABLE = "ok", "failed", "torch's own", "unstable"
+ABSENT = "zeros for no gradient, or none for zeros"
 logging.getLogger("torch").setLevel(logging.CRITICAL)
 logging.getLogger("mst_fx").setLevel(logging.CRITICAL)
 
@@ -39,7 +40,8 @@ def check(program: Program, inner: str) -> Outcome:
     failed = attempt(program, program.compiling(inner))
     if failed.kind == OK:
         return failed
-    plain = attempt(program, {"backend": inner, "dynamic": program.compiling(inner)["dynamic"]})
+    backend = "aot_eager" if failed.signature == ABSENT and inner == "eager" else inner
+    plain = attempt(program, {"backend": backend, "dynamic": program.compiling(inner)["dynamic"]})
     if plain.kind != OK:
         return Outcome(TORCH, plain.signature, plain.detail)
     if failed.signature.startswith("wrong") and unstable(program):
@@ -55,7 +57,9 @@ def attempt(program: Program, compiling: dict[str, Any]) -> Outcome:
             space["program"], space["inputs"], calls, compiling, program.backward, program.cotangent
         )
     except harness.DifferentError as error:
-        return Outcome(FAILED, f"wrong {str(error).split()[0]}" if "differs" in str(error) else "internal", str(error))
+        said = str(error)
+        kinds = {"differs": f"wrong {said.split()[0]}", "None or zero": ABSENT}
+        return Outcome(FAILED, next((kind for part, kind in kinds.items() if part in said), "internal"), said)
     except Exception as error:
         return Outcome(FAILED, signature(error), "".join(traceback.format_exception(error))[-3000:])
     return Outcome(OK, looped=looped)
