@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from fuzzing.check import FAILED, OK, TORCH, UNSTABLE, check
 from fuzzing.generate import generate
-from fuzzing.parallel import Done, Pool, Task
+from fuzzing.parallel import LOST, Done, Pool, Task
 from fuzzing.program import CUT
 
 
@@ -106,25 +106,35 @@ def main() -> int:
             tell(done, args.out)
             continue
         tally.add(done)
-        if done.outcome and done.outcome.kind == FAILED:
-            signature = done.outcome.signature
-            print(f"seed {done.task.seed}: {signature}", flush=True)
-            if shrinking[signature] < args.shrink * (8 if signature.startswith("wrong") else 1) and done.text:
-                shrinking[signature] += 1
-                pool.urgent.append(Task(done.task.seed, args.small, signature))
+        if done.outcome and done.outcome.kind == FAILED and failure(done, args, shrinking):
+            pool.urgent.append(Task(done.task.seed, args.small, done.outcome.signature))
         if sum(tally.kinds.values()) % 100 == 0:
             print(tally.line(), flush=True)
     summary(tally)
     return int(tally.kinds[FAILED] > 0)
 
 
+def failure(done: Done, args: argparse.Namespace, shrinking: Counter[str]) -> bool:
+    """Tell of one; whether it is to be shrunk."""
+    assert done.outcome is not None
+    signature = done.outcome.signature
+    print(f"seed {done.task.seed}: {signature}", flush=True)
+    if signature.startswith(LOST):  # shrinking would lose more processes
+        tell(done, args.out)
+        return False
+    shrinking[signature] += 1
+    most = args.shrink * (8 if signature.startswith("wrong") else 1)  # wrong numbers have many causes
+    return bool(done.text) and shrinking[signature] <= most
+
+
 def tell(done: Done, out: Path | None) -> None:
-    """A shrunk program."""
+    """A program that failed, shrunk or as it was drawn."""
+    name = done.task.signature or (done.outcome.signature if done.outcome else "")
     text = done.text.split(CUT)[-1]
-    print(f"--- seed {done.task.seed}, shrunk: {done.task.signature}\n{text}", flush=True)
+    print(f"--- seed {done.task.seed}, {'shrunk' if done.task.signature else 'as drawn'}: {name}\n{text}", flush=True)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{done.task.seed}.py").write_text(f"# {done.task.signature}\n{done.text}")
+        (out / f"{done.task.seed}.py").write_text(f"# {name}\n{done.text}")
 
 
 def summary(tally: Tally) -> None:

@@ -14,6 +14,7 @@ from fuzzing.generate import generate
 from fuzzing.shrink import shrunk
 
 EXAMPLE_S, SHRINK_S = 180, 120  # what an example and the shrinking of one may take
+LOST = "its process was lost:"
 RENEWED = 200  # a process is ended after so many tasks, for its memory
 
 
@@ -128,11 +129,11 @@ class Pool:
             if worker.pipe in ready:
                 try:
                     done = worker.pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     worker.process.join()
-                    done = self._lost(worker, f"crash: exit status {worker.process.exitcode}")
+                    done = self._lost(worker, f"{LOST} exit status {worker.process.exitcode}")
             elif worker.late():
-                done = self._lost(worker, "hang")
+                done = self._lost(worker, f"{LOST} no end after {worker.task.seconds:.0f} s")
             else:
                 continue
             worker.task = None
