@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,13 @@ from fuzzing.program import Program
 from fuzzing.projections import experts, narrowed, normed, stream, widened
 from fuzzing.wide import wide_step
 
+INPUT_WRITES = (
+    "{x}.mul_(2)",
+    "{x}[..., 0] = 0",
+    "{x} += 1",
+    "with torch.no_grad():\n    {x}.mul_(2)",
+    "{x}.data.add_(1)",
+)
 REDUCED = (
     "{v}.sum()", "{v}.mean(-1)", "{v}.sum(0).t().tanh()", "{v}.sum((0, 1)).tanh()", "{v}[0]", "{v}.square().mean()",
     "{v}.amax(-1)", "{v}.norm()", "{v}.unflatten(-1, (2, -1)).sum((0, 1)).t().tanh()", "{v}.shape[1]",
@@ -33,6 +41,9 @@ def generate(seed: int, small: bool = False) -> Program | None:
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         x = stream(g)
+        own = random.Random(f"input {seed}")
+        if own.random() < 0.05:
+            g.add(own.choice(INPUT_WRITES).format(x=x), "write to an input")
         values = [x]
         for _ in range(1 if small else g.choice((1, 1, 1, 2, 2, 3))):
             _block(g, values, small)
