@@ -1,0 +1,1 @@
+"""Random programs, compiled with mst_fx beside eager: drawn, run, shrunk."""

@@ -1,0 +1,92 @@
+"""What becomes of a program when it is compiled: does it hold, and if not, whose fault is it?"""
+
+from __future__ import annotations
+
+import logging
+import re
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+from fuzzing import harness
+from fuzzing.generate import eager_results, loaded
+from fuzzing.program import Program
+
+OK, FAILED, TORCH, UNSTABLE = "ok", "failed", "torch's own", "unstable"
+ABSENT = "zeros for no gradient, or none for zeros"
+logging.getLogger("torch").setLevel(logging.CRITICAL)
+logging.getLogger("mst_fx").setLevel(logging.CRITICAL)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one program.
+
+    Attributes:
+        kind: "ok", "failed", "torch's own" (it fails without mst_fx as well) or "unstable" (rounding decides).
+        signature: the kind of failure, short and without numbers.
+        detail: the error.
+        looped: number of loops.
+    """
+
+    kind: str
+    signature: str = ""
+    detail: str = ""
+    looped: int = 0
+
+
+def check(program: Program, inner: str) -> Outcome:
+    """Compile a program with mst_fx, run it beside eager, and, if it fails, without mst_fx."""
+    failed = attempt(program, program.compiling(inner))
+    if failed.kind == OK:
+        return failed
+    backend = "aot_eager" if failed.signature == ABSENT and inner == "eager" else inner
+    plain = attempt(program, {"backend": backend, "dynamic": program.compiling(inner)["dynamic"]})
+    if plain.kind != OK:
+        return Outcome(TORCH, plain.signature, plain.detail)
+    if failed.signature.startswith("wrong") and unstable(program):
+        return Outcome(UNSTABLE, failed.signature, failed.detail)
+    return failed
+
+
+def attempt(program: Program, compiling: dict[str, Any]) -> Outcome:
+    space = loaded(program)
+    calls = len(program.lengths)
+    try:
+        looped = harness.compare(
+            space["program"], space["inputs"], calls, compiling, program.backward, program.cotangent
+        )
+    except harness.DifferentError as error:
+        said = str(error)
+        kinds = {"differs": f"wrong {said.split()[0]}", "None or zero": ABSENT}
+        return Outcome(FAILED, next((kind for part, kind in kinds.items() if part in said), "internal"), said)
+    except Exception as error:
+        return Outcome(FAILED, signature(error), "".join(traceback.format_exception(error))[-3000:])
+    return Outcome(OK, looped=looped)
+
+
+def signature(error: Exception) -> str:
+    """The exception that caused it, where in mst_fx it arose, and its first line without numbers and names."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    inner = getattr(error, "inner_exception", None) or error
+    frames = [f for f in traceback.extract_tb(inner.__traceback__) if "/mst_fx/" in f.filename]
+    where = f" at {frames[-1].filename.split('/mst_fx/')[-1]}:{frames[-1].name}" if frames else ""
+    lines = [line for line in str(inner).splitlines() if line.strip()] or [""]
+    said = re.sub(r"\b[a-z_]+_\d+\b|\b[a-z]\d+\b", "v", lines[0])
+    said = re.sub(r"\d+(\.\d+)?", "0", re.sub(r"\[[^\[\]]*\]|\([^()]*\)", "[..]", said))
+    return f"{type(inner).__name__}{where}: {said[:110]}"
+
+
+def unstable(program: Program) -> bool:
+    """Whether noise of the size of rounding moves eager's results as far."""
+    exact = eager_results(program)
+    try:
+        harness.NOISE[0] = 3e-15
+        noisy = eager_results(program)
+    finally:
+        harness.NOISE[0] = 0.0
+    return any(
+        harness.farthest(a, {k: v for k, v in b.items() if not k.startswith("argument")})[0]
+        for a, b in zip(noisy, exact, strict=True)
+    )
