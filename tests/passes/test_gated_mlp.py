@@ -51,8 +51,8 @@ get_attr mini_sequence_backward_tail_0
 mini_sequence = mini_sequence(
     mini_sequence_forward_0, mini_sequence_forward_tail_0, mini_sequence_backward_0, mini_sequence_backward_tail_0,
     recompute,
-    (4, ((0, 1, 1), None, None, None), ((rows, 1, (0, 1, 1), (0, 8)))),
-    (4, ((0, 1, 1), (0, 1, 1), None, None, None), ((rows, 2, (0, 1, 1), (0, 8)), (outer, torch.float32, torch.float32), (outer, torch.float32, torch.float32), (outer, torch.float32, torch.float32))),
+    (4, ((0, 1, 1), None, None, None), ((rows, 1, (0, 1, 1), (0, 8))), ()),
+    (4, ((0, 1, 1), (0, 1, 1), None, None, None), ((rows, 2, (0, 1, 1), (0, 8)), (outer, torch.float32, torch.float32), (outer, torch.float32, torch.float32), (outer, torch.float32, torch.float32)), ()),
     (0),
     (0, 1, 2, 3),
     (),
@@ -98,8 +98,8 @@ get_attr mini_sequence_backward_tail_0
 mini_sequence = mini_sequence(
     mini_sequence_forward_0, mini_sequence_forward_tail_0, mini_sequence_backward_0, mini_sequence_backward_tail_0,
     recompute,
-    (4, ((1, 1, 1), None, None), ((rows, 1, (1, 1, 1), (1, 0, 8)))),
-    (4, ((1, 1, 1), (1, 1, 1), None, None), ((rows, 1, (1, 1, 1), (1, 0, 8)), (outer, torch.float32, torch.float32), (outer, torch.float32, torch.float32))),
+    (4, ((1, 1, 1), None, None), ((rows, 1, (1, 1, 1), (1, 0, 8))), ()),
+    (4, ((1, 1, 1), (1, 1, 1), None, None), ((rows, 1, (1, 1, 1), (1, 0, 8)), (outer, torch.float32, torch.float32), (outer, torch.float32, torch.float32)), ()),
     (0),
     (0, 1, 2),
     (),

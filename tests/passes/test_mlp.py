@@ -47,8 +47,8 @@ get_attr mini_sequence_backward_0
 mini_sequence = mini_sequence(
     mini_sequence_forward_0, None, mini_sequence_backward_0, None,
     recompute,
-    (2, ((1, 1, 1), None, None, None, None), ((cat, 1, 1, 1))),
-    (2, ((1, 1, 1), (1, 1, 1), None, None, None, None), ((cat, 1, 1, 1), (outer, torch.float32, torch.float32), (sum, torch.float32, torch.float32), (outer, torch.float32, torch.float32), (sum, torch.float32, torch.float32))),
+    (2, ((1, 1, 1), None, None, None, None), ((cat, 1, 1, 1)), ()),
+    (2, ((1, 1, 1), (1, 1, 1), None, None, None, None), ((cat, 1, 1, 1), (outer, torch.float32, torch.float32), (sum, torch.float32, torch.float32), (outer, torch.float32, torch.float32), (sum, torch.float32, torch.float32)), ()),
     (0),
     (0, 1, 2, 3, 4),
     (),
@@ -78,8 +78,8 @@ get_attr mini_sequence_backward_0
 mini_sequence = mini_sequence(
     mini_sequence_forward_0, None, mini_sequence_backward_0, None,
     recompute,
-    (2, (None, (0, 2, 1), None, None, None), ((cat, 0, 2, 1))),
-    (2, ((0, 2, 1), None, (0, 2, 1), None, None, None), ((sum, torch.float32, torch.float32), (cat, 0, 2, 1), (outer, torch.float32, torch.float32), (sum, torch.float32, torch.float32), (outer, torch.float32, torch.float32))),
+    (2, (None, (0, 2, 1), None, None, None), ((cat, 0, 2, 1)), ()),
+    (2, ((0, 2, 1), None, (0, 2, 1), None, None, None), ((sum, torch.float32, torch.float32), (cat, 0, 2, 1), (outer, torch.float32, torch.float32), (sum, torch.float32, torch.float32), (outer, torch.float32, torch.float32)), ()),
     (0),
     (0, 1, 2, 3, 4),
     (),
