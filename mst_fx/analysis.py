@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.fx import Node
 
-from mst_fx.body import differentiable_results
+from mst_fx.body import connected
 from mst_fx.config import Config
 from mst_fx.fixing import as_if_fixed, other_dims, to_be_fixed
 from mst_fx.likeness import likeness_of_nodes
@@ -95,10 +95,10 @@ def _analysed(region: Region, config: Config, sizes: tuple[Any, ...]) -> Work:
     stages = cut(lowered, placeholders[region.live_ins.index(region.stream)])
     needs_grad = _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True)))
     wanted = tuple(i for i, node in enumerate(stages.operands) if needs_grad[node])
-    differentiable = _differentiable(region, stages, wanted, config) if wanted else ()
+    wanted, differentiable = _gradients(region, stages, wanted, config)
     backward = _backward(stages, differentiable)
     kept = _kept(region, stages, differentiable) if backward == "recompute" else ()
-    return Work(stages, backward, wanted if differentiable else (), differentiable, kept, fixed, sizes)
+    return Work(stages, backward, wanted, differentiable, kept, fixed, sizes)
 
 
 def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool]:
@@ -123,16 +123,16 @@ def _kept(region: Region, stages: Stages, differentiable: tuple[int, ...]) -> tu
     return tuple(i for i in differentiable if stages.results[i] in returned)
 
 
-def _differentiable(region: Region, stages: Stages, wanted: tuple[int, ...], config: Config) -> tuple[int, ...]:
-    """Positions of the loop's results from which a gradient can come back."""
+def _gradients(
+    region: Region, stages: Stages, wanted: tuple[int, ...], config: Config
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Positions of the loop's operands that get a gradient, and of its results from which one can come back."""
     inside = set(region.nodes)
     detached = region.returned if config.returned_logits == "detach" else ()
     outputs = zip(region.outputs, stages.outputs, strict=True)
     ends = [inner for outer, inner in outputs if needs_gradient(outer, inside) and outer not in detached]
     reached = stages.results_behind(ends)
-    if not reached:
-        return ()
-    return tuple(i for i in differentiable_results(stages, wanted) if stages.results[i] in reached)
+    return connected(stages, wanted, reached) if reached and wanted else ((), ())
 
 
 def _backward(stages: Stages, differentiable: tuple[int, ...]) -> Backward:

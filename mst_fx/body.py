@@ -7,13 +7,14 @@ construction. Every shape is compared with what its placement says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node, map_arg
+from torch.utils._pytree import tree_leaves
 
 from mst_fx.config import Accumulate
 from mst_fx.derivatives import reads_log_softmax, run_on_logits
@@ -25,9 +26,12 @@ from mst_fx.overwritten import overwritten
 from mst_fx.placement import Split, adds_up, split_of, sure
 from mst_fx.products import take_out_products
 from mst_fx.resize import run_resized
+from mst_fx.rules.creation import FILLS
+from mst_fx.rules.pointwise import LIKE
 from mst_fx.results import Axis, example
 from mst_fx.stages import Stages
 
+aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -126,17 +130,44 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None) -> B
     return Body(module, take_out_products(module, kinds))
 
 
-def differentiable_results(stages: Stages, wanted: Sequence[int]) -> tuple[int, ...]:
-    """Positions of the loop's results that have a gradient when the operands at `wanted` do; a count has none."""
+def connected(
+    stages: Stages, wanted: Sequence[int], reached: Container[Node]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which gradients there are, in the loop as in eager execution: a count has none, nor has what is detached.
 
-    def run(*pieces: torch.Tensor) -> tuple[int, ...]:
+    Args:
+        stages: of the region.
+        wanted: positions of the loop's operands that need a gradient.
+        reached: results that a gradient may come back from.
+
+    Returns:
+        Positions of the operands that get one, and of the results that have one.
+    """
+
+    def run(*pieces: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         operands = _merged(stages, stages.operands, pieces)
-        for position in wanted:
-            operands[position].requires_grad_()
+        leaves = [operands[position].requires_grad_() for position in wanted]
         results = _run_chunk(stages, operands)
-        return tuple(position for position, result in enumerate(results) if result.requires_grad)
+        ends = [i for i, x in enumerate(results) if x.requires_grad and stages.results[i] in reached]
+        if not ends or not any(map(_cuts_gradients, stages.loop)):
+            return (tuple(wanted) if ends else ()), tuple(ends)
+        sinks = [results[i] for i in ends]
+        grads = torch.autograd.grad(sinks, leaves, [torch.ones_like(x) for x in sinks], allow_unused=True)
+        return tuple(i for i, grad in zip(wanted, grads, strict=True) if grad is not None), tuple(ends)
 
     return on_fakes(run, partial(_chunk_inputs, stages, stages.operands), hint(stages.length))
+
+
+def _cuts_gradients(node: Node) -> bool:
+    """Whether an operand that may need a gradient gets none from the value that is made of it."""
+    values = tree_leaves(node.meta.get("val"))
+    made = any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in values)
+    reads = any(_is_floating(operand.meta.get("val")) for operand in node.all_input_nodes)
+    return reads and (not made or node.target in (overwritten, aten.detach.default, *FILLS, *LIKE))
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _chunk_inputs(stages: Stages, nodes: Sequence[Node], length: int) -> list[torch.Tensor]:

@@ -124,7 +124,19 @@ def trace(function: Callable[..., Any], make_inputs: MakeInputs, length: int | N
         make_inputs: called with the length under the fake mode.
         length: of the chunk in positions; None traces for every length.
     """
-    return on_fakes(make_fx(function), make_inputs, length)
+    traced = on_fakes(make_fx(function), make_inputs, length)
+    for node in traced.graph.nodes:
+        node.target = layout_free(node.target)
+    traced.recompile()
+    return traced
+
+
+def layout_free(target: Any) -> Any:
+    """An op that takes any memory layout in place of one that takes the traced one: not every kernel keeps to it.
+
+    Compilers make a view of it wherever a view serves.
+    """
+    return aten.reshape.default if target == aten.view.default else target
 
 
 def on_fakes(function: Callable[..., T], make_inputs: MakeInputs, length: int | None) -> T:

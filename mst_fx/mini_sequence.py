@@ -60,6 +60,7 @@ def mini_sequence(
         operands: what the region reads.
     """
     spec = CallSpec(*raw_spec)
+    operands = tuple(_connected(x, position in spec.wanted) for position, x in enumerate(operands))
     with without_autocast():
         if spec.backward == "in_forward":
             return _GradientsInForward.apply(backward, backward_tail, spec, *operands)
@@ -67,6 +68,11 @@ def mini_sequence(
             return mini_sequence_loop(forward, forward_tail, spec.forward_spec, *operands)
         bodies = (forward, forward_tail, backward, backward_tail)
         return _Recompute.apply(bodies, spec, *operands)
+
+
+def _connected(operand: torch.Tensor, wanted: bool) -> torch.Tensor:
+    """An operand, without its gradient where none comes back: what it is made of would be given zeros for none."""
+    return operand if wanted or not operand.requires_grad else operand.detach()
 
 
 class _Recompute(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 
 from mst_fx.assembly import Call
 from mst_fx.body import Body
-from mst_fx.lower import hint, module_over
+from mst_fx.lower import hint, layout_free, module_over
 from mst_fx.mini_sequence import mini_sequence
 from mst_fx.region import Region
 from mst_fx.stages import Stages
@@ -192,7 +192,8 @@ def _body(owner: GraphModule, name: str, body: Body | None) -> Node | None:
 
 
 def _copied(copy: Node, node: Node) -> Node:
-    """Captured graphs keep values under another name than traced ones."""
+    """Captured graphs keep values under another name than traced ones, and are run on any layout."""
+    copy.target = layout_free(copy.target)
     value: Any = node.meta.get("val")
     copy.meta = {"example_value": value} if value is not None else {}
     return copy

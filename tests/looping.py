@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mst_fx.body import Body, Gradients, axis_of, differentiable_results, forward_body, gradient_body
+from mst_fx.body import Body, Gradients, axis_of, connected, forward_body, gradient_body
 from mst_fx.loop import VERSION, LoopSpec, run_loop
 from mst_fx.lower import execute
 from mst_fx.mini_sequence import CallSpec, mini_sequence
@@ -175,7 +175,7 @@ def differentiably_looped(
         env[node] = execute(module, node, env)
     operands = [env[node] for node in stages.operands]
     wanted = tuple(position for position, operand in enumerate(operands) if operand.requires_grad)
-    differentiable = differentiable_results(stages, wanted)
+    wanted, differentiable = connected(stages, wanted, stages.results)
     sinks = [stages.results[position] for position in differentiable]
     in_forward = in_forward and len(sinks) == 1 and stages.placement(sinks[0]) == PARTIAL and is_scalar(sinks[0])
     gradients = Gradients(wanted, differentiable, in_forward, "float32")
