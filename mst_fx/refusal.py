@@ -32,6 +32,7 @@ class Reason(Enum):
     BUDGET = "Allow more memory, or take what the text names."
     DISABLED = "Remove the pattern's name from `disable`."
     BACKEND = "Use the Python wrapper of Inductor (cpp_wrapper=False)."
+    TORCH = "Use a torch version that mst_fx was run on, or report the name that this one lacks."
     INTERNAL = "This is a bug in mst_fx; please report it with the traceback."
 
 
