@@ -41,6 +41,9 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
 def _uncompiled(fn: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[str, ...]]:
     """What to compile, and a word about it where it is compiled already."""
     note = "it is compiled already; this is the report of a compile of its own, with the options given to explain()"
+    context = torch._dynamo.eval_frame.DisableContext
+    if getattr(fn, "_torchdynamo_disable", False) or isinstance(getattr(fn, "dynamo_ctx", None), context):
+        return fn, ()
     wrapped = getattr(fn, "_orig_mod", None) or getattr(fn, "_torchdynamo_orig_callable", None)
     if wrapped is not None:
         original, _ = _uncompiled(wrapped)
