@@ -7,6 +7,7 @@ name, as a version may lack one. Run on torch 2.13.
 from __future__ import annotations
 
 import logging
+import re
 from types import ModuleType
 
 import torch
@@ -54,6 +55,9 @@ def missing_name(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, ImportError) and _is_of_torch(error.name):
             return str(error).removeprefix("cannot import name ").partition(" (")[0]
+        op = re.search(r"'_OpNamespace' '(\w+)' object has no attribute '(\w+)'", str(error))
+        if op is not None:
+            return f"torch.ops.{op[1]}.{op[2]}"
         owner = getattr(error, "obj", None)
         if isinstance(error, AttributeError) and isinstance(owner, ModuleType) and _is_of_torch(owner.__name__):
             return f"{owner.__name__}.{error.name}"

@@ -148,6 +148,9 @@ class Surveyor:
                 sites.append(Site(found.pattern, region, work, around))
             except Refusal as refusal:
                 report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
+            except Exception as error:
+                assert isinstance(found.outcome, Region)
+                report = report.joined(Report(refusals=(refused(found.pattern, self._fault(error, found.outcome)),)))
         children = {
             child.name: (self.survey(child.module, around.inside(child)), child.callers)
             for child in nested(reader.owner)
@@ -172,9 +175,11 @@ class Surveyor:
         report = Report()
         while True:
             reader = Reader(gm, self._opened)
-            found = [head for head in cut_heads(reader) if self._is_worth_cutting(head)]
+            heads = list(cut_heads(reader, strict=self.config.strict))
+            found = [head for head in heads if isinstance(head, CutHead) and self._is_worth_cutting(head)]
             if not found:
-                return reader, report
+                faults = tuple(refused("cut", head) for head in heads if isinstance(head, Refusal))
+                return reader, report.joined(Report(refusals=faults))
             report = report.joined(Report(cuts=tuple(map(cut_head, found))))
             makes = [partial(nodes_of, region=head.region, lowered=head.cut_first) for head in found]
             gm = rebuilt(gm, [Edit(head.region, make) for head, make in zip(found, makes, strict=True)])
@@ -222,7 +227,10 @@ class Surveyor:
         except Refusal:
             raise
         except Exception as error:
-            raise refusal_for(error, region.last, f"a region at {region.name}", strict=self.config.strict) from error
+            raise self._fault(error, region) from error
+
+    def _fault(self, error: Exception, region: Region) -> Refusal:
+        return refusal_for(error, region.last, f"a region at {region.name}", strict=self.config.strict)
 
     def _lengths(self, region: Region, work: Work) -> Lengths:
         wish = self.config.wish_for(_modules(region))

@@ -12,7 +12,7 @@ import torch
 from models import MlpLM, tokens
 
 import mst_fx
-from mst_fx import engine, faults, survey
+from mst_fx import engine, faults, narrow, survey
 from mst_fx.mini_sequence import CallSpec, mini_sequence
 from mst_fx.passes.gated_mlp import GatedMlp
 from mst_fx.pipeline import compiled_and_told
@@ -61,6 +61,7 @@ def failing(function, fails):
 FAULTS = {
     "match": (GatedMlp, "match", lambda self, reader, node: "silu" in node.name),
     "analysis": (survey, "analysed", lambda region, *_: region.name == "mlp.down"),
+    "lengths": (survey, "written_after", lambda work, *_: recomputes(work)),
     "assembly": (survey, "assembled", lambda work, *_: recomputes(work)),
     "memory": (survey, "memory_of", lambda work, *_: recomputes(work)),
     "fixing": (engine, "fix_for", lambda region, work: recomputes(work)),
@@ -137,6 +138,20 @@ def test_a_name_that_torch_lacks_is_told(graph, monkeypatch, caplog):
     assert decided(report) == ([], [("all", "TORCH")])
     assert "torch._C._autograd._saved_tensors_hooks_set_tracing" in str(report)
     assert len(caplog.records) == 1
+
+
+def test_a_fault_of_a_cut_costs_the_cut(monkeypatch):
+    monkeypatch.setattr(narrow, "_chain", failing(narrow._chain, lambda reader, node: "linear" in node.name))
+    model, batch = MlpLM(), tokens()
+    report = mst_fx.explain(model, *batch, options={**LOOP_ALL})
+    assert len(report.regions) == 2
+    assert {(refusal.pattern, refusal.reason) for refusal in report.refusals} == {("cut", "INTERNAL")}
+
+
+def test_an_op_that_torch_lacks_is_told():
+    with pytest.raises(AttributeError) as raised:
+        torch.ops.aten.no_such_op  # noqa: B018
+    assert faults.missing_name(raised.value) == "torch.ops.aten.no_such_op"
 
 
 WITHOUT = """
