@@ -45,7 +45,7 @@ def refusal_for(error: Exception, node: Node | None, doing: str, *, strict: bool
         raise error
     name = missing_name(error)
     words = f"{doing}: {words_of(error)}" if name is None else f"{doing}: torch {torch.__version__} has no {name}"
-    log.warning("mst_fx: %s; compiled without this loop", words)
+    log.warning("mst_fx: %s; not looped", words)
     log.debug("mst_fx: %s", words, exc_info=error)
     return Refusal(Reason.INTERNAL if name is None else Reason.TORCH, node, words)
 

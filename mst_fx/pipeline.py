@@ -102,10 +102,12 @@ def _engine(gm: GraphModule, config: Config, foreign: dict[str, Any]) -> Engine 
 
         if config.inner == "inductor":
             import mst_fx.inductor  # noqa: F401 - registers the lowering
+
+        captured_again.let_dynamo_capture_loops()
+        known = pattern.patterns()
     except Exception as error:
         return refusal_for(error, None, "the pass cannot be loaded", strict=config.strict)
-    captured_again.let_dynamo_capture_loops()
-    chosen = pattern.patterns(config.disable)
+    chosen = pattern.patterns(config.disable) if config.disable else known
     try:
         return engine.Engine(gm, config, chosen)
     except Exception as error:
