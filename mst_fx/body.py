@@ -26,9 +26,9 @@ from mst_fx.overwritten import overwritten
 from mst_fx.placement import Split, adds_up, split_of, sure
 from mst_fx.products import take_out_products
 from mst_fx.resize import run_resized
+from mst_fx.results import Axis, example
 from mst_fx.rules.creation import FILLS
 from mst_fx.rules.pointwise import LIKE
-from mst_fx.results import Axis, example
 from mst_fx.stages import Stages
 
 aten = torch.ops.aten

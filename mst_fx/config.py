@@ -114,7 +114,7 @@ class Config:
 
     def wish_for(self, modules: Collection[str]) -> Wish:
         """What the user wants of a region whose nodes belong to the modules with these paths."""
-        paths = [path for path in self.modules if any(_is_in(module, path) for module in modules)]
+        paths = [path for path in self.modules if any(is_in(module, path) for module in modules)]
         said = self.modules[max(paths, key=len)] if paths else {}
         if isinstance(said, bool):
             return Wish(said, self.chunk_tokens, self.num_chunks)
@@ -169,7 +169,8 @@ def _is_budget(value: object) -> bool:
     return value is None or (_is_int(value) and isinstance(value, int) and value > 0)
 
 
-def _is_in(module: str, path: str) -> bool:
+def is_in(module: str, path: str) -> bool:
+    """Whether a module's path is one that the option `modules` names, or is inside of it."""
     return fnmatchcase(module, path) or fnmatchcase(module, f"{path}.*")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
+from mst_fx.faults import refusal_for
 from mst_fx.pattern import Pattern
 from mst_fx.reading import Reader
 from mst_fx.refusal import Reason, Refusal
@@ -22,17 +23,24 @@ class Found:
     outcome: Region | Refusal
 
 
-def discover(reader: Reader, patterns: Sequence[Pattern]) -> list[Found]:
-    """Ask every pattern about every node, in graph order; the first pattern that takes a node has it."""
+def discover(reader: Reader, patterns: Sequence[Pattern], *, strict: bool = False) -> list[Found]:
+    """Ask every pattern about every node, in graph order; the first pattern that takes a node has it.
+
+    Args:
+        reader: of the graph.
+        patterns: in the order in which they are asked.
+        strict: raise a pattern's exceptions; else they are refusals.
+    """
     taken: set[Node] = set()
     refused: set[tuple[Reason, Node | None]] = set()
+    failed: set[tuple[str, str]] = set()
     found: list[tuple[int, Found]] = []
     for pattern in patterns:
         for position, node in enumerate(reader.owner.graph.nodes):
             if node in taken or node.op in ("placeholder", "get_attr", "output"):
                 continue
             try:
-                region = pattern.match(reader, node)
+                region = _match(pattern, reader, node, failed, strict)
             except Refusal as refusal:
                 if (refusal.reason, refusal.node) not in refused:
                     refused.add((refusal.reason, refusal.node))
@@ -44,6 +52,24 @@ def discover(reader: Reader, patterns: Sequence[Pattern]) -> list[Found]:
                 taken.update(region.nodes)
                 found.append((position, Found(pattern.name, region)))
     return [entry for _, entry in sorted(found, key=lambda entry: entry[0])]
+
+
+def _match(pattern: Pattern, reader: Reader, node: Node, failed: set[tuple[str, str]], strict: bool) -> Region | None:
+    """What a pattern says of a node; that it fails in the same way again is told once.
+
+    Raises:
+        Refusal: the pattern does, or fails.
+    """
+    try:
+        return pattern.match(reader, node)
+    except Refusal:
+        raise
+    except Exception as error:
+        kind = (pattern.name, type(error).__name__)
+        if kind in failed:
+            return None
+        failed.add(kind)
+        raise refusal_for(error, node, f"the pattern {pattern.name!r}", strict=strict) from error
 
 
 @dataclass(frozen=True)

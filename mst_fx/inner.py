@@ -1,6 +1,6 @@
 """The compiler behind us: what `inner`, `mode` and foreign options of torch.compile mean for it.
 
-Private torch API: Inductor's entry points, and Dynamo's way to start again. Run on torch 2.11, 2.13 and 2.15.
+Private torch API: Inductor's entry points. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -12,13 +12,6 @@ import torch
 from torch.fx import GraphModule
 
 from mst_fx.config import Config
-from mst_fx.loop import VERSION
-from mst_fx.mini_sequence import mini_sequence
-
-CALLED = f"{mini_sequence.__module__}.{mini_sequence.__name__}"
-
-CapturedAnew = torch._dynamo.exc.TensorifyScalarRestartAnalysis
-"""No error: a number has turned out to be fixed, and Dynamo captures the program once more, with its value."""
 
 Compile: TypeAlias = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -59,17 +52,27 @@ def _inductor(mode: str | None, options: dict[str, Any]) -> Compile:
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    import mst_fx.inductor  # noqa: F401 - registers the lowering
-
-    # AOTAutograd's cache takes foreign functions that are named with a version; the bodies are part of the graph's key
-    cacheable = {**inductor.unsafe_marked_cacheable_functions, CALLED: VERSION}
-    patches = {**(list_mode_options(mode) if mode else {}), "unsafe_marked_cacheable_functions": cacheable, **options}
+    patches = {**(list_mode_options(mode) if mode else {}), **_cached_with_loops(inductor), **options}
 
     def compile_graph(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
         return compiled
 
     return compile_graph
+
+
+def _cached_with_loops(inductor: Any) -> dict[str, Any]:
+    """AOTAutograd's cache takes foreign functions that are named with a version; bodies are part of the graph's key."""
+    try:
+        from mst_fx.loop import VERSION
+        from mst_fx.mini_sequence import mini_sequence
+
+        known = inductor.unsafe_marked_cacheable_functions
+    except (ImportError, AttributeError):  # no loops, or no cache that asks
+        return {}
+    return {
+        "unsafe_marked_cacheable_functions": {**known, f"{mini_sequence.__module__}.{mini_sequence.__name__}": VERSION}
+    }
 
 
 def writes_python(options: dict[str, Any]) -> bool:

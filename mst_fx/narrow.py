@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import set_current_meta
 
 from mst_fx.clean_room import without_autocast
+from mst_fx.faults import refusal_for
 from mst_fx.lower import execute, fake_value, lower, tracing
 from mst_fx.placement import Split, same_shape
 from mst_fx.propagate import origins, propagate
@@ -48,18 +49,26 @@ class CutHead:
     bytes_after: int
 
 
-def cut_heads(reader: Reader) -> Iterator[CutHead]:
-    """The projections of the graph that may project less."""
+def cut_heads(reader: Reader, *, strict: bool = False) -> Iterator[CutHead | Refusal]:
+    """The projections of the graph that may project less, and what an exception about one is told as.
+
+    Args:
+        reader: of the graph.
+        strict: raise such exceptions.
+    """
     for node in reader.owner.graph.nodes:
-        found = _chain(reader, node)
-        if found is None:
-            continue
-        nodes, activation = found
         try:
+            found = _chain(reader, node)
+            if found is None:
+                continue
+            nodes, activation = found
             region = close(reader, nodes, activation)
             cut_first = _cut_first(region)
         except Refusal:
             continue  # it stays as it was written; the pattern of heads has more to say about it
+        except Exception as error:
+            yield refusal_for(error, node, "a cut of logits", strict=strict)
+            continue
         if cut_first is not None:
             before, after = (reader.numel(n) * fake_value(n).element_size() for n in (node, region.last))
             yield CutHead(region, cut_first, before, after)

@@ -10,35 +10,34 @@ assembly   work, lengths            -> aten bodies of one chunk
 verify     region, bodies           -> Verified | Refusal, if it is asked for
 rewrite    gm, bodies               -> gm'
 inner      gm'                      -> what torch.compile calls
+
+`engine` runs all but the last. It is loaded late: a torch version that lacks a name which it needs costs the loops, and
+neither `import mst_fx` nor a compile.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule
 
-from mst_fx.analysis import fix_for
-from mst_fx.captured_again import let_dynamo_capture_loops
-from mst_fx.clean_room import clean_room
 from mst_fx.config import Config
-from mst_fx.inner import CapturedAnew, inductor_options, inner_compiler, writes_python
-from mst_fx.lower import long_lengths, marked_sizes
-from mst_fx.pattern import Pattern, patterns
-from mst_fx.plan import Plan, Plans, make_plans
-from mst_fx.readable import readable
+from mst_fx.faults import PASSING, refusal_for, words_of
+from mst_fx.inner import Compile, inductor_options, inner_compiler, writes_python
 from mst_fx.refusal import Reason, Refusal
-from mst_fx.report import Report, looped, record, refused
-from mst_fx.rewrite import Edit, Replacement, loop, rebuilt
-from mst_fx.survey import Site, Surveyed, Surveyor, device_of_graph, timeline_of
+from mst_fx.report import Report, record, refused
+
+if TYPE_CHECKING:
+    from mst_fx.engine import Engine, Rewritten
+    from mst_fx.pattern import Pattern
 
 log = logging.getLogger("mst_fx")
+
+ATTEMPTS = 4
+"""Kinds of loops that are tried one by one where the inner compiler fails on all of them together."""
 
 
 def backend(
@@ -64,124 +63,105 @@ def backend(
     Raises:
         ValueError, TypeError: an option that nobody knows, or with a value that it does not take.
     """
+    return compiled_and_told(gm, example_inputs, mode, options)[0]
+
+
+def compiled_and_told(
+    gm: GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
+) -> tuple[Callable[..., Any], Report]:
+    """The compiled function, and the report about what was compiled; arguments as for `backend`."""
     config, foreign = Config.split(options, inductor_options())
     compile_graph = inner_compiler(config, mode, foreign)
-    let_dynamo_capture_loops()
-    rewritten, report = _rewrite_safely(gm, config, foreign)
-    try:
-        compiled = compile_graph(rewritten, example_inputs)
-    except CapturedAnew:
-        raise
-    except Exception:
-        if config.strict or rewritten is gm:
-            raise
-        log.warning("mst_fx: the looped graph does not compile; compiling it unlooped", exc_info=True)
-        compiled = compile_graph(gm, example_inputs)
+    engine = _engine(gm, config, foreign)
+    if isinstance(engine, Refusal):
+        compiled, report = compile_graph(gm, example_inputs), Report(refusals=(refused("all", engine),))
+    else:
+        compiled, report = _compiled(engine, compile_graph, example_inputs)
     record(report)
     log.info("%s", report)
-    return compiled
-
-
-def _rewrite_safely(gm: GraphModule, config: Config, foreign: dict[str, Any]) -> tuple[GraphModule, Report]:
-    """A bug of ours costs the loops, never the compile."""
-    chosen = patterns(config.disable)
-    if config.inner == "inductor" and not writes_python(foreign):
-        refusal = Refusal(Reason.BACKEND, None, "Inductor's C++ wrapper cannot call the loop")
-        return gm, Report(refusals=(refused("all", refusal),))
-    try:
-        return rewrite(gm, config, chosen)
-    except Exception as error:
-        if config.strict:
-            raise
-        log.warning("mst_fx: the pass failed; compiling the graph unlooped", exc_info=True)
-        return gm, Report(refusals=(refused("all", Refusal(Reason.INTERNAL, None, repr(error))),))
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """One search for garbage walks all that a large program holds, and takes as long as the whole pass."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    return compiled, report
 
 
 def rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple[GraphModule, Report]:
     """The graph with loops, and the decisions; `gm` itself where nothing is changed."""
-    with clean_room(), _without_collections():
-        return _rewrite(gm, config, chosen)
+    from mst_fx.engine import Engine
+
+    rewritten = Engine(gm, config, chosen).rewritten()
+    return rewritten.module, rewritten.report
 
 
-def _rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple[GraphModule, Report]:
-    surveyor = Surveyor(config, chosen, marked_sizes(gm))
-    surveyed = surveyor.survey(gm)
-    plans = _planned(surveyor, surveyed, due=_due(surveyor, surveyed))
-    rewritten, report = _rewritten(surveyed, surveyor, dict(zip(surveyed.all_sites(), plans.of, strict=True)))
-    return rewritten or gm, replace(_with_budget(report, plans), peak=plans.peak, peak_whole=plans.peak_whole)
+def _engine(gm: GraphModule, config: Config, foreign: dict[str, Any]) -> Engine | Refusal:
+    """The pass over a graph, or why there is none: a bug of ours, or a torch version without a name that we need.
 
-
-def _planned(surveyor: Surveyor, surveyed: Surveyed, due: Container[Site] = ()) -> Plans:
-    """The decisions for all regions of a graph."""
-    offers = [surveyor.offer(site, due=site in due) for site in surveyed.all_sites()]
-    return make_plans(offers, timeline_of(surveyed), device_of_graph(surveyed), surveyor.config)
-
-
-def _due(surveyor: Surveyor, surveyed: Surveyed) -> set[Site]:
-    """What is looped for lengths that may come, however short the captured one: loops that compute nothing again.
-
-    Such a loop costs a short sequence nothing: it is one chunk. Where something is computed again, it would be lost, so
-    these regions are judged by the length that was captured.
+    Raises:
+        ValueError: the option `disable` names a pattern that nobody knows.
     """
-    varying = {site for site in surveyed.all_sites() if site.work.stages.dynamic and not site.recomputes}
-    if not varying or surveyor.config.min_bytes is not None:
-        return set()
-    with long_lengths():
-        plans = _planned(surveyor, surveyed)
-    return {site for site, plan in zip(surveyed.all_sites(), plans.of, strict=True) if plan.lengths} & varying
+    if config.inner == "inductor" and not writes_python(foreign):
+        return Refusal(Reason.BACKEND, None, "Inductor's C++ wrapper cannot call the loop")
+    try:
+        from mst_fx import captured_again, engine, pattern
+
+        if config.inner == "inductor":
+            import mst_fx.inductor  # noqa: F401 - registers the lowering
+
+        captured_again.let_dynamo_capture_loops()
+        known = pattern.patterns()
+    except Exception as error:
+        return refusal_for(error, None, "the pass cannot be loaded", strict=config.strict)
+    chosen = pattern.patterns(config.disable) if config.disable else known
+    try:
+        return engine.Engine(gm, config, chosen)
+    except Exception as error:
+        return refusal_for(error, None, "the pass failed", strict=config.strict)
 
 
-def _rewritten(surveyed: Surveyed, surveyor: Surveyor, plans: dict[Site, Plan]) -> tuple[GraphModule | None, Report]:
-    """The graph with loops, None where it needs no change; and the decisions about it and its subgraphs."""
-    report, edits = surveyed.report, []
-    for site in surveyed.sites:
-        plan = plans[site]
-        if plan.lengths is None:
-            refusal = Refusal(Reason.SMALL, site.region.last, plan.reason)
-            report = report.joined(Report(refusals=(refused(site.pattern, refusal),)))
-            continue
-        verified = surveyor.verified(site, plan.lengths)
-        if isinstance(verified, Refusal):
-            report = report.joined(Report(refusals=(refused(site.pattern, verified),)))
-            continue
-        fix_for(site.region, site.work)
-        replacement = Replacement(
-            site.region, site.work.stages, surveyor.call(site.work, plan.lengths), site.around.kept
-        )
-        detached = site.region.returned if surveyor.config.returned_logits == "detach" else ()
-        edits.append(Edit(site.region, partial(loop, replacement=replacement), detached))
-        entry = looped(site.pattern, site.region, site.work, plan, detached)
-        if verified is not None:
-            entry = replace(entry, verified=verified.holds, verification=verified.text)
-        report = report.joined(Report(regions=(entry,)))
-    children: dict[str, GraphModule] = {}
-    for name, (child, _) in surveyed.children.items():
-        new_child, inner_report = _rewritten(child, surveyor, plans)
-        report = report.joined(inner_report)
-        children.update({name: new_child} if new_child is not None else {})
-    changed = edits or children or surveyed.report.cuts or surveyed.report.dropped
-    return rebuilt(surveyed.reader.owner, edits, children) if changed else None, report
+def _compiled(engine: Engine, compile_graph: Compile, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Report]:
+    """The graph compiled with loops, or with those that the pass and the inner compiler can do."""
+    try:
+        rewritten = engine.rewritten()
+    except Exception as error:
+        refusal = refusal_for(error, None, "the pass failed", strict=engine.config.strict)
+        return compile_graph(engine.gm, inputs), Report(refusals=(refused("all", refusal),))
+    try:
+        return compile_graph(rewritten.module, inputs), rewritten.report
+    except PASSING:
+        raise
+    except Exception as error:
+        if engine.config.strict or rewritten.module is engine.gm:
+            raise
+        return _compiled_in_part(engine, rewritten, compile_graph, inputs, error)
 
 
-def _with_budget(report: Report, plans: Plans) -> Report:
-    """With a word about a budget that is missed."""
-    if plans.budget is None or plans.peak <= plans.budget:
-        return report
-    text = (
-        f"no choice of loops keeps to {readable(plans.budget)}: the least is {readable(plans.peak)} (predicted); "
-        f"what would help: {plans.advice}"
-    )
-    log.warning("mst_fx: memory_budget: %s", text)
-    return report.joined(Report(refusals=(refused("all", Refusal(Reason.BUDGET, None, text)),)))
+def _compiled_in_part(
+    engine: Engine, rewritten: Rewritten, compile_graph: Compile, inputs: Sequence[Any], error: Exception
+) -> tuple[Callable[..., Any], Report]:
+    """The graph compiled with the loops that the inner compiler can do.
+
+    Without any loop it compiles first: else the program is at fault, and its error is the one to raise. Loops that are
+    alike stand or fall together.
+    """
+    compiled = compile_graph(engine.copy(), inputs)
+    text = f"the looped graph does not compile: {words_of(error)}"
+    log.debug("mst_fx: %s", text, exc_info=error)
+    left = dict.fromkeys(rewritten.works, text)
+    report = None
+    for work in rewritten.works[:ATTEMPTS] if len(rewritten.works) > 1 else ():
+        tried = {other: why for other, why in left.items() if other is not work}
+        try:
+            attempt = engine.rewritten(tried)
+            compiled, report, left = compile_graph(attempt.module, inputs), attempt.report, tried
+        except PASSING:
+            raise
+        except Exception as failure:
+            log.debug("mst_fx: nor with a loop less", exc_info=failure)
+            left[work] = f"the looped graph does not compile: {words_of(failure)}"
+    if report is None:
+        report = _unlooped(engine.rewritten(left).report, text)
+    log.warning("mst_fx: %s; compiled with %d of %d loops", text, len(report.regions), len(rewritten.sites))
+    return compiled, report
+
+
+def _unlooped(report: Report, text: str) -> Report:
+    """What is true of the captured graph: nothing is cut or dropped either."""
+    why = () if report.refusals else (refused("all", Refusal(Reason.INTERNAL, None, text)),)
+    return replace(report, refusals=report.refusals + why, cuts=(), dropped=(), peak=report.peak_whole)

@@ -34,6 +34,7 @@ class Reason(Enum):
     DISABLED = "Remove the pattern's name from `disable`."
     DIFFERS = "This is a bug in mst_fx; please report it with the text and this code. verify=True shows it again."
     BACKEND = "Use the Python wrapper of Inductor (cpp_wrapper=False)."
+    TORCH = "Use a torch version that mst_fx was run on, or report the name that this one lacks."
     INTERNAL = "This is a bug in mst_fx; please report it with the traceback."
 
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from mst_fx.lower import depends_on_data, fake_value
 from mst_fx.modes import Mode
-from mst_fx.provenance import op_name
+from mst_fx.provenance import module_path, op_name
 from mst_fx.reading import Reader, works_on_shards, written_by
 from mst_fx.refusal import Reason, Refusal
 
@@ -55,6 +55,11 @@ class Region:
     def last(self) -> Node:
         """The last node, which names the region in reports."""
         return self.nodes[-1]
+
+    @property
+    def name(self) -> str:
+        """The path of the module that its last node belongs to."""
+        return module_path(self.last) or "the top"
 
 
 def close(

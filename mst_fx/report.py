@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch.fx import Node
-
-from mst_fx.analysis import Work
-from mst_fx.lower import bytes_of, fake_value
-from mst_fx.narrow import CutHead
-from mst_fx.plan import Plan
 from mst_fx.provenance import module_path, op_name, source_line
 from mst_fx.readable import readable
 from mst_fx.refusal import Refusal
-from mst_fx.region import Region, needs_gradient
 
 
 @dataclass(frozen=True)
@@ -148,6 +140,7 @@ class Report:
         graphs: number of graphs that were seen; more than one after a graph break.
         peak, peak_whole: predicted bytes of a training step of the graph with these loops and without any; of several
             graphs, the most.
+        notes: what else the user should know.
     """
 
     regions: tuple[LoopedRegion, ...] = ()
@@ -157,6 +150,7 @@ class Report:
     graphs: int = 1
     peak: int = 0
     peak_whole: int = 0
+    notes: tuple[str, ...] = ()
 
     def __add__(self, other: Report) -> Report:
         peak, whole = max(self.peak, other.peak), max(self.peak_whole, other.peak_whole)
@@ -165,50 +159,20 @@ class Report:
     def joined(self, other: Report) -> Report:
         """With the decisions about a part of the same graph."""
         regions, refusals = self.regions + other.regions, self.refusals + other.refusals
-        return Report(regions, refusals, self.cuts + other.cuts, self.dropped + other.dropped, self.graphs)
+        cuts, gone = self.cuts + other.cuts, self.dropped + other.dropped
+        return Report(regions, refusals, cuts, gone, self.graphs, notes=(*dict.fromkeys(self.notes + other.notes),))
 
     def __str__(self) -> str:
         entries = (*self.regions, *self.cuts, *self.dropped, *self.refusals)
+        if not self.graphs:
+            return "\n".join(["mst_fx: no graph was captured, so there was nothing to decide", *self.notes])
         if not entries:
-            return f"mst_fx: nothing to loop in {self.graphs} graph(s): no pattern matched"
+            head = f"mst_fx: nothing to loop in {self.graphs} graph(s): no pattern matched"
+            return "\n".join([head, *self.notes])
         head = f"mst_fx: {len(self.regions)} looped, {len(self.refusals)} left alone, {self.graphs} graph(s)"
         if self.peak_whole:
             head += f"; peak of a step {readable(self.peak_whole)} -> {readable(self.peak)} (predicted)"
-        return "\n".join([head, *map(str, entries)])
-
-
-def looped(pattern: str, region: Region, work: Work, plan: Plan, detached: Sequence[Node]) -> LoopedRegion:
-    """The entry of a region that was rewritten."""
-    return LoopedRegion(
-        pattern=pattern,
-        module=module_path(region.last),
-        source=source_line(region.last),
-        axis=f"dim {work.stages.axis.dim} ({work.stages.length} positions)",
-        chunks=plan.chunks,
-        bytes_before=plan.bytes_before,
-        bytes_after=plan.bytes_after,
-        backward=work.backward,
-        added_ms=plan.added_ms,
-        returned_bytes=sum(map(_bytes, region.returned)),
-        returned_gradient_bytes=sum(
-            _bytes(node) for node in region.returned if needs_gradient(node, region.nodes) and node not in detached
-        ),
-    )
-
-
-def _bytes(node: Node) -> int:
-    return bytes_of(fake_value(node))
-
-
-def cut_head(head: CutHead) -> EarlyCut:
-    """The entry of a projection that makes less than was written."""
-    cut = head.region.last
-    return EarlyCut(module_path(cut), source_line(cut), head.bytes_before, head.bytes_after)
-
-
-def dropped(node: Node) -> Dropped:
-    """The entry of logits that are not returned."""
-    return Dropped(module_path(node), source_line(node), _bytes(node))
+        return "\n".join([head, *map(str, entries), *self.notes])
 
 
 def refused(pattern: str, refusal: Refusal) -> RefusedRegion:

@@ -5,7 +5,7 @@ What was found out about one node or region is known for all that are like it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -20,7 +20,9 @@ from mst_fx.chunking import Lengths, default_lengths
 from mst_fx.config import Config
 from mst_fx.cost import Device, cost_of, device_of
 from mst_fx.discover import Nested, discover, nested
+from mst_fx.entries import cut_head, dropped
 from mst_fx.extent import extent_of
+from mst_fx.faults import refusal_for
 from mst_fx.front import with_front
 from mst_fx.lower import fake_value, hint, is_symbolic
 from mst_fx.memory import RegionMemory, memory_of, temporary_bytes, written_after
@@ -32,7 +34,7 @@ from mst_fx.provenance import module_path, op_name
 from mst_fx.reading import Reader, works_on_shards
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region, has_gradient
-from mst_fx.report import Report, cut_head, dropped, refused
+from mst_fx.report import Report, refused
 from mst_fx.rewrite import Edit, nodes_of, rebuilt
 from mst_fx.timeline import Segment, Timeline, resident_bytes, returned_bytes, segments_of
 
@@ -107,6 +109,13 @@ class Surveyed:
         for child, _ in self.children.values():
             yield from child.all_sites()
 
+    def without(self, refusals: Mapping[Site, Refusal]) -> Surveyed:
+        """The same graph, in which these regions are refused."""
+        left = tuple(site for site in self.sites if site not in refusals)
+        told = tuple(refused(site.pattern, refusals[site]) for site in self.sites if site in refusals)
+        children = {name: (child.without(refusals), callers) for name, (child, callers) in self.children.items()}
+        return replace(self, sites=left, report=self.report.joined(Report(refusals=told)), children=children)
+
 
 @dataclass(frozen=True, eq=False)
 class Surveyor:
@@ -133,7 +142,7 @@ class Surveyor:
         reader, cuts = self._cut_early(gm)
         report = report.joined(cuts).joined(_sharded(reader))
         sites: list[Site] = []
-        discovered = discover(reader, self.patterns)
+        discovered = discover(reader, self.patterns, strict=self.config.strict)
         taken = {node for found in discovered if isinstance(found.outcome, Region) for node in found.outcome.nodes}
         for found in discovered:
             try:
@@ -143,6 +152,9 @@ class Surveyor:
                 sites.append(Site(found.pattern, region, work, around))
             except Refusal as refusal:
                 report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
+            except Exception as error:
+                assert isinstance(found.outcome, Region)
+                report = report.joined(Report(refusals=(refused(found.pattern, self._fault(error, found.outcome)),)))
         children = {
             child.name: (self.survey(child.module, around.inside(child)), child.callers)
             for child in nested(reader.owner)
@@ -152,7 +164,11 @@ class Surveyor:
     def _without_logits(self, gm: GraphModule) -> tuple[GraphModule, Report]:
         """The graph that returns None in place of what regions make for its caller."""
         reader = Reader(gm, self._opened)
-        regions = [found.outcome for found in discover(reader, self.patterns) if isinstance(found.outcome, Region)]
+        regions = [
+            found.outcome
+            for found in discover(reader, self.patterns, strict=self.config.strict)
+            if isinstance(found.outcome, Region)
+        ]
         training = (region for region in regions if _has_loss(region))
         leaving = dict.fromkeys(node for region in training for node in _leaving(reader, region))
         report = Report(dropped=tuple(map(dropped, leaving)))
@@ -163,9 +179,12 @@ class Surveyor:
         report = Report()
         while True:
             reader = Reader(gm, self._opened)
-            found = _apart([head for head in cut_heads(reader) if self._is_worth_cutting(head)])
+            heads = list(cut_heads(reader, strict=self.config.strict))
+            cut = [head for head in heads if isinstance(head, CutHead)]
+            found = _apart([head for head in cut if self._is_worth_cutting(head)])
             if not found:
-                return reader, report
+                faults = tuple(refused("cut", head) for head in heads if isinstance(head, Refusal))
+                return reader, report.joined(Report(refusals=faults))
             report = report.joined(Report(cuts=tuple(map(cut_head, found))))
             makes = [partial(nodes_of, region=head.region, lowered=head.cut_first) for head in found]
             gm = rebuilt(gm, [Edit(head.region, make) for head, make in zip(found, makes, strict=True)])
@@ -208,7 +227,15 @@ class Surveyor:
         return (whole, work) if hint(work.stages.length) >= longest else None
 
     def _analysed(self, region: Region) -> Work:
-        return analysed(region, self.config, self._works, self.marked)
+        try:
+            return analysed(region, self.config, self._works, self.marked)
+        except Refusal:
+            raise
+        except Exception as error:
+            raise self._fault(error, region) from error
+
+    def _fault(self, error: Exception, region: Region) -> Refusal:
+        return refusal_for(error, region.last, f"a region at {region.name}", strict=self.config.strict)
 
     def _lengths(self, region: Region, work: Work) -> Lengths:
         wish = self.config.wish_for(_modules(region))

@@ -16,7 +16,7 @@ from numerics import looped, relative_error
 from torch import nn
 
 import mst_fx
-from mst_fx import pipeline
+from mst_fx import engine, pipeline
 
 QUICK = {"min_bytes": 0, "chunk_tokens": 16, "inner": "eager"}
 
@@ -93,7 +93,7 @@ def broken(*args, **kwargs):
 
 
 def test_a_bug_in_the_pass_never_breaks_the_compile(monkeypatch, caplog):
-    monkeypatch.setattr(pipeline, "make_plans", broken)
+    monkeypatch.setattr(engine, "make_plans", broken)
     model = MlpLM()
     with caplog.at_level(logging.WARNING, "mst_fx"):
         loss = torch.compile(model, backend=mst_fx.backend, options=QUICK)(*tokens())
@@ -103,7 +103,7 @@ def test_a_bug_in_the_pass_never_breaks_the_compile(monkeypatch, caplog):
 
 
 def test_a_bug_in_the_pass_is_raised_when_strict(monkeypatch):
-    monkeypatch.setattr(pipeline, "make_plans", broken)
+    monkeypatch.setattr(engine, "make_plans", broken)
     with pytest.raises(Exception, match="a bug"):
         torch.compile(MlpLM(), backend=mst_fx.backend, options={**QUICK, "strict": True})(*tokens())
 
@@ -122,8 +122,8 @@ def test_a_looped_graph_that_does_not_compile_is_compiled_unlooped(caplog):
 
 
 def test_cpp_wrapper_is_refused():
-    _, report = pipeline._rewrite_safely(torch.fx.symbolic_trace(lambda x: x), mst_fx.Config(), {"cpp_wrapper": True})
-    assert [refusal.reason for refusal in report.refusals] == ["BACKEND"]
+    refusal = pipeline._engine(torch.fx.symbolic_trace(lambda x: x), mst_fx.Config(), {"cpp_wrapper": True})
+    assert refusal.reason is mst_fx.Reason.BACKEND
 
 
 def test_explain():

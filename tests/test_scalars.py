@@ -9,7 +9,6 @@ from numerics import assert_as_good_as_eager, gradients, looped, relative_error
 from torch import nn
 
 import mst_fx
-from mst_fx.inner import CapturedAnew
 
 D, FF, V = 16, 64, 96
 
@@ -160,7 +159,7 @@ def test_a_program_that_is_captured_anew_keeps_its_loops(caplog):
     def inner(gm, _):
         tried.append(gm)
         if len(tried) == 1:
-            raise CapturedAnew(restart_reason="a number is fixed")
+            raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason="a number is fixed")
         return gm
 
     model, given = Scaled(), inputs()

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import mst_fx
+from mst_fx.clean_room import clean_room
 from mst_fx.pattern import patterns
 from mst_fx.pipeline import rewrite
 
@@ -155,7 +156,10 @@ SURROUNDINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SURROUNDINGS)
+ALONE = ["hooks", "save_on_cpu", "anomaly", "half_as_default", "deterministic", "dispatch_mode"]
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_around_the_compile(name):
     check_model(SURROUNDINGS[name], inner="eager")
 
@@ -187,6 +191,56 @@ def test_modes_and_hooks_see_no_fakes_of_ours_and_are_given_back():
         torch.ones(1) + 1
         assert functions.calls > before
     assert not dispatches.fakes
+
+
+def switched_on():
+    """What is on, so that it can be compared."""
+    x = torch.ones(1, requires_grad=True)
+    x * x  # saves
+    return {
+        "functions": torch._C._len_torch_function_stack(),
+        "dispatch": torch._C._len_torch_dispatch_stack(),
+        "transforms": torch._C._functorch.peek_interpreter_stack() is not None,
+        "anomaly": torch.is_anomaly_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "compiled autograd": torch._dynamo.compiled_autograd.compiled_autograd_enabled,
+        "cache": torch.is_autocast_cache_enabled(),
+        "grad": torch.is_grad_enabled(),
+    }
+
+
+def test_the_room_is_clean_and_all_is_given_back():
+    packed = []
+
+    def pack(x):
+        packed.append(x)
+        return x
+
+    def fails(found):
+        with clean_room():
+            count = len(packed)
+            found.update(switched_on())
+            assert len(packed) == count
+            raise KeyError
+
+    def inside(value):
+        before = switched_on()
+        found = {}
+        with pytest.raises(KeyError):
+            fails(found)
+        assert switched_on() == before
+        assert not any(found[name] for name in ("functions", "dispatch", "transforms", "anomaly", "compiled autograd"))
+        assert not any(found[name] for name in ("inference", "cache"))
+        assert all(before[name] for name in ("functions", "dispatch", "transforms", "anomaly", "compiled autograd"))
+        return value
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, pack))
+        for around in (Counts(), Looks(), torch.autograd.set_detect_anomaly(True), torch.autocast("cpu")):
+            stack.enter_context(around)
+        stack.enter_context(torch._dynamo.compiled_autograd._enable(torch.compile))
+        torch.vmap(inside)(torch.ones(2))
+    assert packed
 
 
 def selective():

@@ -1,0 +1,208 @@
+"""One captured graph -> the same graph with loops: survey, plan, assembly, rewrite (see `pipeline`).
+
+An error that meets one region costs that region alone: it is left out, and all is decided anew.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+from torch.fx import GraphModule, Node
+
+from mst_fx.analysis import Work, fix_for
+from mst_fx.chunking import Lengths
+from mst_fx.clean_room import clean_room
+from mst_fx.config import Config
+from mst_fx.entries import looped
+from mst_fx.faults import refusal_for
+from mst_fx.lower import long_lengths, marked_sizes
+from mst_fx.pattern import Pattern
+from mst_fx.plan import Plan, Plans, make_plans
+from mst_fx.readable import readable
+from mst_fx.refusal import Reason, Refusal
+from mst_fx.report import Report, refused
+from mst_fx.rewrite import Edit, Replacement, loop, rebuilt
+from mst_fx.survey import Site, Surveyed, Surveyor, device_of_graph, timeline_of
+from mst_fx.verify import Verified
+from mst_fx.wishes import unmatched
+
+log = logging.getLogger("mst_fx")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What became of a graph.
+
+    Attributes:
+        module: the graph with loops; the captured one where nothing is changed.
+        report: the decisions.
+        sites: the regions that are looped.
+    """
+
+    module: GraphModule
+    report: Report
+    sites: tuple[Site, ...]
+
+    @property
+    def works(self) -> list[Work]:
+        """What the loops do; regions that are alike share one."""
+        return list(dict.fromkeys(site.work for site in self.sites))
+
+
+class Engine:
+    """The pass over one graph.
+
+    Args:
+        gm: as captured; it stays as it is.
+        config: the user's options.
+        chosen: the patterns to recognise regions by.
+    """
+
+    def __init__(self, gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> None:
+        self.gm = gm
+        self.config = config
+        with _quiet_room():
+            self.surveyor = Surveyor(config, chosen, marked_sizes(gm))
+            self.surveyed = self.surveyor.survey(gm)
+            notes = unmatched(config, self.surveyed)
+        self.surveyed = replace(self.surveyed, report=self.surveyed.report.joined(Report(notes=notes)))
+
+    def copy(self) -> GraphModule:
+        """The captured graph once more, as compilers change what they are given."""
+        return rebuilt(self.gm, [])
+
+    def rewritten(self, without: Mapping[Work, str] | None = None) -> Rewritten:
+        """The graph with loops.
+
+        Args:
+            without: works whose regions are left as they are, and why.
+        """
+        left = without or {}
+        sites = [site for site in self.surveyed.all_sites() if site.work in left]
+        surveyed = self.surveyed.without(
+            {site: Refusal(Reason.INTERNAL, site.region.last, left[site.work]) for site in sites}
+        )
+        with _quiet_room():
+            while True:
+                try:
+                    return self._rewritten(surveyed)
+                except _AtFaultError as fault:
+                    surveyed = surveyed.without({fault.site: fault.refusal})
+
+    def _rewritten(self, surveyed: Surveyed) -> Rewritten:
+        plans = self._planned(surveyed, due=self._due(surveyed))
+        of_site = dict(zip(surveyed.all_sites(), plans.of, strict=True))
+        module, report = self._spliced(surveyed, of_site)
+        report = replace(_with_budget(report, plans), peak=plans.peak, peak_whole=plans.peak_whole)
+        return Rewritten(module or self.gm, report, tuple(site for site, plan in of_site.items() if plan.lengths))
+
+    def _planned(self, surveyed: Surveyed, due: Container[Site] = ()) -> Plans:
+        """The decisions for all regions of a graph."""
+        offers = [self._for(site, partial(self.surveyor.offer, site, due=site in due)) for site in surveyed.all_sites()]
+        return make_plans(offers, timeline_of(surveyed), device_of_graph(surveyed), self.config)
+
+    def _due(self, surveyed: Surveyed) -> set[Site]:
+        """What is looped for lengths that may come, however short the captured one: loops that compute nothing again.
+
+        Such a loop costs a short sequence nothing: it is one chunk. Where something is computed again, it would be
+        lost, so these regions are judged by the length that was captured.
+        """
+        varying = {site for site in surveyed.all_sites() if site.work.stages.dynamic and not site.recomputes}
+        if not varying or self.config.min_bytes is not None:
+            return set()
+        with long_lengths():
+            plans = self._planned(surveyed)
+        return {site for site, plan in zip(surveyed.all_sites(), plans.of, strict=True) if plan.lengths} & varying
+
+    def _spliced(self, surveyed: Surveyed, plans: Mapping[Site, Plan]) -> tuple[GraphModule | None, Report]:
+        """The graph with loops, None where it needs no change; and the decisions about it and its subgraphs."""
+        report, edits = surveyed.report, []
+        for site in surveyed.sites:
+            plan = plans[site]
+            if plan.lengths is None:
+                refusal = Refusal(Reason.SMALL, site.region.last, plan.reason)
+                report = report.joined(Report(refusals=(refused(site.pattern, refusal),)))
+                continue
+            detached = site.region.returned if self.config.returned_logits == "detach" else ()
+            edits.append(Edit(site.region, partial(self._put, site, plan), detached))
+            entry = looped(site.pattern, site.region, site.work, plan, detached)
+            verified = self._verified(site, plan.lengths)
+            if verified is not None:
+                entry = replace(entry, verified=verified.holds, verification=verified.text)
+            report = report.joined(Report(regions=(entry,)))
+        children: dict[str, GraphModule] = {}
+        for name, (child, _) in surveyed.children.items():
+            new_child, inner_report = self._spliced(child, plans)
+            report = report.joined(inner_report)
+            children.update({name: new_child} if new_child is not None else {})
+        changed = edits or children or surveyed.report.cuts or surveyed.report.dropped
+        return rebuilt(surveyed.reader.owner, edits, children) if changed else None, report
+
+    def _verified(self, site: Site, lengths: Lengths) -> Verified | None:
+        """What became of a region's check, None where it is not asked for; a loop that fails it is left out."""
+        verified = self._for(site, partial(self.surveyor.verified, site, lengths))
+        if isinstance(verified, Refusal):
+            raise _AtFaultError(site, verified)
+        return verified
+
+    def _put(self, site: Site, plan: Plan, owner: GraphModule, place: Node, node_of: Mapping[Node, Node]) -> list[Node]:
+        """Put the loop into the graph, as an `Edit` does; what it needs fixed is fixed now, and not before."""
+        assert plan.lengths is not None
+        lengths = plan.lengths
+
+        def put() -> list[Node]:
+            call = self.surveyor.call(site.work, lengths)
+            fix_for(site.region, site.work)
+            replacement = Replacement(site.region, site.work.stages, call, site.around.kept)
+            return loop(owner, place, node_of, replacement)
+
+        return self._for(site, put)
+
+    def _for(self, site: Site, do: Callable[[], T]) -> T:
+        """Do something for one region."""
+        try:
+            return do()
+        except Exception as error:
+            doing = f"{site.pattern} at {site.region.name}"
+            raise _AtFaultError(site, refusal_for(error, site.region.last, doing, strict=self.config.strict)) from error
+
+
+class _AtFaultError(Exception):
+    """One region is to be left out."""
+
+    def __init__(self, site: Site, refusal: Refusal) -> None:
+        super().__init__(refusal.text)
+        self.site = site
+        self.refusal = refusal
+
+
+@contextmanager
+def _quiet_room() -> Iterator[None]:
+    """The clean room, without searches for garbage: one walks all that a large program holds, as long as the pass."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with clean_room():
+            yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _with_budget(report: Report, plans: Plans) -> Report:
+    """With a word about a budget that is missed."""
+    if plans.budget is None or plans.peak <= plans.budget:
+        return report
+    text = (
+        f"no choice of loops keeps to {readable(plans.budget)}: the least is {readable(plans.peak)} (predicted); "
+        f"what would help: {plans.advice}"
+    )
+    log.warning("mst_fx: memory_budget: %s", text)
+    return report.joined(Report(refusals=(refused("all", Refusal(Reason.BUDGET, None, text)),)))
