@@ -56,6 +56,7 @@ def rebuilt(
     edits: Sequence[Edit],
     children: Mapping[str, GraphModule] | None = None,
     dropped: Collection[Node] = (),
+    dead: Collection[Node] = (),
 ) -> GraphModule:
     """A copy of the graph over the same attributes.
 
@@ -64,6 +65,7 @@ def rebuilt(
         edits: to be made in the copy.
         children: other subgraphs for it, by attribute.
         dropped: values in place of which it returns None.
+        dead: nodes that it does without: nobody reads them but each other.
     """
     graph = Graph()
     node_of: dict[Node, Node] = {}
@@ -73,6 +75,8 @@ def rebuilt(
     for node in gone:
         if not node.users:  # a view for the caller alone
             graph.erase_node(node)
+    for node in sorted(dead, reverse=True):
+        graph.erase_node(node_of[node])
     copy = module_over(gm, graph)
     copy.meta = dict(gm.meta)
     for name, child in (children or {}).items():

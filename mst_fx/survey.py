@@ -19,6 +19,7 @@ from mst_fx.assembly import Call, assembled
 from mst_fx.chunking import Lengths, default_lengths
 from mst_fx.config import Config
 from mst_fx.cost import Device, cost_of, device_of
+from mst_fx.dead_code import without_dead_code
 from mst_fx.discover import Nested, discover, nested
 from mst_fx.entries import cut_head, dropped
 from mst_fx.extent import extent_of
@@ -138,6 +139,7 @@ class Surveyor:
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
         """Find the regions of a graph as captured, and of its subgraphs."""
+        gm = without_dead_code(gm, self._opened)
         gm, report = self._without_logits(gm) if self.config.returned_logits == "drop" else (gm, Report())
         reader, cuts = self._cut_early(gm)
         report = report.joined(cuts).joined(_sharded(reader))
