@@ -40,9 +40,11 @@ def run_resized(node: Node, placement: Result | Placement, length: int, env: Map
         return args[0].reshape(sizes)
     if target == aten.expand.default:
         return args[0].expand(sizes)
+    if target in FILLS and "size" in kwargs:
+        return target(*args, **{**kwargs, "size": sizes})
     if target in FILLS:
         position = FILLS[target]
         return target(*args[:position], sizes, *args[position + 1 :], **kwargs)
-    if target == aten.slice.Tensor and dim_of(node, 1) == split.dim:
+    if target == aten.slice.Tensor and dim_of(node) == split.dim:
         return args[0]  # a full slice: the rule allows no other
     return target(*args, **kwargs)

@@ -8,9 +8,11 @@ from mst_fx.rules import contraction as contraction
 from mst_fx.rules import creation as creation
 from mst_fx.rules import indexing as indexing
 from mst_fx.rules import loss as loss
+from mst_fx.rules import mixing as mixing
 from mst_fx.rules import pointwise as pointwise
 from mst_fx.rules import reduction as reduction
 from mst_fx.rules import view as view
+from mst_fx.rules import writing as writing
 from mst_fx.rules.linear import is_linear as is_linear
 from mst_fx.rules.registry import Demand as Demand
 from mst_fx.rules.registry import Result as Result

@@ -1,16 +1,18 @@
-"""Gathers and look-ups along another dim than the split one."""
+"""Gathers and look-ups along another dim than the split one, or of a whole value by split indices."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from mst_fx.placement import WHOLE, Placement, Split, number, sure
-from mst_fx.rules.registry import Demand, Flow, args_of, back, mixed, rule, shape_of
+from mst_fx.rules.registry import Demand, Flow, args_of, argument, back, mixed, rule, shape_of
 
 aten = torch.ops.aten
+MASKS = (torch.bool, torch.uint8)
 
 
 @rule(aten.gather.default)
@@ -23,6 +25,8 @@ def gather(node: Node, flow: Flow) -> Placement:
     split = a if isinstance(a, Split) else b
     if not isinstance(split, Split):
         return WHOLE
+    if argument(node, "sparse_grad"):
+        raise mixed(node, "has a sparse gradient")
     if split.dim == dim % len(shape_of(source)):
         if a == WHOLE:
             return split
@@ -45,37 +49,110 @@ def gather_back(node: Node, split: Split) -> dict[Node, Split]:
     return {index: split} if along else {source: split, index: split}
 
 
+@dataclass(frozen=True)
+class Picks:
+    """The indices of some dims of a value.
+
+    Attributes:
+        indices: by the dim that they index.
+        picked: the shape that the indices broadcast to.
+        first: the first dim of the result that they make.
+        kept: the dims of the value that are not indexed, in the order that they have in the result.
+    """
+
+    indices: dict[int, Any]
+    picked: tuple[int, ...]
+    first: int
+    kept: tuple[int, ...]
+
+    def lies(self, dim: int) -> int | None:
+        """Where a dim of the value lies in the result; None where it is indexed."""
+        if dim not in self.kept:
+            return None
+        place = self.kept.index(dim)
+        return place if place < self.first else place + len(self.picked)
+
+    def comes_from(self, dim: int) -> int | None:
+        """Which dim of the value a dim of the result was; None where the indices make it."""
+        if self.first <= dim < self.first + len(self.picked):
+            return None
+        return self.kept[dim if dim < self.first else dim - len(self.picked)]
+
+    def aligned(self, index: Any, dim: int) -> int | None:
+        """Which dim of an index makes a dim of the result; None where the index is repeated along it."""
+        own = dim - self.first - len(self.picked) + len(shape_of(index))
+        return own if own >= 0 and shape_of(index)[own] == self.picked[dim - self.first] else None
+
+
+def picks_of(node: Node) -> Picks:
+    """What `index.Tensor` and `index_put` pick.
+
+    Raises:
+        Refusal: a mask picks, so that the values decide how many.
+    """
+    indices = {dim: index for dim, index in enumerate(argument(node, "indices")) if index is not None}
+    if any(index.meta["val"].dtype in MASKS for index in indices.values()):
+        raise mixed(node, "picks by a mask")
+    picked = tuple(torch.broadcast_shapes(*map(shape_of, indices.values())))
+    dims = sorted(indices)
+    together = dims == list(range(dims[0], dims[0] + len(dims)))
+    kept = tuple(dim for dim in range(len(shape_of(args_of(node)[0]))) if dim not in indices)
+    return Picks(indices, picked, dims[0] if together else 0, kept)
+
+
 @rule(aten.index.Tensor)
 def index(node: Node, flow: Flow) -> Placement:
-    """A whole table and split indices of its rows; or a table that is split along another dim."""
-    source, indices = args_of(node)[:2]
-    rows: Any = indices[0]
-    table = flow.of(source)
-    if all(flow.of(i) == WHOLE for i in (source, *indices)):
+    """A whole value and split indices; or a value that is split along a dim without indices."""
+    source: Any = args_of(node)[0]
+    if all(flow.of(operand) == WHOLE for operand in node.all_input_nodes):
         return WHOLE
-    if len(indices) > 1 or rows is None:
-        raise mixed(node, "has several indices, or one of another dim than the first")
+    picks, table = picks_of(node), flow.of(source)
     if table == WHOLE:
-        return flow.of(rows)
-    if not isinstance(table, Split) or table.dim == 0:
+        return _picked(node, flow, picks)
+    assert isinstance(table, Split)
+    lies = picks.lies(table.dim)
+    if lies is None:
+        rows = next(iter(picks.indices.values()))
         raise _rows_of(node, table, source, rows, flow.of(rows))
-    if flow.of(rows) != WHOLE:
+    if any(flow.of(given) != WHOLE for given in picks.indices.values()):
         raise mixed(node, "combines a split table with split indices")
-    return table.moved(table.dim + len(shape_of(rows)) - 1)
+    return table.moved(lies)
+
+
+def _picked(node: Node, flow: Flow, picks: Picks) -> Placement:
+    """The split of the indices, which broadcast; all of them lie alike."""
+    found: Split | None = None
+    for given in picks.indices.values():
+        placement = flow.of(given)
+        if isinstance(placement, Split):
+            split = placement.moved(picks.first + len(picks.picked) - len(shape_of(given)) + placement.dim)
+            if found not in (None, split):
+                raise mixed(node, f"combines indices split as {found} and {split}")
+            found = split
+    assert found is not None
+    for given in picks.indices.values():
+        own = picks.aligned(given, found.dim)
+        if own is not None and flow.of(given) == WHOLE:
+            raise Demand(given, found.moved(own))
+    return found
 
 
 @back(aten.index.Tensor)
 def index_back(node: Node, split: Split) -> dict[Node, Split]:
     """The rows that the indices pick, or another dim of the table."""
-    source, (rows, *_) = args_of(node)[:2]
-    added = len(shape_of(rows)) - 1
-    return {rows: split} if split.dim <= added else {source: split.moved(split.dim - added)}
+    picks = picks_of(node)
+    dim = picks.comes_from(split.dim)
+    if dim is not None:
+        return {args_of(node)[0]: split.moved(dim)}
+    own = {given: picks.aligned(given, split.dim) for given in picks.indices.values()}
+    return {given: split.moved(dim) for given, dim in own.items() if dim is not None}
 
 
 def _rows_of(node: Node, table: Placement, source: Any, rows: Any, picked: Placement) -> Exception:
     """What to raise where rows are picked from the split dim: only an order of the rows may do so."""
-    single = len(shape_of(rows)) == 1 or shape_of(rows)[1:] == shape_of(source)[1:]
-    if isinstance(table, Split) and table.dim == 0 and picked == WHOLE and single:
+    single = len(shape_of(rows)) == 1 or (bool(shape_of(rows)) and shape_of(rows)[1:] == shape_of(source)[1:])
+    alone = node.target == aten.gather.default or len(argument(node, "indices")) == 1
+    if isinstance(table, Split) and table.dim == 0 and picked == WHOLE and single and alone:
         picks, tokens = shape_of(rows)[0], shape_of(source)[0]
         each = number(picks // tokens)
         if each and sure(picks % tokens == 0):
@@ -85,26 +162,44 @@ def _rows_of(node: Node, table: Placement, source: Any, rows: Any, picked: Place
 
 @rule(aten.embedding.default)
 def look_up(node: Node, flow: Flow) -> Placement:
-    """A whole table, split indices."""
-    if flow.of(args_of(node)[0]) != WHOLE:
-        raise mixed(node, "looks up in a split table")
-    if any(args_of(node)[3:]):
+    """A whole table and split indices; or a table that is split along its columns."""
+    table, indices = args_of(node)[:2]
+    a, b = flow.of(table), flow.of(indices)
+    if a == b == WHOLE:
+        return WHOLE
+    if argument(node, "scale_grad_by_freq") or argument(node, "sparse"):
         raise mixed(node, "has a gradient that counts all indices or is sparse")
-    return flow.of(args_of(node)[1])
+    if a == WHOLE:
+        return b
+    if not isinstance(a, Split) or a.dim == 0 or b != WHOLE:
+        raise mixed(node, "looks up in a split table")
+    return a.moved(len(shape_of(indices)))
 
 
 @back(aten.embedding.default)
 def look_up_back(node: Node, split: Split) -> dict[Node, Split]:
-    """The rows that the indices pick."""
-    return {args_of(node)[1]: split}
+    """The rows that the indices pick, or the columns of the table."""
+    table, indices = args_of(node)[:2]
+    return {indices: split} if split.dim < len(shape_of(indices)) else {table: split.moved(1)}
 
 
 @rule(aten.index_select.default)
 def select_rows(node: Node, flow: Flow) -> Placement:
-    """A whole index along another dim."""
-    split = flow.of(args_of(node)[0])
-    if flow.of(args_of(node)[2]) != WHOLE:
+    """A whole index along another dim, or a split index of a whole value."""
+    source, dim, rows = args_of(node)[:3]
+    split, picked = flow.of(source), flow.of(rows)
+    dim = dim % max(len(shape_of(source)), 1)
+    if split == WHOLE:
+        return picked.moved(dim) if isinstance(picked, Split) else WHOLE
+    if picked != WHOLE:
         raise mixed(node, "has a split index")
-    if isinstance(split, Split) and split.dim == args_of(node)[1] % len(shape_of(args_of(node)[0])):
+    if isinstance(split, Split) and split.dim == dim:
         raise mixed(node, "selects along the split dim")
     return split
+
+
+@back(aten.index_select.default)
+def select_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The index makes its dim, the value all others."""
+    source, dim, rows = args_of(node)[:3]
+    return {rows: split.moved(0)} if split.dim == dim % len(shape_of(source)) else {source: split}

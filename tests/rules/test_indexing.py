@@ -75,7 +75,13 @@ X, TABLE, LABELS, IDS = values(4, 6), values(6, 3), indices(4, 1, below=6), indi
         (gather, [X, LABELS], 1, Split(0, outer=2), Split(0, outer=2)),
         (aten.embedding.default, [TABLE, IDS], 1, Split(1), Split(1)),
         (aten.embedding.default, [TABLE, IDS], 1, Split(0), Split(0)),
+        (aten.embedding.default, [TABLE, IDS], 0, Split(1), Split(2)),
         (select, [X, indices(3, below=6)], 0, Split(0), Split(0)),
+        (select, [X, indices(3, below=6)], 1, Split(0), Split(1)),
+        (lambda x, i: aten.index.Tensor(x, [i, i]), [X, indices(3, below=4)], 1, Split(0), Split(0)),
+        (lambda x, i: aten.index.Tensor(x, [None, i]), [X, indices(3, below=4)], 1, Split(0), Split(1)),
+        (lambda x, i: aten.index.Tensor(x, [None, i]), [X, indices(3, below=4)], 0, Split(0), Split(0)),
+        (lambda x, i: aten.index.Tensor(x, [i, None, i]), [values(6, 5, 6), IDS], 0, Split(1), Split(2)),
         (rows, [TABLE, IDS], 1, Split(1), Split(1)),
         (rows, [TABLE, IDS], 0, Split(1), Split(2)),
     ],
@@ -89,12 +95,11 @@ def test_accepted(op, inputs, position, split, expected):
     [
         (gather, [X, LABELS], 0, Split(1)),
         (aten.embedding.default, [TABLE, IDS], 0, Split(0)),
-        (aten.embedding.default, [TABLE, IDS], 0, Split(1)),
         (select, [X, indices(3, below=6)], 0, Split(1)),
-        (select, [X, indices(3, below=6)], 1, Split(0)),
         (rows, [TABLE, IDS], 0, Split(0)),
-        (lambda x, i: aten.index.Tensor(x, [i, i]), [X, indices(3, below=4)], 1, Split(0)),
-        (lambda x, i: aten.index.Tensor(x, [None, i]), [X, indices(3, below=4)], 1, Split(0)),
+        (lambda x, i: aten.index.Tensor(x, [i, i]), [X, indices(3, below=4)], 0, Split(0)),
+        (lambda x, i: aten.index.Tensor(x, [i > 2]), [X, indices(4, below=4)], 1, Split(0)),  # rows in unknown number
+        (lambda x, i: aten.gather.default(x, -1, i, sparse_grad=True), [X, LABELS], 0, Split(0)),
         (gather, [X, indices(2, 1, below=6)], 0, Split(0)),  # fewer indices than rows: chunks would not pair up
     ],
 )
