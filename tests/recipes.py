@@ -344,6 +344,23 @@ RECIPES: dict[Any, Recipe] = {
         "self": lambda draw, values: draw.values([*draw.shape(1, 2), 4, *draw.shape(2, 2)]),
         "upscale_factor": _numbers(1, 2),
     },
+    aten.channel_shuffle.default: {
+        "self": lambda draw, values: draw.values([draw.choice(SIZES), 6, *draw.shape(1, 2)]),
+        "groups": _numbers(1, 2, 3),
+    },
+    aten.avg_pool3d.default: {
+        "self": lambda draw, values: draw.values([*draw.shape(1, 2), 2, 3, 2]),
+        "kernel_size": _numbers([1, 2, 1], [2, 1, 2]),
+        "stride": _numbers([], [1, 1, 1]),
+        "padding": _numbers([0, 0, 0]),
+    },
+    aten._adaptive_avg_pool3d.default: {
+        "self": lambda draw, values: draw.values([*draw.shape(1, 2), 2, 3, 2]),
+        "output_size": _numbers([1, 2, 1], [2, 1, 2]),
+    },
+    aten.diagonal.default: {"dim1": lambda d, v: d.dim(v["*shape"]), "dim2": lambda d, v: d.dim(v["*shape"])},
+    aten.norm.Scalar: {"p": _numbers(1, 2, 3)},
+    aten.norm.ScalarOpt_dim: {"p": _numbers(None, 1, 2, 3)},
     aten.pixel_unshuffle.default: {"downscale_factor": _numbers(1, 2, 3)},
     aten.bucketize.Tensor: {"boundaries": lambda draw, values: draw.values([4]).sort()[0]},
     aten.isin.Tensor_Tensor: {"test_elements": lambda draw, values: draw.values([2, 2], values["elements"].dtype)},

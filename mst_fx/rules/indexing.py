@@ -31,7 +31,7 @@ def gather(node: Node, flow: Flow) -> Placement:
         if a == WHOLE:
             return split
         raise _rows_of(node, split, source, index, b)
-    if shape_of(source)[split.dim] != shape_of(index)[split.dim]:
+    if not sure(shape_of(source)[split.dim] == shape_of(index)[split.dim]):
         raise mixed(node, "has fewer indices than rows")
     for operand, placement in ((source, a), (index, b)):
         if placement == WHOLE:
@@ -81,7 +81,7 @@ class Picks:
     def aligned(self, index: Any, dim: int) -> int | None:
         """Which dim of an index makes a dim of the result; None where the index is repeated along it."""
         own = dim - self.first - len(self.picked) + len(shape_of(index))
-        return own if own >= 0 and shape_of(index)[own] == self.picked[dim - self.first] else None
+        return own if own >= 0 and sure(shape_of(index)[own] == self.picked[dim - self.first]) else None
 
 
 def picks_of(node: Node) -> Picks:
@@ -93,11 +93,18 @@ def picks_of(node: Node) -> Picks:
     indices = {dim: index for dim, index in enumerate(argument(node, "indices")) if index is not None}
     if any(index.meta["val"].dtype in MASKS for index in indices.values()):
         raise mixed(node, "picks by a mask")
-    picked = tuple(torch.broadcast_shapes(*map(shape_of, indices.values())))
+    picked = _broadcast([shape_of(index) for index in indices.values()])
     dims = sorted(indices)
     together = dims == list(range(dims[0], dims[0] + len(dims)))
     kept = tuple(dim for dim in range(len(shape_of(args_of(node)[0]))) if dim not in indices)
     return Picks(indices, picked, dims[0] if together else 0, kept)
+
+
+def _broadcast(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape that all of them broadcast to; asking adds no guard."""
+    rank = max(map(len, shapes))
+    sizes = zip(*((1,) * (rank - len(shape)) + shape for shape in shapes), strict=True)
+    return tuple(next((size for size in each if not sure(size == 1)), 1) for each in sizes)
 
 
 @rule(aten.index.Tensor)

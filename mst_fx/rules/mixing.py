@@ -51,6 +51,8 @@ MIXED: dict[Any, Callable[[Node, int], set[int]]] = {
     **dict.fromkeys((aten.reflection_pad2d.default, aten.replication_pad2d.default), _last(2)),
     **dict.fromkeys((aten.avg_pool2d.default, aten.max_pool2d_with_indices.default), _last(2)),
     **dict.fromkeys((aten._adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default), _last(2)),
+    **dict.fromkeys((aten.avg_pool3d.default, aten._adaptive_avg_pool3d.default), _last(3)),
+    aten.channel_shuffle.default: lambda node, rank: {1},
     **dict.fromkeys((aten.pixel_shuffle.default, aten.pixel_unshuffle.default), _last(3)),
 }
 """Which dims an op mixes, given the rank of its operand."""

@@ -12,7 +12,13 @@ from mst_fx.rules.registry import Flow, Result, args_of, argument, back, mixed, 
 
 aten = torch.ops.aten
 
-SUMS = (aten.sum.default, aten.sum.dim_IntList, aten.nansum.default, aten.count_nonzero.dim_IntList)
+SUMS = (
+    aten.sum.default,
+    aten.sum.dim_IntList,
+    aten.nansum.default,
+    aten.count_nonzero.default,
+    aten.count_nonzero.dim_IntList,
+)
 REDUCTIONS = (
     aten.amax.default,
     aten.amin.default,
@@ -36,6 +42,8 @@ REDUCTIONS = (
     aten.median.default,
     aten.nanmedian.default,
     aten.linalg_vector_norm.default,
+    aten.norm.Scalar,
+    aten.norm.ScalarOpt_dim,
 )
 PAIRS = (
     aten.var_mean.correction,

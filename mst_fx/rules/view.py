@@ -141,6 +141,33 @@ def pick(node: Node, flow: Flow) -> Result:
     return split if isinstance(pieces, torch.Tensor) else (split,) * len(pieces)
 
 
+@rule(aten.diagonal.default)
+def diagonal(node: Node, flow: Flow) -> Placement:
+    """Two dims go away, and one comes behind all others."""
+    split, lost = flow.of(args_of(node)[0]), _diagonal_dims(node)
+    if not isinstance(split, Split):
+        return WHOLE
+    if split.dim in lost:
+        raise mixed(node, "takes a diagonal of the split dim")
+    return split.moved(split.dim - sum(dim < split.dim for dim in lost))
+
+
+@back(aten.diagonal.default)
+def diagonal_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The two dims stood among the others."""
+    if split.dim == len(shape_of(node)) - 1:
+        raise mixed(node, "makes the dim that is needed split")
+    dim = split.dim
+    for lost in _diagonal_dims(node):
+        dim += dim >= lost
+    return {operand_of(node): split.moved(dim)}
+
+
+def _diagonal_dims(node: Node) -> list[int]:
+    rank = len(shape_of(args_of(node)[0]))
+    return sorted(argument(node, name) % rank for name in ("dim1", "dim2"))
+
+
 @back(aten.split.Tensor, aten.split_with_sizes.default)
 def pieces_back(node: Node, split: Split) -> dict[Node, Split]:
     """Pieces of another dim."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mst_fx.placement import WHOLE, Placement, Split
+from mst_fx.placement import WHOLE, Placement, Split, sure
 from mst_fx.rules.indexing import picks_of
 from mst_fx.rules.registry import Demand, Flow, args_of, argument, back, mixed, rule, shape_of
 
@@ -36,7 +36,7 @@ def scatter(node: Node, flow: Flow) -> Placement:
     if split is None:
         return WHOLE
     _forbid_along(node, split)
-    if any(shape_of(operand)[split.dim] != shape_of(node)[split.dim] for operand in operands):
+    if not all(sure(shape_of(operand)[split.dim] == shape_of(node)[split.dim]) for operand in operands):
         raise mixed(node, "has fewer indices than rows")
     return _alike(node, flow, split, dict.fromkeys(operands, split))
 

@@ -42,13 +42,15 @@ def tagged():
 UNCHECKED = {
     getattr(aten, "_grouped_mm", aten.mm).default: "runs on some devices alone; see the tests of routing",
     getattr(getattr(aten, "_fused_rms_norm", aten.mm), "default", None): "as above; see the tests of reductions",
-    aten.empty_like.default: "its values mean nothing",
+    aten.empty_like.default: "its values mean nothing; see the tests of elementwise ops",
+    aten.empty.memory_format: "as above; see the tests of creation",
+    aten.new_empty.default: "as above",
     aten.scalar_tensor.default: "has no dim to split",
 }
 REFUSED = {
     *(aten.all.default, aten.any.default, aten.max.default, aten.min.default, aten.median.default),
     *(aten.nanmedian.default, aten.mean.default, aten.prod.default),  # over all dims; openings make a mean a sum
-    *(aten.frexp.Tensor, aten.randint.low),
+    *(aten.norm.Scalar, aten.frexp.Tensor, aten.randint.low),
 }
 """Ops of which nothing may be split; their rules say why."""
 OPS = sorted({*(op for op in _RULES if op != "pointwise"), *tagged()}, key=str)
