@@ -18,7 +18,7 @@ from mst_fx.lower import bytes_of, hint, is_size, is_symbolic
 from mst_fx.placement import WHOLE, Placement, Routed, Split, adds_up, split_of
 from mst_fx.propagate import Placements, propagate
 from mst_fx.refusal import Reason, Refusal
-from mst_fx.rules import Spans, inverted, shape_of
+from mst_fx.rules import Spans, inverted, positions_of, shape_of
 from mst_fx.rules.contraction import CONTRACTIONS
 from mst_fx.rules.creation import DRAWS, FILLS
 from mst_fx.rules.view import FREE
@@ -199,8 +199,10 @@ def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length
         order = inverted(node, placements.of[node])
         if order is not None:
             return [order]
-        split = split_of(placements.of[node]) is not None
-        return [n for n in node.all_input_nodes if not split or not is_size(n.meta.get("val"))]
+        if split_of(placements.of[node]) is None:
+            return node.all_input_nodes
+        counted = positions_of(node)
+        return [n for n in node.all_input_nodes if n not in counted and not is_size(n.meta.get("val"))]
 
     loop = _ancestors(results, reads, stop=lambda n: n.op == "placeholder" or n in hoisted)
     operands = _ordered(graph, (n for node in loop for n in reads(node) if n not in loop))

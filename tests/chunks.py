@@ -138,8 +138,6 @@ def _run(
     for node in nodes:
         if node in placements.made:
             env[node] = _piece(node, placements, start, positions)
-        elif _is_tuple(node):
-            env[node] = execute(None, node, env)
         else:
             env[node] = run_resized(node, placements.of[node], positions, env)
         _check_part(node, placements, positions, env[node])
@@ -152,10 +150,6 @@ def _put_together(parts: Sequence[torch.Tensor], placement: Any) -> torch.Tensor
     if placement == WHOLE:
         return parts[0]
     return sum(parts[1:], start=parts[0]) if adds_up(placement) else None
-
-
-def _is_tuple(node: Node) -> bool:
-    return isinstance(node.meta["val"], tuple | list)
 
 
 def _check_part(node: Node, placements: Placements, positions: int, part: Any) -> None:

@@ -13,11 +13,13 @@ from mst_fx.rules import pointwise as pointwise
 from mst_fx.rules import reduction as reduction
 from mst_fx.rules import view as view
 from mst_fx.rules import writing as writing
+from mst_fx.rules.indexing import positions_of as positions_of
 from mst_fx.rules.linear import is_linear as is_linear
 from mst_fx.rules.registry import Demand as Demand
 from mst_fx.rules.registry import Result as Result
 from mst_fx.rules.registry import Spans as Spans
 from mst_fx.rules.registry import args_of as args_of
+from mst_fx.rules.registry import argument as argument
 from mst_fx.rules.registry import demands_of as demands_of
 from mst_fx.rules.registry import mixed as mixed
 from mst_fx.rules.registry import rule_for as rule_for

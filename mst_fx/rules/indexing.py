@@ -9,7 +9,9 @@ import torch
 from torch.fx import Node
 
 from mst_fx.placement import WHOLE, Placement, Split, number, sure
+from mst_fx.rules.creation import RANGES
 from mst_fx.rules.registry import Demand, Flow, args_of, argument, back, mixed, rule, shape_of
+from mst_fx.rules.view import RESHAPES
 
 aten = torch.ops.aten
 MASKS = (torch.bool, torch.uint8)
@@ -78,6 +80,10 @@ class Picks:
             return None
         return self.kept[dim if dim < self.first else dim - len(self.picked)]
 
+    def made(self, index: Any, own: int) -> int:
+        """Which dim of the result a dim of an index makes."""
+        return self.first + len(self.picked) - len(shape_of(index)) + own
+
     def aligned(self, index: Any, dim: int) -> int | None:
         """Which dim of an index makes a dim of the result; None where the index is repeated along it."""
         own = dim - self.first - len(self.picked) + len(shape_of(index))
@@ -114,16 +120,65 @@ def index(node: Node, flow: Flow) -> Placement:
     if all(flow.of(operand) == WHOLE for operand in node.all_input_nodes):
         return WHOLE
     picks, table = picks_of(node), flow.of(source)
+    positions = positions_of(node)
+    if any(flow.of(counted) != WHOLE for counted in positions):
+        raise mixed(node, "counts rows that are split")
     if table == WHOLE:
         return _picked(node, flow, picks)
     assert isinstance(table, Split)
     lies = picks.lies(table.dim)
+    if lies is None and picks.indices[table.dim] in positions:
+        return _paired(node, flow, picks, table)
     if lies is None:
         rows = next(iter(picks.indices.values()))
         raise _rows_of(node, table, source, rows, flow.of(rows))
     if any(flow.of(given) != WHOLE for given in picks.indices.values()):
         raise mixed(node, "combines a split table with split indices")
     return table.moved(lies)
+
+
+def positions_of(node: Node) -> dict[Node, int]:
+    """Indices that count all positions of the dim that they index, and the dim of theirs along which they count.
+
+    `x[arange(n), labels]` picks of each row what its own label says: rows and labels may be cut alike, and a
+    mini-sequence counts its own rows.
+    """
+    if node.target != aten.index.Tensor:
+        return {}
+    found = {}
+    for dim, index in enumerate(argument(node, "indices")):
+        counts = _counts_along(index, shape_of(args_of(node)[0])[dim]) if index is not None else None
+        if counts is not None:
+            found[index] = counts
+    return found
+
+
+def _counts_along(index: Node, size: int) -> int | None:
+    """The dim along which a value is 0, 1, 2, ... up to a size; None for any other value."""
+    dims = [dim for dim, own in enumerate(shape_of(index)) if not sure(own == 1)]
+    while index.target in RESHAPES:
+        index = args_of(index)[0]
+    if index.target not in RANGES or len(dims) != 1:
+        return None
+    from_zero = index.target == aten.arange.default or args_of(index)[0] == 0
+    by_one = index.target != aten.arange.start_step or argument(index, "step") == 1
+    return dims[0] if from_zero and by_one and sure(shape_of(index)[0] == size) else None
+
+
+def _paired(node: Node, flow: Flow, picks: Picks, table: Split) -> Placement:
+    """Each row is picked from by the indices of its own."""
+    counted = picks.indices[table.dim]
+    result = table.moved(picks.made(counted, positions_of(node)[counted]))
+    for given in picks.indices.values():
+        own = picks.aligned(given, result.dim) if given is not counted else None
+        expected: Placement = WHOLE if own is None else table.moved(own)
+        if flow.of(given) == WHOLE and isinstance(expected, Split):
+            if given in positions_of(node):
+                raise mixed(node, "counts rows of two dims at once")
+            raise Demand(given, expected)
+        if flow.of(given) != expected:
+            raise mixed(node, "combines a split table with split indices")
+    return result
 
 
 def _picked(node: Node, flow: Flow, picks: Picks) -> Placement:
@@ -137,6 +192,10 @@ def _picked(node: Node, flow: Flow, picks: Picks) -> Placement:
                 raise mixed(node, f"combines indices split as {found} and {split}")
             found = split
     assert found is not None
+    positions = positions_of(node)
+    for dim, given in picks.indices.items():
+        if given in positions and picks.made(given, positions[given]) == found.dim:
+            raise Demand(args_of(node)[0], found.moved(dim))
     for given in picks.indices.values():
         own = picks.aligned(given, found.dim)
         if own is not None and flow.of(given) == WHOLE:
@@ -151,8 +210,15 @@ def index_back(node: Node, split: Split) -> dict[Node, Split]:
     dim = picks.comes_from(split.dim)
     if dim is not None:
         return {args_of(node)[0]: split.moved(dim)}
-    own = {given: picks.aligned(given, split.dim) for given in picks.indices.values()}
-    return {given: split.moved(dim) for given, dim in own.items() if dim is not None}
+    positions = positions_of(node)
+    demands = {}
+    for indexed, given in picks.indices.items():
+        own = picks.aligned(given, split.dim)
+        if own is not None and given in positions:
+            demands[args_of(node)[0]] = split.moved(indexed)
+        elif own is not None:
+            demands[given] = split.moved(own)
+    return demands
 
 
 def _rows_of(node: Node, table: Placement, source: Any, rows: Any, picked: Placement) -> Exception:

@@ -22,6 +22,7 @@ COPIES = (
     aten.fill.Scalar,
     aten.fill.Tensor,
     aten.copy.default,
+    aten.zero.default,
 )
 
 UNTAGGED = (aten.leaky_relu.default, aten.hardswish.default, aten.rsub.Tensor)

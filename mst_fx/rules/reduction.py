@@ -138,6 +138,17 @@ if hasattr(aten, "_fused_rms_norm"):
     rule(aten._fused_rms_norm.default)(_norm_rule)
 
 
+@rule(aten.native_group_norm.default)
+def group_norm(node: Node, flow: Flow) -> Result:
+    """Normalisation of each image over groups of its channels; the statistics keep the images."""
+    split: Any = flow.of(args_of(node)[0])
+    if any(flow.of(arg) != WHOLE for arg in args_of(node)[1:]):
+        raise mixed(node, "has a split weight")
+    if isinstance(split, Split) and split.dim != 0:
+        raise mixed(node, "normalises over the split dim")
+    return (split,) * len(node.meta["val"])
+
+
 def _dims(node: Node) -> set[int]:
     """The reduced dims; all of them where the op names none."""
     rank = len(shape_of(args_of(node)[0]))
