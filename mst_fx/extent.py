@@ -26,12 +26,21 @@ def extent_of(work: Work) -> Extent:
     return Extent(
         length=length,
         dynamic=stages.dynamic,
-        tokens=max(1, hint(prod(shape_of(stages.stream)[:-1])) // length),
+        tokens=max(1, _tokens(stages) // length),
         widest=max((bytes_per_position(stages, node) for node in products or stages.loop), default=0),
         sharing=max([1.0, *(_tokens_per_row(stages, node) for node in products)]),
         wide=sum(bytes_per_position(stages, node) for node in products if not is_sink(stages, node)),
         cast=max((_bytes_cast(work, stages.operands[i]) for i in work.wanted), default=0),
     )
+
+
+def _tokens(stages: Stages) -> int:
+    """Positions of the stream, whose last dim holds their features; where that is the axis, a product tells."""
+    shape = shape_of(stages.stream)
+    features = shape[-1]
+    if stages.axis.dim == len(shape) - 1 > 0:
+        features = shape_of(factors(stages.products[0])[0])[-1]
+    return hint(prod(shape)) // hint(features)
 
 
 def _bytes_cast(work: Work, operand: Node) -> int:

@@ -137,7 +137,7 @@ def _moved(lowered: GraphModule, stream: int, examples: list[Any]) -> Iterator[G
             or args_of(cut)[4:] not in ((), (1,))
         ):
             continue
-        source, axis = args_of(cut)[0], Split(dim_of(cut, 1))
+        source, axis = args_of(cut)[0], Split(dim_of(cut))
         try:
             sources = origins(source, axis)
             placements = propagate(lowered.graph, sources, until=cut).of
@@ -180,7 +180,7 @@ def _retraced(
                     continue
                 start, end = _bounds(cut, env)
                 kept = part(env, start, end)
-                env[cut] = kept[source].select(dim_of(cut, 1), 0) if cut.target == aten.select.int else kept[source]
+                env[cut] = kept[source].select(dim_of(cut), 0) if cut.target == aten.select.int else kept[source]
                 for result in set(lowered.graph.output_node().all_input_nodes) & set(between):
                     pieces = [part(env, 0, start)[result]] if start not in (0, None) else []
                     pieces += [kept[result], *([part(env, end, None)[result]] if end is not None else [])]

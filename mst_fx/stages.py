@@ -14,12 +14,12 @@ from typing import cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from mst_fx.lower import hint, is_size, is_symbolic
-from mst_fx.placement import WHOLE, Placement, Routed, Split, adds_up
+from mst_fx.lower import bytes_of, hint, is_size, is_symbolic
+from mst_fx.placement import WHOLE, Placement, Routed, Split, adds_up, split_of
 from mst_fx.propagate import Placements, propagate
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.resize import numbers_read
-from mst_fx.rules import Spans, inverted, shape_of
+from mst_fx.rules import Spans, inverted, positions_of, shape_of
 from mst_fx.rules.contraction import CONTRACTIONS
 from mst_fx.rules.creation import DRAWS, FILLS
 from mst_fx.rules.view import FREE
@@ -92,10 +92,27 @@ class Numbers(Exception):  # noqa: N818 - control flow within the analysis
         self.read = read
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """An axis that every op respects.
+
+    Attributes:
+        axis: the split of the stream.
+        placements: that follow.
+        length: positions, as hinted.
+        saved: bytes of the split values that need not exist at once.
+    """
+
+    axis: Split
+    placements: Placements
+    length: int
+    saved: float
+
+
 def cut(lowered: GraphModule, stream: Node) -> Stages:
     """Choose the axis among the dims of `stream` (a placeholder of `lowered`) and cut the graph.
 
-    The longest axis that every op respects wins.
+    The longest axis that every op respects wins, among those that save at least half of what the best one does.
 
     Raises:
         Refusal: no dim of the stream can be split, with the reason that the longest one met.
@@ -104,7 +121,7 @@ def cut(lowered: GraphModule, stream: Node) -> Stages:
     shape = shape_of(stream)
     candidates = [Split(dim) for dim in _splittable(stream, shape)]
     refusals: list[tuple[int, Refusal]] = []
-    found: list[tuple[int, Split, Placements]] = []
+    found: list[_Choice] = []
     seen: set[Split] = set()
     while candidates:
         axis = candidates.pop()
@@ -113,29 +130,63 @@ def cut(lowered: GraphModule, stream: Node) -> Stages:
             continue
         seen.add(axis)
         try:
-            found.append((hint(length), axis, propagate(lowered.graph, {stream: axis})))
+            found.append(_chosen(lowered.graph, stream, axis))
         except Refusal as refusal:
-            refusals.append((hint(length), refusal))
+            if not _is_last(axis, shape) or is_symbolic(length):  # features are mixed as a rule
+                refusals.append((hint(length), refusal))
         except Spans as spans:
             parts = [part for part in spans.parts if not any(map(is_symbolic, part))]
             candidates += [Split(axis.dim, axis.outer * outer, axis.inner * inner) for outer, inner in parts]
             text = f"{spans.node.target} spreads the split dim over several dims"
             refusals.append((0, Refusal(Reason.AXIS_MIXED, spans.node, text)))
     if found:
-        _, axis, placements = max(found, key=lambda entry: (entry[0], -entry[1].dim))
-        return _cut(lowered.graph, placements, stream, axis, axis.axis_length(shape))
+        most = max(choice.saved for choice in found)
+        good = (choice for choice in found if 2 * choice.saved >= most)
+        best = max(good, key=lambda choice: (choice.length, -choice.axis.dim))
+        return _cut(lowered.graph, best.placements, stream, best.axis, best.axis.axis_length(shape))
     if refusals:
         raise max(refusals, key=lambda entry: entry[0])[1]
     raise Refusal(Reason.SHAPE, stream, f"a stream of shape {list(shape)} has no dim to split")
 
 
+def _chosen(graph: Graph, stream: Node, axis: Split) -> _Choice:
+    placements = propagate(graph, {stream: axis})
+    shape = shape_of(stream)
+    if _is_last(axis, shape):
+        _forbid_features(graph, placements, axis)
+    length = hint(axis.axis_length(shape))
+    values = [node for node in placements.of if node.op == "call_function" and node.target not in FREE]
+    split = sum(_bytes(node) for node in values if split_of(placements.of[node]) is not None)
+    return _Choice(axis, placements, length, split * (1 - 1 / length))
+
+
+def _is_last(axis: Split, shape: tuple[int, ...]) -> bool:
+    return axis.dim == len(shape) - 1 > 0
+
+
+def _bytes(node: Node) -> int:
+    value = node.meta.get("val")
+    return bytes_of(value) if isinstance(value, torch.Tensor) else 0
+
+
+def _forbid_features(graph: Graph, placements: Placements, axis: Split) -> None:
+    """Raise a refusal where the last dim holds features: products of the stream do not keep it apart."""
+    products = [node for node in graph.nodes if node.target in CONTRACTIONS]
+    streamed = [node for node in products if placements.of.get(node) != WHOLE]
+    for node in streamed:
+        if not isinstance(placements.of.get(node), Split):
+            raise Refusal(Reason.AXIS_MIXED, node, f"{node.target} adds up over dim {axis.dim}")
+    if not streamed:
+        output = graph.output_node()
+        raise Refusal(Reason.AXIS_MIXED, output, f"no product keeps the positions of dim {axis.dim} apart")
+
+
 def _splittable(stream: Node, shape: tuple[int, ...]) -> list[int]:
-    """Every dim but the features'; where one length is only known at run time, that dim alone."""
-    dims = list(range(len(shape) - 1)) or [0]
+    """Every dim; where one length is only known at run time, that dim alone."""
     dynamic = [dim for dim in range(len(shape)) if is_symbolic(shape[dim])]
-    if len(dynamic) > 1 or not set(dynamic) <= set(dims):
+    if len(dynamic) > 1:
         raise Refusal(Reason.DYNAMIC, stream, f"several dims of {list(shape)} are only known at run time")
-    return dynamic or dims
+    return dynamic or list(range(len(shape)))
 
 
 def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length: int) -> Stages:
@@ -160,7 +211,10 @@ def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length
     def reads(node: Node) -> list[Node]:
         """A split value's sizes come from the chunk, not from nodes that compute the whole's."""
         order = inverted(node, placements.of[node])
-        return [order] if order is not None else [n for n in node.all_input_nodes if not is_size(n.meta.get("val"))]
+        if order is not None:
+            return [order]
+        counted = positions_of(node) if split_of(placements.of[node]) is not None else ()
+        return [n for n in node.all_input_nodes if n not in counted and not is_size(n.meta.get("val"))]
 
     loop = _ancestors(results, reads, stop=lambda n: n.op == "placeholder" or n in hoisted)
     numbers = [(node, number) for node in loop for number in numbers_read(node, placements.of[node])]

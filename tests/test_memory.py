@@ -81,6 +81,33 @@ def test_head_saves_its_gradients_and_never_the_logits(head_inputs, inner):
     assert saved_bytes(lambda: unlooped(*head_inputs), head_inputs) >= T * V * FLOAT
 
 
+def test_channels_first_saves_nothing_but_its_inputs():
+    """The tokens stand in the last dim: the axis is the one along which something wide is cut, not the first one."""
+
+    def mlp_first(x, up, down):
+        return down @ F.gelu(up @ x)
+
+    inputs = tensors((2, D, T), (FF, D), (D, FF))
+    compiled = looped(mlp_first, chunk_tokens=CHUNK)
+    assert saved_bytes(lambda: compiled(*inputs), inputs) == 0
+    upstream = torch.ones(2, D, T)
+    peaks = [
+        peak_bytes(lambda fn=fn: torch.autograd.grad(fn(*inputs), inputs, upstream))
+        for fn in (compiled, looped(mlp_first, disable=("mlp",)))
+    ]
+    assert peaks[0] < peaks[1] / 2
+
+
+def test_a_head_of_channels_first_never_saves_the_logits():
+    x, w = tensors((2, D, T), (V, D))
+    labels = torch.randint(0, V, (2, T))
+    compiled = looped(lambda x, w, labels: F.cross_entropy(w @ x, labels), chunk_tokens=CHUNK)
+    gradients = (2 * T * D + V * D) * FLOAT
+    assert saved_bytes(lambda: compiled(x, w, labels), [x, w, labels]) <= gradients + 64
+    (region,) = mst_fx.reports()[-1].regions
+    assert region.axis == f"dim 2 ({T} positions)"
+
+
 def test_per_token_loss_saves_nothing_but_its_inputs(head_inputs):
     def per_token(x, w, labels):
         return F.cross_entropy(F.linear(x, w), labels, reduction="none")

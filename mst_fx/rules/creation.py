@@ -13,15 +13,17 @@ aten = torch.ops.aten
 RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 DRAWS = (aten.randint.low,)
 """Random ops without operands: they run once, before the loop."""
-FILLS = {
-    aten.full.default: 0,
-    aten.zeros.default: 0,
-    aten.ones.default: 0,
-    aten.new_zeros.default: 1,
-    aten.new_ones.default: 1,
-    aten.new_full.default: 1,
-}
-"""Fills with one value, and the position of their size argument: any part of such a value can be made alone."""
+FILLS = (
+    aten.empty.memory_format,
+    aten.full.default,
+    aten.zeros.default,
+    aten.ones.default,
+    aten.new_empty.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+)
+"""Fills of a `size` with one value, or with none: any part of such a value can be made alone."""
 
 
 @rule(*FILLS, *RANGES, *DRAWS, aten.scalar_tensor.default)

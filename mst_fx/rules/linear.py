@@ -40,8 +40,14 @@ def is_linear(node: Node, flow: Flow) -> bool:
     first: Any = args_of(node)[0]
     sums = sum(placement == PARTIAL for placement in placements)
     if node.target in IN_THE_FIRST:
-        return sums == 1 and flow.of(first) == PARTIAL
+        return sums == 1 and flow.of(first) == PARTIAL and not _rounds(node)
     if node.target in IN_ONE:
         return sums == 1 and args_of(node)[0] is not args_of(node)[1]
     operands = [*first] if isinstance(first, (list, tuple)) else args_of(node)[:2]
     return node.target in IN_ALL and all(isinstance(x, Node) and flow.of(x) == PARTIAL for x in operands)
+
+
+def _rounds(node: Node) -> bool:
+    """Whether a sum is cast to a dtype that does not hold it: what is cut off the parts adds up, too."""
+    before, after = (value.meta["val"].dtype for value in (args_of(node)[0], node))
+    return after == torch.bool or torch.promote_types(before, after) != after

@@ -24,6 +24,7 @@ COPIES = (
     aten.fill.Tensor,
     aten.copy.default,
     overwritten,
+    aten.zero.default,
 )
 
 UNTAGGED = (aten.leaky_relu.default, aten.hardswish.default, aten.rsub.Tensor)

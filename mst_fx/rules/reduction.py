@@ -8,27 +8,66 @@ import torch
 from torch.fx import Node
 
 from mst_fx.placement import PARTIAL, WHOLE, Placement, Split
-from mst_fx.rules.registry import Flow, Result, args_of, back, mixed, result_shape, rule, shape_of
+from mst_fx.rules.registry import Flow, Result, args_of, argument, back, mixed, result_shape, rule, shape_of, takes
 
 aten = torch.ops.aten
 
-
-SUMS = (aten.sum.default, aten.sum.dim_IntList)
+SUMS = (
+    aten.sum.default,
+    aten.sum.dim_IntList,
+    aten.nansum.default,
+    aten.count_nonzero.default,
+    aten.count_nonzero.dim_IntList,
+)
 REDUCTIONS = (
     aten.amax.default,
     aten.amin.default,
     aten.logsumexp.default,
     aten.mean.default,
     aten.mean.dim,
+    aten.prod.default,
     aten.prod.dim_int,
     aten.var.correction,
+    aten.std.correction,
     aten.argmax.default,
     aten.argmin.default,
+    aten.any.default,
     aten.any.dim,
+    aten.any.dims,
+    aten.all.default,
     aten.all.dim,
+    aten.all.dims,
+    aten.max.default,
+    aten.min.default,
+    aten.median.default,
+    aten.nanmedian.default,
     aten.linalg_vector_norm.default,
+    aten.norm.Scalar,
+    aten.norm.ScalarOpt_dim,
 )
-PAIRS = (aten.var_mean.correction, aten.max.dim, aten.min.dim)
+PAIRS = (
+    aten.var_mean.correction,
+    aten.std_mean.correction,
+    aten.max.dim,
+    aten.min.dim,
+    aten.aminmax.default,
+    aten.kthvalue.default,
+    aten.median.dim,
+    aten.nanmedian.dim,
+    aten.mode.default,
+)
+SCANS = (
+    aten._softmax.default,
+    aten._log_softmax.default,
+    aten.cumsum.default,
+    aten.cumprod.default,
+    aten.cummax.default,
+    aten.cummin.default,
+    aten.logcumsumexp.default,
+    aten.sort.default,
+    aten.sort.stable,
+    aten.topk.default,
+)
 
 
 @rule(*SUMS)
@@ -67,22 +106,20 @@ def reduce_back(node: Node, split: Split) -> dict[Node, Split]:
     return {operand: split.moved(dim)}
 
 
-@rule(
-    aten._softmax.default,
-    aten._log_softmax.default,
-    aten.cumsum.default,
-    aten.sort.default,
-    aten.topk.default,
-)
+@rule(*SCANS)
 def along(node: Node, flow: Flow) -> Result:
     """Ops that keep the shape and mix one dim."""
     split = flow.of(args_of(node)[0])
-    position = 2 if node.target == aten.topk.default else 1
-    default: Any = node.kwargs.get("dim", -1)
-    dim: Any = args_of(node)[position] if len(args_of(node)) > position else default
-    if isinstance(split, Split) and split.dim == dim % len(shape_of(args_of(node)[0])):
+    if isinstance(split, Split) and split.dim == argument(node, "dim") % len(shape_of(args_of(node)[0])):
         raise mixed(node, "mixes the split dim")
     return split if isinstance(node.meta["val"], torch.Tensor) else (split,) * len(node.meta["val"])
+
+
+@back(*SCANS)
+def along_back(node: Node, split: Split) -> dict[Node, Split]:
+    """Every other dim is that of the operand."""
+    operand: Any = args_of(node)[0]
+    return {operand: split}
 
 
 def _norm_rule(node: Node, flow: Flow) -> Result:
@@ -101,14 +138,24 @@ if hasattr(aten, "_fused_rms_norm"):
     rule(aten._fused_rms_norm.default)(_norm_rule)
 
 
+@rule(aten.native_group_norm.default)
+def group_norm(node: Node, flow: Flow) -> Result:
+    """Normalisation of each image over groups of its channels; the statistics keep the images."""
+    split: Any = flow.of(args_of(node)[0])
+    if any(flow.of(arg) != WHOLE for arg in args_of(node)[1:]):
+        raise mixed(node, "has a split weight")
+    if isinstance(split, Split) and split.dim != 0:
+        raise mixed(node, "normalises over the split dim")
+    return (split,) * len(node.meta["val"])
+
+
 def _dims(node: Node) -> set[int]:
     """The reduced dims; all of them where the op names none."""
     rank = len(shape_of(args_of(node)[0]))
-    position = 2 if node.target == aten.linalg_vector_norm.default else 1
-    dims: Any = args_of(node)[position] if len(args_of(node)) > position else node.kwargs.get("dim")
+    dims = argument(node, "dim") if takes(node, "dim") else None
     if dims is None or dims == []:
         return set(range(rank))
-    return {dim % rank for dim in ([dims] if isinstance(dims, int) else dims)}
+    return {dim % max(rank, 1) for dim in ([dims] if isinstance(dims, int) else dims)}
 
 
 def _without(node: Node, split: Placement, dims: set[int]) -> Placement:

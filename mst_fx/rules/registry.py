@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -124,8 +125,41 @@ def result_shape(node: Node) -> tuple[int, ...]:
 
 
 def args_of(node: Node) -> tuple[Any, ...]:
-    """The positional arguments; the rule of an op knows their types better than fx does."""
-    return node.args
+    """The positional arguments of the schema, as given, by keyword as well, or by default.
+
+    The rule of an op knows their types better than fx does.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.args
+    missing = _positional(node.target)[len(node.args) :]
+    return (*node.args, *(node.kwargs.get(name, default) for name, default in missing))
+
+
+def argument(node: Node, name: str) -> Any:
+    """An argument of an aten op by its name, its default where it is left out."""
+    position, default = _arguments(node.target)[name]
+    if position is not None and position < len(node.args):
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def takes(node: Node, name: str) -> bool:
+    """Whether an aten op has an argument of this name."""
+    return name in _arguments(node.target)
+
+
+@cache
+def _positional(op: torch._ops.OpOverload) -> list[tuple[str, Any]]:
+    return [(given.name, given.default_value) for given in op._schema.arguments if not given.kwarg_only]
+
+
+@cache
+def _arguments(op: Any) -> dict[str, tuple[int | None, Any]]:
+    """Position, None for those that have none, and default of the arguments of an op."""
+    return {
+        given.name: (None if given.kwarg_only else position, given.default_value)
+        for position, given in enumerate(op._schema.arguments)
+    }
 
 
 def mixed(node: Node, text: str) -> Refusal:

@@ -21,7 +21,7 @@ from torch.fx import Node
 from mst_fx.placement import WHOLE, Placement, Routed, Split, sure
 from mst_fx.rules.contraction import GROUPED
 from mst_fx.rules.pointwise import COPIES
-from mst_fx.rules.registry import Demand, Flow, Result, args_of, mixed, rule, rule_for, shape_of
+from mst_fx.rules.registry import Demand, Flow, Result, args_of, argument, mixed, rule, rule_for, shape_of
 from mst_fx.rules.view import RESHAPES
 
 aten = torch.ops.aten
@@ -48,7 +48,7 @@ def route(node: Node, flow: Flow) -> Result | None:
     return _HANDLERS.get(node.target, _apart)(node, flow)
 
 
-@rule(*GROUPED, *ADDING, aten.scatter.src, aten.histc.default)
+@rule(*GROUPED, aten.histc.default)
 def ordered(node: Node, flow: Flow) -> Placement:
     """Of rows that are not sorted, nothing may be split."""
     if any(flow.of(operand) != WHOLE for operand in node.all_input_nodes):
@@ -72,8 +72,7 @@ def inverted(node: Node, placement: object) -> Node | None:
 def _sort(node: Node, flow: Flow) -> Result:
     """(values, order); the order of an order is its inverse."""
     source, placement = args_of(node)[0], flow.of(args_of(node)[0])
-    positional = args_of(node)[2:3] if node.target == aten.sort.default else args_of(node)[3:4]
-    if any(positional) or node.kwargs.get("descending"):
+    if argument(node, "descending"):
         raise mixed(node, "sorts the split dim, the largest first")
     if isinstance(placement, Split):
         rows = Routed("rows", key_of(source), placement, by=node)
@@ -85,8 +84,13 @@ def _sort(node: Node, flow: Flow) -> Result:
 
 
 def _count(node: Node, flow: Flow) -> Result:
-    """How many keys fall to each group; keys below the first would shift the groups in the program itself."""
+    """How many keys fall to each group; keys below the first would shift the groups in the program itself.
+
+    Without a range it is that of the values, and each mini-sequence has another one.
+    """
     source, placement = args_of(node)[0], flow.of(args_of(node)[0])
+    if argument(node, "min") == argument(node, "max"):
+        raise mixed(node, "takes its range from all values")
     if isinstance(placement, Split):
         return Routed("counts", key_of(source), placement)
     if isinstance(placement, Routed) and placement.kind == "rows":
@@ -107,7 +111,7 @@ def _divide(node: Node, flow: Flow) -> Result:
     placement, divisor = flow.of(args_of(node)[0]), args_of(node)[1]
     if not isinstance(placement, Routed) or placement.kind != "order":
         return _apart(node, flow)
-    floors = node.target == aten.floor_divide.default or node.kwargs.get("rounding_mode") == "floor"
+    floors = node.target == aten.floor_divide.default or argument(node, "rounding_mode") == "floor"
     if not floors or not isinstance(divisor, int) or not sure(placement.split.inner % (placement.per * divisor) == 0):
         raise mixed(node, "computes with positions of the split dim")
     return replace(placement, per=placement.per * divisor)

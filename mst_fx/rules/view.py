@@ -9,7 +9,19 @@ import torch
 from torch.fx import Node
 
 from mst_fx.placement import WHOLE, Placement, Split, refinements, through_view
-from mst_fx.rules.registry import Demand, Flow, Result, Spans, args_of, back, mixed, rule, shape_of
+from mst_fx.rules.registry import (
+    Demand,
+    Flow,
+    Result,
+    Spans,
+    args_of,
+    argument,
+    back,
+    mixed,
+    result_shape,
+    rule,
+    shape_of,
+)
 
 aten = torch.ops.aten
 
@@ -101,7 +113,7 @@ def repeat(node: Node, flow: Flow) -> Placement:
 def cut(node: Node, flow: Flow) -> Result:
     """Cutting another dim is free; a full slice of the split dim is none."""
     split = flow.of(args_of(node)[0])
-    dim = dim_of(node, 2 if node.target != aten.slice.Tensor else 1)
+    dim = dim_of(node)
     pieces = node.meta["val"]
     if isinstance(split, Split) and split.dim == dim:
         if isinstance(pieces, torch.Tensor) and pieces.shape == shape_of(args_of(node)[0]):
@@ -113,20 +125,47 @@ def cut(node: Node, flow: Flow) -> Result:
 @back(aten.slice.Tensor)
 def slice_back(node: Node, split: Split) -> dict[Node, Split]:
     """A slice along the demanded dim is made whole, and then split."""
-    return {} if dim_of(node, 1) == split.dim else {operand_of(node): split}
+    return {} if dim_of(node) == split.dim else {operand_of(node): split}
 
 
 @rule(aten.select.int, aten.unbind.int)
 def pick(node: Node, flow: Flow) -> Result:
     """The picked dim goes away."""
     split = flow.of(args_of(node)[0])
-    dim = dim_of(node, 1)
+    dim = dim_of(node)
     if isinstance(split, Split):
         if split.dim == dim:
             raise mixed(node, "picks one position of the split dim")
         split = split.moved(split.dim - (split.dim > dim))
     pieces = node.meta["val"]
     return split if isinstance(pieces, torch.Tensor) else (split,) * len(pieces)
+
+
+@rule(aten.diagonal.default)
+def diagonal(node: Node, flow: Flow) -> Placement:
+    """Two dims go away, and one comes behind all others."""
+    split, lost = flow.of(args_of(node)[0]), _diagonal_dims(node)
+    if not isinstance(split, Split):
+        return WHOLE
+    if split.dim in lost:
+        raise mixed(node, "takes a diagonal of the split dim")
+    return split.moved(split.dim - sum(dim < split.dim for dim in lost))
+
+
+@back(aten.diagonal.default)
+def diagonal_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The two dims stood among the others."""
+    if split.dim == len(shape_of(node)) - 1:
+        raise mixed(node, "makes the dim that is needed split")
+    dim = split.dim
+    for lost in _diagonal_dims(node):
+        dim += dim >= lost
+    return {operand_of(node): split.moved(dim)}
+
+
+def _diagonal_dims(node: Node) -> list[int]:
+    rank = len(shape_of(args_of(node)[0]))
+    return sorted(argument(node, name) % rank for name in ("dim1", "dim2"))
 
 
 @back(aten.split.Tensor, aten.split_with_sizes.default)
@@ -138,29 +177,7 @@ def pieces_back(node: Node, split: Split) -> dict[Node, Split]:
 @back(aten.select.int, aten.unbind.int)
 def select_back(node: Node, split: Split) -> dict[Node, Split]:
     """The picked dim stood among the others."""
-    return {operand_of(node): split.moved(split.dim + (split.dim >= dim_of(node, 1)))}
-
-
-@rule(aten.slice_scatter.default, aten.select_scatter.default)
-def write_part(node: Node, flow: Flow) -> Placement:
-    """A value with a part of another dim replaced; both are split alike."""
-    value, part = args_of(node)[:2]
-    dim = dim_of(node, 2)
-    lost = node.target == aten.select_scatter.default
-    split = flow.of(value)
-    if not isinstance(split, Split):
-        inner = flow.of(part)
-        if not isinstance(inner, Split):
-            return WHOLE
-        raise Demand(value, inner.moved(inner.dim + (lost and inner.dim >= dim)))
-    if split.dim == dim:
-        raise mixed(node, "writes to a part of the split dim")
-    expected = split.moved(split.dim - (lost and split.dim > dim))
-    if flow.of(part) == WHOLE:
-        raise Demand(part, expected)
-    if flow.of(part) != expected:
-        raise mixed(node, "joins values that are split differently")
-    return split
+    return {operand_of(node): split.moved(split.dim + (split.dim >= dim_of(node)))}
 
 
 @rule(aten.cat.default, aten.stack.default)
@@ -177,7 +194,7 @@ def join(node: Node, flow: Flow) -> Placement:
             raise Demand(part, split)
         if flow.of(part) != split:
             raise mixed(node, "joins values that are split differently")
-    dim = dim_of(node, 1, rank=len(shape_of(node)))
+    dim = dim_of(node, rank=len(result_shape(node)))
     if node.target == aten.stack.default:
         return split.moved(split.dim + (split.dim >= dim))
     if dim == split.dim:
@@ -188,7 +205,7 @@ def join(node: Node, flow: Flow) -> Placement:
 @back(aten.cat.default, aten.stack.default)
 def join_back(node: Node, split: Split) -> dict[Node, Split]:
     """The parts lie alike; the new dim of a stack is none of theirs."""
-    dim = dim_of(node, 1, rank=len(shape_of(node)))
+    dim = dim_of(node, rank=len(result_shape(node)))
     before = split.moved(split.dim - (node.target == aten.stack.default and split.dim > dim))
     return {part: before for part in args_of(node)[0]}
 
@@ -205,9 +222,9 @@ def dim_order(node: Node) -> list[int]:
     return order
 
 
-def dim_of(node: Node, position: int, rank: int | None = None) -> int:
-    """The `dim` argument, by position or keyword, counted from the left."""
-    dim = args_of(node)[position] if len(args_of(node)) > position else node.kwargs.get("dim", 0)
+def dim_of(node: Node, rank: int | None = None) -> int:
+    """The `dim` argument, counted from the left."""
+    dim = argument(node, "dim")
     assert isinstance(dim, int)
     return dim % (rank or len(shape_of(args_of(node)[0])))
 

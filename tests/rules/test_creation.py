@@ -19,6 +19,8 @@ FILLS = (
     lambda x, sizes: aten.new_zeros.default(x, sizes),
     lambda x, sizes: aten.new_ones.default(x, sizes, dtype=torch.float32),
     lambda x, sizes: aten.new_full.default(x, sizes, 3.0),
+    lambda x, sizes: aten.zeros_like.default(aten.new_empty.default(x, sizes)),
+    lambda x, sizes: aten.ones_like.default(aten.empty.memory_format(sizes, dtype=x.dtype)),
 )
 # op(n): a value of n positions
 COUNTS = (

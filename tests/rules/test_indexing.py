@@ -75,7 +75,13 @@ X, TABLE, LABELS, IDS = values(4, 6), values(6, 3), indices(4, 1, below=6), indi
         (gather, [X, LABELS], 1, Split(0, outer=2), Split(0, outer=2)),
         (aten.embedding.default, [TABLE, IDS], 1, Split(1), Split(1)),
         (aten.embedding.default, [TABLE, IDS], 1, Split(0), Split(0)),
+        (aten.embedding.default, [TABLE, IDS], 0, Split(1), Split(2)),
         (select, [X, indices(3, below=6)], 0, Split(0), Split(0)),
+        (select, [X, indices(3, below=6)], 1, Split(0), Split(1)),
+        (lambda x, i: aten.index.Tensor(x, [i, i]), [X, indices(3, below=4)], 1, Split(0), Split(0)),
+        (lambda x, i: aten.index.Tensor(x, [None, i]), [X, indices(3, below=4)], 1, Split(0), Split(1)),
+        (lambda x, i: aten.index.Tensor(x, [None, i]), [X, indices(3, below=4)], 0, Split(0), Split(0)),
+        (lambda x, i: aten.index.Tensor(x, [i, None, i]), [values(6, 5, 6), IDS], 0, Split(1), Split(2)),
         (rows, [TABLE, IDS], 1, Split(1), Split(1)),
         (rows, [TABLE, IDS], 0, Split(1), Split(2)),
     ],
@@ -89,12 +95,11 @@ def test_accepted(op, inputs, position, split, expected):
     [
         (gather, [X, LABELS], 0, Split(1)),
         (aten.embedding.default, [TABLE, IDS], 0, Split(0)),
-        (aten.embedding.default, [TABLE, IDS], 0, Split(1)),
         (select, [X, indices(3, below=6)], 0, Split(1)),
-        (select, [X, indices(3, below=6)], 1, Split(0)),
         (rows, [TABLE, IDS], 0, Split(0)),
-        (lambda x, i: aten.index.Tensor(x, [i, i]), [X, indices(3, below=4)], 1, Split(0)),
-        (lambda x, i: aten.index.Tensor(x, [None, i]), [X, indices(3, below=4)], 1, Split(0)),
+        (lambda x, i: aten.index.Tensor(x, [i, i]), [X, indices(3, below=4)], 0, Split(0)),
+        (lambda x, i: aten.index.Tensor(x, [i > 2]), [X, indices(4, below=4)], 1, Split(0)),  # rows in unknown number
+        (lambda x, i: aten.gather.default(x, -1, i, sparse_grad=True), [X, LABELS], 0, Split(0)),
         (gather, [X, indices(2, 1, below=6)], 0, Split(0)),  # fewer indices than rows: chunks would not pair up
     ],
 )
@@ -118,3 +123,37 @@ def test_a_look_up_whose_gradient_counts_the_indices_is_refused():
 def test_a_gather_of_whole_values_stays_whole():
     call = Call(lambda x, w, i: [x + 1, gather(w, i)], [values(4), X, LABELS])
     assert placed(call, Split(0)) == [Split(0), WHOLE]
+
+
+def labels_of(x, labels):
+    return aten.index.Tensor(x, [torch.arange(x.shape[0]), labels])
+
+
+def labels_of_batches(x, labels):
+    return x[torch.arange(x.shape[0])[:, None], torch.arange(x.shape[1]), labels]
+
+
+@st.composite
+def labelled_rows(draw):
+    batch, rows, classes = draw(st.integers(2, 3)), draw(st.integers(2, 4)), draw(st.integers(2, 4))
+    if draw(st.booleans()):
+        return Call(labels_of, [values(rows, classes), indices(rows, below=classes)])
+    return Call(labels_of_batches, [values(batch, rows, classes), indices(batch, rows, below=classes)])
+
+
+@given(st.data())
+def test_each_row_is_picked_from_by_its_own_label(data):
+    chunk_by_chunk(data, data.draw(labelled_rows()))
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_rows_and_their_labels_are_cut_alike(position):
+    assert placed(Call(labels_of, [X, indices(4, below=6)]), Split(0), position) == [Split(0)]
+    call = Call(labels_of_batches, [values(2, 4, 6), indices(2, 4, below=6)])
+    assert placed(call, Split(1), position) == [Split(1)]
+
+
+@pytest.mark.parametrize("count", [lambda: torch.arange(1, 5), lambda: torch.arange(0, 8, 2), lambda: torch.arange(3)])
+def test_what_does_not_count_all_rows_picks_some_of_them(count):
+    with pytest.raises(Refusal):
+        placed(Call(lambda x: aten.index.Tensor(x, [count()]), [values(8, 2)]), Split(0))

@@ -1,0 +1,196 @@
+"""One op, or a few, in chunks: whatever the rules accept is compared with the whole, gradients as well.
+
+Graphs are built by hand and run eagerly, so that thousands of calls take seconds. That bodies are traced as they run
+here is for the tests of bodies.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from looping import EXACT
+from strategies import all_splits
+from torch.fx import Graph, Node
+from torch.utils._pytree import tree_map_only
+
+from mst_fx.lower import execute
+from mst_fx.placement import WHOLE, Split, adds_up, split_of
+from mst_fx.propagate import Placements, propagate
+from mst_fx.refusal import Refusal
+from mst_fx.resize import run_resized
+from mst_fx.rules import Spans
+
+SINGLE = {"rtol": 1e-4, "atol": 1e-5, "equal_nan": True}
+
+
+class Program:
+    """An aten graph, built call by call; every node carries its real value."""
+
+    def __init__(self) -> None:
+        self.graph = Graph()
+        self.inputs: list[Node] = []
+        self.outputs: list[Node] = []
+
+    def input(self, value: torch.Tensor) -> Node:
+        node = self.graph.placeholder(f"x{len(self.inputs)}")
+        node.meta["val"] = value.detach().requires_grad_(value.requires_grad)
+        self.inputs.append(node)
+        return node
+
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Node:
+        node = self.graph.call_function(target, args, kwargs)
+        values = tree_map_only(Node, lambda operand: operand.meta["val"], (args, kwargs))
+        node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+    def results(self, node: Node) -> list[Node]:
+        """The tensors that a node gives."""
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            return [node]
+        return [self.call(operator.getitem, node, position) for position in range(len(value))]
+
+    def nodes(self) -> list[Node]:
+        return [node for node in self.graph.nodes if node.op == "call_function"]
+
+
+def check(program: Program, seeds: Sequence[Node] | None = None) -> Counter[str]:
+    """Split any of the inputs (or `seeds`) anyhow; count what was "accepted" and "refused"."""
+    found: Counter[str] = Counter()
+    truth = _gradients(program, [node.meta["val"] for node in program.outputs])
+    for seed in program.inputs if seeds is None else seeds:
+        for split in all_splits(seed.meta["val"].shape):
+            accepted = False
+            for axis, placements in _accepted(program, seed, split):
+                accepted = True
+                for chunk in {1, max(1, axis.axis_length(seed.meta["val"].shape) - 1)}:
+                    _compare(program, seed, axis, placements, chunk, truth)
+            found["accepted" if accepted else "refused"] += 1
+    return found
+
+
+def _accepted(program: Program, seed: Node, split: Split) -> Iterator[tuple[Split, Placements]]:
+    if split.axis_length(seed.meta["val"].shape) < 2:
+        return
+    try:
+        yield split, propagate(program.graph, {seed: split})
+    except Refusal:
+        pass  # any other exception is a failure
+    except Spans as spans:
+        for outer, inner in spans.parts:
+            assert outer * inner > 1, "a part is shorter than the axis"
+            yield from _accepted(program, seed, Split(split.dim, split.outer * outer, split.inner * inner))
+
+
+def _compare(
+    program: Program, seed: Node, axis: Split, placements: Placements, chunk: int, truth: list[torch.Tensor | None]
+) -> None:
+    results = _in_chunks(program, placements, axis.axis_length(seed.meta["val"].shape), chunk)
+    if results is None:
+        return
+    message = f"{[node.format_node() for node in program.nodes()]}, {seed} as {axis}, chunks of {chunk}"
+    values = [node.meta["val"] for node in program.graph.nodes]
+    single = any(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in values)
+    close = SINGLE if single else EXACT
+    for node, result in zip(program.outputs, results, strict=True):
+        _same(result, node.meta["val"], close, message)
+    if any(gradient is not None for gradient in truth):
+        for ours, theirs in zip(_gradients(program, results), truth, strict=True):
+            assert ours is not None
+            assert theirs is not None
+            _same(ours, theirs, close, "gradients of " + message)
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor, close: dict[str, Any], message: str) -> None:
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), f"{ours.shape} {ours.dtype}, {message}"
+    if not torch.equal(ours, theirs):
+        torch.testing.assert_close(ours, theirs, **close, msg=lambda text: f"{text}\n{message}")
+
+
+def _in_chunks(program: Program, placements: Placements, length: int, chunk: int) -> list[torch.Tensor] | None:
+    """The outputs; None where rows that were sorted leave the program, which is for the tests of routing."""
+    late = set(placements.epilogue)
+    parts: dict[Node, list[Any]] = {node: [] for node in program.nodes() if node not in late}
+    for start in range(0, length, chunk):
+        env = _run(program, placements, list(parts), start, min(chunk, length - start))
+        for node, values in parts.items():
+            values.append(env[node])
+    env = {node: node.meta["val"] for node in program.inputs}
+    for node, values in parts.items():
+        if isinstance(values[0], torch.Tensor):
+            env[node] = _put_together(values, placements.of[node])
+    if any(node not in late and env[node] is None for node in program.outputs):
+        return None
+    for node in placements.epilogue:
+        env[node] = execute(None, node, env)
+    return [env[node] for node in program.outputs]
+
+
+def _run(
+    program: Program, placements: Placements, nodes: Sequence[Node], start: int, positions: int
+) -> dict[Node, Any]:
+    """One mini-sequence."""
+    env: dict[Node, Any] = {node: _piece(node, placements, start, positions) for node in program.inputs}
+    for node in nodes:
+        if node in placements.made:
+            env[node] = _piece(node, placements, start, positions)
+        else:
+            env[node] = run_resized(node, placements.of[node], positions, env)
+        _check_part(node, placements, positions, env[node])
+    return env
+
+
+def _put_together(parts: Sequence[torch.Tensor], placement: Any) -> torch.Tensor | None:
+    if isinstance(placement, Split):
+        return _joined(parts, placement)
+    if placement == WHOLE:
+        return parts[0]
+    return sum(parts[1:], start=parts[0]) if adds_up(placement) else None
+
+
+def _check_part(node: Node, placements: Placements, positions: int, part: Any) -> None:
+    """A part has the shape that its placement says; what is whole is the same in each mini-sequence."""
+    value, placement = node.meta["val"], placements.of[node]
+    if not isinstance(value, torch.Tensor):
+        return
+    assert part.dtype == value.dtype
+    split = split_of(placement)
+    assert list(part.shape) == (split.chunk_shape(value.shape, positions) if split else list(value.shape)), node
+    if placement == WHOLE and value.dtype.is_floating_point:
+        torch.testing.assert_close(part, value, **EXACT)
+    elif placement == WHOLE:
+        assert torch.equal(part, value)
+
+
+def _piece(node: Node, placements: Placements, start: int, positions: int) -> torch.Tensor:
+    value, split = node.meta["val"], placements.of[node]
+    if not isinstance(split, Split):
+        return value
+    apart = _axis_apart(value, split).narrow(split.dim + 1, start, positions)
+    return apart.reshape(split.chunk_shape(value.shape, positions)).clone(memory_format=torch.contiguous_format)
+
+
+def _joined(parts: Sequence[torch.Tensor], split: Split) -> torch.Tensor:
+    joined = torch.cat([_axis_apart(part, split) for part in parts], split.dim + 1)
+    return joined.flatten(split.dim, split.dim + 2)
+
+
+def _axis_apart(value: torch.Tensor, split: Split) -> torch.Tensor:
+    return value.unflatten(split.dim, (split.outer, -1, split.inner))
+
+
+def _gradients(program: Program, results: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Of the inputs, with the same cotangents for the same results; None where there are none."""
+    leaves = [node.meta["val"] for node in program.inputs if node.meta["val"].requires_grad]
+    ends = [x for x in results if x.requires_grad]
+    if not leaves or not ends:
+        return [None]
+    cotangents = [torch.linspace(0.3, 1.7, x.numel(), dtype=x.dtype).reshape(x.shape) for x in ends]
+    try:
+        return list(torch.autograd.grad(ends, leaves, cotangents, materialize_grads=True, retain_graph=True))
+    except (RuntimeError, NotImplementedError):
+        return [None]  # the whole has no derivative either: `truth` is asked first
