@@ -119,6 +119,14 @@ def _open_copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     return source if same else source.expand(x.shape)
 
 
+def _open_index_put(x: torch.Tensor, indices: Sequence[Any], values: torch.Tensor, accumulate: bool = False) -> Any:
+    """One value where a mask holds."""
+    mask = indices[0]
+    if len(indices) != 1 or mask is None or mask.dtype != torch.bool or values.dim() or accumulate:
+        return NotImplemented
+    return torch.where(mask.view(*mask.shape, *(1,) * (x.dim() - mask.dim())), values, x)
+
+
 def _open_gather(x: torch.Tensor, dim: int, index: torch.Tensor, *, sparse_grad: bool = False) -> Any:
     """One class of each row, as a negative log-likelihood: its backward fuses with what the row's other gradients are.
 
@@ -140,6 +148,7 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.nll_loss_forward.default: functools.partial(_open_nll, aten.nll_loss_forward.default),
     aten.nll_loss2d_forward.default: functools.partial(_open_nll, aten.nll_loss2d_forward.default),
     aten.copy.default: _open_copy,
+    aten.index_put.default: _open_index_put,
     aten.mean.default: _open_mean,
     aten.mean.dim: _open_mean_dim,
     aten.native_dropout.default: _open_dropout,

@@ -27,7 +27,7 @@ COPIES = (
     aten.zero.default,
 )
 
-UNTAGGED = (aten.leaky_relu.default, aten.hardswish.default, aten.rsub.Tensor)
+UNTAGGED = (aten.leaky_relu.default, aten.hardswish.default, aten.rsub.Tensor, aten.masked_fill.Tensor)
 """Elementwise, and not tagged as such by every version of torch."""
 
 
