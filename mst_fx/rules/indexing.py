@@ -145,7 +145,9 @@ def positions_of(node: Node) -> dict[Node, int]:
     """
     if node.target != aten.index.Tensor:
         return {}
-    found = {}
+    if "positions" in node.meta:  # a body is traced where sizes of the whole must not be compared
+        return dict(node.meta["positions"])
+    found = node.meta["positions"] = {}
     for dim, index in enumerate(argument(node, "indices")):
         counts = _counts_along(index, shape_of(args_of(node)[0])[dim]) if index is not None else None
         if counts is not None:
@@ -155,10 +157,13 @@ def positions_of(node: Node) -> dict[Node, int]:
 
 def _counts_along(index: Node, size: int) -> int | None:
     """The dim along which a value is 0, 1, 2, ... up to a size; None for any other value."""
-    dims = [dim for dim, own in enumerate(shape_of(index)) if not sure(own == 1)]
+    shape = shape_of(index)
     while index.target in RESHAPES:
         index = args_of(index)[0]
-    if index.target not in RANGES or len(dims) != 1:
+    if index.target not in RANGES:
+        return None
+    dims = [dim for dim, own in enumerate(shape) if not sure(own == 1)]
+    if len(dims) != 1:
         return None
     from_zero = index.target == aten.arange.default or args_of(index)[0] == 0
     by_one = index.target != aten.arange.start_step or argument(index, "step") == 1

@@ -126,3 +126,12 @@ def test_sums_in_chunks(op):
         placements = propagate(program.graph, {axis: Split(0)})
         waited[result in placements.epilogue] += placements.of.get(result) != WHOLE
     assert waited[False] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_sum_that_is_cut_off_waits(dtype):
+    program = Program()
+    x = program.input(torch.tensor([[0.6, 1.6], [0.6, -1.6]]))
+    program.outputs = [program.call(aten.sum.default, program.call(aten.sum.dim_IntList, x, [0]), dtype=dtype)]
+    assert program.outputs[0] in propagate(program.graph, {x: Split(0)}).epilogue
+    check(program, [x])
