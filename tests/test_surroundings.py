@@ -247,7 +247,10 @@ def selective():
     return create_selective_checkpoint_contexts([torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
 
 
-@pytest.mark.parametrize("how", [{"use_reentrant": False}, {"use_reentrant": True}, {"context_fn": selective}], ids=str)
+HOWS = {"plain": {}, "reentrant": {"use_reentrant": True}, "selective": {"context_fn": selective}}
+
+
+@pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
 def test_first_call_inside_eager_checkpointing(how):
     x_TH = tokens().requires_grad_()
 
