@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch.fx import Node
 
 from mst_fx.body import connected
 from mst_fx.config import Config
-from mst_fx.fixing import as_if_fixed, other_dims, to_be_fixed
+from mst_fx.fixing import as_if_fixed, forbid_lengths, other_dims, to_be_fixed
 from mst_fx.likeness import likeness_of_nodes
 from mst_fx.lower import fake_value, fix, lower
 from mst_fx.placement import PARTIAL
@@ -61,7 +62,7 @@ def analysed(region: Region, config: Config, known: dict[Hashable, Work], marked
     sizes = other_dims(fake_value(region.stream), marked)
     while key not in known:
         try:
-            known[key] = _analysed(region, config, sizes)
+            known[key] = _analysed(region, config, sizes, marked)
         except Numbers as numbers:
             sizes += to_be_fixed(numbers.read, fake_value(region.stream), marked)
     return known[key]
@@ -87,12 +88,13 @@ def _returned(region: Region, output: Node) -> tuple[bool, bool]:
     return output in region.returned, any(user.op == "output" for user in output.users)
 
 
-def _analysed(region: Region, config: Config, sizes: tuple[Any, ...]) -> Work:
+def _analysed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Container[str]) -> Work:
     examples = as_if_fixed([fake_value(node) for node in region.live_ins], sizes)
     lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes, examples=examples)
-    fixed = as_tensors(lowered, region.live_ins)
+    stream = region.live_ins.index(region.stream)
+    fixed = as_tensors(lowered, region.live_ins, partial(forbid_lengths, stream=examples[stream], marked=marked))
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
-    stages = cut(lowered, placeholders[region.live_ins.index(region.stream)])
+    stages = cut(lowered, placeholders[stream])
     needs_grad = _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True)))
     wanted = tuple(i for i, node in enumerate(stages.operands) if needs_grad[node])
     wanted, differentiable = _gradients(region, stages, wanted, config)

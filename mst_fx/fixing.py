@@ -40,15 +40,26 @@ def to_be_fixed(read: Sequence[tuple[Node, Node]], stream: torch.Tensor, marked:
     Raises:
         Refusal: one of them must not be fixed, or cannot be.
     """
-    lengths = {symbol for size in stream.shape if is_symbolic(size) for symbol in size.node.expr.free_symbols}
     for node, number in read:
-        value = number.meta["val"]
-        if not is_symbolic(value) or depends_on_data(value):
-            raise Refusal(Reason.NUMBER, node, f"{node.target} takes a number that depends on the data")
-        symbols = value.node.expr.free_symbols
-        if not symbols.isdisjoint(lengths) or any(str(symbol) in marked for symbol in symbols):
-            raise Refusal(Reason.NUMBER, node, f"{node.target} takes a number that varies with the length")
+        forbid_lengths(node, number.meta["val"], stream, marked)
     return tuple(number.meta["val"] for _, number in read)
+
+
+def forbid_lengths(node: Node, number: Any, stream: torch.Tensor, marked: Container[str]) -> None:
+    """Raise a refusal for a number that depends on the data, or on a length that must stay free.
+
+    Args:
+        node: what takes the number.
+        number: to be fixed.
+        stream: the captured value, whose lengths stay free.
+        marked: the sizes that have to vary, by their names.
+    """
+    if not number.node.has_hint():
+        raise Refusal(Reason.NUMBER, node, f"{node.target} takes a number that depends on the data")
+    symbols = number.node.expr.free_symbols
+    lengths = {symbol for size in stream.shape if is_symbolic(size) for symbol in size.node.expr.free_symbols}
+    if not symbols.isdisjoint(lengths) or any(str(symbol) in marked for symbol in symbols):
+        raise Refusal(Reason.NUMBER, node, f"{node.target} takes a number that varies with the length")
 
 
 def as_if_fixed(values: Sequence[Any], sizes: Sequence[Any]) -> list[Any]:

@@ -8,7 +8,7 @@ of classes to keep, a shift) is fixed later, where a loop turns out to read it (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,24 +17,24 @@ from torch.fx import GraphModule, Node, map_arg
 
 from mst_fx.body import HALF
 from mst_fx.lower import fake_value, is_size, seen, tracing
-from mst_fx.refusal import Reason, Refusal
 
 aten = torch.ops.aten
 
 
-def as_tensors(lowered: GraphModule, live_ins: Sequence[Node]) -> tuple[int, ...]:
+def as_tensors(lowered: GraphModule, live_ins: Sequence[Node], forbid: Callable[[Node, Any], None]) -> tuple[int, ...]:
     """Put tensors in place of the numbers that tensor operands of a region's ops stand for.
 
     Args:
         lowered: the region in aten; it is changed.
         live_ins: of the region, one for each placeholder.
+        forbid: raises a refusal for a node and a number that it takes, where that must not be fixed.
 
     Returns:
         The positions of the live-ins whose value has become a part of the graph, as some op takes it as a number only.
         It has to be fixed, for this region and for all that share the graph.
 
     Raises:
-        Refusal: such a value depends on the data.
+        Refusal: such a value must not be fixed.
     """
     if not any(map(_is_number, lowered.graph.nodes)):
         return ()
@@ -49,7 +49,7 @@ def as_tensors(lowered: GraphModule, live_ins: Sequence[Node]) -> tuple[int, ...
     fixed: set[Node] = set()
     for number in [node for node in lowered.graph.nodes if isinstance(node.meta.get("val"), torch.SymFloat)]:
         if any(_needs_number(number, user) for user in number.users):
-            _write(number)
+            _write(number, forbid)
             fixed |= _ancestors(number).intersection(placeholders)
     lowered.recompile()
     return tuple(position for position, node in enumerate(placeholders) if node in fixed)
@@ -213,12 +213,11 @@ def _needs_number(number: Node, user: Node) -> bool:
     return made and not (user.target == _AS_TENSOR and user.args[1] is number)
 
 
-def _write(number: Node) -> None:
+def _write(number: Node, forbid: Callable[[Node, Any], None]) -> None:
     """Write the value that was seen where a number is needed."""
     value = seen(number.meta["val"])
     for user in [user for user in number.users if _needs_number(number, user)]:
-        if value is None:
-            raise Refusal(Reason.NUMBER, user, f"{user.target} takes a number that depends on the data")
+        forbid(user, number.meta["val"])
         user.args, user.kwargs = map_arg(
             (user.args, user.kwargs), lambda operand: value if operand is number else operand
         )
