@@ -46,7 +46,13 @@ class Work:
     sizes: tuple[Any, ...] = ()
 
 
-def analysed(region: Region, config: Config, known: dict[Hashable, Work], marked: Container[str] = ()) -> Work:
+def analysed(
+    region: Region,
+    config: Config,
+    known: dict[Hashable, Work],
+    marked: Container[str] = (),
+    sizes: tuple[Any, ...] = (),
+) -> Work:
     """Lower and cut a region, and decide how its gradients are made.
 
     Args:
@@ -54,12 +60,13 @@ def analysed(region: Region, config: Config, known: dict[Hashable, Work], marked
         config: its `returned_logits` decides which results carry gradients.
         known: the work of the regions so far; one that is like the region is found there.
         marked: the sizes that have to vary, by their names.
+        sizes: that are fixed in its graph.
 
     Raises:
         Refusal: the region must not be looped.
     """
-    key = _likeness(region)
-    sizes = other_dims(fake_value(region.stream), marked)
+    key = (_likeness(region), tuple(map(str, sizes)))
+    sizes += other_dims(fake_value(region.stream), marked)
     while key not in known:
         try:
             known[key] = _analysed(region, config, sizes, marked)

@@ -21,14 +21,15 @@ from mst_fx.clean_room import clean_room
 from mst_fx.config import Config
 from mst_fx.entries import looped
 from mst_fx.faults import refusal_for
-from mst_fx.lower import long_lengths, marked_sizes
+from mst_fx.lower import fix, long_lengths, marked_sizes
 from mst_fx.pattern import Pattern
 from mst_fx.plan import Plan, Plans, make_plans
 from mst_fx.readable import readable
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.report import Report, refused
 from mst_fx.rewrite import Edit, Replacement, loop, rebuilt
-from mst_fx.survey import Site, Surveyed, Surveyor, device_of_graph, timeline_of
+from mst_fx.survey import Surveyor
+from mst_fx.surveyed import Site, Surveyed, device_of_graph, timeline_of
 from mst_fx.verify import Verified
 from mst_fx.wishes import unmatched
 
@@ -142,6 +143,8 @@ class Engine:
             new_child, inner_report = self._spliced(child, plans)
             report = report.joined(inner_report)
             children.update({name: new_child} if new_child is not None else {})
+        for size in surveyed.sizes:
+            fix(size)
         changed = edits or children or surveyed.report.cuts or surveyed.report.dropped
         return rebuilt(surveyed.reader.owner, edits, children) if changed else None, report
 

@@ -57,7 +57,8 @@ def forbid_lengths(node: Node, number: Any, stream: torch.Tensor, marked: Contai
     if not number.node.has_hint():
         raise Refusal(Reason.NUMBER, node, f"{node.target} takes a number that depends on the data")
     symbols = number.node.expr.free_symbols
-    lengths = {symbol for size in stream.shape if is_symbolic(size) for symbol in size.node.expr.free_symbols}
+    sizes: list[Any] = [size for size in stream.shape if is_symbolic(size)]
+    lengths = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
     if not symbols.isdisjoint(lengths) or any(str(symbol) in marked for symbol in symbols):
         raise Refusal(Reason.NUMBER, node, f"{node.target} takes a number that varies with the length")
 

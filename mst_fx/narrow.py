@@ -6,7 +6,7 @@ and what is left can be looped along the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.fx.traceback import set_current_meta
 
 from mst_fx.clean_room import without_autocast
 from mst_fx.faults import refusal_for
+from mst_fx.fixing import as_if_fixed, other_dims
 from mst_fx.lower import execute, fake_value, lower, tracing
 from mst_fx.placement import Split, same_shape
 from mst_fx.propagate import origins, propagate
@@ -41,19 +42,22 @@ class CutHead:
         region: the nodes from the projection to the cut.
         cut_first: the aten graph that computes the same from fewer tokens.
         bytes_before, bytes_after: of what the projection makes.
+        sizes: to be fixed where the cut is moved.
     """
 
     region: Region
     cut_first: GraphModule
     bytes_before: int
     bytes_after: int
+    sizes: tuple[Any, ...] = ()
 
 
-def cut_heads(reader: Reader, *, strict: bool = False) -> Iterator[CutHead | Refusal]:
+def cut_heads(reader: Reader, marked: Container[str] = (), *, strict: bool = False) -> Iterator[CutHead | Refusal]:
     """The projections of the graph that may project less, and what an exception about one is told as.
 
     Args:
         reader: of the graph.
+        marked: the sizes that have to vary, by their names.
         strict: raise such exceptions.
     """
     for node in reader.owner.graph.nodes:
@@ -63,7 +67,8 @@ def cut_heads(reader: Reader, *, strict: bool = False) -> Iterator[CutHead | Ref
                 continue
             nodes, activation = found
             region = close(reader, nodes, activation)
-            cut_first = _cut_first(region)
+            sizes = other_dims(fake_value(region.stream), marked)
+            cut_first = _cut_first(region, as_if_fixed([fake_value(node) for node in region.live_ins], sizes))
         except Refusal:
             continue  # it stays as it was written; the pattern of heads has more to say about it
         except Exception as error:
@@ -71,7 +76,7 @@ def cut_heads(reader: Reader, *, strict: bool = False) -> Iterator[CutHead | Ref
             continue
         if cut_first is not None:
             before, after = (reader.numel(n) * fake_value(n).element_size() for n in (node, region.last))
-            yield CutHead(region, cut_first, before, after)
+            yield CutHead(region, cut_first, before, after, sizes)
 
 
 def _chain(reader: Reader, head: Node) -> tuple[list[Node], Node] | None:
@@ -98,12 +103,11 @@ def _chain(reader: Reader, head: Node) -> tuple[list[Node], Node] | None:
             return nodes, contraction.activation
 
 
-def _cut_first(region: Region) -> GraphModule | None:
-    """The region's aten graph with its cuts moved in front; None where none can be."""
-    lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes)
+def _cut_first(region: Region, examples: list[Any]) -> GraphModule | None:
+    """The region's aten graph, traced on these values, with its cuts moved in front; None where none can be."""
+    lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes, examples=examples)
     stream = region.live_ins.index(region.stream)
     moved = None
-    examples = [fake_value(node) for node in region.live_ins]
     for _ in range(len(lowered.graph.nodes)):  # each cut moves at most once
         again = next(_moved(moved or lowered, stream, examples), None)
         if again is None:

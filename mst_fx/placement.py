@@ -99,6 +99,8 @@ def split_of(placement: object) -> Split | None:
 
 def through_view(split: Split, before: Sequence[int], after: Sequence[int]) -> Split | None:
     """Where the axis lies after `before`-shaped memory is read as `after`; None where no single dim holds it."""
+    if _is_empty(before):
+        return None
     axis = split.axis_length(before)
     in_front = prod(before[: split.dim]) * split.outer
     behind = split.inner * prod(before[split.dim + 1 :])
@@ -109,6 +111,11 @@ def through_view(split: Split, before: Sequence[int], after: Sequence[int]) -> S
         if fits and outer and inner and sure(size == outer * axis * inner):
             return Split(dim, outer, inner)
     return None
+
+
+def _is_empty(shape: Sequence[int]) -> bool:
+    """Whether a shape is known to hold nothing: any factors would do."""
+    return any(isinstance(size, int) and size == 0 for size in shape)
 
 
 def number(factor: int) -> int | None:
@@ -122,6 +129,8 @@ def _refines(part: Split, split: Split) -> bool:
 
 def refinements(split: Split, before: Sequence[int], after: Sequence[int]) -> list[Split]:
     """The parts of an axis that a view spreads over several dims, as splits of the value before the view."""
+    if _is_empty(before):
+        return []
     in_front = prod(before[: split.dim])
     behind = prod(before[split.dim + 1 :])
     parts = []

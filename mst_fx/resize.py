@@ -19,18 +19,21 @@ aten = torch.ops.aten
 
 def numbers_read(node: Node, placement: Result | Placement) -> list[Node]:
     """The operands of a node that `run_resized` needs as numbers: those that are no sizes of what is split."""
-    split = split_of(placement)
-    args, target = list(node.args), node.target
-    if split is not None and (target in RESHAPES or target == aten.expand.default):
+    split, target = split_of(placement), node.target
+    args: Sequence[Any] = node.args
+    kwargs: Mapping[str, Any] = node.kwargs
+    if target == aten.native_group_norm.default:
+        args, kwargs = _replaced(target, args, kwargs, "N", None)
+    if inverted(node, placement) is not None:
+        args = ()
+    elif split is not None and (target in RESHAPES or target == aten.expand.default):
         args = args[:1]
     elif split is not None and target in FILLS:
-        del args[FILLS[target] : FILLS[target] + 1]
-    elif split is not None and target == aten.slice.Tensor and dim_of(node, 1) == split.dim:
+        args, kwargs = _replaced(target, args, kwargs, "size", None)
+    elif split is not None and target == aten.slice.Tensor and dim_of(node) == split.dim:
         args = args[:1]
-    elif inverted(node, placement) is not None:
-        args = []
     found: list[Node] = []
-    map_arg((args, dict(node.kwargs)), found.append)
+    map_arg((tuple(args), dict(kwargs)), found.append)
     return [operand for operand in found if is_size(operand.meta.get("val"))]
 
 

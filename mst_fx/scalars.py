@@ -100,13 +100,14 @@ def _take_tensors(node: Node) -> None:
         node.kwargs = {name: value for name, value in node.kwargs.items() if name not in {a.name for a in declared}}
 
 
-VALUES = {aten.full.default: 1, aten.new_full.default: 2, aten.full_like.default: 1}
+VALUES: dict[Any, int] = {aten.full.default: 1, aten.new_full.default: 2, aten.full_like.default: 1}
 """Fills with a given value, and the position of it."""
 
 
 def _fill_with_tensor(node: Node) -> None:
     """A fill with a number becomes a tensor of that number that is expanded, or written over memory of the shape."""
-    value = node.args[VALUES[node.target]]
+    position = VALUES[node.target]
+    value = node.args[position]
     if not isinstance(value, Node) or not _is_number(value):
         return
     with node.graph.inserting_before(node):
@@ -116,7 +117,7 @@ def _fill_with_tensor(node: Node) -> None:
             memory.meta = dict(node.meta)
             node.target, node.args = aten.fill.Tensor, (memory, tensor)
         else:
-            node.target, node.args = aten.expand.default, (tensor, node.args[VALUES[node.target] - 1])
+            node.target, node.args = aten.expand.default, (tensor, node.args[position - 1])
     node.kwargs = {}
 
 

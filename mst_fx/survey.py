@@ -5,22 +5,20 @@ What was found out about one node or region is known for all that are like it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.analysis import Work, analysed
 from mst_fx.assembly import Call, assembled
 from mst_fx.chunking import Lengths, default_lengths
 from mst_fx.config import Config
-from mst_fx.cost import Device, cost_of, device_of
+from mst_fx.cost import cost_of
 from mst_fx.dead_code import without_dead_code
-from mst_fx.discover import Nested, discover, nested
+from mst_fx.discover import discover, nested
 from mst_fx.entries import cut_head, dropped
 from mst_fx.extent import extent_of
 from mst_fx.faults import refusal_for
@@ -37,85 +35,10 @@ from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region, has_gradient
 from mst_fx.report import Report, refused
 from mst_fx.rewrite import Edit, nodes_of, rebuilt
-from mst_fx.timeline import Segment, Timeline, resident_bytes, returned_bytes, segments_of
+from mst_fx.surveyed import TOP, Around, Site, Surveyed
 
 if TYPE_CHECKING:
     from mst_fx.verify import Verified
-
-
-@dataclass(frozen=True)
-class Around:
-    """What stands around a graph.
-
-    Attributes:
-        repeated: whether it is in a block that is computed again for backward in any case.
-        kept: whether the results of its loops are kept nevertheless. In a row of checkpointed blocks each keeps what it
-            is given; what the last one gives is computed again for its readers, a whole loop for one tensor.
-    """
-
-    repeated: bool = False
-    kept: bool = False
-
-    def inside(self, child: Nested) -> Around:
-        """The same for a subgraph."""
-        return Around(self.repeated or child.repeated, self.kept or child.last)
-
-
-TOP = Around()
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """A region that can be looped.
-
-    Attributes:
-        pattern: name of the pattern that recognised it.
-        region: where.
-        work: what its loop has to do.
-        around: what stands around its graph.
-    """
-
-    pattern: str
-    region: Region
-    work: Work
-    around: Around
-
-    @property
-    def recomputes(self) -> bool:
-        """Whether its loop computes again what would not be computed again without it."""
-        return self.work.backward == "recompute" and not self.around.repeated
-
-
-@dataclass(frozen=True, eq=False)
-class Surveyed:
-    """One graph.
-
-    Attributes:
-        reader: of the graph, in which heads project only the tokens that are read.
-        sites: its regions, in graph order.
-        report: what was refused, and cut.
-        children: its subgraphs, by attribute, and the nodes that run them.
-        around: what stands around it.
-    """
-
-    reader: Reader
-    sites: tuple[Site, ...]
-    report: Report
-    children: dict[str, tuple[Surveyed, tuple[Node, ...]]]
-    around: Around
-
-    def all_sites(self) -> Iterator[Site]:
-        """Those of the graph and of its subgraphs."""
-        yield from self.sites
-        for child, _ in self.children.values():
-            yield from child.all_sites()
-
-    def without(self, refusals: Mapping[Site, Refusal]) -> Surveyed:
-        """The same graph, in which these regions are refused."""
-        left = tuple(site for site in self.sites if site not in refusals)
-        told = tuple(refused(site.pattern, refusals[site]) for site in self.sites if site in refusals)
-        children = {name: (child.without(refusals), callers) for name, (child, callers) in self.children.items()}
-        return replace(self, sites=left, report=self.report.joined(Report(refusals=told)), children=children)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +64,7 @@ class Surveyor:
         """Find the regions of a graph as captured, and of its subgraphs."""
         gm = without_dead_code(gm, self._opened)
         gm, report = self._without_logits(gm) if self.config.returned_logits == "drop" else (gm, Report())
-        reader, cuts = self._cut_early(gm)
+        reader, cuts, sizes = self._cut_early(gm)
         report = report.joined(cuts).joined(_sharded(reader))
         sites: list[Site] = []
         discovered = discover(reader, self.patterns, strict=self.config.strict)
@@ -150,7 +73,7 @@ class Surveyor:
             try:
                 if isinstance(found.outcome, Refusal):
                     raise found.outcome
-                region, work = self._best_part(reader, found.outcome, taken)
+                region, work = self._best_part(reader, found.outcome, taken, sizes)
                 sites.append(Site(found.pattern, region, work, around))
             except Refusal as refusal:
                 report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
@@ -161,7 +84,7 @@ class Surveyor:
             child.name: (self.survey(child.module, around.inside(child)), child.callers)
             for child in nested(reader.owner)
         }
-        return Surveyed(reader, tuple(sites), report, children, around)
+        return Surveyed(reader, tuple(sites), report, children, around, sizes)
 
     def _without_logits(self, gm: GraphModule) -> tuple[GraphModule, Report]:
         """The graph that returns None in place of what regions make for its caller."""
@@ -176,17 +99,18 @@ class Surveyor:
         report = Report(dropped=tuple(map(dropped, leaving)))
         return (rebuilt(gm, [], dropped=leaving) if leaving else gm), report
 
-    def _cut_early(self, gm: GraphModule) -> tuple[Reader, Report]:
-        """A reader of the graph in which heads project only the tokens that are read."""
-        report = Report()
+    def _cut_early(self, gm: GraphModule) -> tuple[Reader, Report, tuple[Any, ...]]:
+        """A reader of the graph in which heads project only the tokens that are read, and the sizes fixed in it."""
+        report, sizes = Report(), dict[str, Any]()
         while True:
             reader = Reader(gm, self._opened)
-            heads = list(cut_heads(reader, strict=self.config.strict))
+            heads = list(cut_heads(reader, self.marked, strict=self.config.strict))
             cut = [head for head in heads if isinstance(head, CutHead)]
             found = _apart([head for head in cut if self._is_worth_cutting(head)])
             if not found:
                 faults = tuple(refused("cut", head) for head in heads if isinstance(head, Refusal))
-                return reader, report.joined(Report(refusals=faults))
+                return reader, report.joined(Report(refusals=faults)), tuple(sizes.values())
+            sizes.update((str(size), size) for head in found for size in head.sizes)
             report = report.joined(Report(cuts=tuple(map(cut_head, found))))
             makes = [partial(nodes_of, region=head.region, lowered=head.cut_first) for head in found]
             gm = rebuilt(gm, [Edit(head.region, make) for head, make in zip(found, makes, strict=True)])
@@ -196,7 +120,9 @@ class Surveyor:
         varies = any(map(is_symbolic, fake_value(head.region.stream).shape))
         return head.bytes_before >= self.config.least_bytes or (varies and self.config.min_bytes is None)
 
-    def _best_part(self, reader: Reader, region: Region, taken: Collection[Node]) -> tuple[Region, Work]:
+    def _best_part(
+        self, reader: Reader, region: Region, taken: Collection[Node], sizes: tuple[Any, ...]
+    ) -> tuple[Region, Work]:
         """The largest part that can be looped; where large values are returned, the one that leaves the fewest bytes.
 
         Raises:
@@ -207,7 +133,8 @@ class Surveyor:
         part: Region | None = region
         while part is not None and (part.returned or not parts):
             try:
-                parts.append(self._with_front(reader, part, taken) or (part, self._analysed(part)))
+                front = self._with_front(reader, part, taken, sizes)
+                parts.append(front or (part, self._analysed(part, sizes)))
             except Refusal as error:
                 refusal = refusal or error
             part = part.smaller
@@ -216,21 +143,23 @@ class Surveyor:
             raise refusal
         return min(parts, key=lambda part: written_after(part[1], self._lengths(*part).chunk))
 
-    def _with_front(self, reader: Reader, region: Region, taken: Collection[Node]) -> tuple[Region, Work] | None:
+    def _with_front(
+        self, reader: Reader, region: Region, taken: Collection[Node], sizes: tuple[Any, ...]
+    ) -> tuple[Region, Work] | None:
         """The region and what stands in front of it, if its tokens stay apart there, too: the longest axis is split."""
         whole = with_front(reader, region, taken)
         if whole is None:
             return None
         try:
-            work = self._analysed(whole)
+            work = self._analysed(whole, sizes)
         except Refusal:
             return None
         longest = max(map(hint, fake_value(whole.stream).shape[:-1]), default=0)
         return (whole, work) if hint(work.stages.length) >= longest else None
 
-    def _analysed(self, region: Region) -> Work:
+    def _analysed(self, region: Region, sizes: tuple[Any, ...]) -> Work:
         try:
-            return analysed(region, self.config, self._works, self.marked)
+            return analysed(region, self.config, self._works, self.marked, sizes)
         except Refusal:
             raise
         except Exception as error:
@@ -326,28 +255,3 @@ def _leaving(reader: Reader, region: Region) -> Iterator[Node]:
 
 def _modules(region: Region) -> tuple[str, ...]:
     return tuple(sorted({module_path(node) for node in region.nodes if node not in region.front}))
-
-
-def timeline_of(surveyed: Surveyed) -> Timeline:
-    """The memory of the whole graph; its regions are numbered as in `all_sites`."""
-    numbers = {site: number for number, site in enumerate(surveyed.all_sites())}
-    segments = tuple(_segments(surveyed, numbers, count(), top=True))
-    return Timeline(resident_bytes(surveyed.reader), segments, returned_bytes(surveyed.reader))
-
-
-def _segments(surveyed: Surveyed, numbers: dict[Site, int], fresh: Iterator[int], *, top: bool) -> list[Segment]:
-    regions = {node: numbers[site] for site in surveyed.sites for node in site.region.nodes}
-    blocks: dict[Node, list[Segment]] = {}
-    for child, callers in surveyed.children.values():
-        for caller in callers:
-            inner = _segments(child, numbers, fresh, top=False)
-            block = next(fresh) if child.around.repeated else None
-            blocks[caller] = [replace(part, block=block) if part.block is None else part for part in inner]
-    return segments_of(surveyed.reader, regions, blocks, top=top)
-
-
-def device_of_graph(surveyed: Surveyed) -> Device:
-    """The device of the regions; the CPU where there are none."""
-    site = next(surveyed.all_sites(), None)
-    value: Any = site.work.stages.stream.meta["val"] if site is not None else torch.empty(0)
-    return device_of(value.device)

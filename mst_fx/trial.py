@@ -18,8 +18,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
+from mst_fx.clean_room import without_autocast
 from mst_fx.excerpt import Excerpt
-from mst_fx.lower import execute, under, without_autocast
+from mst_fx.lower import execute, under
 from mst_fx.rules.creation import DRAWS
 
 aten = torch.ops.aten

@@ -6,7 +6,7 @@ import logging
 
 from mst_fx.config import Config, is_in
 from mst_fx.provenance import module_path
-from mst_fx.survey import Surveyed
+from mst_fx.surveyed import Surveyed
 
 log = logging.getLogger("mst_fx")
 

@@ -15,7 +15,8 @@ from mst_fx import analysis, assembly, loop
 from mst_fx.config import Config
 from mst_fx.pattern import patterns
 from mst_fx.pipeline import rewrite
-from mst_fx.survey import Surveyor, timeline_of
+from mst_fx.survey import Surveyor
+from mst_fx.surveyed import timeline_of
 
 
 class Layers(nn.Module):
