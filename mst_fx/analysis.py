@@ -16,6 +16,7 @@ from mst_fx.fixing import as_if_fixed, forbid_lengths, other_dims, to_be_fixed
 from mst_fx.likeness import likeness_of_nodes
 from mst_fx.lower import fake_value, fix, lower
 from mst_fx.placement import PARTIAL
+from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region, needs_gradient
 from mst_fx.scalars import as_tensors
 from mst_fx.stages import Numbers, Stages, cut
@@ -71,7 +72,11 @@ def analysed(
         try:
             known[key] = _analysed(region, config, sizes, marked)
         except Numbers as numbers:
-            sizes += to_be_fixed(numbers.read, fake_value(region.stream), marked)
+            more = to_be_fixed(numbers.read, fake_value(region.stream), marked)
+            if {*map(str, more)} <= {*map(str, sizes)}:
+                node, number = numbers.read[0]
+                raise Refusal(Reason.NUMBER, node, f"{node.target} takes {number}, which cannot be fixed") from None
+            sizes += more
     return known[key]
 
 

@@ -69,10 +69,15 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
     return call
 
 
-def _full_and_tail(stages: Stages, chunk: int, make: Callable[[int | None], Body]) -> tuple[Body, Body | None]:
-    """The body of a full chunk, and that of the ragged last one: for any length where that is known at run time."""
+def _full_and_tail(stages: Stages, chunk: int, make: Callable[..., Body]) -> tuple[Body, Body | None]:
+    """The body of a full chunk, and that of the ragged last one: for any length where that is known at run time.
+
+    A body of few positions may end in other ops than one of many, and products leave both or none.
+    """
     ragged = None if stages.dynamic else stages.length % chunk
     full, tail = make(chunk), make(ragged) if ragged != 0 else None
+    if tail is not None and tail.outs != full.outs:
+        full, tail = make(chunk, factored=False), make(ragged, factored=False)
     if tail is not None and tail.outs != full.outs:
         raise AssertionError(f"the bodies of {chunk} and {ragged} positions differ: {full.outs}, {tail.outs}")
     return full, tail

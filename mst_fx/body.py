@@ -95,18 +95,25 @@ def _has_own_elements(value: torch.Tensor) -> bool:
     return True
 
 
-def forward_body(stages: Stages, length: int | None) -> Body:
-    """The body that computes the results of `length` positions, of any number of them for None."""
+def forward_body(stages: Stages, length: int | None, *, factored: bool = True) -> Body:
+    """The body that computes the results of `length` positions, of any number of them for None.
+
+    Args:
+        stages: of the region.
+        length: of the mini-sequence.
+        factored: whether products at its end leave it (see `products`).
+    """
 
     def run(*pieces: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return _run_chunk(stages, _merged(stages, stages.operands, pieces))
 
     module = trace(run, partial(_chunk_inputs, stages, stages.operands), length)
-    return Body(module, take_out_products(module, [_result_kind(stages, node) for node in stages.results]))
+    kinds = [_result_kind(stages, node) for node in stages.results]
+    return Body(module, take_out_products(module, kinds) if factored else tuple(kinds))
 
 
-def gradient_body(stages: Stages, gradients: Gradients, length: int | None) -> Body:
-    """The body that computes gradients; its inputs are upstream gradients, kept results, operands. Length as above."""
+def gradient_body(stages: Stages, gradients: Gradients, length: int | None, *, factored: bool = True) -> Body:
+    """The body that computes gradients; its inputs are upstream gradients, kept results, operands. Else as above."""
     upstream = [] if gradients.in_forward else [stages.results[i] for i in gradients.differentiable]
     kept = [stages.results[i] for i in gradients.kept]
     inputs = [*upstream, *kept, *stages.operands]
@@ -127,7 +134,7 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None) -> B
     products_late(module)
     kinds = [_result_kind(stages, node) for node in stages.results] if gradients.in_forward else []
     kinds += [_gradient_kind(stages, stages.operands[i], gradients) for i in gradients.wanted]
-    return Body(module, take_out_products(module, kinds))
+    return Body(module, take_out_products(module, kinds) if factored else tuple(kinds))
 
 
 def connected(

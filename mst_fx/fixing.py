@@ -83,6 +83,9 @@ def _symbols(size: Any) -> Iterator[tuple[Any, Any]]:
 def _with(value: Any, seen: dict[Any, Any]) -> Any:
     if isinstance(value, torch.SymInt):
         return _size_with(value, seen)
+    if isinstance(value, torch.SymFloat | torch.SymBool):
+        expression = value.node.expr.xreplace(seen)
+        return value if expression.free_symbols else type(value.node.hint)(expression)
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return value
     before = (*value.shape, *value.stride())

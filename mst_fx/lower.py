@@ -281,8 +281,9 @@ def is_symbolic(size: Any) -> bool:
 
 
 def fix(number: Any) -> None:
-    """Make a size or a float the one that was seen: another one is compiled anew."""
-    float(number) if isinstance(number, torch.SymFloat) else int(number)
+    """Make a number the one that was seen: another one is compiled anew."""
+    kinds = {torch.SymFloat: float, torch.SymBool: bool}
+    kinds.get(type(number), int)(number)
 
 
 def seen(number: torch.SymFloat) -> float | None:

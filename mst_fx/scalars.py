@@ -42,9 +42,6 @@ def as_tensors(lowered: GraphModule, live_ins: Sequence[Node], forbid: Callable[
         for node in list(lowered.graph.nodes):
             if _makes_tensor(node) and any(map(_is_number, node.all_input_nodes)):
                 _take_tensors(node)
-                positions = _operands(node)
-                if positions:
-                    _read_tensors(node, positions)
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     fixed: set[Node] = set()
     for number in [node for node in lowered.graph.nodes if isinstance(node.meta.get("val"), torch.SymFloat)]:
@@ -75,7 +72,13 @@ def _makes_tensor(node: Node) -> bool:
 
 
 def _take_tensors(node: Node) -> None:
-    """Put in place of an op that takes numbers one that takes tensors there, if aten has one."""
+    """Put tensors in place of the numbers that an op takes, if it has a form that takes tensors there."""
+    if node.target == aten.scalar_tensor.default:
+        number: Any = node.args[0]
+        with node.graph.inserting_before(node):
+            node.replace_all_uses_with(_tensor(node, number, node.meta["val"].dtype))
+        node.graph.erase_node(node)
+        return
     if node.target in VALUES:
         _fill_with_tensor(node)
     elif _is_number(node.kwargs.get("alpha")) and node.target in (aten.add.Tensor, aten.sub.Tensor):
@@ -86,18 +89,35 @@ def _take_tensors(node: Node) -> None:
         node.args, node.kwargs = (left, scaled), {}
         _read_tensors(scaled, [1])
     elif (form := _tensor_form(node)) is not None:
-        node.target, declared = form, form._schema.arguments
-        given = {argument.name: value for argument, value in zip(declared, node.args, strict=False)} | dict(node.kwargs)
-        taken = [given.get(argument.name) for argument in declared if not argument.kwarg_only]
-        while taken and taken[-1] is None:
-            taken.pop()
-        tensors = [_is_tensor_type(argument.type) for argument in declared]
-        with node.graph.inserting_before(node):
-            node.args = tuple(
-                _literal(node, value) if tensor and isinstance(value, int | float) else value
-                for value, tensor in zip(taken, tensors, strict=False)
-            )
-        node.kwargs = {name: value for name, value in node.kwargs.items() if name not in {a.name for a in declared}}
+        _change_overload(node, form)
+    positions = _operands(node)
+    if positions:
+        _read_tensors(node, positions)
+
+
+def _change_overload(node: Node, form: OpOverload) -> None:
+    """Call another overload with the same arguments; numbers that it takes as tensors become tensors."""
+    given = _given(node)
+    node.target = form
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    with node.graph.inserting_before(node):
+        for argument in form._schema.arguments:
+            value = given.get(argument.name, argument.default_value)
+            if _is_tensor_type(argument.type) and isinstance(value, int | float):
+                value = _literal(node, value)
+            if not argument.kwarg_only:
+                args.append(value)
+            elif argument.name in given:
+                kwargs[argument.name] = value
+    node.args, node.kwargs = tuple(args), kwargs
+
+
+def _given(node: Node) -> dict[str, Any]:
+    """The arguments of a node that are given, by name."""
+    target: Any = node.target
+    names = [argument.name for argument in target._schema.arguments]
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 VALUES: dict[Any, int] = {aten.full.default: 1, aten.new_full.default: 2, aten.full_like.default: 1}
@@ -125,17 +145,12 @@ def _tensor_form(node: Node) -> OpOverload | None:
     """The overload of a node's op that takes tensors where the node gives numbers; None where there is none."""
     target: Any = node.target
     own = target._schema.arguments
-    given = {argument.name: value for argument, value in zip(own, node.args, strict=False)} | dict(node.kwargs)
-    numbers = {argument.name for argument in own if isinstance(given.get(argument.name), Node | int | float)}
-    numbers = {name for name in numbers if not _is_tensor_type(_type_of(own, name))}
-    varying = {name for name in numbers if isinstance(given[name], Node)}
-    if not varying:
-        return None
-    for name in target.overloadpacket.overloads():
+    varying = {name for name, value in _given(node).items() if _is_number(value)}
+    varying = {name for name in varying if not _is_tensor_type(_type_of(own, name))}
+    for name in target.overloadpacket.overloads() if varying else ():
         form: OpOverload = getattr(target.overloadpacket, name)
         arguments = form._schema.arguments
-        positional = [argument.name for argument in arguments if not argument.kwarg_only]
-        same = not form._schema.is_mutable and positional == [a.name for a in own if not a.kwarg_only]
+        same = not form._schema.is_mutable and [a.name for a in arguments] == [a.name for a in own]
         if same and all(_is_tensor_type(_type_of(arguments, number)) for number in varying):
             return form
     return None
