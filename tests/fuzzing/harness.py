@@ -146,7 +146,7 @@ def compare(program: Any, inputs: Any, calls: int, compiling: dict[str, Any], ba
     """Each call compiled and in eager mode; returns the number of loops.
 
     Raises:
-        DifferentError: a result differs, or a report holds an internal error.
+        DifferentError: a result differs, or a report holds an internal error, or a loop that `verify` found to differ.
     """
     torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False  # else no graph can be kept for another backward
@@ -164,6 +164,6 @@ def compare(program: Any, inputs: Any, calls: int, compiling: dict[str, Any], ba
             raise DifferentError(f"{absent[0]} of call {call} is None or zero, and the other in eager mode")
     reports = [report for report in mst_fx.reports() if id(report) not in before]
     for refusal in (refusal for report in reports for refusal in report.refusals):
-        if refusal.reason == "INTERNAL":
-            raise DifferentError(f"internal error: {refusal.text}")
+        if refusal.reason in ("INTERNAL", "DIFFERS"):
+            raise DifferentError(f"internal error, {refusal.reason}: {refusal.text}")
     return sum(len(report.regions) for report in reports)

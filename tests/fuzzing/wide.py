@@ -9,12 +9,14 @@ from fuzzing.step_tables import FEATURES, TOKENS
 from fuzzing.write_tables import MADE, NUMBERS, WRITES
 
 OFTEN = {"elementwise": 5, "row": 4, "heads": 3, "views": 3, "cut": 2, "cat": 2}  # others once
-FAMILIES = ((FEATURES, 9), (TOKENS, 1), (NUMBERS, 4), (WRITES, 3), (MADE, 3))
+FAMILIES = ((FEATURES, 18), (TOKENS, 1), (NUMBERS, 5), (WRITES, 3), (MADE, 4))
 
 
 def wide_step(g: Drawer, h: str) -> str | None:
     """One step on a wide value; the name of its result."""
-    (family,) = g.random.choices([f for f, _ in FAMILIES], [w for _, w in FAMILIES])
+    varies = len(g.lengths) > 1 or g.dynamic is True  # else a number is a number to torch, too
+    weights = [w * (3 if varies and f is NUMBERS else 1) for f, w in FAMILIES]
+    (family,) = g.random.choices([f for f, _ in FAMILIES], weights)
     tag = g.weighted(family, OFTEN)
     return filled(g, h, g.choice(family[tag]), tag)
 
@@ -40,6 +42,10 @@ def _mask(g: Drawer, h: str) -> str:
 
 
 def _size(g: Drawer, h: str) -> str:
+    """A size that varies: of the value, or of what the program is given."""
+    x = g.inputs[0]
+    if g.chance(0.5) and x.kind == "stream" and x.mark is not None:
+        return f"{x.name}.shape[{x.mark}]"
     return f"{h}.shape[{g.token_dims(h)[0]}]"
 
 

@@ -26,7 +26,8 @@ NUMBERS = {
         "{h} + int({r})",
     ),
     "size of an op": (
-        "{h}.clamp(-1, {z} - 3)", "{h}.masked_fill({h} > 0, {z})", "{h} * {z}", "{h} / {z} ** 0.5",
+        "{h}.clamp(-1, {z} - 3)", "({h} * 20).clamp(-5, {z})", "({h} * 9).clamp({n} - {z}, {z})",
+        "{h}.masked_fill({h} > 0, {z})", "{h} * {z}", "{h} / {z} ** 0.5",
         "torch.add({h}, {o}, alpha={z})", "{h}.clamp(max={z} / 4)", "{h} + torch.arange({z}).sum()", "{h} * (1 / {z})",
         "{h} - float({z})", "F.leaky_relu({h}, 1 / {z})", "{h} * (torch.arange({F}) < {z})", "{h}.roll({z}, -1)",
         "{h}.sigmoid() ** {z}", "{h} * min({z}, 5)", "torch.full_like({h}, {z}) + {h}",
