@@ -63,6 +63,11 @@ class Drawer:
         self.count += 1
         return f"{letter}{self.count}"
 
+    @property
+    def varies(self) -> bool:
+        """Whether torch may take a number or a size for one that varies."""
+        return self.dynamic is True or (self.dynamic is not False and len(self.lengths) > 1)
+
     # --- what a program is given
 
     def given(self, letter: str, text: str, view: str = "", kind: str = "plain", mark: int | None = None) -> str:
@@ -112,7 +117,9 @@ class Drawer:
     def plain_weight(self, *shape: int) -> str:
         """A weight and nothing else."""
         maker = self.choice(("weight", "normal"))
-        return self.given("w", f"{maker}({', '.join(map(str, shape))}, scale={1.2 / shape[-2] ** 0.5:.2f})", kind="weight")
+        return self.given(
+            "w", f"{maker}({', '.join(map(str, shape))}, scale={1.2 / shape[-2] ** 0.5:.2f})", kind="weight"
+        )
 
     def number(self, low: int, high: int, whole: bool = True) -> str:
         """A number that differs from call to call: an argument, or computed from a size."""

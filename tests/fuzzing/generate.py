@@ -15,7 +15,7 @@ from fuzzing.losses import head
 from fuzzing.program import Program
 from fuzzing.projections import experts, narrowed, normed, stream, widened
 from fuzzing.twins import twins
-from fuzzing.wide import wide_step
+from fuzzing.wide import wide_steps
 
 INPUT_WRITES = (
     "{x}.mul_(2)",
@@ -71,8 +71,7 @@ def _block(g: Drawer, values: list[str], small: bool) -> None:
     if g.chance(0.3):
         x = normed(g, x)
     h = widened(g, x)
-    for _ in range(g.choice((0, 0, 0, 1, 1) if small else (0, 0, 1, 1, 2, 3)) if h else 0):
-        h = wide_step(g, h) or h
+    h = h and wide_steps(g, h, (0, 0, 0, 1, 1) if small else (0, 0, 1, 1, 2, 3))
     y = narrowed(g, h, x) if h else None
     if y and len(g.shape(y)) > 1 and g.token_dims(y):
         values.append(y)

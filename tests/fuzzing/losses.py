@@ -7,7 +7,7 @@ import re
 from fuzzing.drawer import Drawer
 from fuzzing.loss_tables import LOSSES, METRICS
 from fuzzing.projections import normed, projected
-from fuzzing.wide import wide_step
+from fuzzing.wide import wide_steps
 
 OFTEN = {"cross entropy": 6, "picked": 3, "shifted": 6, "statistic": 2}  # others once
 
@@ -20,8 +20,7 @@ def head(g: Drawer, x: str) -> None:
     logits = projected(g, x, V, "head")
     if logits is None:
         return
-    for _ in range(g.choice((0, 0, 0, 0, 0, 1, 1) if g.small else (0, 0, 0, 0, 1, 1, 2))):
-        logits = wide_step(g, logits) or logits
+    logits = wide_steps(g, logits, (0, 0, 0, 0, 0, 1, 1) if g.small else (0, 0, 0, 0, 1, 1, 2))
     if len(g.shape(logits)) < 2 or not g.token_dims(logits):
         return
     labels = _labels(g, logits)

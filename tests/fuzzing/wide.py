@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from fuzzing.drawer import Drawer
 from fuzzing.step_tables import FEATURES, TOKENS
 from fuzzing.write_tables import MADE, NUMBERS, WRITES
 
-OFTEN = {"elementwise": 5, "row": 4, "heads": 3, "views": 3, "cut": 2, "cat": 2}  # others once
+OFTEN = {"elementwise": 5, "row": 4, "heads": 3, "views": 3, "cut": 2, "cat": 2, "bound": 2}  # others once
 FAMILIES = ((FEATURES, 18), (TOKENS, 1), (NUMBERS, 5), (WRITES, 3), (MADE, 4))
+
+
+def wide_steps(g: Drawer, h: str, counts: Sequence[int]) -> str:
+    """Some steps on a wide value; the name of the last result."""
+    for _ in range(1 if g.varies and g.chance(0.5) else g.choice(counts)):
+        h = wide_step(g, h) or h
+    return h
 
 
 def wide_step(g: Drawer, h: str) -> str | None:
     """One step on a wide value; the name of its result."""
-    varies = len(g.lengths) > 1 or g.dynamic is True  # else a number is a number to torch, too
-    weights = [w * (3 if varies and f is NUMBERS else 1) for f, w in FAMILIES]
+    weights = [w * (4 if g.varies and f is NUMBERS else 1) for f, w in FAMILIES]
     (family,) = g.random.choices([f for f, _ in FAMILIES], weights)
     tag = g.weighted(family, OFTEN)
     return filled(g, h, g.choice(family[tag]), tag)

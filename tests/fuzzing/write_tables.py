@@ -25,14 +25,18 @@ NUMBERS = {
         "torch.where({h} > 0, {h}, {n})", "torch.where({h} > 0, {h}, {r})", "{h}.remainder({n})", "{h} * max({n}, 3)",
         "{h} + int({r})",
     ),
-    "size of an op": (
+    "bound": (
         "{h}.clamp(-1, {z} - 3)", "({h} * 20).clamp(-5, {z})", "({h} * 9).clamp({n} - {z}, {z})",
+        "{h}.clamp(max={z} / 4)", "{h}.clamp(-{n}, {n} * {z})", "F.hardtanh({h}, -1, {z} - 0.5)",
+        "({h} * 20).clamp(-{z}, {n})", "{h}.clamp({r} - {z}, 4)",
+    ),
+    "size of an op": (
         "{h}.masked_fill({h} > 0, {z})", "{h} * {z}", "{h} / {z} ** 0.5",
-        "torch.add({h}, {o}, alpha={z})", "{h}.clamp(max={z} / 4)", "{h} + torch.arange({z}).sum()", "{h} * (1 / {z})",
+        "torch.add({h}, {o}, alpha={z})", "{h} + torch.arange({z}).sum()", "{h} * (1 / {z})",
         "{h} - float({z})", "F.leaky_relu({h}, 1 / {z})", "{h} * (torch.arange({F}) < {z})", "{h}.roll({z}, -1)",
         "{h}.sigmoid() ** {z}", "{h} * min({z}, 5)", "torch.full_like({h}, {z}) + {h}",
         "torch.where({h} > 0, {h}, {z})", "{h} * {h}.numel()", "{h} + torch.arange({z}).view(-1, 1)", "{h} * {n} * {z}",
-        "{h}.clamp(-{n}, {n} * {z})", "F.hardtanh({h}, -1, {z} - 0.5)", "{h} + torch.ones({z}, 1)",
+        "{h} + torch.ones({z}, 1)",
         "torch.addcmul({h}, {h}, {o}, value=1 / {z})", "{h} * ({z} % 2)", "{h} * ({z} - {n})",
         "F.pad({h}[..., 1:], (0, 1), value={z})",
     ),
