@@ -105,10 +105,9 @@ class Drawer:
             name = f"{plain(shape[0], shape[1] + 3)}[:, 3:]"
         elif how < 0.22:
             name = f"F.normalize({plain(*shape)}, dim={self.choice((0, 1))})"
-        elif how < 0.24:
-            name = f"({plain(*shape)} * {plain(shape[0], 1)})"
         elif how < 0.27:
-            name = f"(F.normalize({plain(*shape)}, dim=1) * {plain(shape[0], 1)})"
+            rows = ("{}", "F.normalize({}, dim=1)")[how > 0.24]
+            name = f"({rows.format(plain(*shape))} * {plain(shape[0], 1)})"
         else:
             name = f"({plain(*shape)} + {plain(shape[0], 2)} @ {plain(2, shape[1])})"
         known.append(name)
@@ -117,9 +116,8 @@ class Drawer:
     def plain_weight(self, *shape: int) -> str:
         """A weight and nothing else."""
         maker = self.choice(("weight", "normal"))
-        return self.given(
-            "w", f"{maker}({', '.join(map(str, shape))}, scale={1.2 / shape[-2] ** 0.5:.2f})", kind="weight"
-        )
+        sizes, scale = ", ".join(map(str, shape)), f"{1.2 / shape[-2] ** 0.5:.2f}"
+        return self.given("w", f"{maker}({sizes}, scale={scale})", kind="weight")
 
     def number(self, low: int, high: int, whole: bool = True) -> str:
         """A number that differs from call to call: an argument, or computed from a size."""

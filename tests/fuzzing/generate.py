@@ -118,6 +118,8 @@ def _finished(g: Drawer, seed: int) -> Program | None:
         options = {"memory_budget": "1MiB"}
     if g.chance(0.05):
         options = {**options, "accumulate": "native"}
+    if random.Random(f"verify {seed}").random() < 0.5:
+        options = {**options, "verify": True}
     return Program(
         seed=seed,
         inputs=tuple(g.inputs),

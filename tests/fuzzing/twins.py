@@ -6,16 +6,14 @@ from fuzzing.drawer import Drawer
 from fuzzing.projections import ACTIVATIONS
 
 # {h} the wide value [.., F], {q} numbers of its tokens [.., 3], {m} a weight [F, 5], {d} the dims of tokens
-USERS = (
-    "(({h}[..., None] * {q}[..., None, :]).sum({d}).t().contiguous() @ {m}).square().sum()",
-    "(({h}[..., None] * {q}[..., None, :]).sum({d}).t().contiguous() @ {m}).square().sum()",
-    "({h}[..., None] * {q}[..., None, :]).sum({d}).square().sum()",
-    "({h}[..., None] * {q}[..., None, :]).sum({d}).square().sum()",
+STACKED = "({h}[..., None] * {q}[..., None, :]).sum({d})"
+OTHERS = (
     "torch.einsum('...f,...q->fq', {h}, {q}).t().tanh()",
     "({h}.transpose(-1, -2).contiguous() * 2).tanh()",
     "({h}.transpose(-1, -2) @ {q}).square().sum()",
     "{h}.unflatten(-1, (2, -1)).sum({d}).t().tanh()",
 )
+USERS = (f"({STACKED}.t().contiguous() @ {{m}}).square().sum()", f"{STACKED}.square().sum()") * 4 + OTHERS
 
 
 def twins(g: Drawer, x: str) -> None:
