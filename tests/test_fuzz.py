@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-
 import pytest
-import torch
 from fuzzing.check import FAILED, OK, check
+from fuzzing.frugal import frugal
 from fuzzing.generate import generate
 
 EXAMPLES, PARTS = 300, 6
 
 
-@pytest.fixture
-def frugal() -> Iterator[None]:
-    """One thread for tensors this small, and few collections: each would walk all that torch holds."""
-    threads, thresholds = torch.get_num_threads(), gc.get_threshold()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
-    yield
-    torch.set_num_threads(threads)
-    gc.set_threshold(*thresholds)
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("frugal")
 @pytest.mark.parametrize("part", range(PARTS))
+@frugal()
 def test_random_programs(part: int) -> None:
     failed, held, looped = [], 0, 0
     for seed in range(part, EXAMPLES, PARTS):

@@ -91,7 +91,7 @@ def normed(g: Drawer, x: str) -> str:
 
 def widened(g: Drawer, x: str) -> str | None:
     """The wide value of an MLP: plain, gated, or of a fused projection that is cut in two."""
-    if g.chance(0.05):
+    if g.chance(0.08):
         h = embedded_wide(g, x)
         return h and (activated(g, h) if g.chance(0.5) else h)
     how = g.random.random()
@@ -126,7 +126,8 @@ def embedded_wide(g: Drawer, x: str) -> str | None:
     table = g.plain_weight(11, g.F)
     ids = g.given("i", f"indices(11, {', '.join(g.sizes(x)[:-1])})")
     w, scale = g.plain_weight(g.F, D), g.plain_weight(g.F, 1)
-    computed = g.choice((f"F.normalize({w}, dim=1) * {scale}", f"{w} * {scale}", f"F.normalize({w}, dim=1)", w))
+    rows = f"F.normalize({w}, dim=1)"
+    computed = g.choice((f"{rows} * {scale}", f"{rows} * {scale}", f"{w} * {scale}", rows, w))
     return g.let(f"F.linear({x}, {computed}) + F.embedding({ids}, {table})", "wide embedding")
 
 
