@@ -122,6 +122,8 @@ def widened(g: Drawer, x: str) -> str | None:
 
 def embedded_wide(g: Drawer, x: str) -> str | None:
     """A projection, often by a computed weight, beside an embedding."""
+    if len(g.shape(x)) > 2 and g.chance(0.5):
+        x = g.let(f"{x}.flatten(0, -2)", "flatten") or x
     D = g.shape(x)[-1]
     table = g.plain_weight(11, g.F)
     ids = g.given("i", f"indices(11, {', '.join(g.sizes(x)[:-1])})")
