@@ -118,7 +118,7 @@ def _finished(g: Drawer, seed: int) -> Program | None:
         options = {"memory_budget": "1MiB"}
     if g.chance(0.05):
         options = {**options, "accumulate": "native"}
-    if random.Random(f"verify {seed}").random() < 0.5:
+    if random.Random(f"verify {seed}").random() < 0.1:
         options = {**options, "verify": True}
     return Program(
         seed=seed,
