@@ -60,7 +60,13 @@ def attempt(program: Program, compiling: dict[str, Any]) -> Outcome:
     calls = len(program.lengths)
     try:
         looped = harness.compare(
-            space["program"], space["inputs"], calls, compiling, program.backward, program.cotangent
+            space["program"],
+            space["inputs"],
+            calls,
+            compiling,
+            program.backward,
+            program.cotangent,
+            program.relative,
         )
     except harness.DifferentError as error:
         said = str(error)
@@ -98,6 +104,6 @@ def unstable(program: Program) -> bool:
     finally:
         harness.NOISE[0] = 0.0
     return any(
-        harness.farthest(a, {k: v for k, v in b.items() if not k.startswith("argument")})[0]
+        harness.farthest(a, {k: v for k, v in b.items() if not k.startswith("argument")}, program.relative)[0]
         for a, b in zip(noisy, exact, strict=True)
     )
