@@ -23,7 +23,8 @@ class Outcome:
     """Of one program.
 
     Attributes:
-        kind: "ok", "failed", "torch's own" (it fails without mst_fx as well) or "unstable" (rounding decides).
+        kind: "ok", "failed", "torch's own" (it fails in the same way without
+            mst_fx) or "unstable" (rounding decides).
         signature: the kind of failure, short and without numbers.
         detail: the error.
         looped: number of loops.
@@ -34,6 +35,11 @@ class Outcome:
     detail: str = ""
     looped: int = 0
 
+    @property
+    def said(self) -> str:
+        """The signature without the place in mst_fx: the same failure in torch alone has none."""
+        return re.sub(r" at [\w/]+\.py:\w+: ", ": ", self.signature)
+
 
 def check(program: Program, inner: str) -> Outcome:
     """Compile a program with mst_fx, run it beside eager, and, if it fails, without mst_fx."""
@@ -42,7 +48,7 @@ def check(program: Program, inner: str) -> Outcome:
         return failed
     backend = "aot_eager" if failed.signature == ABSENT and inner == "eager" else inner
     plain = attempt(program, {"backend": backend, "dynamic": program.compiling(inner)["dynamic"]})
-    if plain.kind != OK:
+    if plain.kind != OK and plain.said == failed.said:
         return Outcome(TORCH, plain.signature, plain.detail)
     if failed.signature.startswith("wrong") and unstable(program):
         return Outcome(UNSTABLE, failed.signature, failed.detail)
@@ -54,12 +60,19 @@ def attempt(program: Program, compiling: dict[str, Any]) -> Outcome:
     calls = len(program.lengths)
     try:
         looped = harness.compare(
-            space["program"], space["inputs"], calls, compiling, program.backward, program.cotangent
+            space["program"],
+            space["inputs"],
+            calls,
+            compiling,
+            program.backward,
+            program.cotangent,
+            program.relative,
         )
     except harness.DifferentError as error:
         said = str(error)
-        kinds = {"differs": f"wrong {said.split()[0]}", "None or zero": ABSENT}
-        return Outcome(FAILED, next((kind for part, kind in kinds.items() if part in said), "internal"), said)
+        kinds = {"internal error": "internal", "differs": f"wrong {said.split()[0]}", "None or zero": ABSENT}
+        kind = next(kind for part, kind in kinds.items() if part in said)
+        return Outcome(FAILED, f"{kind}: {shortened(said)}" if kind == "internal" else kind, said)
     except Exception as error:
         return Outcome(FAILED, signature(error), "".join(traceback.format_exception(error))[-3000:])
     return Outcome(OK, looped=looped)
@@ -72,10 +85,14 @@ def signature(error: Exception) -> str:
     inner = getattr(error, "inner_exception", None) or error
     frames = [f for f in traceback.extract_tb(inner.__traceback__) if "/mst_fx/" in f.filename]
     where = f" at {frames[-1].filename.split('/mst_fx/')[-1]}:{frames[-1].name}" if frames else ""
-    lines = [line for line in str(inner).splitlines() if line.strip()] or [""]
+    return f"{type(inner).__name__}{where}: {shortened(str(inner))}"
+
+
+def shortened(said: str) -> str:
+    """The first line, without numbers and names."""
+    lines = [line for line in said.splitlines() if line.strip()] or [""]
     said = re.sub(r"\b[a-z_]+_\d+\b|\b[a-z]\d+\b", "v", lines[0])
-    said = re.sub(r"\d+(\.\d+)?", "0", re.sub(r"\[[^\[\]]*\]|\([^()]*\)", "[..]", said))
-    return f"{type(inner).__name__}{where}: {said[:110]}"
+    return re.sub(r"\d+(\.\d+)?", "0", re.sub(r"\[[^\[\]]*\]|\([^()]*\)", "[..]", said))[:110]
 
 
 def unstable(program: Program) -> bool:
@@ -87,6 +104,6 @@ def unstable(program: Program) -> bool:
     finally:
         harness.NOISE[0] = 0.0
     return any(
-        harness.farthest(a, {k: v for k, v in b.items() if not k.startswith("argument")})[0]
+        harness.farthest(a, {k: v for k, v in b.items() if not k.startswith("argument")}, program.relative)[0]
         for a, b in zip(noisy, exact, strict=True)
     )

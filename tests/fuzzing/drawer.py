@@ -18,6 +18,7 @@ from fuzzing.program import Input, Step
 
 PROBES = (7, 9)
 LENGTHS = (1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8, 9, 10, 11, 12, 13, 16, 17)
+FEW_LENGTHS = (6, 6, 6, 6, 6, 7, 8, 8, 9, 1, 12)  # few sizes: torch remembers what it made of each
 A = TypeVar("A")
 
 
@@ -37,18 +38,16 @@ class Drawer:
         self.kept: list[str] = []  # what the program may return
         self.weights: dict[tuple[int, ...], list[str]] = {}
         self.count = 0
-        self.lengths = tuple(
-            self.choice(LENGTHS) for _ in range(self.choice((1, 1, 1, 1, 1, 1, 2) if small else (1, 1, 1, 2, 2, 3)))
-        )
-        several = len(self.lengths) > 1
-        self.dynamic: bool | str | None = self.choice(
-            (True, None, "mark", False) if several else (False,) * (6 if small else 3) + (None, True, "mark")
-        )
+        self.small = small
+        calls = self.choice((1,) * 15 + (2,) if small else (1, 1, 2, 2, 2, 3))
+        self.lengths = tuple(self.choice(FEW_LENGTHS if small else LENGTHS) for _ in range(calls))
+        one = (False,) * 20 + (True, True, "mark") if small else (False, False, None, True, "mark")
+        self.dynamic: bool | str | None = self.choice((True, None, None, "mark") if calls > 1 else one)
         helpers = {"Square": harness.Square, "StraightThrough": harness.StraightThrough, "D": torch.float64}
         makers = {"normal": harness.normal, "weight": harness.weight, "indices": harness.indices}
         common = {"torch": torch, "F": nn.functional, "nn": nn, "checkpoint": checkpoint, **helpers, **makers}
         self.runs = tuple({**common, "T": probe} for probe in PROBES)
-        self.D, self.F = self.choice((2, 3, 4, 6)), self.choice((8, 12, 16))
+        self.D, self.F = self.choice((3, 4) if small else (2, 3, 4, 6)), self.choice((8, 12) if small else (8, 12, 16))
 
     def choice(self, options: Sequence[A]) -> A:
         return options[self.random.randrange(len(options))]
@@ -63,6 +62,11 @@ class Drawer:
     def name(self, letter: str = "v") -> str:
         self.count += 1
         return f"{letter}{self.count}"
+
+    @property
+    def varies(self) -> bool:
+        """Whether torch may take a number or a size for one that varies."""
+        return self.dynamic is True or (self.dynamic is not False and len(self.lengths) > 1)
 
     # --- what a program is given
 
@@ -101,12 +105,19 @@ class Drawer:
             name = f"{plain(shape[0], shape[1] + 3)}[:, 3:]"
         elif how < 0.22:
             name = f"F.normalize({plain(*shape)}, dim={self.choice((0, 1))})"
-        elif how < 0.26:
-            name = f"({plain(*shape)} * {plain(shape[0], 1)})"
+        elif how < 0.27:
+            rows = ("{}", "F.normalize({}, dim=1)")[how > 0.24]
+            name = f"({rows.format(plain(*shape))} * {plain(shape[0], 1)})"
         else:
             name = f"({plain(*shape)} + {plain(shape[0], 2)} @ {plain(2, shape[1])})"
         known.append(name)
         return name
+
+    def plain_weight(self, *shape: int) -> str:
+        """A weight and nothing else."""
+        maker = self.choice(("weight", "normal"))
+        sizes, scale = ", ".join(map(str, shape)), f"{1.2 / shape[-2] ** 0.5:.2f}"
+        return self.given("w", f"{maker}({sizes}, scale={scale})", kind="weight")
 
     def number(self, low: int, high: int, whole: bool = True) -> str:
         """A number that differs from call to call: an argument, or computed from a size."""
@@ -132,6 +143,15 @@ class Drawer:
         """The size as a number, or as an expression if it varies."""
         one, two = (run[name].shape[dim] for run in self.runs)
         return str(one) if one == two else f"{name}.shape[{dim}]"
+
+    def sizes(self, name: str) -> list[str]:
+        """The sizes of a value as text, of the length T."""
+        texts = []
+        for one, two in zip(*(run[name].shape for run in self.runs), strict=True):
+            slope = (two - one) // (PROBES[1] - PROBES[0])
+            rest = one - slope * PROBES[0]
+            texts.append(f"{slope} * T + {rest}".removeprefix("1 * ").removesuffix(" + 0") if slope else str(one))
+        return texts
 
     def like(self, name: str) -> list[str]:
         """Values of the same shape that can be differentiated."""

@@ -14,7 +14,8 @@ from fuzzing.drawer import Drawer
 from fuzzing.losses import head
 from fuzzing.program import Program
 from fuzzing.projections import experts, narrowed, normed, stream, widened
-from fuzzing.wide import wide_step
+from fuzzing.twins import twins
+from fuzzing.wide import wide_steps
 
 INPUT_WRITES = (
     "{x}.mul_(2)",
@@ -58,9 +59,11 @@ def _block(g: Drawer, values: list[str], small: bool) -> None:
         embedded = _embedded(g, x)
         x = embedded or x
     kind = g.random.random()
-    if kind < 0.4:
+    if kind < 0.45:
         return head(g, x)
-    if kind < 0.5:
+    if g.token_dims(x) and kind < (0.47 if small else 0.55):
+        return twins(g, x)
+    if kind > (0.96 if small else 0.92):
         y = experts(g, x)
         if y:
             g.kept.append(y)
@@ -68,8 +71,7 @@ def _block(g: Drawer, values: list[str], small: bool) -> None:
     if g.chance(0.3):
         x = normed(g, x)
     h = widened(g, x)
-    for _ in range(g.choice((0, 0, 1, 1, 2) if small else (0, 0, 1, 1, 2, 3)) if h else 0):
-        h = wide_step(g, h) or h
+    h = h and wide_steps(g, h, (0, 0, 0, 1, 1) if small else (0, 0, 1, 1, 2, 3))
     y = narrowed(g, h, x) if h else None
     if y and len(g.shape(y)) > 1 and g.token_dims(y):
         values.append(y)
@@ -90,7 +92,7 @@ def _embedded(g: Drawer, x: str) -> str | None:
 
 def _extras(g: Drawer) -> None:
     """More users of what was made, and intermediates that are returned."""
-    for _ in range(g.choice((0, 0, 0, 0, 1, 1, 2))):
+    for _ in range(g.choice((0, 0, 0, 0, 0, 0, 1) if g.small else (0, 0, 0, 0, 1, 1, 2))):
         tensors = g.tensors()
         if tensors:
             made = g.let(g.choice(REDUCED if g.chance(0.75) else WHOLE).format(v=g.choice(tensors)), "another user")
@@ -116,6 +118,8 @@ def _finished(g: Drawer, seed: int) -> Program | None:
         options = {"memory_budget": "1MiB"}
     if g.chance(0.05):
         options = {**options, "accumulate": "native"}
+    if random.Random(f"verify {seed}").random() < 0.1:
+        options = {**options, "verify": True}
     return Program(
         seed=seed,
         inputs=tuple(g.inputs),

@@ -7,6 +7,12 @@ call, {m} a mask of the tokens.
 
 from __future__ import annotations
 
+PLAIN_SHIFTS = (
+    "F.cross_entropy({l}[:, :-1].flatten(0, 1), {Y}[:, 1:].flatten())",
+    "F.cross_entropy({l}[:, :-1].flatten(0, 1).float(), {Y}[:, 1:].flatten())",
+    "F.cross_entropy({l}[:, :-1].reshape(-1, {V}), {Y}[:, 1:].reshape(-1))",
+    "F.cross_entropy({l}[:, :-1].contiguous().view(-1, {V}), {Y}[:, 1:].contiguous().view(-1))",
+)
 LOSSES = {
     "cross entropy": (
         "F.cross_entropy({f}, {y})", "F.cross_entropy({f}, {y})", "F.cross_entropy({f}, {y}, reduction='sum')",
@@ -46,6 +52,7 @@ LOSSES = {
         "F.kl_div({l}.log_softmax(-1), {l}.detach().softmax(-1))",
     ),
     "shifted": (
+        *PLAIN_SHIFTS, *PLAIN_SHIFTS,
         "F.cross_entropy({l}[..., :-1, :].reshape(-1, {V}), {Y}[..., 1:].reshape(-1))",
         "F.cross_entropy({l}[:, :-1].flatten(0, 1), {Y}[:, 1:].flatten())",
         "F.cross_entropy({l}[:, :-1].contiguous().view(-1, {V}), {Y}[:, 1:].contiguous().view(-1), reduction='sum')",

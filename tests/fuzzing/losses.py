@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-from fuzzing.drawer import PROBES, Drawer
+from fuzzing.drawer import Drawer
 from fuzzing.loss_tables import LOSSES, METRICS
 from fuzzing.projections import normed, projected
-from fuzzing.wide import wide_step
+from fuzzing.wide import wide_steps
 
-OFTEN = {"cross entropy": 5, "picked": 3, "shifted": 3, "statistic": 2}  # others once
+OFTEN = {"cross entropy": 6, "picked": 3, "shifted": 6, "statistic": 2}  # others once
 
 
 def head(g: Drawer, x: str) -> None:
@@ -20,12 +20,11 @@ def head(g: Drawer, x: str) -> None:
     logits = projected(g, x, V, "head")
     if logits is None:
         return
-    for _ in range(g.choice((0, 0, 0, 0, 1, 1, 2))):
-        logits = wide_step(g, logits) or logits
+    logits = wide_steps(g, logits, (0, 0, 0, 0, 0, 1, 1) if g.small else (0, 0, 0, 0, 1, 1, 2))
     if len(g.shape(logits)) < 2 or not g.token_dims(logits):
         return
     labels = _labels(g, logits)
-    for count in range(g.choice((1, 1, 2, 3))):
+    for count in range(g.choice((1, 1, 1, 2) if g.small else (1, 1, 2, 3))):
         table = METRICS if count and g.chance(0.5) else LOSSES
         for _ in range(4):
             tag = g.weighted(table, OFTEN)
@@ -38,13 +37,7 @@ def head(g: Drawer, x: str) -> None:
 
 def _labels(g: Drawer, logits: str) -> str:
     V = g.shape(logits)[-1]
-    sizes = []
-    for dim in range(len(g.shape(logits)) - 1):
-        one, two = (run[logits].shape[dim] for run in g.runs)
-        slope = (two - one) // (PROBES[1] - PROBES[0])
-        rest = one - slope * PROBES[0]
-        sizes.append(f"{slope} * T + {rest}".removeprefix("1 * ").removesuffix(" + 0") if slope else str(one))
-    return g.given("y", f"indices({V}, {', '.join(sizes)})")
+    return g.given("y", f"indices({V}, {', '.join(g.sizes(logits)[:-1])})")
 
 
 def _loss(g: Drawer, logits: str, labels: str, template: str, tag: str) -> str | None:

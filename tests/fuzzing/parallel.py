@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from fuzzing.check import FAILED, Outcome, check
+from fuzzing.frugal import frugal
 from fuzzing.generate import generate
 from fuzzing.shrink import shrunk
 
@@ -52,14 +53,12 @@ def work(task: Task, inner: str) -> Done:
 
 
 def _serve(pipe: Connection, inner: str) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    while (task := pipe.recv()) is not None:
-        try:
-            pipe.send(work(task, inner))
-        except Exception as error:  # the fuzzer's own fault: told like a failure
-            pipe.send(Done(task, Outcome(FAILED, f"in the fuzzer: {error!r:.100}", repr(error))))
+    with frugal():
+        while (task := pipe.recv()) is not None:
+            try:
+                pipe.send(work(task, inner))
+            except Exception as error:  # the fuzzer's own fault: told like a failure
+                pipe.send(Done(task, Outcome(FAILED, f"in the fuzzer: {error!r:.100}", repr(error))))
 
 
 class Worker:

@@ -91,6 +91,9 @@ def normed(g: Drawer, x: str) -> str:
 
 def widened(g: Drawer, x: str) -> str | None:
     """The wide value of an MLP: plain, gated, or of a fused projection that is cut in two."""
+    if g.chance(0.08):
+        h = embedded_wide(g, x)
+        return h and (activated(g, h) if g.chance(0.5) else h)
     how = g.random.random()
     if how < 0.5:
         h = projected(g, x, g.F)
@@ -117,12 +120,36 @@ def widened(g: Drawer, x: str) -> str | None:
     return a2 and g.let(f"{a2} * {b}", "gate")
 
 
+def embedded_wide(g: Drawer, x: str) -> str | None:
+    """A projection, often by a computed weight, beside an embedding."""
+    if len(g.shape(x)) > 2 and g.chance(0.5):
+        x = g.let(f"{x}.flatten(0, -2)", "flatten") or x
+    D = g.shape(x)[-1]
+    table = g.plain_weight(11, g.F)
+    ids = g.given("i", f"indices(11, {', '.join(g.sizes(x)[:-1])})")
+    w, scale = g.plain_weight(g.F, D), g.plain_weight(g.F, 1)
+    rows = f"F.normalize({w}, dim=1)"
+    computed = g.choice((f"{rows} * {scale}", f"{rows} * {scale}", f"{w} * {scale}", rows, w))
+    return g.let(f"F.linear({x}, {computed}) + F.embedding({ids}, {table})", "wide embedding")
+
+
+def two_downs(g: Drawer, h: str) -> str | None:
+    """Two products by weights of the same shape, the other of less rows."""
+    dim = g.random.randrange(len(g.shape(h)) - 1)
+    fewer = g.choice((f"{h}.amax({dim}, keepdim=True)", f"{h}.mean({dim}, keepdim=True)", f"{h}.narrow({dim}, 0, 1)"))
+    y = g.let(f"{h} @ {g.plain_weight(g.shape(h)[-1], g.D)}", "down")
+    other = f"{fewer} @ {g.plain_weight(g.shape(h)[-1], g.D)}"
+    if y is None or g.chance(0.6):
+        return y if y and g.add(f"{y} += {other}", "down of fewer rows") else None
+    return g.let(f"{y} + {other}", "down of fewer rows")
+
+
 def narrowed(g: Drawer, h: str, x: str) -> str | None:
     """Down to the stream's width, sometimes with another down of the same wide value."""
     out = g.D
     if not isinstance(g.shape(h)[-1], int) or not g.token_dims(h):
         return None
-    y = projected(g, h, out, "down")
+    y = two_downs(g, h) if g.chance(0.05) else projected(g, h, out, "down")
     if y is None:
         return None
     g.kept.append(y)

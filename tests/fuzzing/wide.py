@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from fuzzing.drawer import Drawer
 from fuzzing.step_tables import FEATURES, TOKENS
 from fuzzing.write_tables import MADE, NUMBERS, WRITES
 
-OFTEN = {"elementwise": 5, "row": 4, "heads": 3, "views": 3, "cut": 2, "cat": 2}  # others once
-FAMILIES = ((FEATURES, 9), (TOKENS, 1), (NUMBERS, 4), (WRITES, 3), (MADE, 3))
+OFTEN = {"elementwise": 5, "row": 4, "heads": 3, "views": 3, "cut": 2, "cat": 2, "bound": 2}  # others once
+FAMILIES = ((FEATURES, 18), (TOKENS, 1), (NUMBERS, 5), (WRITES, 3), (MADE, 4))
+
+
+def wide_steps(g: Drawer, h: str, counts: Sequence[int]) -> str:
+    """Some steps on a wide value; the name of the last result."""
+    for _ in range(1 if g.varies and g.chance(0.5) else g.choice(counts)):
+        h = wide_step(g, h) or h
+    return h
 
 
 def wide_step(g: Drawer, h: str) -> str | None:
     """One step on a wide value; the name of its result."""
-    (family,) = g.random.choices([f for f, _ in FAMILIES], [w for _, w in FAMILIES])
+    weights = [w * (4 if g.varies and f is NUMBERS else 1) for f, w in FAMILIES]
+    (family,) = g.random.choices([f for f, _ in FAMILIES], weights)
     tag = g.weighted(family, OFTEN)
     return filled(g, h, g.choice(family[tag]), tag)
 
@@ -40,6 +49,10 @@ def _mask(g: Drawer, h: str) -> str:
 
 
 def _size(g: Drawer, h: str) -> str:
+    """A size that varies: of the value, or of what the program is given."""
+    x = g.inputs[0]
+    if g.chance(0.5) and x.kind == "stream" and x.mark is not None:
+        return f"{x.name}.shape[{x.mark}]"
     return f"{h}.shape[{g.token_dims(h)[0]}]"
 
 
