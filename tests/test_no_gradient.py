@@ -1,0 +1,56 @@
+"""No gradient, and not zeros, where eager execution gives none: optimizers with weight decay tell them apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from beside import beside_eager, leaf, looped_regions
+
+
+def detached_gate(x, up, other, down):
+    return (F.silu(x @ up).detach() * (x @ other)) @ down
+
+
+def detached_tokens(x, up, other, down):
+    return (F.silu(x.detach() @ up) * (x.detach() @ other)) @ down
+
+
+def detached_weight(x, up, other, down):
+    return (F.silu(x @ up) * (x @ other.detach())) @ down
+
+
+def without_gradient(x, up, other, down):
+    with torch.no_grad():
+        gate = x @ other
+    return (F.silu(x @ up) * gate) @ down
+
+
+def only_compared(x, up, other, down):
+    return (F.silu(x @ up) * (x @ other > 0)) @ down
+
+
+def only_its_shape(x, up, other, down):
+    return (F.silu(x @ up) * torch.ones_like(x @ other)) @ down
+
+
+def filled_over(x, up, other, down):
+    return (F.silu(x @ up) + (x @ other).zero_()) @ down
+
+
+def dead(x, up, other, down):
+    h = x @ up
+    (h * (x @ other)).sum()
+    return F.silu(h) @ down
+
+
+NO_GRADIENT = [
+    *(detached_gate, detached_tokens, detached_weight, without_gradient, only_compared),
+    *(only_its_shape, filled_over, dead),
+]
+
+
+@pytest.mark.parametrize("program", NO_GRADIENT, ids=lambda program: program.__name__)
+def test_no_gradient_where_eager_gives_none(program):
+    shapes = (3, 7, 4), (4, 8), (4, 8), (8, 4)
+    assert looped_regions(beside_eager(program, lambda _: [leaf(*shape) for shape in shapes])) == 1
