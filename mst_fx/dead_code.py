@@ -7,12 +7,12 @@ from collections.abc import Hashable
 from torch.fx import GraphModule, Node
 
 from mst_fx.opened import Opened
-from mst_fx.reading import Reader, tensors_of, writes
+from mst_fx.reading import Reader, tensors_of, written_by
 from mst_fx.rewrite import rebuilt
 
 
 def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None]) -> GraphModule:
-    """The graph without the values that nobody reads and that do nothing else; itself where there are none.
+    """The graph without the values, and the writes, that nobody reads and that do nothing else; itself where all are.
 
     Args:
         gm: stays as it is.
@@ -21,12 +21,18 @@ def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None]) -> 
     if not any(_is_unread(node, set()) for node in gm.graph.nodes):
         return gm
     reader, dead = Reader(gm, known), set[Node]()
+    read = set().union(*(reader.storages(node) for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")))
     for node in reversed(gm.graph.nodes):
-        if _is_unread(node, dead) and reader.is_pure(node):
+        target = written_by(node)
+        written = reader.storages(target) if target is not None else set()
+        lost = target is None or (bool(written) and written.isdisjoint(read))
+        if _is_unread(node, dead) and lost and reader.is_known(node):
             dead.add(node)
+        else:
+            read.update(*map(reader.storages, node.all_input_nodes))
     return rebuilt(gm, [], dead=dead) if dead else gm
 
 
 def _is_unread(node: Node, dead: set[Node]) -> bool:
-    computes = node.op.startswith("call_") and bool(tensors_of(node)) and not writes(node)
+    computes = node.op.startswith("call_") and (bool(tensors_of(node)) or written_by(node) is not None)
     return computes and dead.issuperset(node.users)

@@ -230,12 +230,16 @@ class Reader:
 
     def is_pure(self, node: Node) -> bool:
         """Whether the node does nothing but compute its value: it writes nothing and draws no random numbers."""
+        return not writes(node) and self.is_known(node)
+
+    def is_known(self, node: Node) -> bool:
+        """Whether it is known what the node computes, or writes, and that it draws no random numbers."""
         if is_size(fake_value(node)):
             return node.op.startswith("call_")
         opened = self.opened(node)
         ops = opened.ops if opened is not None else ()
         tags = {tag for op in ops if isinstance(op.target, torch._ops.OpOverload) for tag in op.target.tags}
-        return opened is not None and not writes(node) and torch.Tag.nondeterministic_seeded not in tags
+        return opened is not None and torch.Tag.nondeterministic_seeded not in tags
 
     def storages(self, node: Node) -> set[torch.UntypedStorage]:
         """The memory that the node's value lies in, as captured; none inside a transform."""
