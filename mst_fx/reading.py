@@ -129,17 +129,17 @@ class Reader:
 
     def _widened_from(self, large: Node) -> Node | None:
         """What a contraction made a large value of, straight or by way of values as large; None if none did."""
-        pending, seen = [large], {large}
+        pending, seen, sources = [large], {large}, list[Node]()
         while pending:
             node = pending.pop()
             contraction = self.contraction(node)
             if contraction is not None and self.numel(contraction.activation) < self.numel(node):
-                return contraction.activation
+                sources.append(self.unprojected(contraction.activation))
             operands = [] if contraction is not None else self.tensor_operands(node)
             more = [o for o in operands if o not in seen and self.numel(o) >= self.numel(large)]
             seen.update(more)
             pending += more
-        return None
+        return max(sources, key=self.numel, default=None)
 
     def ops(self, node: Node) -> set[object] | None:
         """The ops that a node opens into, but those that compute sizes; None where it cannot be opened."""

@@ -14,6 +14,7 @@ from recipes import Draw
 from torch.fx import Node
 from torch.utils._pytree import tree_map_only
 
+from mst_fx.overwritten import overwritten
 from mst_fx.placement import WHOLE, Split
 from mst_fx.propagate import propagate
 from mst_fx.rules import linear
@@ -46,6 +47,7 @@ UNCHECKED = {
     aten.empty.memory_format: "as above; see the tests of creation",
     aten.new_empty.default: "as above",
     aten.scalar_tensor.default: "has no dim to split",
+    overwritten: "takes two values of one shape alone; see the tests of writes",
 }
 REFUSED = {
     *(aten.all.default, aten.any.default, aten.max.default, aten.min.default, aten.median.default),
