@@ -143,6 +143,8 @@ class Engine:
             new_child, inner_report = self._spliced(child, plans)
             report = report.joined(inner_report)
             children.update({name: new_child} if new_child is not None else {})
+        if surveyed.sizes and not (edits or children or report.dropped):
+            return None, replace(report, cuts=())  # a cut that fixes a size is for the sake of a loop
         for size in surveyed.sizes:
             fix(size)
         changed = edits or children or surveyed.report.cuts or surveyed.report.dropped

@@ -44,7 +44,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, disable_p
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
-from mst_fx.lower import any_length, is_symbolic
+from mst_fx.lower import any_length, is_symbolic, layout_free
 from mst_fx.results import Axis, aligned, example, laid_out, pieces, result_of, rows_of_result
 
 Body: TypeAlias = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
@@ -226,6 +226,9 @@ def _proxy(mode: ProxyTorchDispatchMode, full: Any, tail: Any, spec: tuple[Any, 
         for position, (body, chunk) in enumerate(zip((full, tail), examples, strict=True)):
             if body is not None:
                 traced[position] = reenter_make_fx(lambda *args, body=body: body(*args))(*chunk)
+                for node in traced[position].graph.nodes:
+                    node.target = layout_free(node.target)
+                traced[position].recompile()
                 tracer.root.register_module(tracer.get_fresh_qualname("mini_sequence_body"), traced[position])
                 known[body] = known[traced[position]] = traced[position]
     args = pytree.tree_map(tracer.unwrap_proxy, (*traced, spec, *operands))

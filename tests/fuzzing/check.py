@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import traceback
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from fuzzing.program import Program
 
 OK, FAILED, TORCH, UNSTABLE = "ok", "failed", "torch's own", "unstable"
 ABSENT = "zeros for no gradient, or none for zeros"
-logging.getLogger("torch").setLevel(logging.CRITICAL)
-logging.getLogger("mst_fx").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ flushes the caches of the processor for it, which takes longer than the guards.
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,13 +19,18 @@ from torch._dynamo import config, guards
 
 @contextmanager
 def frugal() -> Iterator[None]:
-    """One thread for tensors this small, no timing of guards, and few collections: each walks all that torch holds."""
+    """One thread for tensors this small, no timing of guards, no log, few collections: each walks all of torch."""
     threads, thresholds = torch.get_num_threads(), gc.get_threshold()
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
+    loggers = [logging.getLogger(name) for name in ("torch", "mst_fx")]
+    levels = [logger.level for logger in loggers]
     with ExitStack() as stack:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(logging.CRITICAL)
+            stack.callback(logger.setLevel, level)
         if hasattr(guards, "profile_guard_manager"):
             stack.enter_context(mock.patch.object(guards, "profile_guard_manager", _untimed))
         if hasattr(config, "run_gc_after_compile"):

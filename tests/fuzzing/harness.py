@@ -157,7 +157,20 @@ def compare(
         DifferentError: a result differs, or a report holds an internal error, or a loop that `verify` found to differ.
     """
     torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # else no graph can be kept for another backward
+    with torch._functorch.config.patch(donated_buffer=False):  # else no graph can be kept for another backward
+        return compared(program, inputs, calls, compiling, backward, how, relative)
+
+
+def compared(
+    program: Any,
+    inputs: Any,
+    calls: int,
+    compiling: dict[str, Any],
+    backward: str,
+    how: str,
+    relative: float,
+) -> int:
+    """As `compare`, in the process as it is."""
     before = {id(report): report for report in mst_fx.reports()}
     fn, twin = made(program), made(program)
     compiled = torch.compile(fn, **compiling)
