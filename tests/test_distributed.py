@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from models import D, MlpLM, SwiGLU, V, tokens
 from numerics import LoopAll, gradients, looped, relative_error
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -62,13 +63,13 @@ class Parts(nn.Module):
 
 
 def test_fully_sharded_parts_are_looped():
-    model, batch = Parts().double(), tokens(2)
+    model, batch, mesh = Parts().double(), tokens(2), init_device_mesh("cpu", (1,))
     truth = gradients(model, model, batch)
     before = len(mst_fx.reports())
     for part in (model.mlp, model.head):
         part.compile(backend="mst_fx", options=LoopAll)
-        fully_shard(part)
-    ours = gradients(fully_shard(model), model, batch)
+        fully_shard(part, mesh=mesh)
+    ours = gradients(fully_shard(model, mesh=mesh), model, batch)
     found = [region.pattern for report in mst_fx.reports()[before:] for region in report.regions]
     assert found == ["gated_mlp", "head"]
     for name, value in truth.items():
