@@ -109,7 +109,7 @@ def forward_body(stages: Stages, length: int | None, *, factored: bool = True) -
 
     module = trace(run, partial(_chunk_inputs, stages, stages.operands), length)
     kinds = [_result_kind(stages, node) for node in stages.results]
-    return Body(module, take_out_products(module, kinds) if factored else tuple(kinds))
+    return _finished(module, kinds, factored)
 
 
 def gradient_body(stages: Stages, gradients: Gradients, length: int | None, *, factored: bool = True) -> Body:
@@ -134,7 +134,14 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None, *, f
     products_late(module)
     kinds = [_result_kind(stages, node) for node in stages.results] if gradients.in_forward else []
     kinds += [_gradient_kind(stages, stages.operands[i], gradients) for i in gradients.wanted]
-    return Body(module, take_out_products(module, kinds) if factored else tuple(kinds))
+    return _finished(module, kinds, factored)
+
+
+def _finished(module: GraphModule, kinds: Sequence[tuple[Any, ...]], factored: bool) -> Body:
+    if factored:
+        return Body(module, take_out_products(module, kinds))
+    module.recompile()
+    return Body(module, tuple(kinds))
 
 
 def connected(

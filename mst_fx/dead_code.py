@@ -11,16 +11,16 @@ from mst_fx.reading import Reader, tensors_of, written_by
 from mst_fx.rewrite import rebuilt
 
 
-def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None]) -> GraphModule:
-    """The graph without the values, and the writes, that nobody reads and that do nothing else; itself where all are.
+def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None]) -> Reader:
+    """A reader of the graph without the values, and the writes, that nobody reads and that do nothing else.
 
     Args:
-        gm: stays as it is.
+        gm: stays as it is; it is what is read where all of it is of use.
         known: what was opened before, as for `Reader`.
     """
-    if not any(_is_unread(node, set()) for node in gm.graph.nodes):
-        return gm
     reader, dead = Reader(gm, known), set[Node]()
+    if not any(_is_unread(node, dead) for node in gm.graph.nodes):
+        return reader
     read = set().union(*(reader.storages(node) for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")))
     for node in reversed(gm.graph.nodes):
         target = written_by(node)
@@ -30,7 +30,7 @@ def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None]) -> 
             dead.add(node)
         else:
             read.update(*map(reader.storages, node.all_input_nodes))
-    return rebuilt(gm, [], dead=dead) if dead else gm
+    return Reader(rebuilt(gm, [], dead=dead), known) if dead else reader
 
 
 def _is_unread(node: Node, dead: set[Node]) -> bool:

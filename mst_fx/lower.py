@@ -117,7 +117,7 @@ MakeInputs: TypeAlias = Callable[[int], Sequence[torch.Tensor]]
 
 
 def trace(function: Callable[..., Any], make_inputs: MakeInputs, length: int | None) -> GraphModule:
-    """Trace a function into aten on fake tensors of its own, whatever autocast or grad mode is on.
+    """Trace a function into aten on fake tensors of its own, whatever autocast or grad mode is on; not recompiled.
 
     Args:
         function: of tensors; it may differentiate.
@@ -127,7 +127,6 @@ def trace(function: Callable[..., Any], make_inputs: MakeInputs, length: int | N
     traced = on_fakes(make_fx(function), make_inputs, length)
     for node in traced.graph.nodes:
         node.target = layout_free(node.target)
-    traced.recompile()
     return traced
 
 

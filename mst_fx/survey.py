@@ -62,9 +62,10 @@ class Surveyor:
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
         """Find the regions of a graph as captured, and of its subgraphs."""
-        gm = without_dead_code(gm, self._opened)
-        gm, report = self._without_logits(gm) if self.config.returned_logits == "drop" else (gm, Report())
-        reader, cuts, sizes = self._cut_early(gm)
+        reader, report = without_dead_code(gm, self._opened), Report()
+        if self.config.returned_logits == "drop":
+            reader, report = self._without_logits(reader)
+        reader, cuts, sizes = self._cut_early(reader)
         report = report.joined(cuts).joined(_sharded(reader))
         sites: list[Site] = []
         discovered = discover(reader, self.patterns, strict=self.config.strict)
@@ -86,9 +87,8 @@ class Surveyor:
         }
         return Surveyed(reader, tuple(sites), report, children, around, sizes)
 
-    def _without_logits(self, gm: GraphModule) -> tuple[GraphModule, Report]:
-        """The graph that returns None in place of what regions make for its caller."""
-        reader = Reader(gm, self._opened)
+    def _without_logits(self, reader: Reader) -> tuple[Reader, Report]:
+        """A reader of the graph that returns None in place of what regions make for its caller."""
         regions = [
             found.outcome
             for found in discover(reader, self.patterns, strict=self.config.strict)
@@ -97,13 +97,15 @@ class Surveyor:
         training = (region for region in regions if _has_loss(region))
         leaving = dict.fromkeys(node for region in training for node in _leaving(reader, region))
         report = Report(dropped=tuple(map(dropped, leaving)))
-        return (rebuilt(gm, [], dropped=leaving) if leaving else gm), report
+        return (self._read(rebuilt(reader.owner, [], dropped=leaving)) if leaving else reader), report
 
-    def _cut_early(self, gm: GraphModule) -> tuple[Reader, Report, tuple[Any, ...]]:
+    def _read(self, gm: GraphModule) -> Reader:
+        return Reader(gm, self._opened)
+
+    def _cut_early(self, reader: Reader) -> tuple[Reader, Report, tuple[Any, ...]]:
         """A reader of the graph in which heads project only the tokens that are read, and the sizes fixed in it."""
         report, sizes = Report(), dict[str, Any]()
         while True:
-            reader = Reader(gm, self._opened)
             heads = list(cut_heads(reader, self.marked, strict=self.config.strict))
             cut = [head for head in heads if isinstance(head, CutHead)]
             found = _apart([head for head in cut if self._is_worth_cutting(head)])
@@ -113,7 +115,8 @@ class Surveyor:
             sizes.update((str(size), size) for head in found for size in head.sizes)
             report = report.joined(Report(cuts=tuple(map(cut_head, found))))
             makes = [partial(nodes_of, region=head.region, lowered=head.cut_first) for head in found]
-            gm = rebuilt(gm, [Edit(head.region, make) for head, make in zip(found, makes, strict=True)])
+            edits = [Edit(head.region, make) for head, make in zip(found, makes, strict=True)]
+            reader = self._read(rebuilt(reader.owner, edits))
 
     def _is_worth_cutting(self, head: CutHead) -> bool:
         """Whether the projection makes much, or may at another length: a cut costs nothing."""
