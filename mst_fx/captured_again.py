@@ -2,8 +2,8 @@
 
 The operator and its bodies go into the captured graph as they are.
 
-Private torch API: Dynamo's variables of higher-order operators. Run on torch 2.13. Where they have other names,
-compiled autograd cannot compile backward graphs that hold loops, and all else is as it was.
+Private torch API: Dynamo's variables of higher-order operators. Run on torch 2.11 and 2.13. Where they have other
+names, compiled autograd cannot compile backward graphs that hold loops, and all else is as it was.
 """
 
 from __future__ import annotations

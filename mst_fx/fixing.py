@@ -2,7 +2,7 @@
 
 What is fixed is a guard, and another value compiles anew: a region that is left alone must leave none.
 
-Private torch API: the symbols of sizes and their values. Run on torch 2.13.
+Private torch API: the symbols of sizes and their values. Run on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations

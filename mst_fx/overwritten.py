@@ -3,7 +3,7 @@
 Such a write changes what later ops read, and nothing else: the gradient goes where it went before. In a graph without
 writes that is an op of two values, `overwritten(before, after)`: the value of `after`, with the gradient of `before`.
 
-Private torch API: none; `torch.library`. Run on torch 2.11, 2.13 and 2.15.
+It is registered by `torch.library`.
 """
 
 from __future__ import annotations
