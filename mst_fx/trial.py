@@ -9,16 +9,16 @@ Private torch API: dispatch modes, and what of the surroundings a run must not s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from mst_fx.clean_room import without_autocast
+from mst_fx.clean_room import clean_room, without_autocast
 from mst_fx.excerpt import Excerpt
 from mst_fx.lower import execute, under
 from mst_fx.rules.creation import DRAWS
@@ -179,29 +179,5 @@ def _kept(x: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def apart() -> Iterator[None]:
     """Nothing of what is switched on around the compile sees these runs, but autocast, which the program runs under."""
-    cached = torch.is_autocast_cache_enabled()
-    with ExitStack() as stack:
-        stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch._C.DisableTorchFunction())  # modes over functions, such as a default device
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autograd.set_detect_anomaly(False))
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
-        stack.enter_context(_without_compiled_autograd())
-        torch.set_autocast_cache_enabled(False)
-        try:
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(cached)
-
-
-@contextmanager
-def _without_compiled_autograd() -> Iterator[None]:
-    from torch._dynamo import compiled_autograd  # not at import: it takes long
-
-    disable = getattr(compiled_autograd, "_disable", None)
-    if disable is None or not getattr(compiled_autograd, "compiled_autograd_enabled", False):
-        yield
-        return
-    with disable():
+    with clean_room(), torch.enable_grad():
         yield
