@@ -1,3 +1,7 @@
+from collections.abc import Iterator
+
+import pytest
+from frugal import frugal
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -9,3 +13,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_compiles() -> Iterator[None]:
+    with frugal():
+        yield

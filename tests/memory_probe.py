@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -30,7 +31,20 @@ def saved_bytes(forward: Callable[[], torch.Tensor], known: Iterable[torch.Tenso
 def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
     """Most bytes alive at once in one step, above those alive at its start; the step is run once to warm up."""
     step()
-    gc.collect()
+    with without_garbage_collection():  # what is freed in the step would count, however old
+        return _peak_bytes(step, device)
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _peak_bytes(step: Callable[[], object], device: str) -> int:
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from frugal import quiet
 from fuzzing.check import FAILED, OK, check
-from fuzzing.frugal import frugal
 from fuzzing.generate import generate
 
 EXAMPLES, PARTS = 300, 6
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-@frugal()
+@quiet()
 def test_random_programs(part: int) -> None:
     failed, held, looped = [], 0, 0
     for seed in range(part, EXAMPLES, PARTS):

@@ -74,18 +74,19 @@ def looped(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return torch.compile(fn, backend=mst_fx.backend, options=options)
 
 
-def check(fn: Callable[..., Any], **options: Any) -> mst_fx.Report:
-    """Compare with eager; every graph's report."""
+def check(fn: Callable[..., Any], **options: Any) -> tuple[Callable[..., Any], mst_fx.Report]:
+    """Compare with eager; what was compiled, and its report."""
     tensors = inputs()
     expected = step(fn, tensors)
     before = len(mst_fx.reports())
-    values = step(looped(fn, **options), tensors)
+    compiled = looped(fn, **options)
+    values = step(compiled, tensors)
     tolerance = 1e-5 if ".float()" in inspect.getsource(fn) or fn is HEADS["autocast_head"] else 1e-10
     assert len(values) == len(expected)
     for value, exact in zip(values, expected, strict=True):
         assert float((value - exact).norm() / exact.norm().clamp_min(1e-30)) <= tolerance
     (report,) = mst_fx.reports()[before:]
-    return report
+    return compiled, report
 
 
 def cases(*groups: dict[str, losses.Program]) -> Any:
@@ -99,14 +100,13 @@ FEW_TOKENS = ("last_token", "last_tokens")
 
 @cases(CROSS_ENTROPY, SHIFTED, PER_TOKEN, REINFORCEMENT, DISTILLATION, HEADS)
 def test_logits_never_exist(name, fn):
-    report = check(fn)
+    compiled, report = check(fn)
     if name not in FEW_TOKENS:
         expected = set() if name == "only_a_metric" else {"recompute" if name in SEVERAL_RESULTS else "in_forward"}
         expected |= {"none"} if name in WITHOUT_GRADIENTS else set()
         assert {region.backward for region in report.regions} == expected
         assert not report.refusals
     tensors = inputs()
-    compiled = looped(fn)
     assert saved_bytes(lambda: compiled(*tensors), tensors) < LOGITS / 4
     assert peak_bytes(lambda: step(compiled, tensors)) < LOGITS
     if name != "under_checkpoint":
@@ -116,13 +116,12 @@ def test_logits_never_exist(name, fn):
 @cases(RETURNED)
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_returned_logits_exist_once(name, fn, inner):
-    report = check(fn, inner=inner)
+    compiled, report = check(fn, inner=inner)
     (region,) = report.regions
     assert region.returned_bytes == pytest.approx(LOGITS, rel=0.01)
     detached = name == "loss_and_detached_logits"
     assert region.returned_gradient_bytes == (0 if detached else region.returned_bytes)
     tensors = inputs()
-    compiled, plain = looped(fn, inner=inner), looped(fn, inner=inner, disable="head")
 
     def backward_of_the_first(fn):
         first, logits = fn(*tensors)
@@ -131,7 +130,9 @@ def test_returned_logits_exist_once(name, fn, inner):
             tensor.grad = None  # not at the start: a profile knows no memory that was there before it
         return logits
 
-    peak, plain_peak = (peak_bytes(lambda fn=fn: backward_of_the_first(fn)) for fn in (compiled, plain))
+    peak = peak_bytes(lambda: backward_of_the_first(compiled))
+    plain = looped(fn, inner=inner, disable="head")
+    plain_peak = peak_bytes(lambda: backward_of_the_first(plain))
     # autograd has one gradient for a returned view and one for what it views
     gradients = {"loss_and_detached_logits": 0, "loss_and_views_of_logits": 2}.get(name, 1)
     assert peak < (1.6 + gradients) * LOGITS

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from frugal import frugal, quiet
+
 from fuzzing.check import FAILED, Outcome, check
-from fuzzing.frugal import frugal
 from fuzzing.generate import generate
 from fuzzing.shrink import shrunk
 
@@ -53,7 +54,7 @@ def work(task: Task, inner: str) -> Done:
 
 
 def _serve(pipe: Connection, inner: str) -> None:
-    with frugal():
+    with frugal(), quiet():
         while (task := pipe.recv()) is not None:
             try:
                 pipe.send(work(task, inner))

@@ -19,18 +19,13 @@ from torch._dynamo import config, guards
 
 @contextmanager
 def frugal() -> Iterator[None]:
-    """One thread for tensors this small, no timing of guards, no log, few collections: each walks all of torch."""
+    """One thread for tensors this small, no timing of guards, few searches for garbage: each walks all of torch."""
     threads, thresholds = torch.get_num_threads(), gc.get_threshold()
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
-    loggers = [logging.getLogger(name) for name in ("torch", "mst_fx")]
-    levels = [logger.level for logger in loggers]
     with ExitStack() as stack:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(logging.CRITICAL)
-            stack.callback(logger.setLevel, level)
         if hasattr(guards, "profile_guard_manager"):
             stack.enter_context(mock.patch.object(guards, "profile_guard_manager", _untimed))
         if hasattr(config, "run_gc_after_compile"):
@@ -45,3 +40,13 @@ def frugal() -> Iterator[None]:
 
 def _untimed(*_: Any) -> float:
     return 0.0
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing is logged by torch and the pass."""
+    with ExitStack() as stack:
+        for logger in map(logging.getLogger, ("torch", "mst_fx")):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
+        yield
