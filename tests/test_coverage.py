@@ -1,4 +1,4 @@
-"""Seventeen architectures of transformers that differ as much as any, trained for one step.
+"""Fifteen architectures of transformers that differ as much as any, trained for one step.
 
 What they bring: fused and split gates, parallel attention, low-rank attention, a custom autograd function, a scan,
 experts with and without shared ones, experts for every token, biases on experts, tied heads, relative positions,
@@ -15,10 +15,8 @@ from coverage import TOLERANCE, examine  # noqa: E402 - needs transformers
 from tiny_models import TASKS, cases  # noqa: E402
 
 SAMPLE = [
-    "PhiForCausalLM",
     "FalconForCausalLM",
     "BloomForCausalLM",
-    "NemotronForCausalLM",
     "Mamba2ForCausalLM",
     "ApertusForCausalLM",
     "BertLMHeadModel",

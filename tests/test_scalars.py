@@ -103,7 +103,7 @@ def test_ways_to_read_a_number(inner):
 
 def test_a_number_that_an_op_needs_is_fixed_for_every_layer():
     """Layers that are alike share one body, which holds the value: another value compiles anew, in whatever layer."""
-    layers = [Scaled() for _ in range(3)]
+    layers = [Scaled() for _ in range(2)]
     for layer in layers:
         layer.inner = lambda self, h: F.leaky_relu(h, self.scale)
 
