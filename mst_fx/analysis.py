@@ -12,10 +12,11 @@ from torch.fx import Node
 
 from mst_fx.body import connected
 from mst_fx.config import Config
-from mst_fx.fixing import as_if_fixed, forbid_lengths, other_dims, to_be_fixed
+from mst_fx.fixing import Equal, as_if_fixed, equal, fix_all, forbid_lengths, other_dims, to_be_fixed
 from mst_fx.likeness import likeness_of_nodes
-from mst_fx.lower import fake_value, fix, lower
+from mst_fx.lower import fake_value, lower
 from mst_fx.placement import PARTIAL
+from mst_fx.propagate import Unequal
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region, needs_gradient
 from mst_fx.scalars import as_tensors
@@ -35,7 +36,7 @@ class Work:
         differentiable: positions of the loop's results that have one.
         kept: positions of the results that backward reads in place of computing them again.
         fixed: positions of the region's live-ins, numbers whose value is a part of the stages.
-        sizes: of its tensors, whose value is.
+        sizes: of its tensors, whose value is, or that are taken as equal.
     """
 
     stages: Stages
@@ -77,13 +78,21 @@ def analysed(
                 node, number = numbers.read[0]
                 raise Refusal(Reason.NUMBER, node, f"{node.target} takes {number}, which cannot be fixed") from None
             sizes += more
+        except Unequal as unequal:
+            sizes += (_made_equal(unequal, marked),)
     return known[key]
+
+
+def _made_equal(unequal: Unequal, marked: Container[str]) -> Equal:
+    found = equal(unequal.size, unequal.needed)
+    if found is None or (found.fixes and str(found.symbol) in marked):
+        raise Refusal(Reason.DYNAMIC, unequal.node, f"{unequal}, which may vary")
+    return found
 
 
 def fix_for(region: Region, work: Work) -> None:
     """Fix what the work needs fixed, for this region: another value of it is compiled anew."""
-    for number in (*work.sizes, *(fake_value(region.live_ins[position]) for position in work.fixed)):
-        fix(number)
+    fix_all((*work.sizes, *(fake_value(region.live_ins[position]) for position in work.fixed)))
 
 
 def _likeness(region: Region) -> Hashable:

@@ -22,6 +22,7 @@ from torch.fx.node import map_aggregate
 
 from mst_fx.analysis import Work, analysed
 from mst_fx.config import Config
+from mst_fx.fixing import known_of
 from mst_fx.lower import execute, fake_value, hint, module_over, seen, under
 from mst_fx.placement import Split
 from mst_fx.refusal import Refusal
@@ -66,7 +67,7 @@ def excerpt(region: Region, work: Work, config: Config) -> Excerpt | str:
     if _bytes(region, hint) <= LIMIT:
         return Excerpt(alone(region), work, length, "its own sizes", hint)
     if work.stages.dynamic:
-        measure = _measured_at(work.stages.length, POSITIONS)
+        measure = _measured_at(work, POSITIONS)
         if _bytes(region, measure) <= LIMIT:
             short = measure(work.stages.length)
             return Excerpt(alone(region), work, short, f"{short} of its positions", measure)
@@ -78,9 +79,10 @@ def _bytes(region: Region, measure: Callable[[Any], int]) -> int:
     return 8 * sum(prod(map(measure, value.shape)) for value in values if isinstance(value, torch.Tensor))
 
 
-def _measured_at(length: Any, positions: int) -> Callable[[Any], int]:
+def _measured_at(work: Work, positions: int) -> Callable[[Any], int]:
     """As `hint`, but with this value for what makes the length vary."""
-    values = {symbol: positions for symbol in length.node.expr.free_symbols}
+    length: Any = work.stages.length
+    values = known_of(work.sizes, {symbol: positions for symbol in length.node.expr.free_symbols})
 
     def measure(size: Any) -> int:
         if not isinstance(size, torch.SymInt) or not values.keys() >= size.node.expr.free_symbols:

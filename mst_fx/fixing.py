@@ -1,4 +1,4 @@
-"""Sizes that a loop needs fixed: a region is analysed as if they were, and they are where its loop enters the graph.
+"""Sizes that a loop needs fixed, or equal: a region is analysed as if they were, and they are where its loop is put.
 
 What is fixed is a guard, and another value compiles anew: a region that is left alone must leave none.
 
@@ -7,15 +7,61 @@ Private torch API: the symbols of sizes and their values. Run on torch 2.11 and 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_map
 
-from mst_fx.lower import depends_on_data, hint, is_symbolic
+from mst_fx.lower import depends_on_data, fix, hint, is_symbolic
 from mst_fx.refusal import Reason, Refusal
+
+
+@dataclass(frozen=True)
+class Equal:
+    """Two sizes that vary, and that a loop needs the same.
+
+    Attributes:
+        size, other: SymInts, or one of them a number; they were the same when the graph was captured.
+        symbol, value: what one symbol of them is then, as sympy has it.
+    """
+
+    size: Any
+    other: Any
+    symbol: Any
+    value: Any
+
+    @property
+    def fixes(self) -> bool:
+        """Whether a size is a number then."""
+        return not self.value.free_symbols
+
+    def __str__(self) -> str:
+        return f"{self.size} == {self.other}"
+
+
+def equal(size: Any, other: Any) -> Equal | None:
+    """Two sizes as one; None where no symbol can be had from the other ones by adding up alone."""
+    expressions = [x.node.expr if isinstance(x, torch.SymInt) else sympy.Integer(x) for x in (size, other)]
+    difference = sympy.expand(expressions[0] - expressions[1])
+    for symbol in (*expressions[0].free_symbols, *expressions[1].free_symbols):
+        factor = difference.coeff(symbol)
+        value = sympy.expand(symbol - factor * difference)
+        if factor in (1, -1) and symbol not in value.free_symbols:
+            return Equal(size, other, symbol, value)
+    return None
+
+
+def fix_all(sizes: Sequence[Any]) -> None:
+    """Make sizes what they were seen to be, or equal: guards, with which other ones compile anew."""
+    for size in sizes:
+        if isinstance(size, Equal):
+            bool(size.size == size.other)
+        else:
+            fix(size)
 
 
 def other_dims(stream: torch.Tensor, marked: Container[str]) -> tuple[Any, ...]:
@@ -68,10 +114,25 @@ def as_if_fixed(values: Sequence[Any], sizes: Sequence[Any]) -> list[Any]:
 
     Args:
         values: fake tensors, sizes, and whatever else.
-        sizes: to be fixed; what depends on the data cannot be.
+        sizes: to be fixed, or equal; what depends on the data cannot be.
     """
-    seen = {symbol: value for size in sizes for symbol, value in _symbols(size)}
+    seen = known_of(sizes)
     return [tree_map(lambda leaf: _with(leaf, seen), value) if seen else value for value in values]
+
+
+def known_of(sizes: Sequence[Any], known: Mapping[Any, Any] | None = None) -> dict[Any, Any]:
+    """What sizes that are fixed, or equal, say of symbols, all with sympy.
+
+    Args:
+        sizes: the latter ones may be made of what the former ones leave.
+        known: values of symbols that are known from elsewhere.
+    """
+    seen = {symbol: sympy.sympify(value) for symbol, value in (known or {}).items()}
+    for size in sizes:
+        more = {size.symbol: size.value} if isinstance(size, Equal) else dict(_symbols(size))
+        more = {symbol: sympy.sympify(value).xreplace(seen) for symbol, value in more.items()}
+        seen = {symbol: value.xreplace(more) for symbol, value in seen.items()} | more
+    return seen
 
 
 def _symbols(size: Any) -> Iterator[tuple[Any, Any]]:

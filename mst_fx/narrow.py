@@ -20,7 +20,7 @@ from mst_fx.faults import refusal_for
 from mst_fx.fixing import as_if_fixed, other_dims
 from mst_fx.lower import execute, fake_value, lower, tracing
 from mst_fx.placement import Split, same_shape
-from mst_fx.propagate import origins, propagate
+from mst_fx.propagate import Unequal, origins, propagate
 from mst_fx.reading import Reader, writes
 from mst_fx.refusal import Refusal
 from mst_fx.region import Region, close
@@ -145,7 +145,7 @@ def _moved(lowered: GraphModule, stream: int, examples: list[Any]) -> Iterator[G
         try:
             sources = origins(source, axis)
             placements = propagate(lowered.graph, sources, until=cut).of
-        except (Refusal, Spans, Demand):
+        except (Refusal, Spans, Demand, Unequal):
             continue
         if tokens not in sources or any(split.inner != 1 for split in sources.values()):
             continue

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from mst_fx.lower import hint, is_size
+from mst_fx.lower import depends_on_data, hint, is_size
 from mst_fx.placement import PARTIAL, WHOLE, Placement, Split, sure
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.rules import Demand, Result, args_of, demands_of, is_linear, mixed, route, rule_for, shape_of
@@ -41,12 +41,29 @@ class Placements:
     made: frozenset[Node] = frozenset()
 
 
+class Unequal(Exception):  # noqa: N818 - control flow within the analysis
+    """Two sizes that vary must be the same for a region to be split; when the graph was captured, they were.
+
+    Attributes:
+        node: of the first size.
+        size: of the dim that is to hold the axis.
+        needed: what the axis makes of it.
+    """
+
+    def __init__(self, node: Node, size: Any, needed: Any) -> None:
+        super().__init__(f"{node} has {size} positions where the axis has {needed}")
+        self.node = node
+        self.size = size
+        self.needed = needed
+
+
 def propagate(graph: Graph, seeds: Mapping[Node, Split], until: Node | None = None) -> Placements:
     """Place every value of `graph` (in front of `until`) when the values `seeds` are split.
 
     Raises:
         Refusal: an op without a rule, or one that makes positions of the axis depend on one another.
         Spans: the axis must be cut along a part of it.
+        Unequal: two sizes would have to be the same.
     """
     nodes = [node for node in graph.nodes if node.op != "output"]
     if until is not None:
@@ -71,10 +88,13 @@ def _check_fits(node: Node, split: Split, seeds: Mapping[Node, Split]) -> None:
     """What a demand comes down to is a guess: the value must have the axis."""
     seed, axis = next(iter(seeds.items()))
     shape = shape_of(node)
-    if split.dim >= len(shape) or not sure(
-        shape[split.dim] == split.outer * axis.axis_length(shape_of(seed)) * split.inner
-    ):
-        raise mixed(node, f"is needed split as {split}, and has no such axis")
+    if split.dim < len(shape):
+        size, needed = shape[split.dim], split.outer * axis.axis_length(shape_of(seed)) * split.inner
+        if sure(size == needed):
+            return
+        if hint(size) == hint(needed) and not (depends_on_data(size) or depends_on_data(needed)):
+            raise Unequal(node, size, needed)  # `gather` takes fewer rows than there are: nobody has compared them
+    raise mixed(node, f"is needed split as {split}, and has no such axis")
 
 
 class _Walk:

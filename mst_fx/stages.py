@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from mst_fx.lower import bytes_of, hint, is_size, is_symbolic
 from mst_fx.placement import WHOLE, Placement, Routed, Split, adds_up, split_of
-from mst_fx.propagate import Placements, propagate
+from mst_fx.propagate import Placements, Unequal, propagate
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.resize import numbers_read
 from mst_fx.rules import Spans, inverted, positions_of, shape_of
@@ -117,10 +117,11 @@ def cut(lowered: GraphModule, stream: Node) -> Stages:
     Raises:
         Refusal: no dim of the stream can be split, with the reason that the longest one met.
         Numbers: numbers have to be fixed first.
+        Unequal: sizes have to be made equal first.
     """
     shape = shape_of(stream)
     candidates = [Split(dim) for dim in _splittable(stream, shape)]
-    refusals: list[tuple[int, Refusal]] = []
+    refusals: list[tuple[int, Refusal | Unequal]] = []
     found: list[_Choice] = []
     seen: set[Split] = set()
     while candidates:
@@ -131,7 +132,7 @@ def cut(lowered: GraphModule, stream: Node) -> Stages:
         seen.add(axis)
         try:
             found.append(_chosen(lowered.graph, stream, axis))
-        except Refusal as refusal:
+        except (Refusal, Unequal) as refusal:
             if not _is_last(axis, shape) or is_symbolic(length):  # features are mixed as a rule
                 refusals.append((hint(length), refusal))
         except Spans as spans:
