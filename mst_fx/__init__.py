@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mst_fx.config import Config as Config
+from mst_fx.core.config import Config as Config
+from mst_fx.core.refusal import Reason as Reason
+from mst_fx.core.refusal import Refusal as Refusal
 from mst_fx.explain import explain as explain
 from mst_fx.pipeline import backend as backend
-from mst_fx.refusal import Reason as Reason
-from mst_fx.refusal import Refusal as Refusal
-from mst_fx.report import Report as Report
-from mst_fx.report import reports as reports
+from mst_fx.report.report import Report as Report
+from mst_fx.report.report import reports as reports
 
 if TYPE_CHECKING:
-    from mst_fx.pattern import Pattern as Pattern
-    from mst_fx.pattern import register as register
+    from mst_fx.recognise.pattern import Pattern as Pattern
+    from mst_fx.recognise.pattern import register as register
 
 __all__ = ["Config", "Pattern", "Reason", "Refusal", "Report", "backend", "explain", "register", "reports"]
 
@@ -23,6 +23,6 @@ def __getattr__(name: str) -> Any:
     """What patterns are made of needs the pass, which a torch version may be unable to load."""
     if name not in ("Pattern", "register"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mst_fx import pattern
+    from mst_fx.recognise import pattern
 
     return getattr(pattern, name)

@@ -15,23 +15,25 @@ from typing import TypeVar
 
 from torch.fx import GraphModule, Node
 
-from mst_fx.analysis import Work, fix_for
-from mst_fx.chunking import Lengths
-from mst_fx.clean_room import clean_room
-from mst_fx.config import Config
-from mst_fx.entries import looped
-from mst_fx.faults import refusal_for
-from mst_fx.lower import fix, long_lengths, marked_sizes
-from mst_fx.pattern import Pattern
-from mst_fx.plan import Plan, Plans, make_plans
-from mst_fx.readable import readable
-from mst_fx.refusal import Reason, Refusal
-from mst_fx.report import Report, refused
-from mst_fx.rewrite import Edit, Replacement, loop, rebuilt
-from mst_fx.survey import Surveyor
-from mst_fx.surveyed import Site, Surveyed, device_of_graph, timeline_of
-from mst_fx.verify import Verified
-from mst_fx.wishes import unmatched
+from mst_fx.bodies.splice import Replacement, loop
+from mst_fx.bodies.work import Work, fix_for
+from mst_fx.core.clean_room import clean_room
+from mst_fx.core.config import Config
+from mst_fx.core.faults import refusal_for
+from mst_fx.core.readable import readable
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.sizes import fix, long_lengths
+from mst_fx.core.values import marked_sizes
+from mst_fx.plan.chunk_length import Lengths
+from mst_fx.plan.planner import Plan, Plans, make_plans
+from mst_fx.recognise.pattern import Pattern
+from mst_fx.recognise.rebuild import Edit, rebuilt
+from mst_fx.report.entries import looped
+from mst_fx.report.report import Report, refused
+from mst_fx.survey.survey import Surveyor
+from mst_fx.survey.surveyed import Site, Surveyed, device_of_graph, timeline_of
+from mst_fx.survey.wishes import unmatched
+from mst_fx.verify.verify import Verified
 
 log = logging.getLogger("mst_fx")
 T = TypeVar("T")

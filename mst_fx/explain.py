@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from mst_fx.pipeline import compiled_and_told
-from mst_fx.report import Report
+from mst_fx.report.report import Report
 
 
 def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:

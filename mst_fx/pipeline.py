@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule
 
-from mst_fx.config import Config
-from mst_fx.faults import PASSING, refusal_for, words_of
-from mst_fx.inner import Compile, inductor_options, inner_compiler, writes_python
-from mst_fx.refusal import Reason, Refusal
-from mst_fx.report import Report, record, refused
+from mst_fx.core.config import Config
+from mst_fx.core.faults import PASSING, refusal_for, words_of
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.inner_compiler import Compile, inductor_options, inner_compiler, writes_python
+from mst_fx.report.report import Report, record, refused
 
 if TYPE_CHECKING:
     from mst_fx.engine import Engine, Rewritten
-    from mst_fx.pattern import Pattern
+    from mst_fx.recognise.pattern import Pattern
 
 log = logging.getLogger("mst_fx")
 
@@ -99,12 +99,14 @@ def _engine(gm: GraphModule, config: Config, foreign: dict[str, Any]) -> Engine 
     if config.inner == "inductor" and not writes_python(foreign):
         return Refusal(Reason.BACKEND, None, "Inductor's C++ wrapper cannot call the loop")
     try:
-        from mst_fx import captured_again, engine, pattern
+        from mst_fx import engine
+        from mst_fx.recognise import pattern
+        from mst_fx.runtime import dynamo_capture
 
         if config.inner == "inductor":
-            import mst_fx.inductor  # noqa: F401 - registers the lowering
+            import mst_fx.runtime.inductor_lowering  # noqa: F401 - registers the lowering
 
-        captured_again.let_dynamo_capture_loops()
+        dynamo_capture.let_dynamo_capture_loops()
         known = pattern.patterns()
     except Exception as error:
         return refusal_for(error, None, "the pass cannot be loaded", strict=config.strict)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from mst_fx.pattern import Pattern, Reader, Region, grow, region_of_mlp, register
+from mst_fx.recognise.pattern import Pattern, Reader, Region, grow, region_of_mlp, register
 
 
 @register

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from mst_fx.pattern import Growth, Pattern, Reader, Region, grow, region_of_mlp, register
+from mst_fx.recognise.pattern import Growth, Pattern, Reader, Region, grow, region_of_mlp, register
 
 ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
 """What joins an adapter's share to a projection."""

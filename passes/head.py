@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from mst_fx.pattern import Growth, Pattern, Reader, Reason, Refusal, Region, grow, region_of_head, register
+from mst_fx.recognise.pattern import Growth, Pattern, Reader, Reason, Refusal, Region, grow, region_of_head, register
 
 aten = torch.ops.aten
 

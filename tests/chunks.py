@@ -17,12 +17,12 @@ from strategies import all_splits
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map_only
 
-from mst_fx.lower import execute
-from mst_fx.placement import WHOLE, Split, adds_up, split_of
-from mst_fx.propagate import Placements, propagate
-from mst_fx.refusal import Refusal
-from mst_fx.resize import run_resized
-from mst_fx.rules import Spans
+from mst_fx.capture.lower import execute
+from mst_fx.core.refusal import Refusal
+from mst_fx.placement.placement import WHOLE, Split, adds_up, split_of
+from mst_fx.placement.propagate import Placements, propagate
+from mst_fx.placement.rules import Spans
+from mst_fx.placement.run_on_chunk import run_resized
 
 SINGLE = {"rtol": 1e-4, "atol": 1e-5, "equal_nan": True}
 

@@ -9,10 +9,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 import mst_fx
-from mst_fx.loop import VERSION
-from mst_fx.mini_sequence import CallSpec, mini_sequence
-from mst_fx.pattern import patterns
 from mst_fx.pipeline import rewrite
+from mst_fx.recognise.pattern import patterns
+from mst_fx.runtime.cache_version import VERSION
+from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence
 
 
 def captured(fn: Callable[..., Any], *inputs: Any) -> GraphModule:
@@ -55,7 +55,7 @@ def _show(arg: Any) -> str:
     return str(arg)
 
 
-def refusal_of(fn: Callable[..., Any], *inputs: Any, **options: Any) -> mst_fx.report.RefusedRegion:
+def refusal_of(fn: Callable[..., Any], *inputs: Any, **options: Any) -> mst_fx.report.report.RefusedRegion:
     """The one refusal of a graph, which must have stayed as it was."""
     gm = captured(fn, *inputs)
     before = text(gm)

@@ -10,7 +10,7 @@ from hypothesis import event, note
 from hypothesis import strategies as st
 from looping import EXACT, Call, accepted_axes, as_list, aten_graph, looped, placeholders
 
-from mst_fx.placement import Split
+from mst_fx.placement.placement import Split
 
 SIZES = (1, 2, 3, 4, 6)
 

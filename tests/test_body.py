@@ -8,9 +8,9 @@ from looping import Call, as_list, aten_graph, differentiably_looped, indices, p
 from programs import ENDS, IGNORED, LAYOUTS, STEPS, Program, inputs_of, programs, run
 from torch import nn
 
-from mst_fx.body import Gradients, gradient_body
-from mst_fx.openings import openings
-from mst_fx.stages import cut
+from mst_fx.bodies.body import Gradients, gradient_body
+from mst_fx.capture.decompositions import openings
+from mst_fx.placement.partition import cut
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11, "equal_nan": True}
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mst_fx.chunking import ALIGNMENT, MAX_ROWS, MIN_ROWS, NEAR, Extent, default_lengths, longer, shorter
-from mst_fx.config import Wish
+from mst_fx.core.config import Wish
+from mst_fx.plan.chunk_length import ALIGNMENT, MAX_ROWS, MIN_ROWS, NEAR, default_lengths, longer, shorter
+from mst_fx.predict.extent import Extent
 
 H, F, V = 4096, 14336, 128256
 MLP = Extent(65536, False, 1, widest=2 * F, wide=4 * F, cast=2 * H * F)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from predictions import Sizes, cross_entropy, gelu, inputs_of, log_probabilities, swiglu
 from test_predictions import offer
 
-from mst_fx.cost import EFFICIENCY, Device, RegionCost, device_of, efficiency
+from mst_fx.predict.time import EFFICIENCY, Device, RegionCost, device_of, efficiency
 
 S = Sizes(t=512, d=64, ff=256, v=1024)
 MLP, HEAD = 2 * S.t * S.d * S.ff, 2 * S.t * S.d * S.v

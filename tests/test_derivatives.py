@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import TOLERANCE, relative_error
 
-from mst_fx.derivatives import _Picked
+from mst_fx.bodies.derivatives import _Picked
 
 aten = torch.ops.aten
 NONE, SUM = 0, 2

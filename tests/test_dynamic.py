@@ -10,9 +10,10 @@ from models import CheckpointedLM, MlpLM, tokens
 from numerics import gradients, looped, relative_error
 
 import mst_fx
-from mst_fx import loop, pipeline
-from mst_fx.config import Config
-from mst_fx.pattern import patterns
+from mst_fx import pipeline
+from mst_fx.core.config import Config
+from mst_fx.recognise.pattern import patterns
+from mst_fx.runtime import loop_operator
 
 LENGTHS = random.Random(0).sample(range(2, 200), 50)
 
@@ -27,7 +28,7 @@ def _reset():
 def bodies_run(monkeypatch):
     """Grows by one for each mini-sequence that is run."""
     calls = []
-    run = loop.run_loop
+    run = loop_operator.run_loop
 
     def counted(bodies, spec, operands):
         def body(number):
@@ -35,7 +36,7 @@ def bodies_run(monkeypatch):
 
         return run((body(0), body(1)), spec, operands)
 
-    monkeypatch.setattr(loop, "run_loop", counted)
+    monkeypatch.setattr(loop_operator, "run_loop", counted)
     return calls
 
 

@@ -12,10 +12,13 @@ import torch
 from models import MlpLM, tokens
 
 import mst_fx
-from mst_fx import engine, faults, narrow, survey
-from mst_fx.mini_sequence import CallSpec, mini_sequence
+from mst_fx import engine
+from mst_fx.core import faults
 from mst_fx.passes.gated_mlp import GatedMlp
 from mst_fx.pipeline import compiled_and_told
+from mst_fx.recognise import early_cut
+from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence
+from mst_fx.survey.survey import survey
 
 LOOP_ALL = {"min_bytes": 0, "chunk_tokens": 8, "inner": "eager"}
 
@@ -141,7 +144,7 @@ def test_a_name_that_torch_lacks_is_told(graph, monkeypatch, caplog):
 
 
 def test_a_fault_of_a_cut_costs_the_cut(monkeypatch):
-    monkeypatch.setattr(narrow, "_chain", failing(narrow._chain, lambda reader, node: "linear" in node.name))
+    monkeypatch.setattr(early_cut, "_chain", failing(early_cut._chain, lambda reader, node: "linear" in node.name))
     model, batch = MlpLM(), tokens()
     report = mst_fx.explain(model, *batch, options={**LOOP_ALL})
     assert len(report.regions) == 2

@@ -11,7 +11,7 @@ from graphs import assert_idempotent, captured, rewritten, tensors
 from memory_probe import peak_bytes, saved_bytes
 from numerics import looped
 
-from mst_fx.mini_sequence import CallSpec, mini_sequence
+from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence
 
 B, S, D, FF, V = 2, 16, 8, 32, 64
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from beside import beside_eager, leaf, looped_regions
 
-from mst_fx.results import laid_out
+from mst_fx.runtime.results import laid_out
 
 
 def transposed(*shape):

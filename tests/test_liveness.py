@@ -8,7 +8,7 @@ import torch
 from graphs import captured, rewritten
 from torch.utils._pytree import tree_leaves
 
-from mst_fx.liveness import peak
+from mst_fx.kernels.liveness import peak
 
 CHUNK = 16
 SIZES = predictions.Sizes(t=64, d=32, ff=128, v=512)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import TOLERANCE, relative_error
 
-from mst_fx import log_softmax
-from mst_fx.liveness import peak
+from mst_fx.bodies import log_softmax
+from mst_fx.kernels.liveness import peak
 
 aten = torch.ops.aten
 PART = 8

@@ -16,8 +16,8 @@ from memory_probe import peak_bytes, saved_bytes
 from torch.utils._pytree import tree_leaves
 
 import mst_fx
-from mst_fx.loop import LoopSpec
-from mst_fx.mini_sequence import CallSpec, mini_sequence
+from mst_fx.runtime.loop_operator import LoopSpec
+from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence
 
 LOGITS = B * T * V * 8  # bytes
 CHUNK = 8  # tokens

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import all_splits, shapes, splits, views
 
-from mst_fx.placement import Split, refinements, through_view
+from mst_fx.placement.placement import Split, refinements, through_view
 
 
 def marks(split, shape):

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mst_fx.chunking import Extent, default_lengths
-from mst_fx.config import Config, Wish
-from mst_fx.cost import Device, RegionCost
-from mst_fx.memory import Footprint, RegionMemory
-from mst_fx.plan import LENT_SHARE, Offer, held, make_plans
-from mst_fx.readable import readable
-from mst_fx.timeline import Held, Segment, Timeline
+from mst_fx.core.config import Config, Wish
+from mst_fx.core.readable import readable
+from mst_fx.plan.chunk_length import default_lengths
+from mst_fx.plan.planner import LENT_SHARE, Offer, held, make_plans
+from mst_fx.predict.extent import Extent
+from mst_fx.predict.region_memory import Footprint, RegionMemory
+from mst_fx.predict.step_memory import Held, Segment, Timeline
+from mst_fx.predict.time import Device, RegionCost
 
 GIB = 2**30
 DEVICE = Device("cuda", 80 * GIB, 7e11, 4e9)

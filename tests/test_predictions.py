@@ -10,9 +10,9 @@ from memory_probe import saved_bytes
 from numerics import looped
 from predictions import HEADS, MLPS, Sizes, inputs_of, peaks, peaks_without_a_loop
 
-from mst_fx.config import Config
-from mst_fx.pattern import patterns
-from mst_fx.survey import Surveyor
+from mst_fx.core.config import Config
+from mst_fx.recognise.pattern import patterns
+from mst_fx.survey.survey import Surveyor
 
 SIZES = Sizes(t=2048, d=64, ff=512, v=4096)
 CHUNK = 256

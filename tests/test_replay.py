@@ -10,10 +10,10 @@ from looping import Call, aten_graph, loop_everything, placeholders, run_forward
 from numerics import looped
 from torch.utils.checkpoint import checkpoint
 
-from mst_fx.openings import openings
-from mst_fx.placement import Split
-from mst_fx.replay import uniform_like
-from mst_fx.stages import cut
+from mst_fx.capture.decompositions import openings
+from mst_fx.ops.seeded_random import uniform_like
+from mst_fx.placement.partition import cut
+from mst_fx.placement.placement import Split
 
 B, T, D, FF, P = 2, 40, 8, 64, 0.3
 
@@ -50,7 +50,7 @@ def test_positions_past_32_bits_have_numbers_of_their_own():
     torch.manual_seed(3)
     base = torch.empty(1).expand(2**33 // 8, 8)  # no memory of this size is needed
     rows = torch.tensor([0, 2**29])  # 2^32 elements apart
-    from mst_fx.replay import _mixed  # the same steps on two rows
+    from mst_fx.ops.seeded_random import _mixed  # the same steps on two rows
 
     assert base.numel() > 2**32
     position = rows.unsqueeze(1) * 8 + torch.arange(8)

@@ -12,9 +12,9 @@ from torch import nn
 from torch._dynamo import lookup_backend
 
 import mst_fx
-from mst_fx.pattern import patterns
-from mst_fx.survey import Surveyor
-from mst_fx.surveyed import timeline_of
+from mst_fx.recognise.pattern import patterns
+from mst_fx.survey.survey import Surveyor
+from mst_fx.survey.surveyed import timeline_of
 
 PARTITIONED = lookup_backend("aot_eager_decomp_partition")  # Inductor's choice of what is saved, without its kernels
 B, T, D, H, KV = 2, 64, 64, 4, 2

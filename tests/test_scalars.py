@@ -138,11 +138,11 @@ def test_a_number_that_depends_on_the_data(read, looped_too):
 
 
 def test_layers_that_differ_in_nothing_share_their_bodies(monkeypatch):
-    from mst_fx import analysis
+    from mst_fx.bodies import work
 
     seen = []
-    once = analysis._analysed
-    monkeypatch.setattr(analysis, "_analysed", lambda *given: seen.append(given) or once(*given))
+    once = work._analysed
+    monkeypatch.setattr(work, "_analysed", lambda *given: seen.append(given) or once(*given))
     layers = nn.ModuleList(Scaled() for _ in range(4))
     looped(lambda x, y: sum(layer(x, y) for layer in layers), dynamic=True)(*inputs())
     of_four = len(seen)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from looping import Call, aten_graph, placeholders, values
 
-from mst_fx.placement import Split
-from mst_fx.refusal import Reason, Refusal
-from mst_fx.stages import cut
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.placement.partition import cut
+from mst_fx.placement.placement import Split
 
 
 def axis_of(function, *shapes):

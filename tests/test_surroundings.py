@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import mst_fx
-from mst_fx.clean_room import clean_room
-from mst_fx.pattern import patterns
+from mst_fx.core.clean_room import clean_room
 from mst_fx.pipeline import rewrite
+from mst_fx.recognise.pattern import patterns
 
 OPTIONS = {"min_bytes": 0, "chunk_tokens": 16, "inner": "aot_eager", "strict": True}
 T, H, V = 40, 8, 64

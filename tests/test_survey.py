@@ -11,12 +11,13 @@ from numerics import gradients, looped, relative_error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mst_fx import analysis, assembly, loop
-from mst_fx.config import Config
-from mst_fx.pattern import patterns
+from mst_fx.bodies import call, work
+from mst_fx.core.config import Config
 from mst_fx.pipeline import rewrite
-from mst_fx.survey import Surveyor
-from mst_fx.surveyed import timeline_of
+from mst_fx.recognise.pattern import patterns
+from mst_fx.runtime import loop_operator
+from mst_fx.survey.survey import Surveyor
+from mst_fx.survey.surveyed import timeline_of
 
 
 class Layers(nn.Module):
@@ -56,8 +57,8 @@ def test_regions_that_are_alike_are_traced_once(monkeypatch, widths, kinds, agai
 
         monkeypatch.setattr(module, name, counted)
 
-    counting(analysis, "lower")
-    counting(assembly, "gradient_body")
+    counting(work, "lower")
+    counting(call, "gradient_body")
     gm = captured(Layers(*widths, again=again), *tokens(2, 64))
     _, report = rewrite(gm, Config(min_bytes=0, chunk_tokens=32), patterns())
     assert len(report.regions) == len(widths) + 1
@@ -82,8 +83,8 @@ def test_generated_code_holds_one_body_a_kind(again):
 
 
 def test_bodies_are_run_on_fakes_no_more_often_for_more_layers(monkeypatch):
-    values, Like = [], loop._Like
-    monkeypatch.setattr(loop, "_Like", lambda *known: values.append(known) or Like(*known))
+    values, Like = [], loop_operator._Like
+    monkeypatch.setattr(loop_operator, "_Like", lambda *known: values.append(known) or Like(*known))
     counts = []
     for layers in (2, 6):
         values.clear()

@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import mst_fx.inductor  # noqa: F401 - registers lowerings
-from mst_fx.overwriting import let_overwrite
+import mst_fx.runtime.inductor_lowering  # noqa: F401 - registers lowerings
+from mst_fx.kernels.write_order import let_overwrite
 
 CHUNK = 16
 SIZES = predictions.Sizes(t=64, d=32, ff=128, v=512)

@@ -14,8 +14,9 @@ from models import FF, D, MlpLM, NanoGPT, V, tokens
 from numerics import gradients, relative_error
 
 import mst_fx
-from mst_fx import body, mini_sequence, results, verify
-from mst_fx import loop as loop_operator
+from mst_fx.bodies import body
+from mst_fx.runtime import loop_operator, mini_sequence, results
+from mst_fx.verify.verify import verify
 
 ON = {"verify": True, "strict": True, "min_bytes": 0, "chunk_tokens": 16, "inner": "eager"}
 

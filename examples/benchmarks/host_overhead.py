@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from mst_fx.loop import VERSION, run_loop
+from mst_fx.runtime.cache_version import VERSION
+from mst_fx.runtime.loop_operator import run_loop
 
 CHUNKS = 2000
 ROWS = (1, 1, 1)  # the axis of the tokens: dim 1 of [batch, tokens, features]

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from looping import Call, placed, values
 from strategies import broadcasts, chunk_by_chunk
 
-from mst_fx.placement import PARTIAL, WHOLE, Split
-from mst_fx.refusal import Reason, Refusal
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.placement.placement import PARTIAL, WHOLE, Split
 
 aten = torch.ops.aten
 SIZES = st.sampled_from([1, 2, 3, 4])

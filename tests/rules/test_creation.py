@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from looping import Call, placed, values
 from strategies import broadcasts, chunk_by_chunk, shapes
 
-from mst_fx.placement import WHOLE, Split
+from mst_fx.placement.placement import WHOLE, Split
 
 aten = torch.ops.aten
 

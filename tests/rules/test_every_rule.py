@@ -14,11 +14,11 @@ from recipes import Draw
 from torch.fx import Node
 from torch.utils._pytree import tree_map_only
 
-from mst_fx.overwritten import overwritten
-from mst_fx.placement import WHOLE, Split
-from mst_fx.propagate import propagate
-from mst_fx.rules import linear
-from mst_fx.rules.registry import _RULES
+from mst_fx.ops.overwritten import overwritten
+from mst_fx.placement.placement import WHOLE, Split
+from mst_fx.placement.propagate import propagate
+from mst_fx.placement.rules import linear
+from mst_fx.placement.rules.registry import _RULES
 
 aten = torch.ops.aten
 CALLS = 14

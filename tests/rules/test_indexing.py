@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from looping import Call, indices, placed, values
 from strategies import chunk_by_chunk, dims, shapes
 
-from mst_fx.placement import WHOLE, Split
-from mst_fx.refusal import Reason, Refusal
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.placement.placement import WHOLE, Split
 
 aten = torch.ops.aten
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from looping import Call, accepted_axes, aten_graph, loop_everything, looped, placed, placeholders, values
 from strategies import broadcasts, chunk_by_chunk, shapes
 
-from mst_fx.placement import WHOLE, Split
-from mst_fx.refusal import Reason, Refusal
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.placement.placement import WHOLE, Split
 
 aten = torch.ops.aten
 

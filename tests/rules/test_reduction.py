@@ -8,9 +8,9 @@ from looping import Call, placed, values
 from strategies import chunk_by_chunk, dims, shapes
 from torch.fx import Graph
 
-from mst_fx.placement import PARTIAL, WHOLE, Split
-from mst_fx.propagate import propagate
-from mst_fx.refusal import Reason, Refusal
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.placement.placement import PARTIAL, WHOLE, Split
+from mst_fx.placement.propagate import propagate
 
 aten = torch.ops.aten
 

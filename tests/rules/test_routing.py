@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from looping import Call, aten_graph, indices, loop_everything, looped, placed, placeholders, values
 
-from mst_fx.placement import PARTIAL, WHOLE, Routed, Split
-from mst_fx.refusal import Reason, Refusal
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.placement.placement import PARTIAL, WHOLE, Routed, Split
 
 aten = torch.ops.aten
 N, K, E, D = 12, 2, 4, 3

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from looping import Call, placed, values
 from strategies import chunk_by_chunk, dims, shapes, views
 
-from mst_fx.placement import WHOLE, Split
-from mst_fx.refusal import Reason, Refusal
-from mst_fx.rules import Spans
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.placement.placement import WHOLE, Split
+from mst_fx.placement.rules import Spans
 
 aten = torch.ops.aten
 

@@ -1,0 +1,84 @@
+"""Work + the length of a mini-sequence -> the bodies and the literals of one call of `mini_sequence`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from mst_fx.bodies.body import Body, Gradients, axis_of, forward_body, gradient_body, strides_of
+from mst_fx.bodies.work import Work
+from mst_fx.core.config import Accumulate
+from mst_fx.placement.partition import Stages
+from mst_fx.runtime.cache_version import VERSION
+from mst_fx.runtime.loop_operator import LoopSpec
+from mst_fx.runtime.mini_sequence import CallSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What the graph holds in place of a region.
+
+    Attributes:
+        spec: the literals.
+        forward, forward_tail: bodies of the loop that only computes results, of a full chunk and of the ragged one;
+            None where gradients come in the forward.
+        backward, backward_tail: of the loop that computes gradients; None where none are needed.
+    """
+
+    spec: CallSpec
+    forward: Body | None = None
+    forward_tail: Body | None = None
+    backward: Body | None = None
+    backward_tail: Body | None = None
+
+    @property
+    def bodies(self) -> tuple[Body | None, ...]:
+        """In the order of the arguments of `mini_sequence`."""
+        return (self.forward, self.forward_tail, self.backward, self.backward_tail)
+
+
+def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate) -> Call:
+    """Trace the bodies.
+
+    Args:
+        work: of the region.
+        chunk: positions of the axis in one mini-sequence of the loop that computes gradients.
+        forward_chunk: the same for the loop that only computes results.
+        accumulate: dtype policy for gradients of whole operands in half precision.
+    """
+    stages = work.stages
+    ins = tuple(axis_of(stages, node) for node in stages.operands)
+    spec = CallSpec(work.backward, (), (), work.differentiable, work.wanted, work.kept)
+    call = Call(spec)
+    in_forward = work.backward == "in_forward"
+    if not in_forward:
+        full, tail = _full_and_tail(stages, forward_chunk, partial(forward_body, stages))
+        forward_spec = LoopSpec(VERSION, forward_chunk, ins, full.outs, strides_of(stages))
+        spec = spec._replace(forward_spec=tuple(forward_spec))
+        call = Call(spec, full, tail)
+    if work.backward != "none":
+        # backward casts while it scales, unless one chunk is all, or may be: that adds nothing up in another dtype
+        cast = not in_forward or stages.dynamic or stages.length <= chunk
+        gradients = Gradients(work.wanted, work.differentiable, in_forward, accumulate, work.kept, cast)
+        full, tail = _full_and_tail(stages, chunk, partial(gradient_body, stages, gradients))
+        read = () if in_forward else (*work.differentiable, *work.kept)
+        given = tuple(axis_of(stages, stages.results[i]) for i in read)
+        strides = tuple((len(given) + position, of_operand) for position, of_operand in strides_of(stages))
+        spec = spec._replace(backward_spec=tuple(LoopSpec(VERSION, chunk, given + ins, full.outs, strides)))
+        call = replace(call, spec=spec, backward=full, backward_tail=tail)
+    return call
+
+
+def _full_and_tail(stages: Stages, chunk: int, make: Callable[..., Body]) -> tuple[Body, Body | None]:
+    """The body of a full chunk, and that of the ragged last one: for any length where that is known at run time.
+
+    A body of few positions may end in other ops than one of many, and products leave both or none.
+    """
+    ragged = None if stages.dynamic else stages.length % chunk
+    full, tail = make(chunk), make(ragged) if ragged != 0 else None
+    if tail is not None and tail.outs != full.outs:
+        full, tail = make(chunk, factored=False), make(ragged, factored=False)
+    if tail is not None and tail.outs != full.outs:
+        raise AssertionError(f"the bodies of {chunk} and {ragged} positions differ: {full.outs}, {tail.outs}")
+    return full, tail

@@ -1,0 +1,67 @@
+"""Derivatives of our own, where autograd's formula goes over a wide value once more than it has to.
+
+Axes: T tokens, V classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node, map_arg
+
+from mst_fx.bodies.log_softmax import exp
+
+aten = torch.ops.aten
+
+
+def reads_log_softmax(node: Node, inside: Container[Node]) -> bool:
+    """Whether a node is the negative log-likelihood of rows of a log-softmax that is computed with it."""
+    if node.target != aten.nll_loss_forward.default:
+        return False
+    scores: Any = node.args[0]
+    return scores in inside and scores.target == aten._log_softmax.default and scores.meta["val"].dim() == 2
+
+
+def run_on_logits(node: Node, env: Mapping[Node, Any]) -> Any:
+    """The value of such a node; its gradient goes to the logits, past the log-softmax."""
+    scores: Any = node.args[0]
+    arguments: Any = map_arg(node.args, env.get)
+    return _Picked.apply(env[scores.args[0]], arguments[0].detach(), *arguments[1:])
+
+
+class _Picked(torch.autograd.Function):
+    """The gradient of the logits is (onehot - softmax) times what comes to the row.
+
+    Autograd makes [T, V] rows of one entry, and log-softmax's derivative sums each of them up: the sum is the entry.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TV: torch.Tensor,
+        scores_TV: torch.Tensor,
+        target_T: torch.Tensor,
+        weight_V: torch.Tensor | None,
+        reduction: int,
+        ignore_index: int,
+    ) -> Any:
+        loss, total = aten.nll_loss_forward.default(scores_TV, target_T, weight_V, reduction, ignore_index)
+        ctx.save_for_backward(scores_TV, target_T, weight_V)
+        ctx.ignore_index, ctx.dtype = ignore_index, logits_TV.dtype
+        ctx.mark_non_differentiable(total)
+        return loss, total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> Any:
+        scores_TV, target_T, weight_V = ctx.saved_tensors
+        wide = torch.promote_types(scores_TV.dtype, torch.float32)
+        counts_T = target_T != ctx.ignore_index
+        label_T = torch.where(counts_T, target_T, 0)
+        each = grad.to(wide) if weight_V is None else grad.to(wide) * weight_V[label_T]
+        each_T1 = torch.where(counts_T, -each, 0).unsqueeze(1)
+        classes_V = torch.arange(scores_TV.shape[1], dtype=torch.int32, device=scores_TV.device)
+        hot_TV = classes_V == label_T.to(torch.int32).unsqueeze(1)
+        grad_TV = (hot_TV.to(wide) - exp(scores_TV.to(wide))) * each_T1  # of near numbers the difference is exact
+        return grad_TV.to(ctx.dtype), None, None, None, None, None

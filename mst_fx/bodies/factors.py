@@ -1,0 +1,103 @@
+"""Matrix products at the end of a body leave it: the runtime multiplies their factors straight into the results.
+
+("sum", dtype, result) ending in A^T B         -> ("outer", dtype, result)      one sum, no gradient of a chunk
+("cat", axis)          ending in A1 B1 + A2 B2 -> ("rows", count, axis, sizes)  written in place, no copy of a chunk
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mst_fx.placement.placement import sure
+from mst_fx.placement.rules.view import RESHAPES
+
+aten = torch.ops.aten
+Kind: TypeAlias = tuple[Any, ...]
+Factors: TypeAlias = tuple[Node, Node]
+
+
+def take_out_products(module: GraphModule, kinds: Sequence[Kind]) -> tuple[Kind, ...]:
+    """Replace outputs of the body by factors where that is possible; tell how the outputs add up from now on.
+
+    Args:
+        module: a body; changed in place.
+        kinds: for each of its outputs ("cat", dim, outer, inner) or ("sum", dtype, result), as in `loop_operator`.
+    """
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    values: Any = output.args[0]
+    outputs: list[Node] = []
+    taken: list[Kind] = []
+    for value, kind in zip(values, kinds, strict=True):
+        factors, new_kind = _outer(value, kind) if kind[0] == "sum" else _rows(value, kind)
+        outputs += [node for pair in factors for node in pair] or [value]
+        taken.append(new_kind if factors else kind)
+    output.args = (tuple(outputs),)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return tuple(taken)
+
+
+def _outer(value: Node, kind: Kind) -> tuple[list[Factors], Kind]:
+    """A and B with value = A^T B."""
+    transposed = False
+    source = value
+    while source.target in (aten.t.default, aten.detach.default):
+        transposed ^= source.target == aten.t.default
+        (source,) = source.all_input_nodes
+    if source.target != aten.mm.default:
+        return [], kind
+    left, right = source.all_input_nodes if len(source.all_input_nodes) == 2 else source.all_input_nodes * 2
+    factors = (right, _t(left, source)) if transposed else (_t(left, source), right)
+    return [factors], ("outer", *kind[1:])
+
+
+def _rows(value: Node, kind: Kind) -> tuple[list[Factors], Kind]:
+    """The products that add up to the rows of a result whose chunks lie one behind the other."""
+    sizes = list(value.meta["val"].shape)
+    dim, outer, inner = kind[1:]
+    contiguous = outer == 1 and prod(sizes[:dim]) == 1
+    products = _summands(value) if contiguous and dim < len(sizes) - 1 else []
+    sizes[dim] = 0
+    return products, ("rows", len(products), (dim, outer, inner), tuple(sizes))
+
+
+def _summands(value: Node) -> list[Factors]:
+    """Factors of the products that a value is the sum of, row by row; none where it is anything else."""
+    rows = value
+    while rows.target in (*RESHAPES, aten.detach.default) and len(rows.users) == 1:
+        rows = rows.all_input_nodes[0]
+    if len(rows.users) > 1 or not _has_rows_of(rows, value):
+        return []  # the body needs it all the same, or its rows are not those of the result
+    if rows.target == aten.mm.default:
+        left, right = rows.args
+        assert isinstance(left, Node)
+        assert isinstance(right, Node)
+        return [(left, right)]
+    if rows.target == aten.add.Tensor and not rows.kwargs and len(rows.all_input_nodes) == 2:
+        operands = rows.all_input_nodes
+        parts = [_summands(operand) if _has_rows_of(operand, rows) else [] for operand in operands]
+        return parts[0] + parts[1] if all(parts) else []
+    return []
+
+
+def _has_rows_of(part: Node, value: Node) -> bool:
+    """Whether a value has as many rows as another one, of as many columns, in the same dtype: none is repeated."""
+    a, b = part.meta["val"], value.meta["val"]
+    return a.dtype == b.dtype and a.shape[-1:] == b.shape[-1:] and sure(a.numel() == b.numel())
+
+
+def _t(node: Node, before: Node) -> Node:
+    """The transpose of a matrix; the operand itself where the matrix is a transpose already."""
+    if node.target == aten.t.default:
+        return node.all_input_nodes[0]
+    graph = node.graph
+    with graph.inserting_before(before):
+        transposed = graph.call_function(aten.t.default, (node,))
+    transposed.meta["val"] = node.meta["val"].t()
+    return transposed

@@ -1,0 +1,88 @@
+"""Plan + bodies -> the region's nodes are replaced by one call of `mini_sequence`, with its prologue and epilogue."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mst_fx.bodies.body import Body
+from mst_fx.bodies.call import Call
+from mst_fx.core.sizes import hint
+from mst_fx.placement.partition import Stages
+from mst_fx.recognise.rebuild import captured, live_ins_of
+from mst_fx.recognise.region import Region
+from mst_fx.runtime.mini_sequence import mini_sequence
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Everything that goes into the graph for one region.
+
+    Attributes:
+        region: what is replaced.
+        stages: its aten graph, cut.
+        call: bodies and literals; regions that are alike share one.
+        kept: whether the results are kept for backward although what is around them is computed again.
+    """
+
+    region: Region
+    stages: Stages
+    call: Call
+    kept: bool = False
+
+
+BODY_NAMES = ("forward", "forward_tail", "backward", "backward_tail")
+
+
+def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacement: Replacement) -> list[Node]:
+    """The call of the loop, with what runs before and after it; arguments as for `Edit.make`."""
+    region, stages, graph = replacement.region, replacement.stages, owner.graph
+    env = live_ins_of(stages.graph, region, node_of)
+    with graph.inserting_before(place):
+        for node in stages.prologue:
+            env[node] = captured(graph.node_copy(node, env.__getitem__), node)
+        bodies = [_body(owner, name, body) for name, body in zip(BODY_NAMES, replacement.call.bodies, strict=True)]
+        operands = [env[node] for node in stages.operands]
+        spec = replacement.call.spec._replace(keeps=replacement.kept)
+        call = graph.call_function(mini_sequence, (*bodies, tuple(spec), *operands))
+        call.meta = {key: value for key, value in region.last.meta.items() if key != "example_value"}
+        for position, node in enumerate(stages.results):
+            result = graph.call_function(operator.getitem, (call, position))
+            env[node] = captured(_laid_out_like(result, node.meta["val"]), node)
+        for node in stages.epilogue:
+            env[node] = captured(graph.node_copy(node, env.__getitem__), node)
+    return [env[node] for node in stages.outputs]
+
+
+def _laid_out_like(result: Node, value: torch.Tensor) -> Node:
+    """A result of the loop, which is contiguous, with its dims in memory in the order of the captured value's.
+
+    What reads it was captured for that order: not every view of one is a view of another.
+    """
+    strides = [hint(stride) for stride in value.stride()]
+    matter = [stride for stride, size in zip(strides, value.shape, strict=True) if stride and hint(size) != 1]
+    if matter == sorted(matter, reverse=True):
+        return result
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    inverse = [order.index(dim) for dim in range(len(order))]
+    graph = result.graph
+    for target, arguments in (("permute", (order,)), ("contiguous", ()), ("permute", (inverse,))):
+        result = graph.call_method(target, (result, *arguments))
+    return result
+
+
+def _body(owner: GraphModule, name: str, body: Body | None) -> Node | None:
+    """A body as an attribute of the module; one that is there already is not put there again."""
+    if body is None:
+        return None
+    prefix = f"mini_sequence_{name}_"
+    bodies = {module: child for child, module in owner.named_children() if child.startswith(prefix)}
+    attribute = bodies.get(body.module)
+    if attribute is None:
+        attribute = f"{prefix}{len(bodies)}"
+        owner.add_submodule(attribute, body.module)
+    return owner.graph.get_attr(attribute)

@@ -1,0 +1,176 @@
+"""Region -> what a loop over it has to do, whatever the length of a mini-sequence. Regions that are alike share it."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.fx import Node
+
+from mst_fx.bodies.body import connected
+from mst_fx.capture.fingerprint import likeness_of_nodes
+from mst_fx.capture.fixed_sizes import Equal, as_if_fixed, equal, fix_all, forbid_lengths, other_dims, to_be_fixed
+from mst_fx.capture.lower import lower
+from mst_fx.capture.scalar_operands import as_tensors
+from mst_fx.core.config import Config
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.values import fake_value
+from mst_fx.placement.partition import Numbers, Stages, cut
+from mst_fx.placement.placement import PARTIAL
+from mst_fx.placement.propagate import Unequal
+from mst_fx.recognise.region import Region, needs_gradient
+
+Backward = Literal["recompute", "in_forward", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """The parts of a region, and its gradients.
+
+    Attributes:
+        stages: the cut aten graph.
+        backward: how gradients are made.
+        wanted: positions of the loop's operands that get a gradient.
+        differentiable: positions of the loop's results that have one.
+        kept: positions of the results that backward reads in place of computing them again.
+        fixed: positions of the region's live-ins, numbers whose value is a part of the stages.
+        sizes: of its tensors, whose value is, or that are taken as equal.
+    """
+
+    stages: Stages
+    backward: Backward
+    wanted: tuple[int, ...]
+    differentiable: tuple[int, ...]
+    kept: tuple[int, ...]
+    fixed: tuple[int, ...] = ()
+    sizes: tuple[Any, ...] = ()
+
+
+def analysed(
+    region: Region,
+    config: Config,
+    known: dict[Hashable, Work],
+    marked: Container[str] = (),
+    sizes: tuple[Any, ...] = (),
+) -> Work:
+    """Lower and cut a region, and decide how its gradients are made.
+
+    Args:
+        region: any.
+        config: its `returned_logits` decides which results carry gradients.
+        known: the work of the regions so far; one that is like the region is found there.
+        marked: the sizes that have to vary, by their names.
+        sizes: that are fixed in its graph.
+
+    Raises:
+        Refusal: the region must not be looped.
+    """
+    key = (_likeness(region), tuple(map(str, sizes)))
+    sizes += other_dims(fake_value(region.stream), marked)
+    while key not in known:
+        try:
+            known[key] = _analysed(region, config, sizes, marked)
+        except Numbers as numbers:
+            more = to_be_fixed(numbers.read, fake_value(region.stream), marked)
+            if {*map(str, more)} <= {*map(str, sizes)}:
+                node, number = numbers.read[0]
+                raise Refusal(Reason.NUMBER, node, f"{node.target} takes {number}, which cannot be fixed") from None
+            sizes += more
+        except Unequal as unequal:
+            sizes += (_made_equal(unequal, marked),)
+    return known[key]
+
+
+def _made_equal(unequal: Unequal, marked: Container[str]) -> Equal:
+    found = equal(unequal.size, unequal.needed)
+    if found is None or (found.fixes and str(found.symbol) in marked):
+        raise Refusal(Reason.DYNAMIC, unequal.node, f"{unequal}, which may vary")
+    return found
+
+
+def fix_for(region: Region, work: Work) -> None:
+    """Fix what the work needs fixed, for this region: another value of it is compiled anew."""
+    fix_all((*work.sizes, *(fake_value(region.live_ins[position]) for position in work.fixed)))
+
+
+def _likeness(region: Region) -> Hashable:
+    inside = set(region.nodes)
+    ends = tuple(
+        (region.nodes.index(node), needs_gradient(node, inside), *_returned(region, node)) for node in region.outputs
+    )
+    modes = tuple(region.modes[node] for node in region.nodes)
+    return (likeness_of_nodes(region.nodes, region.live_ins), region.live_ins.index(region.stream), ends, modes)
+
+
+def _returned(region: Region, output: Node) -> tuple[bool, bool]:
+    """Whether an output is a large value that the graph returns, and whether it returns it as it is."""
+    return output in region.returned, any(user.op == "output" for user in output.users)
+
+
+def _analysed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Container[str]) -> Work:
+    examples = as_if_fixed([fake_value(node) for node in region.live_ins], sizes)
+    lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes, examples=examples)
+    stream = region.live_ins.index(region.stream)
+    fixed = as_tensors(lowered, region.live_ins, partial(forbid_lengths, stream=examples[stream], marked=marked))
+    placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
+    stages = cut(lowered, placeholders[stream])
+    needs_grad = _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True)))
+    wanted = tuple(i for i, node in enumerate(stages.operands) if needs_grad[node])
+    wanted, differentiable = _gradients(region, stages, wanted, config)
+    backward = _backward(stages, differentiable)
+    kept = _kept(region, stages, differentiable) if backward == "recompute" else ()
+    return Work(stages, backward, wanted, differentiable, kept, fixed, sizes)
+
+
+def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool]:
+    """Which values before the loop need a gradient: floating-point ones that depend on a live-in that does."""
+    needs: dict[Node, bool] = {}
+    for node in stages.graph.nodes:
+        value = node.meta.get("val")
+        floating = value is not None and hasattr(value, "is_floating_point") and value.is_floating_point()
+        if node.target == torch.ops.aten.detach.default:
+            needs[node] = False
+        elif node in live_in_of:
+            needs[node] = floating and bool(fake_value(live_in_of[node]).requires_grad)
+        else:
+            needs[node] = floating and any(needs[operand] for operand in node.all_input_nodes)
+    return needs
+
+
+def _kept(region: Region, stages: Stages, differentiable: tuple[int, ...]) -> tuple[int, ...]:
+    """Values that are returned as they are exist anyway: their product need not run twice."""
+    exist = [all(_returned(region, outer)) for outer in region.outputs]
+    returned = {inner for inner, exists in zip(stages.outputs, exist, strict=True) if exists}
+    return tuple(i for i in differentiable if stages.results[i] in returned)
+
+
+def _gradients(
+    region: Region, stages: Stages, wanted: tuple[int, ...], config: Config
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Positions of the loop's operands that get a gradient, and of its results from which one can come back."""
+    inside = set(region.nodes)
+    detached = region.returned if config.returned_logits == "detach" else ()
+    outputs = zip(region.outputs, stages.outputs, strict=True)
+    ends = [inner for outer, inner in outputs if needs_gradient(outer, inside) and outer not in detached]
+    reached = stages.results_behind(ends)
+    return connected(stages, wanted, reached) if reached and wanted else ((), ())
+
+
+def _backward(stages: Stages, differentiable: tuple[int, ...]) -> Backward:
+    """Gradients come in the forward where one scalar comes out, and recomputing it would cost a matrix product.
+
+    fp16 needs the true upstream scale: it recomputes.
+    """
+    if not differentiable:
+        return "none"
+    sink = stages.results[differentiable[0]]
+    scalar = len(differentiable) == 1 and stages.placements.of[sink] == PARTIAL and sink.meta["val"].numel() == 1
+    half = any(node.meta["val"].dtype == torch.float16 for node in (*stages.loop, *stages.operands) if _is_tensor(node))
+    return "in_forward" if scalar and stages.products and not half else "recompute"
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)

@@ -1,0 +1,70 @@
+"""What makes two nodes, or two regions, alike: everything that tracing them depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mst_fx.core.sizes import seen
+from mst_fx.core.values import fake_value
+
+
+def likeness_of_node(node: Node) -> Hashable:
+    """A key that is equal for nodes that do the same with operands of the same shapes."""
+    operands = node.all_input_nodes
+    number = {operand: position for position, operand in enumerate(operands)}
+    given = tuple(map(like, operands))
+    return (node.op, node.target, _owner(node), given, like(node.args, number), like(node.kwargs, number))
+
+
+def likeness_of_nodes(nodes: Sequence[Node], live_ins: Sequence[Node]) -> Hashable:
+    """A key that is equal for sequences of nodes that compute the same of live-ins of the same shapes.
+
+    Args:
+        nodes: in graph order.
+        live_ins: the values that they read from outside.
+    """
+    number: dict[Node, int] = {node: position for position, node in enumerate((*live_ins, *nodes))}
+    given = tuple((like(node), fake_requires_grad(node)) for node in live_ins)
+    return (given, tuple((n.op, n.target, _owner(n), like(n.args, number), like(n.kwargs, number)) for n in nodes))
+
+
+def fake_requires_grad(node: Node) -> bool:
+    """Whether the value needed a gradient when it was captured."""
+    value = fake_value(node)
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _owner(node: Node) -> int | None:
+    """What the target is looked up in, where it is only a name."""
+    return id(node.graph) if node.op in ("call_module", "get_attr") else None
+
+
+def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
+    """A key that is equal for arguments of equal shapes and values.
+
+    Args:
+        value: a node stands for what it produced.
+        number: nodes that stand for themselves.
+    """
+    if isinstance(value, Node):
+        return (Node, number[value]) if number and value in number else like(fake_value(value))
+    if isinstance(value, torch.Tensor):
+        return (tuple(map(like, value.shape)), tuple(map(like, value.stride())), value.dtype, value.device)
+    if isinstance(value, (tuple, list)):
+        return tuple(like(part, number) for part in value)
+    if isinstance(value, dict):
+        return tuple((name, like(part, number)) for name, part in value.items())
+    if isinstance(value, slice):
+        return (slice, *(like(part, number) for part in (value.start, value.stop, value.step)))
+    if isinstance(value, torch.SymFloat) and seen(value) is not None:
+        return (type(value), seen(value))  # an operand of a loop; or fixed, for each region (see `scalar_operands`)
+    if isinstance(value, SYMBOLS) or not isinstance(value, Hashable):
+        return (type(value), str(value))  # to hash a symbol is to guard on it
+    return (type(value), value)  # 1, 1.0 and True are equal, but not alike
+
+
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -1,0 +1,169 @@
+"""Sizes that a loop needs fixed, or equal: a region is analysed as if they were, and they are where its loop is put.
+
+What is fixed is a guard, and another value compiles anew: a region that is left alone must leave none.
+
+Private torch API: the symbols of sizes and their values. Run on torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch.fx import Node
+from torch.utils._pytree import tree_map
+
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.sizes import depends_on_data, fix, hint, is_symbolic
+
+
+@dataclass(frozen=True)
+class Equal:
+    """Two sizes that vary, and that a loop needs the same.
+
+    Attributes:
+        size, other: SymInts, or one of them a number; they were the same when the graph was captured.
+        symbol, value: what one symbol of them is then, as sympy has it.
+    """
+
+    size: Any
+    other: Any
+    symbol: Any
+    value: Any
+
+    @property
+    def fixes(self) -> bool:
+        """Whether a size is a number then."""
+        return not self.value.free_symbols
+
+    def __str__(self) -> str:
+        return f"{self.size} == {self.other}"
+
+
+def equal(size: Any, other: Any) -> Equal | None:
+    """Two sizes as one; None where no symbol can be had from the other ones by adding up alone."""
+    expressions = [x.node.expr if isinstance(x, torch.SymInt) else sympy.Integer(x) for x in (size, other)]
+    difference = sympy.expand(expressions[0] - expressions[1])
+    for symbol in (*expressions[0].free_symbols, *expressions[1].free_symbols):
+        factor = difference.coeff(symbol)
+        value = sympy.expand(symbol - factor * difference)
+        if factor in (1, -1) and symbol not in value.free_symbols:
+            return Equal(size, other, symbol, value)
+    return None
+
+
+def fix_all(sizes: Sequence[Any]) -> None:
+    """Make sizes what they were seen to be, or equal: guards, with which other ones compile anew."""
+    for size in sizes:
+        if isinstance(size, Equal):
+            bool(size.size == size.other)
+        else:
+            fix(size)
+
+
+def other_dims(stream: torch.Tensor, marked: Container[str]) -> tuple[Any, ...]:
+    """The sizes of a stream that must not vary: only one dim may, the longest; of another, the batch, none but one.
+
+    Args:
+        stream: the captured value.
+        marked: the sizes that have to vary, by their names.
+    """
+    varying = sorted((size for size in stream.shape[:-1] if is_symbolic(size)), key=hint)
+    return tuple(size for size in varying[:-1] if not depends_on_data(size) and str(size) not in marked)
+
+
+def to_be_fixed(read: Sequence[tuple[Node, Node]], stream: torch.Tensor, marked: Container[str]) -> tuple[Any, ...]:
+    """The numbers that ops of a loop read, to be fixed.
+
+    Args:
+        read: (the op, the number) for each.
+        stream: the captured value: its length must not be fixed.
+        marked: the sizes that have to vary, by their names.
+
+    Raises:
+        Refusal: one of them must not be fixed, or cannot be.
+    """
+    for node, number in read:
+        forbid_lengths(node, number.meta["val"], stream, marked)
+    return tuple(number.meta["val"] for _, number in read)
+
+
+def forbid_lengths(node: Node, number: Any, stream: torch.Tensor, marked: Container[str]) -> None:
+    """Raise a refusal for a number that depends on the data, or on a length that must stay free.
+
+    Args:
+        node: what takes the number.
+        number: to be fixed.
+        stream: the captured value, whose lengths stay free.
+        marked: the sizes that have to vary, by their names.
+    """
+    if not number.node.has_hint():
+        raise Refusal(Reason.NUMBER, node, f"{node.target} takes a number that depends on the data")
+    symbols = number.node.expr.free_symbols
+    sizes: list[Any] = [size for size in stream.shape if is_symbolic(size)]
+    lengths = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
+    if not symbols.isdisjoint(lengths) or any(str(symbol) in marked for symbol in symbols):
+        raise Refusal(Reason.NUMBER, node, f"{node.target} takes a number that varies with the length")
+
+
+def as_if_fixed(values: Sequence[Any], sizes: Sequence[Any]) -> list[Any]:
+    """Captured values as they would be if these sizes were fixed; adds no guard.
+
+    Args:
+        values: fake tensors, sizes, and whatever else.
+        sizes: to be fixed, or equal; what depends on the data cannot be.
+    """
+    seen = known_of(sizes)
+    return [tree_map(lambda leaf: _with(leaf, seen), value) if seen else value for value in values]
+
+
+def known_of(sizes: Sequence[Any], known: Mapping[Any, Any] | None = None) -> dict[Any, Any]:
+    """What sizes that are fixed, or equal, say of symbols, all with sympy.
+
+    Args:
+        sizes: the latter ones may be made of what the former ones leave.
+        known: values of symbols that are known from elsewhere.
+    """
+    seen = {symbol: sympy.sympify(value) for symbol, value in (known or {}).items()}
+    for size in sizes:
+        more = {size.symbol: size.value} if isinstance(size, Equal) else dict(_symbols(size))
+        more = {symbol: sympy.sympify(value).xreplace(seen) for symbol, value in more.items()}
+        seen = {symbol: value.xreplace(more) for symbol, value in seen.items()} | more
+    return seen
+
+
+def _symbols(size: Any) -> Iterator[tuple[Any, Any]]:
+    """The symbols that a size is made of, and the values that they had."""
+    for symbol in size.node.expr.free_symbols:
+        yield symbol, size.node.shape_env.backed_var_to_val[symbol]
+
+
+def _with(value: Any, seen: dict[Any, Any]) -> Any:
+    if isinstance(value, torch.SymInt):
+        return _size_with(value, seen)
+    if isinstance(value, torch.SymFloat | torch.SymBool):
+        expression = value.node.expr.xreplace(seen)
+        return value if expression.free_symbols else type(value.node.hint)(expression)
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return value
+    before = (*value.shape, *value.stride())
+    after = [_size_with(size, seen) for size in before]
+    if all(a is b for a, b in zip(before, after, strict=True)):
+        return value
+    mode: Any = value.fake_mode  # type: ignore[attr-defined]
+    shape, stride = after[: value.dim()], after[value.dim() :]
+    with mode, torch.no_grad():
+        fixed = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+    return fixed.requires_grad_(value.requires_grad)
+
+
+def _size_with(size: Any, seen: dict[Any, Any]) -> Any:
+    if not isinstance(size, torch.SymInt) or size.node.expr.free_symbols.isdisjoint(seen):
+        return size
+    expression = size.node.expr.xreplace(seen)
+    if expression.is_number:
+        return int(expression)
+    return size.node.shape_env.create_symintnode(expression, hint=size.node.hint)

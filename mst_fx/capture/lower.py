@@ -1,0 +1,188 @@
+"""Nodes of the captured torch-level graph -> an aten graph of the same computation.
+
+Composite ops are opened (see `decompositions`), autocast's casts become explicit nodes, no_grad blocks become detach
+nodes, and writes to values of the region itself become out-of-place ops.
+
+Private torch API: fake tensors and those of torch.func's transforms, the fake mode of the captured values, what is
+known of sizes that vary, modules whose code is written late. Run on torch 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node, map_arg
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.traceback import preserve_node_meta, set_current_meta
+from torch.utils._pytree import tree_map_only
+
+from mst_fx.capture.decompositions import openings
+from mst_fx.core.clean_room import without_autocast
+from mst_fx.core.graph_modules import layout_free
+from mst_fx.core.modes import Mode
+from mst_fx.core.sizes import any_length, is_symbolic
+from mst_fx.core.values import fake_value
+from mst_fx.ops.overwritten import WithoutWrites
+
+T = TypeVar("T")
+aten = torch.ops.aten
+
+
+def lower(
+    owner: GraphModule,
+    nodes: Sequence[Node],
+    live_ins: Sequence[Node],
+    outputs: Sequence[Node],
+    modes: Mapping[Node, Mode],
+    *,
+    examples: Sequence[Any] | None = None,
+    gathers: bool = True,
+) -> GraphModule:
+    """Trace `nodes` of `owner` (in graph order) into aten.
+
+    Args:
+        owner: the module that the nodes' graph belongs to.
+        nodes: what to trace.
+        live_ins: the values that the nodes read from outside; they become placeholders, in this order.
+        outputs: the values to return, in this order.
+        modes: of the nodes.
+        examples: to trace on, in place of the captured values of the live-ins.
+        gathers: as for `openings`.
+
+    Returns:
+        A graph module whose nodes carry fake values in `meta["val"]`.
+    """
+    recorded = any(modes[node].grad for node in nodes)
+
+    def run(*values: Any) -> list[Any]:
+        env = dict(zip(live_ins, values, strict=True))
+        for node in nodes:
+            with set_current_meta(node), under(modes[node].autocast):  # each aten op remembers the user's line
+                run_node = execute if modes[node].grad or not recorded else _execute_unrecorded
+                env[node] = run_node(owner, node, env)
+        return [env[node] for node in outputs]
+
+    examples = [fake_value(node) for node in live_ins] if examples is None else list(examples)
+    with tracing(examples):
+        lowered = make_fx(run, decomposition_table=openings(gathers))(*examples)
+        if any(mutates(node) for node in lowered.graph.nodes):
+            out_of_place = torch.func.functionalize(WithoutWrites(lowered).run, remove="mutations")
+            with without_autocast():  # its casts are explicit by now
+                lowered = make_fx(out_of_place, decomposition_table=openings(gathers))(*examples)
+        _settle(lowered)
+    return lowered
+
+
+@contextmanager
+def tracing(examples: Sequence[Any]) -> Iterator[None]:
+    """In the fake mode of the captured values; gradients are the body's business."""
+    modes = {value.fake_mode for value in examples if hasattr(value, "fake_mode")}
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(preserve_node_meta())
+        if len(modes) == 1:
+            stack.enter_context(modes.pop())
+        if any(map(is_symbolic, _sizes(examples))):
+            stack.enter_context(enable_python_dispatcher())  # else composite ops ask for sizes of their own
+            stack.enter_context(ShapeEnv().suppress_guards())  # for this thread: what is asked here guards nothing
+        yield
+
+
+@contextmanager
+def under(autocast: Sequence[Sequence[Any]]) -> Iterator[None]:
+    """Inside these autocast blocks, outermost first; each use of a weight is cast by itself."""
+    with ExitStack() as stack:
+        for device_type, dtype, enabled, _ in autocast:
+            stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled=False))
+        yield
+
+
+def mutates(node: Node) -> bool:
+    """Whether an aten op writes to an operand."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _sizes(values: Sequence[Any]) -> list[Any]:
+    return [size for value in values for size in (value.shape if isinstance(value, torch.Tensor) else (value,))]
+
+
+MakeInputs: TypeAlias = Callable[[int], Sequence[torch.Tensor]]
+
+
+def trace(function: Callable[..., Any], make_inputs: MakeInputs, length: int | None) -> GraphModule:
+    """Trace a function into aten on fake tensors of its own, whatever autocast or grad mode is on; not recompiled.
+
+    Args:
+        function: of tensors; it may differentiate.
+        make_inputs: called with the length under the fake mode.
+        length: of the chunk in positions; None traces for every length.
+    """
+    traced = on_fakes(make_fx(function), make_inputs, length)
+    for node in traced.graph.nodes:
+        node.target = layout_free(node.target)
+    return traced
+
+
+def on_fakes(function: Callable[..., T], make_inputs: MakeInputs, length: int | None) -> T:
+    """Run a function on fake tensors of its own, whatever autocast or grad mode is on; arguments as for `trace`."""
+    shape_env = ShapeEnv()
+    dispatcher = enable_python_dispatcher() if length is None else nullcontext()
+    with FakeTensorMode(shape_env=shape_env), dispatcher, torch.enable_grad(), without_autocast():
+        return function(*make_inputs(any_length(shape_env) if length is None else length))
+
+
+def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
+    """Run one node on the values of its operands."""
+    args: Any
+    args, kwargs = map_arg((node.args, node.kwargs), lambda operand: env[operand])
+    if node.target is operator.setitem and isinstance(args[2], int | float):
+        args = (*args[:2], torch.full((), args[2], dtype=args[0].dtype, device=args[0].device))
+    if node.op == "call_function":
+        function: Any = node.target
+        return function(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "call_module":
+        return owner.get_submodule(str(node.target))(*args, **kwargs)
+    raise ValueError(f"cannot run {node.op} {node.target}")
+
+
+def _execute_unrecorded(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
+    """Run one node of a no_grad block: of a result that is new no gradient goes back to the operands.
+
+    An op in place gives back its operand, which has the gradient that it had.
+    """
+    given: dict[int, torch.Tensor] = {}
+
+    def detached(value: torch.Tensor) -> torch.Tensor:
+        alias = value.detach() if value.is_floating_point() or value.is_complex() else value
+        given[id(alias)] = value
+        return alias
+
+    operands = {operand: tree_map_only(torch.Tensor, detached, env[operand]) for operand in node.all_input_nodes}
+    result = execute(owner, node, operands)
+    return tree_map_only(torch.Tensor, lambda value: given.get(id(value), value), result)
+
+
+def _settle(lowered: GraphModule) -> None:
+    """Write sizes that are known by now as numbers."""
+    for node in lowered.graph.nodes:
+        node.args, node.kwargs = map_arg(
+            (node.args, node.kwargs), lambda operand: _settled(operand, operand.meta["val"])
+        )
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
+            shape, stride = ([_settled(size, size) for size in sizes] for sizes in (value.shape, value.stride()))
+            node.meta["val"] = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+
+
+def _settled(instead: Any, size: Any) -> Any:
+    known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    return instead if known is None else known

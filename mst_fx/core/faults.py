@@ -1,0 +1,75 @@
+"""Errors inside the pass: each costs the loop that it meets, never the compile, and is told.
+
+Private torch API: the exceptions by which Dynamo and activation checkpointing start or stop something; looked up by
+name, as a version may lack one. Run on torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from types import ModuleType
+
+import torch
+import torch.utils.checkpoint
+from torch.fx import Node
+
+from mst_fx.core.refusal import Reason, Refusal
+
+log = logging.getLogger("mst_fx")
+
+_NAMES = (
+    (torch._dynamo.exc, "RestartAnalysis"),  # a number has turned out to be fixed: the program is captured once more
+    (torch._dynamo.exc, "TensorifyScalarRestartAnalysis"),
+    (torch.utils.checkpoint, "_StopRecomputationError"),  # all that a checkpoint needs is there
+)
+PASSING: tuple[type[BaseException], ...] = tuple(
+    getattr(module, name) for module, name in _NAMES if hasattr(module, name)
+)
+"""Exceptions that are nobody's error, and pass through."""
+
+
+def refusal_for(error: Exception, node: Node | None, doing: str, *, strict: bool) -> Refusal:
+    """What is told of an exception: one line as a warning, its traceback as a debug message.
+
+    Args:
+        error: being handled.
+        node: of the captured graph where it happened, as far as that is known.
+        doing: what failed.
+        strict: raise it.
+
+    Raises:
+        Exception: the error itself, where it is to be raised or is none.
+    """
+    if strict or isinstance(error, PASSING):
+        raise error
+    name = missing_name(error)
+    words = f"{doing}: {words_of(error)}" if name is None else f"{doing}: torch {torch.__version__} has no {name}"
+    log.warning("mst_fx: %s; not looped", words)
+    log.debug("mst_fx: %s", words, exc_info=error)
+    return Refusal(Reason.INTERNAL if name is None else Reason.TORCH, node, words)
+
+
+def missing_name(error: BaseException | None) -> str | None:
+    """The name that a module of torch was asked for in vain; None where the error, and what caused it, is another."""
+    while error is not None:
+        if isinstance(error, ImportError) and _is_of_torch(error.name):
+            return str(error).removeprefix("cannot import name ").partition(" (")[0]
+        op = re.search(r"'_OpNamespace' '(\w+)' object has no attribute '(\w+)'", str(error))
+        if op is not None:
+            return f"torch.ops.{op[1]}.{op[2]}"
+        owner = getattr(error, "obj", None)
+        if isinstance(error, AttributeError) and isinstance(owner, ModuleType) and _is_of_torch(owner.__name__):
+            return f"{owner.__name__}.{error.name}"
+        error = error.__cause__
+    return None
+
+
+def _is_of_torch(module: str | None) -> bool:
+    return (module or "").partition(".")[0] == "torch"
+
+
+def words_of(error: Exception) -> str:
+    """An exception in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,93 @@
+"""Sizes that are known, and those that are only known at run time; asking adds no guard.
+
+Private torch API: the symbols of sizes and what was seen of them. Run on torch 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+
+def hint(size: Any) -> int:
+    """The size that was seen when the graph was captured, or that `mark_dynamic(hint_override=)` names.
+
+    Asking for it adds no guard. Of a size that depends on the data nothing was seen: any will do, the region is refused
+    later.
+    """
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    if not size.node.has_hint():
+        return UNSEEN
+    if not _long.get():
+        return int(size.node.hint)
+    expression, shape_env = size.node.expr, size.node.shape_env
+    return int(expression.xreplace({symbol: _long_value(shape_env, symbol) for symbol in expression.free_symbols}))
+
+
+def _long_value(shape_env: Any, symbol: Any) -> Any:
+    return max(shape_env.backed_var_to_val[symbol], min(LONG, shape_env.var_to_range[symbol].upper))
+
+
+UNSEEN = 64
+
+
+LONG = 65536
+"""Positions: where heads, and MLPs that are computed again anyway, take their part of any model's memory."""
+
+
+_long = ContextVar("_long", default=False)
+
+
+@contextmanager
+def long_lengths() -> Iterator[None]:
+    """In here `hint` takes sizes that may vary for LONG, or for the longest that they may be."""
+    token = _long.set(True)
+    try:
+        yield
+    finally:
+        _long.reset(token)
+
+
+def depends_on_data(size: Any) -> bool:
+    """Whether a size was not even known when the graph was captured."""
+    return isinstance(size, torch.SymInt) and not size.node.has_hint()
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value of a traced graph is a size or a list of sizes, no tensor."""
+    if isinstance(value, tuple | list):
+        return all(map(is_size, value))
+    return isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def is_symbolic(size: Any) -> bool:
+    """Whether a size is only known at run time."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
+def fix(number: Any) -> None:
+    """Make a number the one that was seen: another one is compiled anew."""
+    kinds = {torch.SymFloat: float, torch.SymBool: bool}
+    kinds.get(type(number), int)(number)
+
+
+def seen(number: torch.SymFloat) -> float | None:
+    """The value that a float had when the graph was captured, None where it depends on the data; adds no guard."""
+    return float(number.node.hint) if number.node.has_hint() else None
+
+
+def any_length(shape_env: ShapeEnv) -> int:
+    """A symbol for the length of a chunk, of which nothing is assumed but that it is 2 or more.
+
+    Code compiled for it is right for 1, too: the symbol has no value that could be specialised on.
+    """
+    with shape_env.ignore_fresh_unbacked_symbols():
+        length: Any = shape_env.create_unbacked_symint()
+    torch._check(length >= 2)
+    return length

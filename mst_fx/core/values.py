@@ -1,0 +1,43 @@
+"""What is known of a captured value: fake tensors and plain values."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mst_fx.core.sizes import hint
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def fake_value(node: Node) -> Any:
+    """What the node produced when the graph was captured: fake tensors and plain values."""
+    return node.meta.get("example_value")
+
+
+def is_transformed(value: torch.Tensor) -> bool:
+    """Whether a value lives inside of a vmap, or another transform of torch.func, that was captured step by step."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def is_sharded(value: object) -> bool:
+    """Whether a value is a DTensor: its ops communicate, and keep what they saw for the whole process."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # nobody has made one where nobody has loaded it
+    return distributed is not None and isinstance(value, distributed.DTensor)
+
+
+def bytes_of(value: torch.Tensor) -> int:
+    """Bytes of a value at the lengths that `hint` tells."""
+    return hint(value.numel()) * value.element_size()
+
+
+def marked_sizes(gm: GraphModule) -> frozenset[str]:
+    """The sizes that the user has marked as varying (`mark_dynamic`): to fix one of them is an error."""
+    marked: set[str] = set()
+    for node in gm.graph.nodes:
+        given = getattr(node.meta.get("grapharg"), "example", None)
+        marked.update(str(fake_value(node).shape[dim]) for dim in getattr(given, "_dynamo_dynamic_indices", ()))
+    return frozenset(marked)

@@ -1,0 +1,6 @@
+"""Where each value of an aten graph lies across the mini-sequences, and what runs before, in and behind the loop.
+
+In: an aten graph and the placeholder that carries the tokens.
+Out: Placements, Stages.
+Imports: core, ops.
+"""

@@ -1,0 +1,216 @@
+"""Aten graph, split axis -> the placement of every value, or a refusal.
+
+1. Guess: the given placeholders are split, everything else is whole.
+2. Walk forward through the rules.
+3. A rule that needs a whole operand split raises a demand: follow it back to the placeholders (or to an op that can
+   make the rows of one mini-sequence by itself), split those too, and walk again.
+4. A partial sum stays one through linear ops; what else reads it belongs to the epilogue, which runs once, after the
+   loop.
+5. A sum that does not depend on the given placeholders (a count of labels) is whole: it is known before the loop.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.sizes import depends_on_data, hint, is_size
+from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split, sure
+from mst_fx.placement.rules import Demand, Result, args_of, demands_of, is_linear, mixed, route, rule_for, shape_of
+from mst_fx.placement.rules.creation import DRAWS, FILLS
+
+
+@dataclass(frozen=True)
+class Placements:
+    """The outcome: where each value lies.
+
+    Attributes:
+        of: placement of each node that runs before or in the loop (a tuple for several results).
+        epilogue: the nodes that run once, after the loop, in graph order.
+        made: split values that are made whole, before the loop, and split then.
+    """
+
+    of: Mapping[Node, Result]
+    epilogue: tuple[Node, ...]
+    made: frozenset[Node] = frozenset()
+
+
+class Unequal(Exception):  # noqa: N818 - control flow within the analysis
+    """Two sizes that vary must be the same for a region to be split; when the graph was captured, they were.
+
+    Attributes:
+        node: of the first size.
+        size: of the dim that is to hold the axis.
+        needed: what the axis makes of it.
+    """
+
+    def __init__(self, node: Node, size: Any, needed: Any) -> None:
+        super().__init__(f"{node} has {size} positions where the axis has {needed}")
+        self.node = node
+        self.size = size
+        self.needed = needed
+
+
+def propagate(graph: Graph, seeds: Mapping[Node, Split], until: Node | None = None) -> Placements:
+    """Place every value of `graph` (in front of `until`) when the values `seeds` are split.
+
+    Raises:
+        Refusal: an op without a rule, or one that makes positions of the axis depend on one another.
+        Spans: the axis must be cut along a part of it.
+        Unequal: two sizes would have to be the same.
+    """
+    nodes = [node for node in graph.nodes if node.op != "output"]
+    if until is not None:
+        nodes = nodes[: nodes.index(until)]
+    for node in nodes:
+        forbid_effects(node)
+    forced: dict[Node, Split] = dict(seeds)
+    while True:
+        try:
+            return _walk(nodes, frozenset(seeds), forced)
+        except Demand as demand:
+            found = origins(demand.node, demand.split)
+            if all(forced.get(node) == split for node, split in found.items()):
+                raise mixed(demand.node, "is needed both whole and split") from None
+            for node, split in found.items():
+                _check_fits(node, split, seeds)
+                if forced.setdefault(node, split) != split:
+                    raise mixed(node, f"is needed split as {forced[node]} and {split}") from None
+
+
+def _check_fits(node: Node, split: Split, seeds: Mapping[Node, Split]) -> None:
+    """What a demand comes down to is a guess: the value must have the axis."""
+    seed, axis = next(iter(seeds.items()))
+    shape = shape_of(node)
+    if split.dim < len(shape):
+        size, needed = shape[split.dim], split.outer * axis.axis_length(shape_of(seed)) * split.inner
+        if sure(size == needed):
+            return
+        if hint(size) == hint(needed) and not (depends_on_data(size) or depends_on_data(needed)):
+            raise Unequal(node, size, needed)  # `gather` takes fewer rows than there are: nobody has compared them
+    raise mixed(node, f"is needed split as {split}, and has no such axis")
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.placements: dict[Node, Result] = {}
+
+    def of(self, arg: Any) -> Placement:
+        if not isinstance(arg, Node):
+            return WHOLE
+        placement = self.placements[arg]
+        assert not isinstance(placement, tuple)
+        return placement
+
+
+def _walk(nodes: Sequence[Node], seeds: frozenset[Node], forced: Mapping[Node, Split]) -> Placements:
+    flow = _Walk()
+    epilogue: dict[Node, None] = {}
+    dependent = set(seeds)
+    for node in nodes:
+        operands = node.all_input_nodes
+        if not dependent.isdisjoint(operands):
+            dependent.add(node)
+        placement = _placed(node, flow, forced) if epilogue.keys().isdisjoint(operands) else None
+        if placement is None:
+            _check_epilogue(node, flow.placements, epilogue)
+            epilogue[node] = None
+            continue
+        known = placement == PARTIAL and node not in dependent and _is_small(node, seeds)
+        flow.placements[node] = WHOLE if known else placement
+    made = (node for node in forced if node.op == "call_function" and node.target not in MADE_IN_PARTS)
+    return Placements(flow.placements, tuple(epilogue), frozenset(made))
+
+
+def _placed(node: Node, flow: _Walk, forced: Mapping[Node, Split]) -> Result | None:
+    """The placement; None for what waits until a sum is whole."""
+    if any(flow.placements[operand] == PARTIAL for operand in node.all_input_nodes):
+        return PARTIAL if is_linear(node, flow) else None
+    if node in forced and node.target not in FILLS:  # a fill reads no more than its operand's dtype
+        _check_forced(node, flow)
+    return forced.get(node) or _place(node, flow)
+
+
+MADE_IN_PARTS = (*FILLS, torch.ops.aten.expand.default)
+
+
+def _is_small(node: Node, seeds: frozenset[Node]) -> bool:
+    """Whether nothing that a value is made of is larger than what is split."""
+    limit = max(hint(seed.meta["val"].numel()) for seed in seeds)
+    pending, seen = [node], set()
+    while pending:
+        value = pending.pop()
+        if value not in seen:
+            seen.add(value)
+            pending.extend(value.all_input_nodes)
+    tensors = (value.meta["val"] for value in seen if isinstance(value.meta.get("val"), torch.Tensor))
+    return all(hint(tensor.numel()) <= limit for tensor in tensors)
+
+
+def _check_forced(node: Node, flow: _Walk) -> None:
+    """What makes a part by itself must not read parts of something."""
+    if any(flow.placements[operand] != WHOLE for operand in node.all_input_nodes):
+        raise mixed(node, "is needed split one way, and its operand is split another way")
+
+
+def _place(node: Node, flow: _Walk) -> Result:
+    if node.op == "placeholder":
+        return WHOLE
+    if node.op != "call_function":
+        raise Refusal(Reason.UNKNOWN_OP, node, f"{node.op} {node.target} stands in the region")
+    if is_size(node.meta.get("val")):
+        return WHOLE  # a size of the whole; what is split takes its sizes from the chunk
+    if node.target is operator.getitem:
+        source, index = args_of(node)
+        placement = flow.placements[source]
+        return placement[index] if isinstance(placement, tuple) else placement
+    routed = route(node, flow)
+    if routed is not None:
+        return routed
+    rule = rule_for(node.target)
+    if rule is None:
+        if all(flow.placements[operand] == WHOLE for operand in node.all_input_nodes):
+            return WHOLE
+        raise Refusal(Reason.UNKNOWN_OP, node, f"{node.target} has no placement rule")
+    return rule(node, flow)
+
+
+def forbid_unruled(node: Node) -> None:
+    """Raise a refusal for an aten node that has no placement rule."""
+    if is_size(node.meta.get("val")) or node.target is operator.getitem:
+        return
+    if rule_for(node.target) is None:
+        raise Refusal(Reason.UNKNOWN_OP, node, f"{node.target} has no placement rule")
+
+
+def forbid_effects(node: Node) -> None:
+    """Raise a refusal for an aten node that draws random numbers or writes to an operand."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        if torch.Tag.nondeterministic_seeded in node.target.tags and node.target not in DRAWS:
+            raise Refusal(Reason.RANDOM, node, f"{node.target} draws random numbers, which a recompute cannot replay")
+        if node.target._schema.is_mutable:
+            raise Refusal(Reason.MUTATION, node, f"{node.target} writes to its operand")
+
+
+def _check_epilogue(node: Node, placements: Mapping[Node, Result], epilogue: Mapping[Node, None]) -> None:
+    for operand in node.all_input_nodes:
+        if operand not in epilogue and placements[operand] not in (WHOLE, PARTIAL):
+            text = f"{node.target} needs a sum over the axis and every position of it"
+            raise Refusal(Reason.TWO_PASSES, node, text)
+
+
+def origins(node: Node, split: Split) -> dict[Node, Split]:
+    """The placeholders and self-made values to split so that `node` comes out as `split`."""
+    if node.op == "placeholder":
+        return {node: split}
+    demands = demands_of(node, split)
+    found: dict[Node, Split] = {} if demands else {node: split}
+    for operand, demanded in demands.items():
+        found |= origins(operand, demanded)
+    return found

@@ -1,0 +1,95 @@
+"""Matrix products: split rows give split rows; a contraction over the axis gives a partial sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split
+from mst_fx.placement.rules.registry import Demand, Flow, args_of, back, mixed, rule, shape_of
+
+aten = torch.ops.aten
+
+GROUPED = (aten._grouped_mm.default,)
+"""Rows times one matrix a group; placed by `rules.routing`."""
+CONTRACTIONS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, *GROUPED)
+
+
+def factors(node: Node) -> tuple[Any, Any]:
+    """The two operands that are multiplied."""
+    left, right = args_of(node)[:2] if node.target in GROUPED else args_of(node)[-2:]
+    return left, right
+
+
+@rule(aten.mm.default, aten.bmm.default)
+def product(node: Node, flow: Flow) -> Placement:
+    """[.., n, k] @ [.., k, m] -> [.., n, m]."""
+    return _product(node, flow, args_of(node)[0], args_of(node)[1])
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+def product_plus(node: Node, flow: Flow) -> Placement:
+    """Bias + product; the bias broadcasts as in a pointwise op."""
+    bias, left, right = args_of(node)[:3]
+    result = _product(node, flow, left, right)
+    if result == PARTIAL:
+        raise mixed(node, "adds a bias to a sum over the axis")
+    expected: Placement = WHOLE
+    if isinstance(result, Split):
+        shape = shape_of(bias)
+        dim = result.dim - len(shape_of(node)) + len(shape)
+        expected = result.moved(dim) if dim >= 0 and shape[dim] != 1 else WHOLE
+    if flow.of(bias) == WHOLE and isinstance(expected, Split):
+        raise Demand(_node(bias), expected)
+    if flow.of(bias) != expected:
+        raise mixed(node, f"adds a bias placed as {flow.of(bias)} to a product placed as {result}")
+    return result
+
+
+@back(aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+def product_back(node: Node, split: Split) -> dict[Node, Split]:
+    """Rows come from the left operand, columns from the right one, a batch from both, and a bias has its share."""
+    left, right = map(_node, factors(node))
+    rank = len(shape_of(node))
+    demands = {}
+    if split.dim != rank - 1:
+        demands[left] = split
+    if split.dim != rank - 2:
+        demands[right] = split
+    if len(args_of(node)) == 3:
+        bias = _node(args_of(node)[0])
+        dim = split.dim - rank + len(shape_of(bias))
+        if dim >= 0 and shape_of(bias)[dim] != 1:
+            demands[bias] = split.moved(dim)
+    return demands
+
+
+def _product(node: Node, flow: Flow, left: object, right: object) -> Placement:
+    rows, inner = len(shape_of(left)) - 2, len(shape_of(left)) - 1
+    batch = {0: 0} if rows == 1 else {}
+    a, b = flow.of(left), flow.of(right)
+    if isinstance(a, Split) and a.dim == inner and b == a.moved(rows):
+        return PARTIAL
+    if isinstance(a, Split) and a == b and rows == 1 and a.dim == 0:
+        return a  # the batch of a bmm
+    if a == WHOLE and b == WHOLE:
+        return WHOLE
+    if isinstance(a, Split) and b == WHOLE:
+        return _one_split(node, a, free=rows, partner=right, shared={inner: rows, **batch})
+    if isinstance(b, Split) and a == WHOLE:
+        return _one_split(node, b, free=inner, partner=left, shared={**batch, rows: inner})
+    raise mixed(node, f"combines values placed as {a} and {b}")
+
+
+def _one_split(node: Node, split: Split, free: int, partner: object, shared: dict[int, int]) -> Placement:
+    """Only one operand is split: along its free dim the result is; along a shared dim the partner must be too."""
+    if split.dim == free:
+        return split
+    raise Demand(_node(partner), split.moved(shared[split.dim]))
+
+
+def _node(arg: object) -> Node:
+    assert isinstance(arg, Node)
+    return arg

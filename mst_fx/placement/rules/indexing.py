@@ -1,0 +1,283 @@
+"""Gathers and look-ups along another dim than the split one, or of a whole value by split indices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mst_fx.placement.placement import WHOLE, Placement, Split, number, sure
+from mst_fx.placement.rules.creation import RANGES
+from mst_fx.placement.rules.registry import Demand, Flow, args_of, argument, back, mixed, rule, shape_of
+from mst_fx.placement.rules.view import RESHAPES
+
+aten = torch.ops.aten
+MASKS = (torch.bool, torch.uint8)
+
+
+@rule(aten.gather.default)
+def gather(node: Node, flow: Flow) -> Placement:
+    """Operand and index are split alike, along another dim; or the index alone, along the dim of the look-up."""
+    source: Any
+    index: Any
+    source, dim, index = args_of(node)[:3]
+    a, b = flow.of(source), flow.of(index)
+    split = a if isinstance(a, Split) else b
+    if not isinstance(split, Split):
+        return WHOLE
+    if argument(node, "sparse_grad"):
+        raise mixed(node, "has a sparse gradient")
+    if split.dim == dim % len(shape_of(source)):
+        if a == WHOLE:
+            return split
+        raise _rows_of(node, split, source, index, b)
+    if not sure(shape_of(source)[split.dim] == shape_of(index)[split.dim]):
+        raise mixed(node, "has fewer indices than rows")
+    for operand, placement in ((source, a), (index, b)):
+        if placement == WHOLE:
+            raise Demand(operand, split)
+        if placement != split:
+            raise mixed(node, f"combines values split as {a} and {b}")
+    return split
+
+
+@back(aten.gather.default)
+def gather_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The index lies as the result; so does the operand, but along the dim of the look-up."""
+    source, dim, index = args_of(node)[:3]
+    along = split.dim == dim % len(shape_of(source))
+    return {index: split} if along else {source: split, index: split}
+
+
+@dataclass(frozen=True)
+class Picks:
+    """The indices of some dims of a value.
+
+    Attributes:
+        indices: by the dim that they index.
+        picked: the shape that the indices broadcast to.
+        first: the first dim of the result that they make.
+        kept: the dims of the value that are not indexed, in the order that they have in the result.
+    """
+
+    indices: dict[int, Any]
+    picked: tuple[int, ...]
+    first: int
+    kept: tuple[int, ...]
+
+    def lies(self, dim: int) -> int | None:
+        """Where a dim of the value lies in the result; None where it is indexed."""
+        if dim not in self.kept:
+            return None
+        place = self.kept.index(dim)
+        return place if place < self.first else place + len(self.picked)
+
+    def comes_from(self, dim: int) -> int | None:
+        """Which dim of the value a dim of the result was; None where the indices make it."""
+        if self.first <= dim < self.first + len(self.picked):
+            return None
+        return self.kept[dim if dim < self.first else dim - len(self.picked)]
+
+    def made(self, index: Any, own: int) -> int:
+        """Which dim of the result a dim of an index makes."""
+        return self.first + len(self.picked) - len(shape_of(index)) + own
+
+    def aligned(self, index: Any, dim: int) -> int | None:
+        """Which dim of an index makes a dim of the result; None where the index is repeated along it."""
+        own = dim - self.first - len(self.picked) + len(shape_of(index))
+        return own if own >= 0 and sure(shape_of(index)[own] == self.picked[dim - self.first]) else None
+
+
+def picks_of(node: Node) -> Picks:
+    """What `index.Tensor` and `index_put` pick.
+
+    Raises:
+        Refusal: a mask picks, so that the values decide how many.
+    """
+    indices = {dim: index for dim, index in enumerate(argument(node, "indices")) if index is not None}
+    if any(index.meta["val"].dtype in MASKS for index in indices.values()):
+        raise mixed(node, "picks by a mask")
+    picked = _broadcast([shape_of(index) for index in indices.values()])
+    dims = sorted(indices)
+    together = dims == list(range(dims[0], dims[0] + len(dims)))
+    kept = tuple(dim for dim in range(len(shape_of(args_of(node)[0]))) if dim not in indices)
+    return Picks(indices, picked, dims[0] if together else 0, kept)
+
+
+def _broadcast(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape that all of them broadcast to; asking adds no guard."""
+    rank = max(map(len, shapes))
+    sizes = zip(*((1,) * (rank - len(shape)) + shape for shape in shapes), strict=True)
+    return tuple(next((size for size in each if not sure(size == 1)), 1) for each in sizes)
+
+
+@rule(aten.index.Tensor)
+def index(node: Node, flow: Flow) -> Placement:
+    """A whole value and split indices; or a value that is split along a dim without indices."""
+    source: Any = args_of(node)[0]
+    if all(flow.of(operand) == WHOLE for operand in node.all_input_nodes):
+        return WHOLE
+    picks, table = picks_of(node), flow.of(source)
+    positions = positions_of(node)
+    if any(flow.of(counted) != WHOLE for counted in positions):
+        raise mixed(node, "counts rows that are split")
+    if table == WHOLE:
+        return _picked(node, flow, picks)
+    assert isinstance(table, Split)
+    lies = picks.lies(table.dim)
+    if lies is None and picks.indices[table.dim] in positions:
+        return _paired(node, flow, picks, table)
+    if lies is None:
+        rows = next(iter(picks.indices.values()))
+        raise _rows_of(node, table, source, rows, flow.of(rows))
+    if any(flow.of(given) != WHOLE for given in picks.indices.values()):
+        raise mixed(node, "combines a split table with split indices")
+    return table.moved(lies)
+
+
+def positions_of(node: Node) -> dict[Node, int]:
+    """Indices that count all positions of the dim that they index, and the dim of theirs along which they count.
+
+    `x[arange(n), labels]` picks of each row what its own label says: rows and labels may be cut alike, and a
+    mini-sequence counts its own rows.
+    """
+    if node.target != aten.index.Tensor:
+        return {}
+    if "positions" in node.meta:  # a body is traced where sizes of the whole must not be compared
+        return dict(node.meta["positions"])
+    found = node.meta["positions"] = {}
+    for dim, index in enumerate(argument(node, "indices")):
+        counts = _counts_along(index, shape_of(args_of(node)[0])[dim]) if index is not None else None
+        if counts is not None:
+            found[index] = counts
+    return found
+
+
+def _counts_along(index: Node, size: int) -> int | None:
+    """The dim along which a value is 0, 1, 2, ... up to a size; None for any other value."""
+    shape = shape_of(index)
+    while index.target in RESHAPES:
+        index = args_of(index)[0]
+    if index.target not in RANGES:
+        return None
+    dims = [dim for dim, own in enumerate(shape) if not sure(own == 1)]
+    if len(dims) != 1:
+        return None
+    from_zero = index.target == aten.arange.default or args_of(index)[0] == 0
+    by_one = index.target != aten.arange.start_step or argument(index, "step") == 1
+    return dims[0] if from_zero and by_one and sure(shape_of(index)[0] == size) else None
+
+
+def _paired(node: Node, flow: Flow, picks: Picks, table: Split) -> Placement:
+    """Each row is picked from by the indices of its own."""
+    counted = picks.indices[table.dim]
+    result = table.moved(picks.made(counted, positions_of(node)[counted]))
+    for given in picks.indices.values():
+        own = picks.aligned(given, result.dim) if given is not counted else None
+        expected: Placement = WHOLE if own is None else table.moved(own)
+        if flow.of(given) == WHOLE and isinstance(expected, Split):
+            if given in positions_of(node):
+                raise mixed(node, "counts rows of two dims at once")
+            raise Demand(given, expected)
+        if flow.of(given) != expected:
+            raise mixed(node, "combines a split table with split indices")
+    return result
+
+
+def _picked(node: Node, flow: Flow, picks: Picks) -> Placement:
+    """The split of the indices, which broadcast; all of them lie alike."""
+    found: Split | None = None
+    for given in picks.indices.values():
+        placement = flow.of(given)
+        if isinstance(placement, Split):
+            split = placement.moved(picks.first + len(picks.picked) - len(shape_of(given)) + placement.dim)
+            if found not in (None, split):
+                raise mixed(node, f"combines indices split as {found} and {split}")
+            found = split
+    assert found is not None
+    positions = positions_of(node)
+    for dim, given in picks.indices.items():
+        if given in positions and picks.made(given, positions[given]) == found.dim:
+            raise Demand(args_of(node)[0], found.moved(dim))
+    for given in picks.indices.values():
+        own = picks.aligned(given, found.dim)
+        if own is not None and flow.of(given) == WHOLE:
+            raise Demand(given, found.moved(own))
+    return found
+
+
+@back(aten.index.Tensor)
+def index_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The rows that the indices pick, or another dim of the table."""
+    picks = picks_of(node)
+    dim = picks.comes_from(split.dim)
+    if dim is not None:
+        return {args_of(node)[0]: split.moved(dim)}
+    positions = positions_of(node)
+    demands = {}
+    for indexed, given in picks.indices.items():
+        own = picks.aligned(given, split.dim)
+        if own is not None and given in positions:
+            demands[args_of(node)[0]] = split.moved(indexed)
+        elif own is not None:
+            demands[given] = split.moved(own)
+    return demands
+
+
+def _rows_of(node: Node, table: Placement, source: Any, rows: Any, picked: Placement) -> Exception:
+    """What to raise where rows are picked from the split dim: only an order of the rows may do so."""
+    single = len(shape_of(rows)) == 1 or (bool(shape_of(rows)) and shape_of(rows)[1:] == shape_of(source)[1:])
+    alone = node.target == aten.gather.default or len(argument(node, "indices")) == 1
+    if isinstance(table, Split) and table.dim == 0 and picked == WHOLE and single and alone:
+        picks, tokens = shape_of(rows)[0], shape_of(source)[0]
+        each = number(picks // tokens)
+        if each and sure(picks % tokens == 0):
+            return Demand(rows, Split(0, table.outer, table.inner * each))
+    return mixed(node, "picks rows of the split dim")
+
+
+@rule(aten.embedding.default)
+def look_up(node: Node, flow: Flow) -> Placement:
+    """A whole table and split indices; or a table that is split along its columns."""
+    table, indices = args_of(node)[:2]
+    a, b = flow.of(table), flow.of(indices)
+    if a == b == WHOLE:
+        return WHOLE
+    if argument(node, "scale_grad_by_freq") or argument(node, "sparse"):
+        raise mixed(node, "has a gradient that counts all indices or is sparse")
+    if a == WHOLE:
+        return b
+    if not isinstance(a, Split) or a.dim == 0 or b != WHOLE:
+        raise mixed(node, "looks up in a split table")
+    return a.moved(len(shape_of(indices)))
+
+
+@back(aten.embedding.default)
+def look_up_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The rows that the indices pick, or the columns of the table."""
+    table, indices = args_of(node)[:2]
+    return {indices: split} if split.dim < len(shape_of(indices)) else {table: split.moved(1)}
+
+
+@rule(aten.index_select.default)
+def select_rows(node: Node, flow: Flow) -> Placement:
+    """A whole index along another dim, or a split index of a whole value."""
+    source, dim, rows = args_of(node)[:3]
+    split, picked = flow.of(source), flow.of(rows)
+    dim = dim % max(len(shape_of(source)), 1)
+    if split == WHOLE:
+        return picked.moved(dim) if isinstance(picked, Split) else WHOLE
+    if picked != WHOLE:
+        raise mixed(node, "has a split index")
+    if isinstance(split, Split) and split.dim == dim:
+        raise mixed(node, "selects along the split dim")
+    return split
+
+
+@back(aten.index_select.default)
+def select_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The index makes its dim, the value all others."""
+    source, dim, rows = args_of(node)[:3]
+    return {rows: split.moved(0)} if split.dim == dim % len(shape_of(source)) else {source: split}

@@ -1,0 +1,53 @@
+"""Ops that a partial sum may go through inside the loop: f(a + b) = f(a) + f(b) in the operands that are sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mst_fx.placement.placement import PARTIAL, WHOLE, Placement
+from mst_fx.placement.rules.registry import Flow, args_of
+from mst_fx.placement.rules.view import PERMUTES, RESHAPES
+
+aten = torch.ops.aten
+
+IN_THE_FIRST = (
+    *RESHAPES,
+    *PERMUTES,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.expand.default,
+    aten.neg.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.sum.default,
+    aten.sum.dim_IntList,
+    aten.mul.Scalar,
+    aten.div.Scalar,
+    aten.div.Tensor,
+)
+IN_ONE = (aten.mul.Tensor,)
+IN_ALL = (aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.stack.default)
+
+
+def is_linear(node: Node, flow: Flow) -> bool:
+    """Whether the sum of what the mini-sequences make of their parts is what the op makes of the sums."""
+    placements: list[Placement] = [flow.of(operand) for operand in node.all_input_nodes]
+    if any(placement not in (WHOLE, PARTIAL) for placement in placements):
+        return False
+    first: Any = args_of(node)[0]
+    sums = sum(placement == PARTIAL for placement in placements)
+    if node.target in IN_THE_FIRST:
+        return sums == 1 and flow.of(first) == PARTIAL and not _rounds(node)
+    if node.target in IN_ONE:
+        return sums == 1 and args_of(node)[0] is not args_of(node)[1]
+    operands = [*first] if isinstance(first, (list, tuple)) else args_of(node)[:2]
+    return node.target in IN_ALL and all(isinstance(x, Node) and flow.of(x) == PARTIAL for x in operands)
+
+
+def _rounds(node: Node) -> bool:
+    """Whether a sum is cast to a dtype that does not hold it: what is cut off the parts adds up, too."""
+    before, after = (value.meta["val"].dtype for value in (args_of(node)[0], node))
+    return after == torch.bool or torch.promote_types(before, after) != after

@@ -1,0 +1,35 @@
+"""Losses that aten computes in one op: over rows [N, C], over one row [C], over images [N, C, H, W]."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from mst_fx.placement.placement import PARTIAL, WHOLE, Split
+from mst_fx.placement.rules.registry import Demand, Flow, Result, args_of, mixed, rule, shape_of
+
+aten = torch.ops.aten
+NONE, MEAN = 0, 1  # aten's codes for `reduction`
+
+
+@rule(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
+def nll_loss(node: Node, flow: Flow) -> Result:
+    """(loss, total weight): per row, with no weight, or sums; a mean has been opened into sum / weight."""
+    scores, target, weight, reduction = args_of(node)[:4]
+    split = flow.of(scores)
+    if not isinstance(split, Split):
+        if flow.of(target) != WHOLE or flow.of(weight) != WHOLE:
+            raise mixed(node, "has split targets or class weights for whole scores")
+        return (WHOLE, WHOLE)
+    classes = 1 if len(shape_of(scores)) > 1 else 0
+    if split.dim == classes or reduction == MEAN:
+        raise mixed(node, "reduces over the split dim")
+    if flow.of(weight) != WHOLE:
+        raise mixed(node, "has split class weights")
+    expected = split.moved(split.dim - (split.dim > classes))
+    if flow.of(target) == WHOLE:
+        assert isinstance(target, Node)
+        raise Demand(target, expected)
+    if flow.of(target) != expected:
+        raise mixed(node, "has targets that are split differently")
+    return (expected if reduction == NONE else PARTIAL, PARTIAL)

@@ -1,0 +1,123 @@
+"""Ops that mix or move positions along some dims and leave every other dim as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mst_fx.placement.placement import WHOLE, Placement, Split
+from mst_fx.placement.rules.registry import Demand, Flow, Result, args_of, argument, back, mixed, rule, shape_of
+
+aten = torch.ops.aten
+
+
+def _named(name: str) -> Callable[[Node, int], set[int]]:
+    """The dims that an argument names."""
+
+    def dims(node: Node, rank: int) -> set[int]:
+        found: Any = argument(node, name)
+        return {dim % max(rank, 1) for dim in ([found] if isinstance(found, int) else found)}
+
+    return dims
+
+
+def _last(count: int) -> Callable[[Node, int], set[int]]:
+    return lambda node, rank: set(range(rank - count, rank))
+
+
+def _rolled(node: Node, rank: int) -> set[int]:
+    """Without dims the value is rolled as one long row."""
+    return _named("dims")(node, rank) or set(range(rank))
+
+
+def _padded(node: Node, rank: int) -> set[int]:
+    """Pads come in pairs, those of the last dim first."""
+    pad: Any = argument(node, "pad")
+    pairs = zip(pad[::2], pad[1::2], strict=True)
+    return {rank - 1 - place for place, pair in enumerate(pairs) if pair != (0, 0)}
+
+
+MIXED: dict[Any, Callable[[Node, int], set[int]]] = {
+    aten.flip.default: _named("dims"),
+    aten.rot90.default: _named("dims"),
+    aten.roll.default: _rolled,
+    aten.unfold.default: _named("dimension"),
+    aten.constant_pad_nd.default: _padded,
+    **dict.fromkeys((aten.tril.default, aten.triu.default), _last(2)),
+    **dict.fromkeys((aten.reflection_pad1d.default, aten.replication_pad1d.default), _last(1)),
+    **dict.fromkeys((aten.reflection_pad2d.default, aten.replication_pad2d.default), _last(2)),
+    **dict.fromkeys((aten.avg_pool2d.default, aten.max_pool2d_with_indices.default), _last(2)),
+    **dict.fromkeys((aten._adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default), _last(2)),
+    **dict.fromkeys((aten.avg_pool3d.default, aten._adaptive_avg_pool3d.default), _last(3)),
+    aten.channel_shuffle.default: lambda node, rank: {1},
+    **dict.fromkeys((aten.pixel_shuffle.default, aten.pixel_unshuffle.default), _last(3)),
+}
+"""Which dims an op mixes, given the rank of its operand."""
+LOOK_UPS = (aten.bucketize.Tensor, aten.isin.Tensor_Tensor)
+"""Each value is looked for among whole ones."""
+
+
+@rule(*MIXED)
+def mix(node: Node, flow: Flow) -> Result:
+    """Any other dim may be split."""
+    operand: Any = args_of(node)[0]
+    split = flow.of(operand)
+    if isinstance(split, Split) and split.dim in MIXED[node.target](node, len(shape_of(operand))):
+        raise mixed(node, "mixes the split dim")
+    return split if isinstance(node.meta["val"], torch.Tensor) else (split,) * len(node.meta["val"])
+
+
+@back(*MIXED)
+def mix_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The operand lies as the result."""
+    operand: Any = args_of(node)[0]
+    if split.dim >= len(shape_of(operand)):
+        raise mixed(node, "makes the dim that is needed split")
+    return {operand: split}
+
+
+@rule(*LOOK_UPS)
+def look_for(node: Node, flow: Flow) -> Placement:
+    """What is looked for may be split, not what it is looked for in."""
+    value, among = args_of(node)[:2]
+    if flow.of(among) != WHOLE:
+        raise mixed(node, "looks values up among split ones")
+    return flow.of(value)
+
+
+@back(*LOOK_UPS)
+def look_for_back(node: Node, split: Split) -> dict[Node, Split]:
+    """What is looked for lies as the result."""
+    return {args_of(node)[0]: split}
+
+
+@rule(aten.searchsorted.Tensor)
+def search(node: Node, flow: Flow) -> Placement:
+    """Values that are looked for in one whole row, or each in the row of its own."""
+    rows, values = args_of(node)[:2]
+    operands = [operand for operand in node.all_input_nodes if operand is not values]
+    split = flow.of(values)
+    if len(shape_of(rows)) == 1 or (isinstance(split, Split) and split.dim == len(shape_of(values)) - 1):
+        if any(flow.of(operand) != WHOLE for operand in operands):
+            raise mixed(node, "looks values up among split ones")
+        return split
+    found = next((p for p in map(flow.of, node.all_input_nodes) if isinstance(p, Split)), None)
+    if found is None:
+        return WHOLE
+    if found.dim == len(shape_of(rows)) - 1:
+        raise mixed(node, "looks values up among split ones")
+    for operand in (values, *operands):
+        if flow.of(operand) == WHOLE:
+            raise Demand(operand, found)
+        if flow.of(operand) != found:
+            raise mixed(node, "looks values up in rows that are split differently")
+    return found
+
+
+@back(aten.searchsorted.Tensor)
+def search_back(node: Node, split: Split) -> dict[Node, Split]:
+    """What is looked for lies as the result; the rule asks for the rows."""
+    return {args_of(node)[1]: split}

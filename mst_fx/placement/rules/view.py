@@ -1,0 +1,236 @@
+"""Ops that move, add, remove or cut dims; an op that cuts or joins the split dim itself is refused."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mst_fx.placement.placement import WHOLE, Placement, Split, refinements, through_view
+from mst_fx.placement.rules.registry import (
+    Demand,
+    Flow,
+    Result,
+    Spans,
+    args_of,
+    argument,
+    back,
+    mixed,
+    result_shape,
+    rule,
+    shape_of,
+)
+
+aten = torch.ops.aten
+
+RESHAPES = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+PERMUTES = (aten.t.default, aten.transpose.int, aten.permute.default)
+SLICES = (aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default)
+FREE = (
+    *RESHAPES,
+    *PERMUTES,
+    *SLICES,
+    aten.expand.default,
+    aten.select.int,
+    aten.unbind.int,
+    operator.getitem,
+)  # no memory of their own
+
+
+@rule(*RESHAPES)
+def reshape(node: Node, flow: Flow) -> Placement:
+    """The axis must stay within one dim."""
+    split = flow.of(args_of(node)[0])
+    return _viewed(node, split, shape_of(args_of(node)[0]), shape_of(node)) if isinstance(split, Split) else WHOLE
+
+
+@back(*RESHAPES)
+def reshape_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The same memory, read the other way."""
+    return {operand_of(node): _viewed(node, split, shape_of(node), shape_of(args_of(node)[0]))}
+
+
+def _viewed(node: Node, split: Split, before: tuple[int, ...], after: tuple[int, ...]) -> Split:
+    """Where the axis lies when the memory is read in another shape."""
+    result = through_view(split, before, after)
+    if result is None:
+        parts = refinements(split, before, after)
+        raise Spans(node, [(part.outer // split.outer, part.inner // split.inner) for part in parts])
+    return result
+
+
+@rule(*PERMUTES)
+def permute(node: Node, flow: Flow) -> Placement:
+    """The split dim moves."""
+    split = flow.of(args_of(node)[0])
+    return split.moved(dim_order(node).index(split.dim)) if isinstance(split, Split) else WHOLE
+
+
+@back(*PERMUTES)
+def permute_back(node: Node, split: Split) -> dict[Node, Split]:
+    """Where the split dim came from."""
+    return {operand_of(node): split.moved(dim_order(node)[split.dim])}
+
+
+@rule(aten.expand.default)
+def expand(node: Node, flow: Flow) -> Placement:
+    """New dims appear on the left."""
+    split = flow.of(args_of(node)[0])
+    added = len(shape_of(node)) - len(shape_of(args_of(node)[0]))
+    return split.moved(split.dim + added) if isinstance(split, Split) else WHOLE
+
+
+@back(aten.expand.default)
+def expand_back(node: Node, split: Split) -> dict[Node, Split]:
+    """A dim that the operand lacks, or has with size 1, is repeated to any length."""
+    operand = operand_of(node)
+    dim = split.dim - len(shape_of(node)) + len(shape_of(operand))
+    repeated = dim < 0 or shape_of(operand)[dim] != shape_of(node)[split.dim]
+    return {} if repeated else {operand: split.moved(dim)}
+
+
+@rule(aten.repeat.default)
+def repeat(node: Node, flow: Flow) -> Placement:
+    """New dims appear on the left; the axis lies in each copy."""
+    split = flow.of(args_of(node)[0])
+    if not isinstance(split, Split):
+        return WHOLE
+    dim = split.dim + len(shape_of(node)) - len(shape_of(args_of(node)[0]))
+    return Split(dim, split.outer * args_of(node)[1][dim], split.inner)
+
+
+@rule(*SLICES)
+def cut(node: Node, flow: Flow) -> Result:
+    """Cutting another dim is free; a full slice of the split dim is none."""
+    split = flow.of(args_of(node)[0])
+    dim = dim_of(node)
+    pieces = node.meta["val"]
+    if isinstance(split, Split) and split.dim == dim:
+        if isinstance(pieces, torch.Tensor) and pieces.shape == shape_of(args_of(node)[0]):
+            return split
+        raise mixed(node, "cuts the split dim")
+    return split if isinstance(pieces, torch.Tensor) else (split,) * len(pieces)
+
+
+@back(aten.slice.Tensor)
+def slice_back(node: Node, split: Split) -> dict[Node, Split]:
+    """A slice along the demanded dim is made whole, and then split."""
+    return {} if dim_of(node) == split.dim else {operand_of(node): split}
+
+
+@rule(aten.select.int, aten.unbind.int)
+def pick(node: Node, flow: Flow) -> Result:
+    """The picked dim goes away."""
+    split = flow.of(args_of(node)[0])
+    dim = dim_of(node)
+    if isinstance(split, Split):
+        if split.dim == dim:
+            raise mixed(node, "picks one position of the split dim")
+        split = split.moved(split.dim - (split.dim > dim))
+    pieces = node.meta["val"]
+    return split if isinstance(pieces, torch.Tensor) else (split,) * len(pieces)
+
+
+@rule(aten.diagonal.default)
+def diagonal(node: Node, flow: Flow) -> Placement:
+    """Two dims go away, and one comes behind all others."""
+    split, lost = flow.of(args_of(node)[0]), _diagonal_dims(node)
+    if not isinstance(split, Split):
+        return WHOLE
+    if split.dim in lost:
+        raise mixed(node, "takes a diagonal of the split dim")
+    return split.moved(split.dim - sum(dim < split.dim for dim in lost))
+
+
+@back(aten.diagonal.default)
+def diagonal_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The two dims stood among the others."""
+    if split.dim == len(shape_of(node)) - 1:
+        raise mixed(node, "makes the dim that is needed split")
+    dim = split.dim
+    for lost in _diagonal_dims(node):
+        dim += dim >= lost
+    return {operand_of(node): split.moved(dim)}
+
+
+def _diagonal_dims(node: Node) -> list[int]:
+    rank = len(shape_of(args_of(node)[0]))
+    return sorted(argument(node, name) % rank for name in ("dim1", "dim2"))
+
+
+@back(aten.split.Tensor, aten.split_with_sizes.default)
+def pieces_back(node: Node, split: Split) -> dict[Node, Split]:
+    """Pieces of another dim."""
+    return {operand_of(node): split}
+
+
+@back(aten.select.int, aten.unbind.int)
+def select_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The picked dim stood among the others."""
+    return {operand_of(node): split.moved(split.dim + (split.dim >= dim_of(node)))}
+
+
+@rule(aten.cat.default, aten.stack.default)
+def join(node: Node, flow: Flow) -> Placement:
+    """All parts must be split alike, and not along the joined dim."""
+    parts: list[Any] = list(args_of(node)[0])
+    split = next((p for p in map(flow.of, parts) if isinstance(p, Split)), None)
+    if split is None:
+        return WHOLE
+    for part in parts:
+        if len(shape_of(part)) != len(shape_of(parts[0])):
+            raise mixed(node, "joins values of different ranks")
+        if flow.of(part) == WHOLE:
+            raise Demand(part, split)
+        if flow.of(part) != split:
+            raise mixed(node, "joins values that are split differently")
+    dim = dim_of(node, rank=len(result_shape(node)))
+    if node.target == aten.stack.default:
+        return split.moved(split.dim + (split.dim >= dim))
+    if dim == split.dim:
+        raise mixed(node, "joins along the split dim")
+    return split
+
+
+@back(aten.cat.default, aten.stack.default)
+def join_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The parts lie alike; the new dim of a stack is none of theirs."""
+    dim = dim_of(node, rank=len(result_shape(node)))
+    before = split.moved(split.dim - (node.target == aten.stack.default and split.dim > dim))
+    return {part: before for part in args_of(node)[0]}
+
+
+def dim_order(node: Node) -> list[int]:
+    """For each dim of the result of a permutation, the dim of the operand."""
+    rank = len(shape_of(node))
+    order = list(range(rank))
+    if node.target == aten.permute.default:
+        return [dim % rank for dim in args_of(node)[1]]
+    if rank > 1:
+        a, b = (0, 1) if node.target == aten.t.default else (args_of(node)[1] % rank, args_of(node)[2] % rank)
+        order[a], order[b] = order[b], order[a]
+    return order
+
+
+def dim_of(node: Node, rank: int | None = None) -> int:
+    """The `dim` argument, counted from the left."""
+    dim = argument(node, "dim")
+    assert isinstance(dim, int)
+    return dim % (rank or len(shape_of(args_of(node)[0])))
+
+
+def operand_of(node: Node) -> Node:
+    """The tensor that is viewed."""
+    operand = args_of(node)[0]
+    assert isinstance(operand, Node)
+    return operand

@@ -1,0 +1,126 @@
+"""Writes at indices along another dim than the split one: what is written to, and what is written, are split alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mst_fx.placement.placement import WHOLE, Placement, Split, sure
+from mst_fx.placement.rules.indexing import picks_of
+from mst_fx.placement.rules.registry import Demand, Flow, args_of, argument, back, mixed, rule, shape_of
+
+aten = torch.ops.aten
+
+SCATTERS = (
+    aten.scatter.src,
+    aten.scatter.value,
+    aten.scatter.reduce,
+    aten.scatter.value_reduce,
+    aten.scatter_add.default,
+    aten.scatter_reduce.two,
+)
+"""An index for each element that is written."""
+ROWS = (aten.index_add.default, aten.index_copy.default, aten.index_reduce.default, aten.index_fill.int_Scalar)
+"""An index for each row."""
+PARTS = (aten.slice_scatter.default, aten.select_scatter.default)
+"""A part is written."""
+
+
+@rule(*SCATTERS)
+def scatter(node: Node, flow: Flow) -> Placement:
+    """The value, the index and what is written have the same rows."""
+    operands = node.all_input_nodes
+    split = next((placement for placement in map(flow.of, operands) if isinstance(placement, Split)), None)
+    if split is None:
+        return WHOLE
+    _forbid_along(node, split)
+    if not all(sure(shape_of(operand)[split.dim] == shape_of(node)[split.dim]) for operand in operands):
+        raise mixed(node, "has fewer indices than rows")
+    return _alike(node, flow, split, dict.fromkeys(operands, split))
+
+
+@rule(*ROWS)
+def write_rows(node: Node, flow: Flow) -> Placement:
+    """The index is whole."""
+    index: Any = argument(node, "index")
+    operands = [operand for operand in node.all_input_nodes if operand is not index]
+    split = next((placement for placement in map(flow.of, operands) if isinstance(placement, Split)), None)
+    if flow.of(index) != WHOLE:
+        raise mixed(node, "writes to rows that a split index names")
+    if split is None:
+        return WHOLE
+    _forbid_along(node, split)
+    return _alike(node, flow, split, dict.fromkeys(operands, split))
+
+
+@rule(aten.index_put.default)
+def put(node: Node, flow: Flow) -> Placement:
+    """The indices are whole and name no position of the split dim; what is written broadcasts."""
+    value, values = args_of(node)[0], argument(node, "values")
+    if all(flow.of(operand) == WHOLE for operand in node.all_input_nodes):
+        return WHOLE
+    picks = picks_of(node)
+    if any(flow.of(index) != WHOLE for index in picks.indices.values()):
+        raise mixed(node, "writes where split indices say")
+    split, brought = flow.of(value), flow.of(values)
+    added = len(picks.picked) + len(picks.kept) - len(shape_of(values))
+    if split == WHOLE and isinstance(brought, Split):
+        dim = picks.comes_from(brought.dim + added)
+        if dim is None:
+            raise mixed(node, "writes split values to rows")
+        raise Demand(value, brought.moved(dim))
+    assert isinstance(split, Split)
+    lies = picks.lies(split.dim)
+    if lies is None:
+        raise mixed(node, "writes along the split dim")
+    own = lies - added
+    written = {values: split.moved(own)} if own >= 0 and shape_of(values)[own] != 1 else {}
+    if not written and brought != WHOLE:
+        raise mixed(node, "joins values that are split differently")
+    return _alike(node, flow, split, {value: split, **written})
+
+
+@rule(*PARTS)
+def write_part(node: Node, flow: Flow) -> Placement:
+    """A value with a part of another dim replaced; both are split alike."""
+    value, part, dim = args_of(node)[:3]
+    dim = dim % len(shape_of(value))
+    lost = node.target == aten.select_scatter.default
+    split, inner = flow.of(value), flow.of(part)
+    if not isinstance(split, Split):
+        if not isinstance(inner, Split):
+            return WHOLE
+        split = inner.moved(inner.dim + (lost and inner.dim >= dim))
+    _forbid_along(node, split)
+    own = split.moved(split.dim - (lost and split.dim > dim))
+    return _alike(node, flow, split, {value: split, part: own})
+
+
+@back(*SCATTERS)
+def scatter_back(node: Node, split: Split) -> dict[Node, Split]:
+    """Value, index and what is written lie as the result."""
+    _forbid_along(node, split)
+    return dict.fromkeys(node.all_input_nodes, split)
+
+
+@back(*ROWS, aten.index_put.default, *PARTS)
+def value_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The value lies as the result; what is written is asked for by the rule."""
+    return {args_of(node)[0]: split}
+
+
+def _forbid_along(node: Node, split: Split) -> None:
+    if split.dim == argument(node, "dim") % max(len(shape_of(node)), 1):
+        raise mixed(node, "writes along the split dim")
+
+
+def _alike(node: Node, flow: Flow, result: Split, expected: dict[Node, Split]) -> Split:
+    """The result's split, if each operand is split as expected; ask for those that are whole."""
+    for operand, split in expected.items():
+        if flow.of(operand) == WHOLE:
+            raise Demand(operand, split)
+        if flow.of(operand) != split:
+            raise mixed(node, "joins values that are split differently")
+    return result

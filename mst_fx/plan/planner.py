@@ -1,0 +1,291 @@
+"""Regions + graph + device + options -> which regions are looped, and in chunks of which length. Policy, no graphs.
+
+Plans depend on shapes, options and the kind of device: they are the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from mst_fx.core.config import Config, Wish
+from mst_fx.core.readable import readable
+from mst_fx.plan.chunk_length import Lengths, default_lengths, longer, shorter
+from mst_fx.predict.extent import Extent
+from mst_fx.predict.region_memory import RegionMemory
+from mst_fx.predict.step_memory import Held, Timeline
+from mst_fx.predict.time import Device, RegionCost
+
+FREE_SHARE, SHARE_OF_PEAK = 0.02, 0.1
+"""Regions are looped where that takes at least so much off the peak of a step: those whose loop computes nothing again,
+and those whose loop does; ..."""
+OWN_SHARE = 0.004
+"""... each of which has at least so large a part in it."""
+LENT_SHARE = 0.125
+"""So much of what all loops take off the peak may longer chunks take back: they sum gradients less often."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the planner knows of one region.
+
+    Attributes:
+        modules: paths of the modules that its nodes belong to.
+        extent: of its axis.
+        memory: bytes, as a function of the chunk length.
+        cost: work.
+        free: whether a loop computes nothing again: gradients in the forward, or none.
+        repeated: whether it stands in a block that is computed again for backward in any case.
+        kept: whether the results of its loop are kept nevertheless.
+        due: whether it is looped though it may be small: its length may vary, and at a long one it would be looped.
+    """
+
+    modules: tuple[str, ...]
+    extent: Extent
+    memory: RegionMemory
+    cost: RegionCost
+    free: bool
+    repeated: bool = False
+    kept: bool = False
+    due: bool = False
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a loop computes again what would not be computed again without it."""
+        return not (self.free or self.repeated)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision for one region.
+
+    Attributes:
+        lengths: of its mini-sequences, None where it is left alone.
+        chunks: number of mini-sequences, the ragged one included (of the length captured, where that may vary).
+        bytes_before, bytes_after: of its temporaries as written, whole and for one chunk.
+        added_ms: predicted time that the loop adds to a training step.
+        reason: why it is left alone, with the numbers.
+    """
+
+    lengths: Lengths | None
+    chunks: int = 1
+    bytes_before: int = 0
+    bytes_after: int = 0
+    added_ms: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The decisions for one graph.
+
+    Attributes:
+        of: one plan a region, in their order.
+        peak: predicted bytes of a training step.
+        peak_whole: the same without any loop.
+        budget: bytes that were allowed, None where nobody asked.
+        advice: what would fit, where the budget is missed.
+    """
+
+    of: tuple[Plan, ...]
+    peak: int
+    peak_whole: int
+    budget: int | None = None
+    advice: str = ""
+
+
+State = tuple[Lengths | None, ...]
+"""Of each region the lengths of its mini-sequences, None for no loop."""
+
+
+def make_plans(offers: Sequence[Offer], timeline: Timeline, device: Device, config: Config) -> Plans:
+    """Decide for all regions of a graph.
+
+    Args:
+        offers: the regions.
+        timeline: the rest of the graph.
+        device: that it runs on.
+        config: the user's options.
+    """
+    planner = _Planner(offers, timeline, device, config)
+    budget = config.budget_bytes(device.memory)
+    state = planner.worth_it() if budget is None else planner.within(budget)
+    plans = tuple(planner.plan(number, state) for number in range(len(offers)))
+    peak, whole = planner.peak(state), planner.peak(planner.unlooped)
+    advice = planner.advice(state, peak - budget) if budget is not None and peak > budget else ""
+    return Plans(plans, peak, whole, budget, advice)
+
+
+class _Planner:
+    """Goes from state to state."""
+
+    def __init__(self, offers: Sequence[Offer], timeline: Timeline, device: Device, config: Config) -> None:
+        self.offers, self.timeline, self.device, self.config = offers, timeline, device, config
+        self.wishes: list[Wish] = [config.wish_for(offer.modules) for offer in offers]
+        self.lengths = [
+            default_lengths(offer.extent, wish, config.accumulate, recomputes=not offer.free)
+            for offer, wish in zip(offers, self.wishes, strict=True)
+        ]
+        self.candidates = [number for number in range(len(offers)) if self._may_be_looped(number)]
+        self.unlooped: State = (None,) * len(offers)
+
+    def _may_be_looped(self, number: int) -> bool:
+        wish, offer = self.wishes[number], self.offers[number]
+        return (offer.due or offer.memory.written >= self.config.least_bytes) if wish.loop is None else wish.loop
+
+    def _must_be_looped(self, number: int) -> bool:
+        wish = self.wishes[number]
+        given = self.config.min_bytes is not None or wish.loop is not None or wish.fixes_length
+        return given or self.offers[number].due
+
+    def peak(self, state: State) -> int:
+        """Predicted bytes of a training step."""
+        return self.timeline.peak([held(offer, lengths) for offer, lengths in zip(self.offers, state, strict=True)])
+
+    def added_ms(self, number: int, lengths: Lengths) -> float:
+        """Predicted milliseconds that a region's loop adds."""
+        offer = self.offers[number]
+        length = offer.extent.length
+        return offer.cost.added_ms(self.device, min(lengths.chunk, length), length, repeated=offer.repeated)
+
+    def worth_it(self) -> State:
+        """Loop what computes nothing again, if that saves memory; what does, where it is a real part of the peak."""
+        state = more = self._looped(n for n in self.candidates if self._must_be_looped(n))
+        for share, recomputes in ((FREE_SHARE, False), (SHARE_OF_PEAK, True)):
+            before = self.peak(state)
+            large = [n for n in self.candidates if more[n] is None and self._own_bytes(n) >= OWN_SHARE * before]
+            chosen = [n for n in large if self.offers[n].recomputes is recomputes]
+            more = self._without_harm(_with(more, {n: self.lengths[n] for n in chosen}), chosen)
+            state = more if before - self.peak(more) >= share * before else state
+        return self._with_longer_chunks(state) if self.config.min_bytes is None else state
+
+    def _with_longer_chunks(self, state: State) -> State:
+        """Chunks twice as long where the peak allows it; regions that are alike share their bodies, and go together.
+
+        No order matters: a chunk's length shows in the peak of its own region's loop alone.
+        """
+        peak = self.peak(state)
+        limit = peak + LENT_SHARE * (self.peak(self.unlooped) - peak)
+        alike: dict[Hashable, dict[int, Lengths]] = {}
+        for number, lengths in enumerate(state):
+            double = longer(self.offers[number].extent, self.wishes[number], lengths) if lengths else None
+            if double:
+                offer = self.offers[number]
+                alike.setdefault((offer.extent, offer.memory, offer.cost, double), {})[number] = double
+        for group in alike.values():
+            changed = _with(state, group)
+            state = changed if self.peak(changed) <= limit else state
+        return state
+
+    def _without_harm(self, state: State, numbers: Iterable[int]) -> State:
+        """Less the loops among these that raise the peak, as one may that keeps a large sum for a small region."""
+        for number in numbers:
+            fewer = _with(state, {number: None})
+            state = fewer if self.peak(fewer) < self.peak(state) else state
+        return state
+
+    def within(self, budget: int) -> State:
+        """The first state of a path from cheap to dear that fits; the leanest where none does.
+
+        The path does not depend on the budget: with a larger one it is left earlier, so nothing more is recomputed.
+        """
+        states = list(self._path())
+        return next((s for s in states if self.peak(s) <= budget), min(states, key=self.peak))
+
+    def _path(self) -> Iterator[State]:
+        """Every state adds to the time of the one before.
+
+        First the loops that compute nothing again; then the others, those of blocks that are computed again anyway in
+        front, and the one that frees most for its time first; then shorter chunks, where most is held.
+        """
+        cheap = {n for n, offer in enumerate(self.offers) if offer.free or offer.due or self.wishes[n].loop}
+        state = self._looped(cheap.intersection(self.candidates))
+        yield state
+        for number in sorted((n for n in self.candidates if state[n] is None), key=self._price):
+            state = _with(state, {number: self.lengths[number]})
+            yield state
+        while True:
+            ways: dict[int, Lengths] = {}
+            for number, lengths in enumerate(state):
+                half = shorter(self.offers[number].extent, self.wishes[number], lengths) if lengths else None
+                ways.update({number: half} if half else {})
+            if not ways:
+                return
+            most = max(self._holds(n, state) for n in ways)
+            state = _with(state, {n: half for n, half in ways.items() if self._holds(n, state) == most})
+            yield state
+
+    def _looped(self, numbers: Iterable[int]) -> State:
+        return _with(self.unlooped, {n: self.lengths[n] for n in numbers})
+
+    def _own_bytes(self, number: int) -> int:
+        memory = self.offers[number].memory
+        return max(memory.whole_forward, memory.whole_backward, memory.saved_whole)
+
+    def _holds(self, number: int, state: State) -> int:
+        """The most that a region holds at once."""
+        region = held(self.offers[number], state[number])
+        return max(region.forward, region.backward + region.saved)
+
+    def _price(self, number: int) -> tuple[bool, float]:
+        """What a loop costs for each byte that it frees."""
+        offer = self.offers[number]
+        freed = max(1, offer.memory.saved_whole - offer.memory.saved)
+        return not offer.repeated, self.added_ms(number, self.lengths[number]) / freed
+
+    def plan(self, number: int, state: State) -> Plan:
+        """The decision for a region, in words and numbers."""
+        memory, length, lengths = self.offers[number].memory, self.offers[number].extent.length, state[number]
+        if lengths is None:
+            reason = self._reason(number, state)
+            if self.offers[number].extent.dynamic and self.wishes[number].loop is None:
+                reason += f" (for the length {length}; mark_dynamic(..., hint_override=) names another)"
+            return Plan(None, bytes_before=memory.written, reason=reason)
+        chunk = min(lengths.chunk, length)
+        after = memory.written * chunk // length + memory.stream_gradient
+        return Plan(lengths, -(-length // chunk), memory.written, after, self.added_ms(number, lengths))
+
+    def _reason(self, number: int, state: State) -> str:
+        """Why a region is left alone."""
+        if self.wishes[number].loop is False:
+            return "the option `modules` says so"
+        if number not in self.candidates:
+            written = self.offers[number].memory.written
+            return f"its temporaries are {written:,} bytes, min_bytes is {self.config.least_bytes:,}"
+        others = [n for n in self.candidates if state[n] is None]
+        peak = self.peak(state)
+        lower = self.peak(_with(state, {n: self.lengths[n] for n in others}))
+        added = sum(self.added_ms(n, self.lengths[n]) for n in others)
+        return (
+            f"not worth it: looping the {len(others)} regions that are left alone would take "
+            f"{readable(max(0, peak - lower))} off a step's peak of {readable(peak)} and add {added:.1f} ms (predicted)"
+        )
+
+    def advice(self, state: State, missing: int) -> str:
+        """What would fit where no state does."""
+        advice = [f"{readable(missing)} more"]
+        memories = [offer.memory for offer, lengths in zip(self.offers, state, strict=True) if lengths is not None]
+        loops = [memory.backward or memory.forward for memory in memories]
+        sums = max((loop.sums - loop.native for loop in loops), default=0)
+        if sums > 0:
+            advice.append(f"accumulate='native' (float32 sums take {readable(sums)} more than the gradients)")
+        saved = sum(segment.saved for segment in self.timeline.segments if segment.block is None)
+        if saved > 0:
+            advice.append(f"activation checkpointing ({readable(saved)} are saved for backward outside of the regions)")
+        return ", ".join(advice)
+
+
+def _with(state: State, changes: Mapping[int, Lengths | None]) -> State:
+    return tuple(changes.get(number, lengths) for number, lengths in enumerate(state))
+
+
+def held(offer: Offer, lengths: Lengths | None) -> Held:
+    """What a region holds when it is looped with these lengths, or not at all."""
+    memory, length = offer.memory, offer.extent.length
+    if lengths is None:
+        backward = memory.whole_again if offer.repeated else memory.whole_backward
+        return Held(memory.whole_forward, memory.saved_whole, max(0, backward - memory.saved_whole))
+    chunk, forward = min(lengths.chunk, length), min(lengths.forward, length)
+    backward = memory.backward.peak(chunk) if memory.backward is not None else memory.rescaled
+    kept = memory.forward.results if offer.kept else 0
+    return Held(memory.forward.peak(forward), memory.saved, backward, kept)

@@ -1,0 +1,135 @@
+"""What a compiler saves for backward of the values outside the regions, and what their backward needs beside it.
+
+Matrix products, attention and what nobody knows are dear: they are not computed twice, and what they read is saved as
+well, since it would have to lie in memory once more. All else is computed again from what it is made of, and that is
+saved; or the value itself, where it is at most half as large.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Container, Mapping
+from enum import IntEnum
+
+import torch
+from torch.fx import Node
+
+from mst_fx.core.sizes import hint
+from mst_fx.core.values import HALF, bytes_of
+from mst_fx.placement.rules import rule_for
+from mst_fx.placement.rules.contraction import CONTRACTIONS
+from mst_fx.placement.rules.linear import IN_ALL, IN_THE_FIRST
+from mst_fx.placement.rules.view import FREE
+from mst_fx.recognise.reader import Reader, tensors_of
+from mst_fx.recognise.region import has_gradient
+
+aten = torch.ops.aten
+
+CASTS_AND_ROWS = (aten._to_copy.default, aten.mean.dim, aten.index.Tensor)
+LINEAR = frozenset([*FREE, *IN_THE_FIRST, *IN_ALL, *CASTS_AND_ROWS]) - {aten.div.Tensor}
+"""The backward of these reads no operand, ..."""
+BILINEAR = LINEAR | {aten.mul.Tensor, aten.div.Tensor, *CONTRACTIONS}
+"""... and that of these one operand for the gradient of another, and a denominator."""
+ATTENTION = 3
+"""Attention's backward holds so many times what it reads and makes: gradients, and sums of them in float32."""
+
+
+class Need(IntEnum):
+    """What backward needs of a value: nothing, its numbers, which may be computed again, or the value in memory."""
+
+    NOTHING = 0
+    NUMBERS = 1
+    MEMORY = 2
+
+
+def saved_values(reader: Reader, regions: Mapping[Node, int], blocks: Container[Node]) -> dict[Node, int]:
+    """Bytes saved for backward, by the node that makes them; results of regions and of blocks are among them.
+
+    Args:
+        reader: of the graph.
+        regions: the number of the region of each node that belongs to one.
+        blocks: the nodes that run subgraphs; what these read is theirs.
+    """
+    needs = _needs(reader, regions, blocks)
+    sources: dict[Node, frozenset[Node]] = {}
+    saved: set[Node] = set()
+    for node in filter(_makes, reader.owner.graph.nodes):
+        behind = frozenset().union(*(sources.get(operand, frozenset()) for operand in node.all_input_nodes))
+        if reader.is_view(node):
+            sources[node] = behind
+        elif node in regions or node in blocks or needs[node] is Need.MEMORY or _is_dear(reader, node):
+            sources[node] = frozenset([node])
+        else:
+            is_smaller = 2 * _makes(node) <= sum(map(_makes, behind))
+            sources[node] = frozenset([node]) if is_smaller else behind
+        saved.update(sources[node] if needs[node] else ())
+    return {node: _makes(node) for node in saved}
+
+
+def _needs(reader: Reader, regions: Mapping[Node, int], blocks: Container[Node]) -> Mapping[Node, Need]:
+    """What backward needs of each value; views hand it on to what they are views of."""
+    needs: dict[Node, Need] = defaultdict(lambda: Need.NOTHING)
+    for node in filter(_makes, reversed(reader.owner.graph.nodes)):
+        if node in blocks:
+            continue
+        is_view = reader.is_view(node)
+        if not (is_view or node in regions or reader.multiplies(node)) and _is_dear(reader, node):
+            needs[node] = Need.MEMORY  # attention's backward reads its result
+        for operand in node.all_input_nodes:
+            if node in regions:
+                need = Need.NOTHING if regions.get(operand) == regions[node] else Need.MEMORY
+            elif is_view:
+                need = needs[node]
+            else:
+                need = _needed(reader, node, operand)
+            needs[operand] = max(needs[operand], need)
+    return needs
+
+
+def _needed(reader: Reader, node: Node, operand: Node) -> Need:
+    """What the backward of a node needs of one of its operands."""
+    ops = reader.ops(node)
+    if ops is not None and ops <= BILINEAR:
+        others = [other for other in node.all_input_nodes if other is not operand]
+        twice = [*node.args, *node.kwargs.values()].count(operand) > 1
+        read = twice or any(map(has_gradient, others))
+        divides = aten.div.Tensor in ops and node.all_input_nodes[0] is not operand
+        if ops <= LINEAR or not (read or divides):
+            return Need.NOTHING
+    return Need.MEMORY if _is_dear(reader, node) else Need.NUMBERS
+
+
+def passing_bytes(reader: Reader, node: Node) -> int:
+    """Bytes that the backward of a node outside the regions needs at once, beside what is saved."""
+    made = _makes(node)
+    if not made:
+        return 0
+    if reader.does(node, (aten.embedding.default, aten.index.Tensor)):  # rows of a table: it adds up in float32
+        tables = [x for x in _read_by(node) if isinstance(x, torch.nn.Parameter) and x.dtype in HALF]
+        return sum(4 * hint(table.numel()) + bytes_of(table) for table in tables)
+    if not _is_dear(reader, node):
+        return 0
+    return (made + activation_bytes(node)) * (1 if reader.multiplies(node) else ATTENTION)
+
+
+def activation_bytes(node: Node) -> int:
+    """Bytes of the operands that carry gradients and are no parameters."""
+    activations = (x for x in _read_by(node) if x.requires_grad and not isinstance(x, torch.nn.Parameter))
+    return sum(map(bytes_of, activations))
+
+
+def _read_by(node: Node) -> list[torch.Tensor]:
+    return [x for operand in node.all_input_nodes for x in tensors_of(operand)]
+
+
+def _is_dear(reader: Reader, node: Node) -> bool:
+    """Whether a compiler would rather save a node's result than compute it once more."""
+    ops = reader.ops(node)
+    return ops is None or any(op in CONTRACTIONS or (op not in FREE and rule_for(op) is None) for op in ops)
+
+
+def _makes(node: Node) -> int:
+    """Bytes of what a node makes and what carries gradients."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return 0
+    return sum(bytes_of(x) for x in tensors_of(node) if x.requires_grad)

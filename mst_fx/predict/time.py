@@ -1,0 +1,142 @@
+"""Milliseconds that a loop adds to a step: what is computed again, and what shorter matrix products lose. No policy.
+
+A model by the roofline (Williams et al., 2009): a matrix product takes its flops at the rate that its rows allow, all
+else its bytes at the bandwidth of the memory. The rates are a table, not a measurement of the moment: every rank and
+every run comes to the same plan.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch.fx import Node
+
+from mst_fx.bodies.work import Work
+from mst_fx.core.sizes import hint
+from mst_fx.placement.rules import shape_of
+from mst_fx.placement.rules.contraction import factors
+from mst_fx.predict.extent import Extent
+from mst_fx.predict.region_memory import RegionMemory, is_sink
+
+EFFICIENCY = ((1, 0.005), (64, 0.31), (128, 0.6), (256, 0.9), (512, 1.0))
+"""(rows, share of the best rate) of bfloat16 products of [rows, 4096] with [4096, 14336], on an H200."""
+FLOPS_PER_CYCLE = {8: 2048, 9: 4096, 10: 8192}
+"""Of one multiprocessor's matrix units in half precision without sparsity, by major compute capability."""
+REACHED_FLOPS, REACHED_BYTES = 0.66, 0.88
+"""Shares of the nominal rates that large products and copies reach, on an H200."""
+SINGLE = 0.07
+"""The rate of float32 products, in that of half precision."""
+HOST_MS = 0.03
+"""What the host takes for one mini-sequence, where the device has nothing else to do."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What plans depend on; nothing of it changes while a program runs.
+
+    Attributes:
+        kind: "cuda", "cpu", ...
+        memory: bytes in all.
+        flops_per_ms: of large matrix products, in half precision.
+        bytes_per_ms: of its memory.
+    """
+
+    kind: str
+    memory: int
+    flops_per_ms: float
+    bytes_per_ms: float
+
+
+def device_of(device: torch.device) -> Device:
+    """Describe a device by what its driver says of it; where that is not enough, by nominal rates."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        clock_khz = getattr(properties, "clock_rate", 1_500_000)
+        cycles = FLOPS_PER_CYCLE.get(properties.major, 1024) * properties.multi_processor_count
+        memory_khz = getattr(properties, "memory_clock_rate", 2_600_000)
+        bytes_per_ms = 2 * memory_khz * getattr(properties, "memory_bus_width", 5120) / 8
+        return Device("cuda", properties.total_memory, REACHED_FLOPS * cycles * clock_khz, REACHED_BYTES * bytes_per_ms)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = os.cpu_count() or 1
+    return Device(device.type, total, 5e7 * cores, 2e7)
+
+
+@dataclass(frozen=True)
+class RegionCost:
+    """Work of a region, forward and backward, over the whole length.
+
+    Attributes:
+        flops: of its matrix products in the forward.
+        recomputed: those of them that a loop computes once more for backward.
+        rows: rows of a product for one position, of the product with the fewest.
+        bytes_summed: read and written for one mini-sequence to add up gradients.
+        bytes_finished: read and written once, to cast and to scale what was added up.
+        half: whether the products are in half precision.
+    """
+
+    flops: float
+    recomputed: float
+    rows: float
+    bytes_summed: int
+    half: bool
+    bytes_finished: int = 0
+
+    def added_ms(self, device: Device, chunk: int, length: int, *, repeated: bool) -> float:
+        """Predicted milliseconds that a loop adds to a training step.
+
+        Args:
+            device: that it runs on.
+            chunk: positions of one mini-sequence.
+            length: positions of the whole axis.
+            repeated: the forward is computed again for backward in any case (activation checkpointing).
+        """
+        rate = device.flops_per_ms * (1.0 if self.half or device.kind == "cpu" else SINGLE)
+        again = 0.0 if repeated else self.recomputed / (rate * efficiency(self.rows * chunk))
+        slower = 3 * self.flops / rate * (1 / efficiency(self.rows * chunk) - 1 / efficiency(self.rows * length))
+        chunks = -(-length // chunk)
+        summed = (chunks - 1) * (HOST_MS + self.bytes_summed / device.bytes_per_ms)
+        return again + slower + summed + self.bytes_finished / device.bytes_per_ms
+
+
+def efficiency(rows: float) -> float:
+    """Share of the best rate that a matrix product of so many rows reaches; between the table's rows, in proportion."""
+    position = bisect_right(EFFICIENCY, (rows, 1.0))
+    if position == 0:
+        return EFFICIENCY[0][1]
+    if position == len(EFFICIENCY):
+        return EFFICIENCY[-1][1]
+    (low, a), (high, b) = EFFICIENCY[position - 1 : position + 1]
+    return a + (b - a) * (rows - low) / (high - low)
+
+
+def cost_of(work: Work, memory: RegionMemory, extent: Extent) -> RegionCost:
+    """Count a region's matrix products, and what is read and written besides.
+
+    Args:
+        work: of the region.
+        memory: of the region.
+        extent: of its axis.
+    """
+    stages, loop = work.stages, memory.backward or memory.forward
+    cast = loop.sums + loop.returned if loop.cast else 0
+    kept = {stages.results[i] for i in work.kept}
+    flops = {node: _flops(node) for node in stages.products}
+    again = [node for node in flops if node not in kept and not is_sink(stages, node)]
+    return RegionCost(
+        flops=sum(flops.values()),
+        recomputed=sum(flops[node] for node in again) if work.backward == "recompute" else 0.0,
+        rows=extent.tokens / extent.sharing,
+        bytes_summed=2 * loop.sums,
+        bytes_finished=cast + memory.saved + memory.scaled,
+        half=stages.stream.meta["val"].dtype in (torch.float16, torch.bfloat16),
+    )
+
+
+def _flops(product: Node) -> float:
+    """Two for each element of the result and each of the terms that it is the sum of."""
+    left = factors(product)[0]
+    return 2.0 * hint(prod(shape_of(product))) * hint(shape_of(left)[-1])

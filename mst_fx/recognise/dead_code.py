@@ -1,0 +1,38 @@
+"""A captured graph without what nobody reads: compilers leave it out, and no gradient comes back from it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from torch.fx import GraphModule, Node
+
+from mst_fx.capture.decomposed import Opened
+from mst_fx.recognise.reader import Reader, tensors_of, written_by
+from mst_fx.recognise.rebuild import rebuilt
+
+
+def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None]) -> Reader:
+    """A reader of the graph without the values, and the writes, that nobody reads and that do nothing else.
+
+    Args:
+        gm: stays as it is; it is what is read where all of it is of use.
+        known: what was opened before, as for `Reader`.
+    """
+    reader, dead = Reader(gm, known), set[Node]()
+    if not any(_is_unread(node, dead) for node in gm.graph.nodes):
+        return reader
+    read = set().union(*(reader.storages(node) for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")))
+    for node in reversed(gm.graph.nodes):
+        target = written_by(node)
+        written = reader.storages(target) if target is not None else set()
+        lost = target is None or (bool(written) and written.isdisjoint(read))
+        if _is_unread(node, dead) and lost and reader.is_known(node):
+            dead.add(node)
+        else:
+            read.update(*map(reader.storages, node.all_input_nodes))
+    return Reader(rebuilt(gm, [], dead=dead), known) if dead else reader
+
+
+def _is_unread(node: Node, dead: set[Node]) -> bool:
+    computes = node.op.startswith("call_") and (bool(tensors_of(node)) or written_by(node) is not None)
+    return computes and dead.issuperset(node.users)

@@ -1,0 +1,72 @@
+"""What a file in passes/ provides (one pattern that recognises a kind of subgraph), and what it may use for that."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from typing import ClassVar, TypeVar
+
+from torch.fx import Node
+
+from mst_fx.core.refusal import Reason as Reason
+from mst_fx.core.refusal import Refusal as Refusal
+from mst_fx.recognise.growth import Growth as Growth
+from mst_fx.recognise.growth import grow as grow
+from mst_fx.recognise.growth import region_of_head as region_of_head
+from mst_fx.recognise.growth import region_of_mlp as region_of_mlp
+from mst_fx.recognise.reader import Contraction as Contraction
+from mst_fx.recognise.reader import Reader as Reader
+from mst_fx.recognise.region import Region as Region
+
+
+class Pattern(ABC):
+    """Recognises regions of one kind. Growing, planning, looping and splicing are the engine's.
+
+    Attributes:
+        name: as in reports and in the option `disable`.
+        priority: patterns with a lower number are asked first.
+    """
+
+    name: ClassVar[str]
+    priority: ClassVar[int] = 100
+
+    @abstractmethod
+    def match(self, reader: Reader, node: Node) -> Region | None:
+        """The region that `node` begins, None where the node begins no such region.
+
+        Raises:
+            Refusal: the node does begin such a region, but something in it must not be looped.
+        """
+
+
+PatternClass = TypeVar("PatternClass", bound=type[Pattern])
+_REGISTRY: dict[str, Pattern] = {}
+
+
+def register(pattern: PatternClass) -> PatternClass:
+    """Class decorator: make the pattern known to every later compile.
+
+    Raises:
+        ValueError: another pattern has the name.
+    """
+    if pattern.name in _REGISTRY:
+        raise ValueError(f"mst_fx: two patterns are called {pattern.name!r}")
+    _REGISTRY[pattern.name] = pattern()
+    return pattern
+
+
+def patterns(disable: tuple[str, ...] = ()) -> list[Pattern]:
+    """All registered patterns but the disabled ones, in order of priority.
+
+    Raises:
+        ValueError: `disable` holds a name that no pattern has; the message lists the names.
+    """
+    package = importlib.import_module("mst_fx.passes")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"mst_fx.passes.{module.name}")
+    unknown = set(disable) - set(_REGISTRY)
+    if unknown:
+        raise ValueError(f"mst_fx: no pattern is called {sorted(unknown)}; there are {sorted(_REGISTRY)}")
+    known = sorted(_REGISTRY.values(), key=lambda pattern: (pattern.priority, pattern.name))
+    return [pattern for pattern in known if pattern.name not in disable]

@@ -1,0 +1,339 @@
+"""Reading a captured graph: what a torch-level node amounts to, however the user spelled it.
+
+A node is classed by the aten ops it opens into, so `F.linear`, `x @ w`, `torch.addmm` and an `einsum` are all
+contractions, and a custom activation of ten nodes is ten elementwise nodes. No list of names is kept.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mst_fx.capture.decomposed import Opened, open_alone, open_together
+from mst_fx.capture.fingerprint import likeness_of_node
+from mst_fx.core.modes import modes_of
+from mst_fx.core.provenance import op_name
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.sizes import hint, is_size
+from mst_fx.core.values import fake_value, is_sharded, is_transformed
+from mst_fx.placement.propagate import forbid_effects, forbid_unruled
+from mst_fx.placement.rules.contraction import CONTRACTIONS, GROUPED, factors
+from mst_fx.placement.rules.creation import FILLS, RANGES
+from mst_fx.placement.rules.pointwise import LIKE
+from mst_fx.placement.rules.view import FREE
+
+aten = torch.ops.aten
+VIEWS = (*FREE, aten._to_copy.default, aten.clone.default)
+PICKS = (*VIEWS, aten.index.Tensor, aten.index_select.default)
+"""What makes a part of a weight, or the weight in another form."""
+REPEATS = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.repeat.default, aten.clone.default)
+"""What may make more rows than there were; an expanded value that is copied does."""
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """activation [.., n, k] times weight [k, m] or [m, k]; or times one such matrix a group, [g, k, m]."""
+
+    activation: Node
+    weight: Node
+
+
+class Reader:
+    """Reads the nodes of one graph.
+
+    Args:
+        owner: holds the graph.
+        known: what was opened before, in this graph or another one of the same compile: a node like an earlier one
+            costs nothing.
+    """
+
+    def __init__(self, owner: GraphModule, known: dict[Hashable, Opened | None] | None = None) -> None:
+        self.owner = owner
+        self.order = {node: position for position, node in enumerate(owner.graph.nodes)}
+        self.modes = modes_of(owner.graph)
+        self.remembered: dict[Any, Any] = {}  # by other stages, about nodes of this graph
+        self._opened = self._open_all({} if known is None else known)
+
+    def opened(self, node: Node) -> Opened | None:
+        """What one node opens into; None where it cannot be opened (no fake values, a data-dependent op, ...)."""
+        return self._opened.get(node)
+
+    def _open_all(self, known: dict[Hashable, Opened | None]) -> dict[Node, Opened | None]:
+        """Open one node of each kind that is not known."""
+        keys = {node: likeness_of_node(node) for node in self.owner.graph.nodes if _can_be_opened(node)}
+        first = {key: node for node, key in reversed(keys.items()) if key not in known}
+        for key, node in first.items():
+            if writes(node):
+                known[key] = open_alone(self.owner, node, _result(node) or node)
+        pure = [node for node in first.values() if not writes(node)]
+        known.update({keys[node]: opened for node, opened in open_together(self.owner, pure).items()})
+        return {node: known[key] for node, key in keys.items()}
+
+    def contraction(self, node: Node) -> Contraction | None:
+        """The node as activation times weight, None where it is something else."""
+        opened = self.opened(node)
+        if opened is None or not isinstance(fake_value(node), torch.Tensor):
+            return None
+        products = [op for op in opened.ops if op.target in CONTRACTIONS]
+        if len(products) != 1:
+            return None
+        left, right = (_operand(node, opened, arg) for arg in factors(products[0]))
+        if left is None or right is None or left is right:
+            return None
+        weights = self._weights(left, right, products[0].target in GROUPED)
+        if len(weights) != 1:
+            return None
+        return Contraction(left, right) if weights == [right] else Contraction(right, left)
+
+    def _weights(self, left: Node, right: Node, grouped: bool) -> list[Node]:
+        """Which of two factors are weights: what is made of parameters, or an input if it looks like a weight."""
+        found = [operand for operand in (left, right) if self._is_learnt(operand)]
+        if found:
+            return found  # two of them are an adapter and its weight, being merged: no tokens
+        roots = {operand: self._input_behind(operand) for operand in (left, right)}
+        if _rank(left) == _rank(right) == 3:
+            return [operand for operand, root in roots.items() if _is_input(root) and _rank(root) == 3]
+        if grouped:
+            return [right]
+        weight = left if _is_weight(left) and not _is_weight(right) else right
+        return [weight] if _rank(weight) == 2 else []
+
+    def widening(self, node: Node) -> Contraction | None:
+        """The node as a contraction that makes more elements than its activation has, None where it is none.
+
+        Of an activation of low rank counts what it was projected from: an adapter gives back what it took.
+        """
+        contraction = self.contraction(node)
+        if contraction is None or self.numel(node) <= self.numel(self.unprojected(contraction.activation)):
+            return None
+        return contraction
+
+    def unprojected(self, activation: Node) -> Node:
+        """What an activation of low rank was projected from; the activation itself where it was not.
+
+        Of a projection that narrows what another one has widened, as in an MLP, counts what that one has read.
+        """
+        source = activation
+        while self.contraction(source) is None and len(self.tensor_operands(source)) == 1:
+            (source,) = self.tensor_operands(source)
+        before = self.contraction(source)
+        if before is None or self.numel(before.activation) <= self.numel(activation):
+            return activation
+        narrow = self._widened_from(before.activation)
+        return before.activation if narrow is None else max(narrow, activation, key=self.numel)
+
+    def _widened_from(self, large: Node) -> Node | None:
+        """What a contraction made a large value of, straight or by way of values as large; None if none did."""
+        pending, seen, sources = [large], {large}, list[Node]()
+        while pending:
+            node = pending.pop()
+            contraction = self.contraction(node)
+            if contraction is not None and self.numel(contraction.activation) < self.numel(node):
+                sources.append(self.unprojected(contraction.activation))
+            operands = [] if contraction is not None else self.tensor_operands(node)
+            more = [o for o in operands if o not in seen and self.numel(o) >= self.numel(large)]
+            seen.update(more)
+            pending += more
+        return max(sources, key=self.numel, default=None)
+
+    def ops(self, node: Node) -> set[object] | None:
+        """The ops that a node opens into, but those that compute sizes; None where it cannot be opened."""
+        opened = self.opened(node)
+        if opened is None:
+            return None
+        return {op.target for op in opened.ops if op.op == "call_function" and not is_size(op.meta.get("val"))}
+
+    def does(self, node: Node, ops: tuple[object, ...]) -> bool:
+        """Whether the node opens into one of the ops."""
+        return not (self.ops(node) or set()).isdisjoint(ops)
+
+    def unviewed(self, node: Node) -> Node:
+        """The value that a node is a view of, or a cast; the node itself where it is none."""
+        while not _is_input(node) and node.target is not operator.getitem and self._does_only(node, VIEWS):
+            node = node.all_input_nodes[0]
+        return node
+
+    def _is_learnt(self, node: Node) -> bool:
+        """Whether a value is made of parameters alone."""
+        key = ("learnt", node)
+        if key not in self.remembered:
+            operands = self.tensor_operands(node)
+            parameter = isinstance(fake_value(node), torch.nn.Parameter)
+            self.remembered[key] = parameter or (bool(operands) and all(map(self._is_learnt, operands)))
+        learnt: bool = self.remembered[key]
+        return learnt
+
+    def _input_behind(self, node: Node) -> Node:
+        """The input of the graph that a node views, casts or picks rows of; whatever else is made of none."""
+        while not _is_input(node) and self._does_only(node, PICKS):
+            node = node.all_input_nodes[0]
+        return node
+
+    def _does_only(self, node: Node, ops: tuple[object, ...]) -> bool:
+        """Whether a node makes something of its operands by these ops alone."""
+        found = self.ops(node)
+        return found is not None and found <= {*ops} and bool(node.all_input_nodes)
+
+    def fills(self, node: Node) -> bool:
+        """Whether the node makes memory of one value, of no value, or of positions."""
+        found = self.ops(node) or set()
+        return bool(found) and found <= {*FILLS, *RANGES, *LIKE}
+
+    def repeats(self, node: Node) -> Node | None:
+        """What the node repeats, or picks rows of more than once; None where it does nothing of the kind."""
+        if not self._does_only(node, (*PICKS, *REPEATS)) or not self.does(node, REPEATS):
+            return None
+        source = node.all_input_nodes[0]
+        return source if self.numel(node) > self.numel(source) else None
+
+    def rank(self, node: Node) -> int:
+        """Dims of the node's value, -1 for what is no tensor."""
+        return _rank(node)
+
+    def tensor_operands(self, node: Node) -> list[Node]:
+        """The operands that are tensors, or tuples of them; no sizes, no subgraphs."""
+        return [operand for operand in node.all_input_nodes if tensors_of(operand)]
+
+    def is_view(self, node: Node) -> bool:
+        """Whether the node's value lies in the memory of its operands."""
+        operands = set().union(*map(self.storages, node.all_input_nodes))
+        return bool(self.storages(node)) and self.storages(node) <= operands
+
+    def multiplies(self, node: Node) -> bool:
+        """Whether the node opens into a matrix product of any kind, as attention does."""
+        return self.does(node, CONTRACTIONS)
+
+    def obstacle(self, node: Node) -> Refusal | None:
+        """Why a region must not run through this node; None where each of its ops has a placement rule."""
+        opened = self.opened(node)
+        if works_on_shards(node):
+            return Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors")
+        if opened is None:
+            return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} cannot be opened into aten ops")
+        if any(op.op == "get_attr" for op in opened.ops):
+            return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} holds a constant tensor")
+        # opened alone, a write to an operand ends in a copy into it; in a region the operand is a value like any other
+        written = torch.ops.aten.copy_.default if writes(node) else None
+        ops = [op for op in opened.ops if op.op == "call_function" and op.target != written]
+        try:
+            for forbid in (forbid_effects, forbid_unruled):  # what an op does comes before that nobody knows it
+                for op in ops:
+                    forbid(op)
+        except Refusal as refusal:
+            return Refusal(refusal.reason, node, f"{op_name(node)}: {refusal.text}")
+        return None
+
+    def is_pure(self, node: Node) -> bool:
+        """Whether the node does nothing but compute its value: it writes nothing and draws no random numbers."""
+        return not writes(node) and self.is_known(node)
+
+    def is_known(self, node: Node) -> bool:
+        """Whether it is known what the node computes, or writes, and that it draws no random numbers."""
+        if is_size(fake_value(node)):
+            return node.op.startswith("call_")
+        opened = self.opened(node)
+        ops = opened.ops if opened is not None else ()
+        tags = {tag for op in ops if isinstance(op.target, torch._ops.OpOverload) for tag in op.target.tags}
+        return opened is not None and torch.Tag.nondeterministic_seeded not in tags
+
+    def storages(self, node: Node) -> set[torch.UntypedStorage]:
+        """The memory that the node's value lies in, as captured; none inside a transform."""
+        tensors = [tensor for tensor in tensors_of(node) if tensor.layout == torch.strided]
+        return {tensor.untyped_storage() for tensor in tensors if not is_transformed(tensor)}
+
+    def numel(self, node: Node) -> int:
+        """Elements of the node's value as captured, added up where it is a tuple."""
+        return sum(prod(map(hint, tensor.shape)) for tensor in tensors_of(node))
+
+
+def tensors_of(node: Node) -> list[torch.Tensor]:
+    """The tensors that a node produced when it was captured, one or several."""
+    value = fake_value(node)
+    return [x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, torch.Tensor)]
+
+
+def written_by(node: Node) -> Node | None:
+    """The operand that a torch-level node writes to, if any."""
+    if not writes(node):
+        return None
+    out = node.kwargs.get("out", node.kwargs.get("self", node.args[0] if node.args else None))
+    return out if isinstance(out, Node) else None
+
+
+def _reshapes_in_place(node: Node) -> bool:
+    """Whether opening the node would change the shape of a captured value."""
+    packet = getattr(torch.ops.aten, str(node.target), None) if node.op == "call_method" else None
+    if packet is None or not writes(node):
+        return False
+    return any(torch.Tag.inplace_view in getattr(packet, overload).tags for overload in packet.overloads())
+
+
+def writes(node: Node) -> bool:
+    """Whether a torch-level node writes to one of its operands."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_place_name = str(name).endswith("_") and not str(name).endswith("__")
+    in_place_operator = node.op == "call_function" and name in _IN_PLACE_OPERATORS
+    return in_place_name or in_place_operator or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
+_IN_PLACE_OPERATORS = frozenset(
+    ["setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"]
+)
+
+
+def _can_be_opened(node: Node) -> bool:
+    """What gives no tensor is there for its effect (autocast, ...); a transform's values mean nothing outside of it."""
+    calls = node.op in ("call_function", "call_method", "call_module")
+    if not calls or isinstance(node.target, torch._ops.HigherOrderOperator) or _reshapes_in_place(node):
+        return False
+    if works_on_shards(node) or any(map(is_transformed, _near(node))):
+        return False
+    return _result(node) is not None and all(fake_value(operand) is not None for operand in node.all_input_nodes)
+
+
+def works_on_shards(node: Node) -> bool:
+    """Whether a node reads or makes DTensors."""
+    return any(map(is_sharded, _near(node)))
+
+
+def _near(node: Node) -> list[torch.Tensor]:
+    return [x for near in (node, *node.all_input_nodes) for x in tensors_of(near)]
+
+
+def _result(node: Node) -> Node | None:
+    """The node whose value tells what a node does: itself, or what it writes to."""
+    return node if tensors_of(node) else written_by(node)
+
+
+def _operand(node: Node, opened: Opened, arg: Any) -> Node | None:
+    """The operand of the node that a factor of the product is a view or cast of."""
+    while isinstance(arg, Node) and arg.op == "call_function":
+        tensors = [node for node in arg.all_input_nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+        if len(tensors) != 1:
+            break
+        arg = tensors[0]
+    return node.all_input_nodes[opened.position_of[arg]] if arg in opened.position_of else None
+
+
+def _rank(node: Node) -> int:
+    value = fake_value(node)
+    return value.dim() if isinstance(value, torch.Tensor) else -1
+
+
+def _is_input(node: Node) -> bool:
+    return node.op in ("placeholder", "get_attr")
+
+
+def _is_weight(node: Node) -> bool:
+    """A matrix that comes into the graph, or a view or cast of one."""
+    if _rank(node) != 2:
+        return False
+    return _is_input(node) or (len(node.all_input_nodes) == 1 and _is_weight(node.all_input_nodes[0]))

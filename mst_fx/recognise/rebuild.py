@@ -1,0 +1,128 @@
+"""A captured graph -> a copy of it with regions replaced, subgraphs replaced, and nodes left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node, map_arg
+
+from mst_fx.core.graph_modules import layout_free, module_over
+from mst_fx.recognise.region import Region
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of a copied graph.
+
+    Attributes:
+        region: what is replaced.
+        make: puts nodes in front of a given one, and returns those that stand for the region's outputs. It takes the
+            copied module, that node, and a map from the original's nodes to the copy's.
+        detached: values that the graph shall return without a gradient.
+    """
+
+    region: Region
+    make: Callable[[GraphModule, Node, Mapping[Node, Node]], Sequence[Node]]
+    detached: tuple[Node, ...] = ()
+
+
+def rebuilt(
+    gm: GraphModule,
+    edits: Sequence[Edit],
+    children: Mapping[str, GraphModule] | None = None,
+    dropped: Collection[Node] = (),
+    dead: Collection[Node] = (),
+) -> GraphModule:
+    """A copy of the graph over the same attributes.
+
+    Args:
+        gm: stays as it is.
+        edits: to be made in the copy.
+        children: other subgraphs for it, by attribute.
+        dropped: values in place of which it returns None.
+        dead: nodes that it does without: nobody reads them but each other.
+    """
+    graph = Graph()
+    node_of: dict[Node, Node] = {}
+    output = graph.graph_copy(gm.graph, node_of)
+    gone = [node_of[node] for node in dropped]
+    graph.output(map_arg(output, lambda node: None if node in gone else node))
+    for node in gone:
+        if not node.users:  # a view for the caller alone
+            graph.erase_node(node)
+    for node in sorted(dead, reverse=True):
+        graph.erase_node(node_of[node])
+    copy = module_over(gm, graph)
+    copy.meta = dict(gm.meta)
+    for name, child in (children or {}).items():
+        setattr(copy, name, child)
+    for edit, place in [(edit, _place(graph, edit.region, node_of)) for edit in edits]:
+        values = edit.make(copy, place, node_of)
+        graph.erase_node(place)
+        _replace(graph, edit.region, values, node_of)
+        _detach(graph, [node_of[node] for node in edit.detached])
+    graph.lint()
+    copy.recompile()
+    return copy
+
+
+def _place(graph: Graph, region: Region, node_of: Mapping[Node, Node]) -> Node:
+    """A mark where the region's replacement goes, which stays when the nodes around it are replaced."""
+    before = node_of[region.before]
+    for node in region.early:
+        if before < node_of[node]:
+            before.prepend(node_of[node])
+    with graph.inserting_before(before):
+        return graph.call_function(_place, ())
+
+
+def nodes_of(
+    owner: GraphModule, place: Node, node_of: Mapping[Node, Node], region: Region, lowered: GraphModule
+) -> list[Node]:
+    """The nodes of an aten graph; arguments as for `Edit.make`."""
+    env = live_ins_of(lowered.graph, region, node_of)
+    with owner.graph.inserting_before(place):
+        for node in lowered.graph.nodes:
+            if node.op == "call_function":
+                env[node] = captured(owner.graph.node_copy(node, env.__getitem__), node)
+                origin = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
+                env[node].meta.update(origin)
+    returned: Any = lowered.graph.output_node().args[0]
+    return [env[node] for node in returned]
+
+
+def live_ins_of(lowered: Graph, region: Region, node_of: Mapping[Node, Node]) -> dict[Node, Node]:
+    """The copy's nodes that stand for the placeholders of a region's aten graph."""
+    placeholders = (node for node in lowered.nodes if node.op == "placeholder")
+    return {inner: node_of[outer] for inner, outer in zip(placeholders, region.live_ins, strict=True)}
+
+
+def _replace(graph: Graph, region: Region, values: Sequence[Node], node_of: dict[Node, Node]) -> None:
+    """The values stand for the region's outputs, for later edits as well."""
+    erased = [node_of[node] for node in reversed(region.nodes)]
+    for outer, value in zip(region.outputs, values, strict=True):
+        value.meta = dict(outer.meta)
+        node_of[outer].replace_all_uses_with(value)
+        node_of[outer] = value
+    for node in erased:
+        graph.erase_node(node)
+
+
+def _detach(graph: Graph, values: Sequence[Node]) -> None:
+    """The graph returns these values, and what is made of them for its caller alone, without a gradient."""
+    returned = graph.output_node()
+    for node in [node for value in values for node in (value, *value.users) if returned in node.users]:
+        with graph.inserting_before(returned):
+            detached = graph.call_method("detach", (node,))
+        detached.meta = {"example_value": node.meta["example_value"].detach()}
+        returned.replace_input_with(node, detached)
+
+
+def captured(copy: Node, node: Node) -> Node:
+    """Captured graphs keep values under another name than traced ones, and are run on any layout."""
+    copy.target = layout_free(copy.target)
+    value: Any = node.meta.get("val")
+    copy.meta = {"example_value": value} if value is not None else {}
+    return copy

@@ -1,0 +1,236 @@
+"""A region: the nodes that one loop replaces, closed and checked.
+
+Terms
+  live-in   a value that the region reads from outside
+  stream    the live-in that carries the tokens; the split axis is one of its dims
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mst_fx.core.modes import Mode
+from mst_fx.core.provenance import module_path, op_name
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.sizes import depends_on_data
+from mst_fx.core.values import fake_value
+from mst_fx.recognise.reader import Reader, works_on_shards, written_by
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nodes in graph order, what they read from outside, and what they give back.
+
+    Attributes:
+        owner: the module whose graph holds the nodes.
+        nodes: every node of the region.
+        outputs: the nodes whose values the rest of the graph reads.
+        live_ins: values read from outside, in order of first use.
+        stream: the live-in that carries the tokens.
+        before: the node of the graph that the loop is put in front of.
+        early: nodes behind that place that make live-ins, and are moved in front of it.
+        modes: of the nodes.
+        returned: large values that the caller of the graph gets, made by the nodes or read by them.
+        smaller: a part of the region to loop where the whole cannot be, None where there is none.
+        front: nodes among them that make the stream of the recognised region (see `norm_in_front`).
+    """
+
+    owner: GraphModule
+    nodes: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    live_ins: tuple[Node, ...]
+    stream: Node
+    before: Node
+    early: tuple[Node, ...]
+    modes: Mapping[Node, Mode]
+    returned: tuple[Node, ...] = ()
+    smaller: Region | None = None
+    front: frozenset[Node] = frozenset()
+
+    @property
+    def last(self) -> Node:
+        """The last node, which names the region in reports."""
+        return self.nodes[-1]
+
+    @property
+    def name(self) -> str:
+        """The path of the module that its last node belongs to."""
+        return module_path(self.last) or "the top"
+
+
+def close(
+    reader: Reader,
+    nodes: Collection[Node],
+    stream: Node,
+    returned: tuple[Node, ...] = (),
+    smaller: Region | None = None,
+    front: frozenset[Node] = frozenset(),
+) -> Region:
+    """Nodes -> a region, if one call can stand in their place.
+
+    Raises:
+        Refusal: a size depends on the data, a value leaves the nodes and comes back, no place is behind all live-ins
+            and in front of all readers, or memory that the nodes read or make is written to in between.
+    """
+    inside = _without_foreign_parts(with_parts(nodes))
+    ordered = tuple(sorted(inside, key=reader.order.__getitem__))
+    outputs = tuple(node for node in ordered if not inside.issuperset(node.users))
+    if not outputs:
+        last = max(nodes, key=reader.order.__getitem__)
+        raise Refusal(Reason.UNREAD, last, f"nobody reads the result of {op_name(last)}")
+    for node in ordered:
+        if works_on_shards(node):
+            raise Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors")
+    for node in outputs:
+        if not isinstance(fake_value(node), torch.Tensor):
+            raise Refusal(Reason.ESCAPES, node, f"{op_name(node)} gives what is no tensor to the rest of the graph")
+    if any(map(depends_on_data, fake_value(stream).shape)):
+        raise Refusal(
+            Reason.DATA_DEPENDENT, ordered[0], f"the sizes of {list(fake_value(stream).shape)} depend on data"
+        )
+    live_ins = tuple(dict.fromkeys(o for n in ordered for o in n.all_input_nodes if o not in inside))
+    for node in live_ins:
+        if isinstance(fake_value(node), (tuple, list)):
+            (user, *_) = (user for user in node.users if user in inside)
+            text = f"{op_name(user)} reads several values at once, which {op_name(node)} makes outside of the region"
+            raise Refusal(Reason.UNKNOWN_OP, user, text)
+    before, early = _place(reader, ordered, outputs, live_ins)
+    moved = {operand for node in early for operand in (node, *node.all_input_nodes)}
+    _check_writes(reader, ordered, {*live_ins, *moved}, before)
+    _check_saved(reader, ordered)
+    modes = {node: reader.modes[node] for node in ordered}
+    return Region(reader.owner, ordered, outputs, live_ins, stream, before, early, modes, returned, smaller, front)
+
+
+def needs_gradient(node: Node, inside: Collection[Node]) -> bool:
+    """Whether what reads the value outside can send a gradient back."""
+    readers = (user for user in node.users if user not in inside)
+    return has_gradient(node) and any(user.op == "output" or has_gradient(user) for user in readers)
+
+
+def has_gradient(node: Node) -> bool:
+    """Whether the value needed a gradient when it was captured; of several values, whether one did."""
+    value = fake_value(node)
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
+
+
+def with_parts(nodes: Collection[Node]) -> set[Node]:
+    """The nodes, and the parts of their values that are tuples."""
+    inside, pending = set(nodes), list(nodes)
+    while pending:
+        node = pending.pop()
+        if isinstance(fake_value(node), (tuple, list)):
+            parts = [user for user in node.users if user.target is operator.getitem and user not in inside]
+            inside.update(parts)
+            pending += parts
+    return inside
+
+
+def _without_foreign_parts(nodes: set[Node]) -> set[Node]:
+    """The nodes but the parts of tuples that are made outside: the region reads these, each by itself."""
+    return {n for n in nodes if n.target is not operator.getitem or _is_part_inside(n, nodes)}
+
+
+def _is_part_inside(part: Node, nodes: Collection[Node]) -> bool:
+    source = part.all_input_nodes[0]
+    return source in nodes or not isinstance(fake_value(source), (tuple, list))
+
+
+def _place(
+    reader: Reader, nodes: tuple[Node, ...], outputs: tuple[Node, ...], live_ins: tuple[Node, ...]
+) -> tuple[Node, tuple[Node, ...]]:
+    """Where the loop goes: the node to put it in front of, and the nodes to move in front of it.
+
+    No output has been read there, and no mode is in force that is not the nodes' own. Live-ins that are made later are
+    moved up.
+    """
+    inside = set(nodes)
+    readers = [user for node in outputs for user in node.users if user not in inside and user.op != "output"]
+    first_reader = min([nodes[-1], *readers], key=reader.order.__getitem__)
+    early = _made_after(reader, first_reader, live_ins, inside)
+    known = max((reader.order[node] for node in live_ins if node not in early), default=-1)
+    grad = any(reader.modes[node].grad for node in nodes)
+    place = first_reader
+    while reader.order.get(place, -1) > known:
+        if reader.modes[place].grad == grad and reader.modes[place].autocast in ((), reader.modes[nodes[0]].autocast):
+            return place, early
+        place = place.prev
+    raise Refusal(Reason.GRAD_MODE, first_reader, f"{op_name(first_reader)} stands in another mode than the region")
+
+
+def _made_after(reader: Reader, place: Node, live_ins: tuple[Node, ...], inside: Collection[Node]) -> tuple[Node, ...]:
+    """What must be moved in front of `place` for the live-ins to be known there.
+
+    Raises:
+        Refusal: one of them is more than a plain computation, or depends on the region.
+    """
+    late: set[Node] = set()
+    pending = [node for node in live_ins if reader.order[node] >= reader.order[place]]
+    while pending:
+        node = pending.pop()
+        if node in late:
+            continue
+        late.add(node)
+        moves = node.op == "get_attr" or (reader.is_pure(node) and reader.modes[node] == reader.modes[place])
+        if not moves or node in inside:
+            text = f"{op_name(place)} reads a result of the region before {op_name(node)} makes an operand of it"
+            raise Refusal(Reason.NOT_CONVEX, place, text)
+        pending += [operand for operand in node.all_input_nodes if reader.order[operand] >= reader.order[place]]
+    return tuple(sorted(late, key=reader.order.__getitem__))
+
+
+def _check_writes(reader: Reader, nodes: Sequence[Node], live_ins: Collection[Node], before: Node) -> None:
+    """The region runs in one place: nothing may change what it reads between there and where it read it before.
+
+    Nor may the region change what others read.
+    """
+    inside, order = set(nodes), reader.order
+    foreign = set().union(*map(reader.storages, live_ins))
+    own = set().union(*map(reader.storages, inside)) - foreign
+    read: set[torch.UntypedStorage] = set()
+    node, end = nodes[0], max(order[before], order[nodes[-1]])
+    while order.get(node, end + 1) <= end:
+        if node in inside:
+            read.update(*map(reader.storages, node.all_input_nodes))
+        target = written_by(node)
+        if target is not None:
+            late = node in inside or order[node] >= order[before]
+            if not reader.storages(target).isdisjoint(foreign if late else foreign & read) or (
+                node not in inside and not reader.storages(target).isdisjoint(own)
+            ):
+                raise Refusal(Reason.MUTATION, node, f"{op_name(node)} writes to its operand")
+        node = node.next
+
+
+def _check_saved(reader: Reader, nodes: Sequence[Node]) -> None:
+    """Nothing may be written through `.data` that an earlier op may have saved: its backward would read the new value.
+
+    Of any other write that autograd does not see, eager execution tells that the saved value has changed.
+    """
+    hidden = [node for node in nodes if _writes_data(reader, node)]
+    for write in hidden:
+        target = written_by(write)
+        assert target is not None
+        for node in reader.owner.graph.nodes:
+            if reader.order[node] >= reader.order[write]:
+                break
+            reads = any(not reader.storages(target).isdisjoint(reader.storages(o)) for o in node.all_input_nodes)
+            if reads and reader.modes[node].grad and has_gradient(node) and not reader.is_view(node):
+                text = f"{op_name(write)} writes through .data to what {op_name(node)} may have saved for backward"
+                raise Refusal(Reason.MUTATION, write, text)
+
+
+def _writes_data(reader: Reader, node: Node) -> bool:
+    """Whether a node writes to what `.data` gave, or to a view of it."""
+    target = written_by(node)
+    while target is not None and target.all_input_nodes and reader.is_view(target):
+        if getattr(target.target, "__name__", "") == "_get_data_attr":
+            return True
+        target = target.all_input_nodes[0]
+    return False

@@ -1,0 +1,78 @@
+"""What has to come into a region with nodes that are in it: for the graph's sake, and for the order of their rows.
+
+Terms
+  key     what is sorted: the expert of each row
+  order   an integer value made by the sort, one number a row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch.fx import Node
+
+from mst_fx.core.values import fake_value
+from mst_fx.placement.rules.routing import SORTS
+from mst_fx.recognise.reader import Reader, written_by
+
+
+def company(reader: Reader, inside: set[Node]) -> list[Node]:
+    """Nodes outside that have to come in: what stands in between, what writes, and what was made to be written."""
+    writers = [user for node in inside for user in node.users if user not in inside and written_by(user) in inside]
+    fills = [o for node in inside for o in node.all_input_nodes if o not in inside and reader.fills(o)]
+    written = [o for o in fills if inside.issuperset(o.users) or any(written_by(user) is o for user in o.users)]
+    dependent = dependents(reader, inside)
+    between = [o for node in inside for o in node.all_input_nodes if o in dependent and o not in inside]
+    return between + writers + written
+
+
+def dependents(reader: Reader, nodes: Collection[Node]) -> set[Node]:
+    """The nodes, and everything that depends on them."""
+    found = set(nodes)
+    first = min(map(reader.order.__getitem__, nodes))
+    for node in reader.owner.graph.nodes:
+        if reader.order[node] > first and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def with_orders(reader: Reader, nodes: frozenset[Node], stream: Node) -> set[Node]:
+    """The nodes, all between them and the keys that their rows are sorted by, and what brings the rows back.
+
+    An order is a mini-sequence's own: it must be made inside, and no row may leave in it.
+    """
+    inside = set(nodes)
+    sorts = _sorts_behind(reader, nodes, stream)
+    if not sorts:
+        return inside
+    keys = {reader.unviewed(sort.all_input_nodes[0]) for sort in sorts}
+    orders = {node for node in dependents(reader, sorts) if _is_order(reader, node, sorts)}
+    while True:
+        later = dependents(reader, inside)
+        back = {node for node in later if not orders.isdisjoint(set(node.all_input_nodes) - later)}
+        more = {*back, *company(reader, inside | keys)} - inside - keys
+        if not more:
+            return inside
+        inside |= more
+
+
+def _sorts_behind(reader: Reader, nodes: frozenset[Node], stream: Node) -> set[Node]:
+    """The sorts behind what the nodes read; what is as large as the stream is no order, nor made of one."""
+    pending = [operand for node in nodes for operand in node.all_input_nodes]
+    seen: set[Node] = set()
+    sorts = set()
+    while pending:
+        node = pending.pop()
+        if node not in seen and node not in nodes and reader.numel(node) < reader.numel(stream):
+            seen.add(node)
+            sorts |= {node} if reader.does(node, SORTS) else set()
+            pending += node.all_input_nodes
+    return sorts
+
+
+def _is_order(reader: Reader, node: Node, sorts: set[Node]) -> bool:
+    value = fake_value(node)
+    rows = min(reader.numel(sort.all_input_nodes[0]) for sort in sorts)
+    whole = isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+    return whole and reader.numel(node) >= rows

@@ -1,0 +1,49 @@
+"""What the stages of the pass decided -> the entries of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.fx import Node
+
+from mst_fx.bodies.work import Work
+from mst_fx.core.provenance import module_path, source_line
+from mst_fx.core.values import bytes_of, fake_value
+from mst_fx.plan.planner import Plan
+from mst_fx.recognise.early_cut import CutHead
+from mst_fx.recognise.region import Region, needs_gradient
+from mst_fx.report.report import Dropped, EarlyCut, LoopedRegion
+
+
+def looped(pattern: str, region: Region, work: Work, plan: Plan, detached: Sequence[Node]) -> LoopedRegion:
+    """The entry of a region that was rewritten."""
+    return LoopedRegion(
+        pattern=pattern,
+        module=module_path(region.last),
+        source=source_line(region.last),
+        axis=f"dim {work.stages.axis.dim} ({work.stages.length} positions)",
+        chunks=plan.chunks,
+        bytes_before=plan.bytes_before,
+        bytes_after=plan.bytes_after,
+        backward=work.backward,
+        added_ms=plan.added_ms,
+        returned_bytes=sum(map(_bytes, region.returned)),
+        returned_gradient_bytes=sum(
+            _bytes(node) for node in region.returned if needs_gradient(node, region.nodes) and node not in detached
+        ),
+    )
+
+
+def _bytes(node: Node) -> int:
+    return bytes_of(fake_value(node))
+
+
+def cut_head(head: CutHead) -> EarlyCut:
+    """The entry of a projection that makes less than was written."""
+    cut = head.region.last
+    return EarlyCut(module_path(cut), source_line(cut), head.bytes_before, head.bytes_after)
+
+
+def dropped(node: Node) -> Dropped:
+    """The entry of logits that are not returned."""
+    return Dropped(module_path(node), source_line(node), _bytes(node))

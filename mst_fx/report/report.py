@@ -1,0 +1,202 @@
+"""What was looped, what was not, and why: plain data underneath, text by `str()`."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+from mst_fx.core.provenance import module_path, op_name, source_line
+from mst_fx.core.readable import readable
+from mst_fx.core.refusal import Refusal
+
+
+@dataclass(frozen=True)
+class LoopedRegion:
+    """A region that runs as a loop.
+
+    Attributes:
+        pattern: name of the pattern that recognised it.
+        module: path of the module that it belongs to.
+        source: file, line and code of its last op.
+        axis: the split dim of the stream, and its length in positions.
+        chunks: number of mini-sequences.
+        bytes_before, bytes_after: of the region's temporaries, unlooped and with one mini-sequence alive.
+        backward: "recompute", "in_forward" or "none".
+        added_ms: predicted time that the loop adds to a training step.
+        returned_bytes: of logits that the compiled function returns, so that they exist as a whole.
+        returned_gradient_bytes: of their gradient, with which backward starts even if nobody used them.
+        verified: with the option `verify`, whether the loop was run and is right; False where it could not be run.
+        verification: at which sizes it was run, or why it could not be.
+    """
+
+    pattern: str
+    module: str
+    source: str
+    axis: str
+    chunks: int
+    bytes_before: int
+    bytes_after: int
+    backward: str
+    added_ms: float = 0.0
+    returned_bytes: int = 0
+    returned_gradient_bytes: int = 0
+    verified: bool | None = None
+    verification: str = ""
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.pattern} at {self.module or 'the top'}: {self.axis} in {self.chunks} chunks, "
+            f"{readable(self.bytes_before)} -> {readable(self.bytes_after)} of temporaries, "
+            f"backward {self.backward.replace('_', ' ')}, {self.added_ms:+.1f} ms a step (predicted)",
+            self.source,
+        ]
+        if self.returned_bytes:
+            size = readable(self.returned_bytes)
+            lines.append(f"Returned logits have to exist: {size}; returned_logits='drop' returns None in training.")
+        if self.returned_gradient_bytes:
+            size = readable(self.returned_gradient_bytes)
+            lines.append(f"Backward starts with their gradient, {size}; returned_logits='detach' does without it.")
+        if self.verified is not None:
+            lines.append(f"{'Verified at' if self.verified else 'Could not be verified:'} {self.verification}.")
+        return "\n    ".join(lines)
+
+
+@dataclass(frozen=True)
+class RefusedRegion:
+    """A region, or what looked like one, that was left as it was.
+
+    Attributes:
+        pattern: name of the pattern that recognised it.
+        reason: name of a `Reason`.
+        op: what stands in the way.
+        source: file, line and code of that op.
+        advice: what to change.
+        text: the reason in one sentence.
+        module: path of the module that the op belongs to.
+    """
+
+    pattern: str
+    reason: str
+    op: str
+    source: str
+    advice: str
+    text: str
+    module: str
+
+    def __str__(self) -> str:
+        where = self.module or "the top"
+        return (
+            f"{self.pattern} at {where} left alone ({self.reason}): {self.text}\n    {self.source}\n    {self.advice}"
+        )
+
+
+@dataclass(frozen=True)
+class EarlyCut:
+    """A projection whose result was cut along the tokens, and whose operand is cut now.
+
+    Attributes:
+        module: path of the module that cuts.
+        source: file, line and code of the cut.
+        bytes_before, bytes_after: of what the projection makes.
+    """
+
+    module: str
+    source: str
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        sizes = f"{readable(self.bytes_before)} -> {readable(self.bytes_after)} of logits"
+        return f"cut before the head at {self.module or 'the top'}: {sizes}\n    {self.source}"
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Logits in place of which the compiled function returns None.
+
+    Attributes:
+        module: path of the module that makes them.
+        source: file, line and code.
+        bytes: of the logits.
+    """
+
+    module: str
+    source: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"None is returned for {readable(self.bytes)} at {self.module or 'the top'}\n    {self.source}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The decisions of one compile, in graph order.
+
+    Attributes:
+        regions: what is looped.
+        refusals: what is not, and why.
+        cuts: projections that make less than was written.
+        dropped: logits that are not returned.
+        graphs: number of graphs that were seen; more than one after a graph break.
+        peak, peak_whole: predicted bytes of a training step of the graph with these loops and without any; of several
+            graphs, the most.
+        notes: what else the user should know.
+    """
+
+    regions: tuple[LoopedRegion, ...] = ()
+    refusals: tuple[RefusedRegion, ...] = ()
+    cuts: tuple[EarlyCut, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
+    graphs: int = 1
+    peak: int = 0
+    peak_whole: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __add__(self, other: Report) -> Report:
+        peak, whole = max(self.peak, other.peak), max(self.peak_whole, other.peak_whole)
+        return replace(self.joined(other), graphs=self.graphs + other.graphs, peak=peak, peak_whole=whole)
+
+    def joined(self, other: Report) -> Report:
+        """With the decisions about a part of the same graph."""
+        regions, refusals = self.regions + other.regions, self.refusals + other.refusals
+        cuts, gone = self.cuts + other.cuts, self.dropped + other.dropped
+        return Report(regions, refusals, cuts, gone, self.graphs, notes=(*dict.fromkeys(self.notes + other.notes),))
+
+    def __str__(self) -> str:
+        entries = (*self.regions, *self.cuts, *self.dropped, *self.refusals)
+        if not self.graphs:
+            return "\n".join(["mst_fx: no graph was captured, so there was nothing to decide", *self.notes])
+        if not entries:
+            head = f"mst_fx: nothing to loop in {self.graphs} graph(s): no pattern matched"
+            return "\n".join([head, *self.notes])
+        head = f"mst_fx: {len(self.regions)} looped, {len(self.refusals)} left alone, {self.graphs} graph(s)"
+        if self.peak_whole:
+            head += f"; peak of a step {readable(self.peak_whole)} -> {readable(self.peak)} (predicted)"
+        return "\n".join([head, *map(str, entries), *self.notes])
+
+
+def refused(pattern: str, refusal: Refusal) -> RefusedRegion:
+    """The entry of a region that was not."""
+    node = refusal.node
+    return RefusedRegion(
+        pattern=pattern,
+        reason=refusal.reason.name,
+        op=op_name(node) if node is not None else "",
+        source=source_line(node) if node is not None else "",
+        advice=refusal.reason.value,
+        text=refusal.text,
+        module=module_path(node) if node is not None else "",
+    )
+
+
+_MADE: deque[Report] = deque(maxlen=1000)
+
+
+def record(report: Report) -> None:
+    """Keep the report of a compile for `reports`."""
+    _MADE.append(report)
+
+
+def reports() -> list[Report]:
+    """The reports of the compiles made in this process (the last thousand), oldest first; one a graph."""
+    return list(_MADE)

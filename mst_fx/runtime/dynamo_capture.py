@@ -1,0 +1,70 @@
+"""Dynamo captures the loop operator: compiled autograd hands it backward graphs of AOTAutograd, loops included.
+
+The operator and its bodies go into the captured graph as they are.
+
+Private torch API: Dynamo's variables of higher-order operators. Run on torch 2.11 and 2.13. Where they have other
+names, compiled autograd cannot compile backward graphs that hold loops, and all else is as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch.fx import GraphModule
+
+from mst_fx.runtime.loop_operator import mini_sequence_loop
+
+log = logging.getLogger("mst_fx")
+
+
+def let_dynamo_capture_loops() -> None:
+    """Tell Dynamo how to put the operator into a graph; once told, it knows."""
+    try:
+        from torch._dynamo.variables import higher_order_ops as ops
+
+        known = ops._hop_name_to_variable_class
+        if mini_sequence_loop.__name__ not in known:
+            known[mini_sequence_loop.__name__] = _variable_class(ops.TorchHigherOrderOperatorVariable)
+    except (ImportError, AttributeError) as error:
+        log.debug("mst_fx: compiled autograd cannot capture loops: %s", error)
+
+
+def _variable_class(base: Any) -> Any:
+    from torch._dynamo.utils import set_example_value
+    from torch._dynamo.variables.builder import wrap_fx_proxy
+    from torch._dynamo.variables.higher_order_ops import make_attr
+    from torch._dynamo.variables.tensor import SymNodeVariable
+
+    def literal(tx: Any, argument: Any) -> Any:
+        """A number that Dynamo has taken for one that may vary is the one that was seen."""
+        argument = argument.realize()
+        if isinstance(argument, SymNodeVariable):
+            return argument.evaluate_expr(tx.output)
+        if argument.is_python_constant():
+            return argument.as_python_constant()
+        return tuple(literal(tx, item) for item in argument.items)
+
+    def proxy_of(tx: Any, argument: Any) -> Any:
+        body = vars(argument).get("value")
+        if not isinstance(body, GraphModule):
+            return argument.as_proxy()
+        modules = tx.output.nn_modules
+        if all(module is not body for module in modules.values()):  # loops may share a body
+            tx.output.install_subgraph("mini_sequence_body", body)
+        proxy = make_attr(tx, next(name for name, module in modules.items() if module is body))
+        set_example_value(proxy.node, body)
+        return proxy
+
+    class Variable(base):  # type: ignore[misc]
+        _HOP_NAME = "torch.ops.higher_order.mini_sequence_loop"
+
+        def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+            import mst_fx.runtime.inductor_lowering  # noqa: F401 - the graph may be compiled by Inductor, which nobody has told of it
+
+            full, tail, *operands = (proxy_of(tx, argument.realize()) for argument in (*args[:2], *args[3:]))
+            arguments = (full, tail, literal(tx, args[2]), *operands)
+            call = tx.output.create_proxy("call_function", self.value, args=arguments, kwargs={})
+            return wrap_fx_proxy(tx=tx, proxy=call)
+
+    return Variable

@@ -1,0 +1,118 @@
+"""Inductor's lowering of the loop operator: the bodies become functions of the generated module, the loop one call.
+
+Private torch API: Inductor's IR, graph lowering and wrapper code. Run on torch 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch._inductor import config, ir
+from torch._inductor.ir import convert_shape_to_inductor  # type: ignore[attr-defined]
+from torch._inductor.lowering import constrain_to_fake_tensor, lowerings, register_lowering
+from torch._inductor.virtualized import V
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from mst_fx.core.sizes import is_symbolic
+from mst_fx.kernels.write_order import behind, let_overwrite
+from mst_fx.runtime.loop_operator import chunk_examples, mini_sequence_loop
+
+# Inductor says so of every operator with subgraphs that it does not know; it then leaves the bodies as they are
+warnings.filterwarnings("ignore", message="Please add support for subgraph args to function mini_sequence_loop")
+
+
+class MiniSequenceKernel(ir.ExternKernel):
+    """One loop in Inductor's graph: nothing is fused into it or moved through it."""
+
+    def __init__(self, subgraphs: Sequence[Any], spec: tuple[Any, ...], operands: Sequence[Any], layout: Any) -> None:
+        super().__init__(name=None, layout=layout, inputs=operands)
+        self.outputs: list[Any] = []
+        self.subgraphs, self.spec = subgraphs, spec
+        self.name = V.graph.register_buffer(self)
+        V.graph.register_operation(self)
+
+    def get_subgraphs(self) -> list[Any]:
+        """Told to Inductor so that it sees what the bodies use."""
+        return [subgraph for subgraph in self.subgraphs if subgraph is not None]
+
+    def should_allocate(self) -> bool:
+        """The runtime allocates the results."""
+        return False
+
+    def has_side_effects(self) -> bool:
+        """A loop whose results nobody reads may go."""
+        return False
+
+    def codegen(self, wrapper: Any) -> None:
+        """Write the bodies once, and the call of the loop."""
+        names = []
+        for subgraph in self.subgraphs:
+            if subgraph is not None:
+                with _settings(subgraph.graph.example_inputs):
+                    wrapper.codegen_subgraph_common(subgraph)
+            names.append(subgraph.graph.name if subgraph is not None else "None")
+        buffers: Sequence[Any] = self.inputs
+        operands = ", ".join(buffer.codegen_reference() for buffer in buffers)
+        wrapper.add_import_once("from mst_fx.runtime.loop_operator import run_loop")
+        wrapper.writeline(f"{self.get_name()} = run_loop(({', '.join(names)}), {self.spec!r}, [{operands}])")
+
+
+@register_lowering(mini_sequence_loop, type_promotion_kind=None)
+def _lower(full: Any, tail: Any, spec: tuple[Any, ...], *operands: Any) -> list[Any]:
+    node = V.graph.current_node
+    operand_nodes: Any = node.args[3:]
+    fakes = [operand.meta["val"] for operand in operand_nodes]
+    with V.fake_mode:
+        examples = chunk_examples(spec, fakes, V.fake_mode.shape_env)
+    taken = [fake if axis else chunk for fake, axis, chunk in zip(fakes, spec[2], examples[0], strict=True)]
+    realized = [
+        constrain_to_fake_tensor(ir.ExternKernel.realize_input(operand), like)
+        for operand, like in zip(operands, taken, strict=True)
+    ]
+    for subgraph, chunk in zip((full, tail), examples, strict=True):
+        if subgraph is not None:
+            _compile_body(subgraph, chunk)
+    kernel = MiniSequenceKernel((full, tail), spec, realized, ir.MultiOutputLayout(device=fakes[0].device))
+    kernel.outputs = [_output(kernel, value, position) for position, value in enumerate(node.meta["val"])]
+    return [ir.TensorBox.create(output) for output in kernel.outputs]
+
+
+def _compile_body(subgraph: Any, chunk: Sequence[torch.Tensor]) -> None:
+    """Run Inductor over the body, for operands of one chunk."""
+    if subgraph.graph is not None:
+        return
+    FakeTensorProp(subgraph.graph_module, mode=V.fake_mode).propagate_dont_convert_inputs(*chunk)
+    module = subgraph.graph_module if _any_length(chunk) else let_overwrite(subgraph.graph_module)
+    subgraph.graph = V.graph.make_subgraph(gm=module, example_inputs=list(chunk), subgraph_name=subgraph.name)
+    with V.set_graph_handler(subgraph.graph), _settings(chunk):
+        subgraph.graph.run(*chunk)
+
+
+def _any_length(chunk: Sequence[torch.Tensor]) -> bool:
+    return any(is_symbolic(size) for x in chunk for size in x.shape)
+
+
+def _settings(chunk: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
+    """For a body of any length: no kernel that reduces along both axes, which torch 2.11 cannot split without a hint.
+
+    Such a kernel is meant for many rows, and is taken wherever their number is not known to be small.
+    """
+    return config.patch({"triton.mix_order_reduction": False} if _any_length(chunk) else {})
+
+
+@register_lowering(behind, type_promotion_kind=None)
+def _behind(value: Any, earlier: Any) -> Any:
+    """The value, which depends on `earlier` in name only: Inductor lets it overwrite what it is the last to read."""
+    earlier.realize()
+    same = lowerings[torch.ops.aten.eq.Tensor](earlier, earlier)
+    return lowerings[torch.ops.aten.where.self](same, value, value)
+
+
+def _output(kernel: MiniSequenceKernel, value: torch.Tensor, position: int) -> Any:
+    size, stride = map(convert_shape_to_inductor, (value.shape, value.stride()))
+    layout = ir.FixedLayout(device=value.device, dtype=value.dtype, size=size, stride=stride)
+    return ir.MultiOutput(layout, kernel, [(list, position)], skip_size_stride_alignment_checks=True)

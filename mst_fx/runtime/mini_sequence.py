@@ -1,0 +1,128 @@
+"""The differentiable call that stands in the rewritten graph in place of a region.
+
+Two ways backward:
+  recompute    save the operands; a second loop recomputes each mini-sequence and adds up its gradients
+  in_forward   the region ends in one sum, so one loop computes it and its gradients up to the upstream factor
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from mst_fx.core.clean_room import without_autocast
+from mst_fx.runtime.loop_operator import mini_sequence_loop, results_kept
+
+
+class CallSpec(NamedTuple):
+    """The literals of one call; `tuple(spec)` is what the graph holds.
+
+    Attributes:
+        backward: "recompute", "in_forward" or "none".
+        forward_spec: of the loop that only computes results.
+        backward_spec: of the loop that computes gradients (after the results where gradients come in the forward).
+        differentiable: positions of the results that have a gradient; the backward loop reads theirs first.
+        wanted: positions of the operands whose gradients the backward loop gives, in its order.
+        kept: positions of the results that exist anyway and are not recomputed; the backward loop reads the upstream
+            gradients, then these, then the operands.
+        keeps: whether activation checkpointing keeps the results of the forward loop that it needs, and does not run
+            the loop again for them.
+    """
+
+    backward: str
+    forward_spec: tuple[Any, ...]
+    backward_spec: tuple[Any, ...]
+    differentiable: tuple[int, ...]
+    wanted: tuple[int, ...]
+    kept: tuple[int, ...] = ()
+    keeps: bool = False
+
+
+def mini_sequence(
+    forward: Any,
+    forward_tail: Any,
+    backward: Any,
+    backward_tail: Any,
+    raw_spec: tuple[Any, ...],
+    *operands: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Run a region as a loop over mini-sequences.
+
+    Args:
+        forward: body that computes the results of a full chunk, None where gradients come in the forward.
+        forward_tail: the same for the ragged last chunk, None where there is none.
+        backward: body that computes the gradients of a full chunk, None where none is needed.
+        backward_tail: the same for the ragged last chunk.
+        raw_spec: a `CallSpec` as a tuple.
+        operands: what the region reads.
+    """
+    spec = CallSpec(*raw_spec)
+    operands = tuple(_connected(x, position in spec.wanted) for position, x in enumerate(operands))
+    with without_autocast():
+        if spec.backward == "in_forward":
+            return _GradientsInForward.apply(backward, backward_tail, spec, *operands)
+        if spec.backward == "none" or not torch.is_grad_enabled():
+            return mini_sequence_loop(forward, forward_tail, spec.forward_spec, *operands)
+        bodies = (forward, forward_tail, backward, backward_tail)
+        return _Recompute.apply(bodies, spec, *operands)
+
+
+def _connected(operand: torch.Tensor, wanted: bool) -> torch.Tensor:
+    """An operand, without its gradient where none comes back: what it is made of would be given zeros for none."""
+    return operand if wanted or not operand.requires_grad else operand.detach()
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bodies: tuple[Any, ...], spec: CallSpec, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.bodies, ctx.spec, ctx.count = bodies[2:], spec, len(operands)
+        with results_kept() if spec.keeps else nullcontext():
+            results = mini_sequence_loop(*bodies[:2], spec.forward_spec, *operands)
+        ctx.save_for_backward(*(results[i] for i in spec.kept), *operands)
+        ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in spec.differentiable))
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        spec: CallSpec = ctx.spec
+        upstream = [tangents[i] for i in spec.differentiable]
+        with without_autocast():
+            grads = mini_sequence_loop(*ctx.bodies, spec.backward_spec, *upstream, *ctx.saved_tensors)
+        return (None, None, *_placed(spec, grads, ctx.count))
+
+
+class _GradientsInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, full: Any, tail: Any, spec: CallSpec, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outs = mini_sequence_loop(full, tail, spec.backward_spec, *operands)
+        results, grads = outs[: -len(spec.wanted)], outs[-len(spec.wanted) :]
+        ctx.save_for_backward(*grads)
+        ctx.spec, ctx.count = spec, len(operands)
+        ctx.dtypes = [operands[i].dtype for i in spec.wanted]
+        ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in spec.differentiable))
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        factor = tangents[ctx.spec.differentiable[0]]
+        grads = tuple(_scaled(grad, factor, dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return (None, None, None, *_placed(ctx.spec, grads, ctx.count))
+
+
+def _scaled(grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Times the upstream factor, but 0 stays 0: without any label the factor is infinite, and the gradients are 0.
+
+    A float32 sum is rounded here for the first time.
+    """
+    return torch.where(grad == 0, grad, grad * factor).to(dtype)
+
+
+def _placed(spec: CallSpec, grads: tuple[torch.Tensor, ...], count: int) -> list[torch.Tensor | None]:
+    """The gradients at their operands' positions."""
+    by_operand = dict(zip(spec.wanted, grads, strict=True))
+    return [by_operand.get(position) for position in range(count)]

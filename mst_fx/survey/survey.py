@@ -1,0 +1,261 @@
+"""Graph -> its regions, each with everything that the planner asks for. Subgraphs are visited as the graph is.
+
+What was found out about one node or region is known for all that are like it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch.fx import GraphModule, Node
+
+from mst_fx.bodies.call import Call, assembled
+from mst_fx.bodies.work import Work, analysed
+from mst_fx.capture.decomposed import Opened
+from mst_fx.core.config import Config
+from mst_fx.core.faults import refusal_for
+from mst_fx.core.provenance import module_path, op_name
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.sizes import hint, is_symbolic
+from mst_fx.core.values import fake_value
+from mst_fx.plan.chunk_length import Lengths, default_lengths
+from mst_fx.plan.planner import Offer
+from mst_fx.predict.extent import extent_of
+from mst_fx.predict.region_memory import RegionMemory, memory_of, temporary_bytes, written_after
+from mst_fx.predict.time import cost_of
+from mst_fx.recognise.dead_code import without_dead_code
+from mst_fx.recognise.discover import discover, nested
+from mst_fx.recognise.early_cut import CutHead, cut_heads
+from mst_fx.recognise.norm_in_front import with_front
+from mst_fx.recognise.pattern import Pattern
+from mst_fx.recognise.reader import Reader, works_on_shards
+from mst_fx.recognise.rebuild import Edit, nodes_of, rebuilt
+from mst_fx.recognise.region import Region, has_gradient
+from mst_fx.report.entries import cut_head, dropped
+from mst_fx.report.report import Report, refused
+from mst_fx.survey.surveyed import TOP, Around, Site, Surveyed
+
+if TYPE_CHECKING:
+    from mst_fx.verify.verify import Verified
+
+
+@dataclass(frozen=True, eq=False)
+class Surveyor:
+    """Surveys the graphs of one compile.
+
+    Attributes:
+        config: the user's options.
+        patterns: to recognise regions by.
+        marked: names of sizes that have to vary.
+    """
+
+    config: Config
+    patterns: Sequence[Pattern]
+    marked: frozenset[str] = frozenset()
+    _opened: dict[Hashable, Opened | None] = field(default_factory=dict)
+    _works: dict[Hashable, Work] = field(default_factory=dict)
+    _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
+    _memories: dict[tuple[Work, Lengths, int], RegionMemory] = field(default_factory=dict)
+    _verified: dict[tuple[Work, Lengths], Verified | Refusal] = field(default_factory=dict)
+
+    def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
+        """Find the regions of a graph as captured, and of its subgraphs."""
+        reader, report = without_dead_code(gm, self._opened), Report()
+        if self.config.returned_logits == "drop":
+            reader, report = self._without_logits(reader)
+        reader, cuts, sizes = self._cut_early(reader)
+        report = report.joined(cuts).joined(_sharded(reader))
+        sites: list[Site] = []
+        discovered = discover(reader, self.patterns, strict=self.config.strict)
+        taken = {node for found in discovered if isinstance(found.outcome, Region) for node in found.outcome.nodes}
+        for found in discovered:
+            try:
+                if isinstance(found.outcome, Refusal):
+                    raise found.outcome
+                region, work = self._best_part(reader, found.outcome, taken, sizes)
+                sites.append(Site(found.pattern, region, work, around))
+            except Refusal as refusal:
+                report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
+            except Exception as error:
+                assert isinstance(found.outcome, Region)
+                report = report.joined(Report(refusals=(refused(found.pattern, self._fault(error, found.outcome)),)))
+        children = {
+            child.name: (self.survey(child.module, around.inside(child)), child.callers)
+            for child in nested(reader.owner)
+        }
+        return Surveyed(reader, tuple(sites), report, children, around, sizes)
+
+    def _without_logits(self, reader: Reader) -> tuple[Reader, Report]:
+        """A reader of the graph that returns None in place of what regions make for its caller."""
+        regions = [
+            found.outcome
+            for found in discover(reader, self.patterns, strict=self.config.strict)
+            if isinstance(found.outcome, Region)
+        ]
+        training = (region for region in regions if _has_loss(region))
+        leaving = dict.fromkeys(node for region in training for node in _leaving(reader, region))
+        report = Report(dropped=tuple(map(dropped, leaving)))
+        return (self._read(rebuilt(reader.owner, [], dropped=leaving)) if leaving else reader), report
+
+    def _read(self, gm: GraphModule) -> Reader:
+        return Reader(gm, self._opened)
+
+    def _cut_early(self, reader: Reader) -> tuple[Reader, Report, tuple[Any, ...]]:
+        """A reader of the graph in which heads project only the tokens that are read, and the sizes fixed in it."""
+        report, sizes = Report(), dict[str, Any]()
+        while True:
+            heads = list(cut_heads(reader, self.marked, strict=self.config.strict))
+            cut = [head for head in heads if isinstance(head, CutHead)]
+            found = _apart([head for head in cut if self._is_worth_cutting(head)])
+            if not found:
+                faults = tuple(refused("cut", head) for head in heads if isinstance(head, Refusal))
+                return reader, report.joined(Report(refusals=faults)), tuple(sizes.values())
+            sizes.update((str(size), size) for head in found for size in head.sizes)
+            report = report.joined(Report(cuts=tuple(map(cut_head, found))))
+            makes = [partial(nodes_of, region=head.region, lowered=head.cut_first) for head in found]
+            edits = [Edit(head.region, make) for head, make in zip(found, makes, strict=True)]
+            reader = self._read(rebuilt(reader.owner, edits))
+
+    def _is_worth_cutting(self, head: CutHead) -> bool:
+        """Whether the projection makes much, or may at another length: a cut costs nothing."""
+        varies = any(map(is_symbolic, fake_value(head.region.stream).shape))
+        return head.bytes_before >= self.config.least_bytes or (varies and self.config.min_bytes is None)
+
+    def _best_part(
+        self, reader: Reader, region: Region, taken: Collection[Node], sizes: tuple[Any, ...]
+    ) -> tuple[Region, Work]:
+        """The largest part that can be looped; where large values are returned, the one that leaves the fewest bytes.
+
+        Raises:
+            Refusal: neither the region nor any part of it can be looped.
+        """
+        parts: list[tuple[Region, Work]] = []
+        refusal: Refusal | None = None
+        part: Region | None = region
+        while part is not None and (part.returned or not parts):
+            try:
+                front = self._with_front(reader, part, taken, sizes)
+                parts.append(front or (part, self._analysed(part, sizes)))
+            except Refusal as error:
+                refusal = refusal or error
+            part = part.smaller
+        if not parts:
+            assert refusal is not None
+            raise refusal
+        return min(parts, key=lambda part: written_after(part[1], self._lengths(*part).chunk))
+
+    def _with_front(
+        self, reader: Reader, region: Region, taken: Collection[Node], sizes: tuple[Any, ...]
+    ) -> tuple[Region, Work] | None:
+        """The region and what stands in front of it, if its tokens stay apart there, too: the longest axis is split."""
+        whole = with_front(reader, region, taken)
+        if whole is None:
+            return None
+        try:
+            work = self._analysed(whole, sizes)
+        except Refusal:
+            return None
+        longest = max(map(hint, fake_value(whole.stream).shape[:-1]), default=0)
+        return (whole, work) if hint(work.stages.length) >= longest else None
+
+    def _analysed(self, region: Region, sizes: tuple[Any, ...]) -> Work:
+        try:
+            return analysed(region, self.config, self._works, self.marked, sizes)
+        except Refusal:
+            raise
+        except Exception as error:
+            raise self._fault(error, region) from error
+
+    def _fault(self, error: Exception, region: Region) -> Refusal:
+        return refusal_for(error, region.last, f"a region at {region.name}", strict=self.config.strict)
+
+    def _lengths(self, region: Region, work: Work) -> Lengths:
+        wish = self.config.wish_for(_modules(region))
+        recomputes = work.backward == "recompute"
+        return default_lengths(extent_of(work), wish, self.config.accumulate, recomputes=recomputes)
+
+    def call(self, work: Work, lengths: Lengths) -> Call:
+        """The bodies for these lengths; the same ones for all regions that are alike."""
+        key = (work, lengths)
+        if key not in self._calls:
+            self._calls[key] = assembled(work, lengths.chunk, lengths.forward, self.config.accumulate)
+        return self._calls[key]
+
+    def verified(self, site: Site, lengths: Lengths) -> Verified | Refusal | None:
+        """Whether the loop was run and is right (option `verify`), once for regions that are alike; None unasked."""
+        if not self.config.verify:
+            return None
+        from mst_fx.verify.verify import verified
+
+        key = (site.work, lengths)
+        if key not in self._verified:
+            try:
+                self._verified[key] = verified(site.region, site.work, self.call(site.work, lengths), self.config)
+            except Refusal as refusal:
+                self._verified[key] = refusal
+        found = self._verified[key]
+        return Refusal(found.reason, site.region.last, found.text) if isinstance(found, Refusal) else found
+
+    def offer(self, site: Site, *, due: bool = False) -> Offer:
+        """What the planner has to know of a region.
+
+        Args:
+            site: of the region.
+            due: as in `Offer`.
+        """
+        modules, extent = _modules(site.region), extent_of(site.work)
+        lengths = self._lengths(site.region, site.work)
+        written = temporary_bytes(site.work.stages, extent.length)
+        if written < self.config.least_bytes and not (due or self.config.wish_for(modules).loop):
+            memory = RegionMemory(written)  # it is left alone: no need to trace what its loop would be
+        else:
+            memory = self._memory(site.work, lengths, extent.length)
+        cost = cost_of(site.work, memory, extent)
+        free, around = site.work.backward != "recompute", site.around
+        return Offer(modules, extent, memory, cost, free=free, repeated=around.repeated, kept=around.kept, due=due)
+
+    def _memory(self, work: Work, lengths: Lengths, length: int) -> RegionMemory:
+        key = (work, lengths, length)
+        if key not in self._memories:
+            self._memories[key] = memory_of(work, self.call(work, lengths))
+        return self._memories[key]
+
+
+def _apart(heads: Sequence[CutHead]) -> list[CutHead]:
+    """Those that share no node with an earlier one: where two projections are joined before the cut, one waits."""
+    chosen: list[CutHead] = []
+    taken: set[Node] = set()
+    for head in heads:
+        if taken.isdisjoint(head.region.nodes):
+            taken.update(head.region.nodes)
+            chosen.append(head)
+    return chosen
+
+
+def _sharded(reader: Reader) -> Report:
+    """A word about ops on DTensors: patterns cannot tell what they are."""
+    nodes = [node for node in reader.owner.graph.nodes if node.op.startswith("call_") and works_on_shards(node)]
+    if not nodes:
+        return Report()
+    text = f"{op_name(nodes[0])} works on DTensors, as {len(nodes)} op(s) of the graph do"
+    return Report(refusals=(refused("all", Refusal(Reason.SHARDED, nodes[0], text)),))
+
+
+def _has_loss(region: Region) -> bool:
+    """Whether a gradient comes from something else than the large values that are returned."""
+    return any(has_gradient(node) for node in region.outputs if node not in region.returned)
+
+
+def _leaving(reader: Reader, region: Region) -> Iterator[Node]:
+    """The large values of a region that the graph returns, as they are or in another form."""
+    for value in region.returned:
+        for node in (value, *value.users):
+            if reader.numel(node) == reader.numel(value) and any(user.op == "output" for user in node.users):
+                yield node
+
+
+def _modules(region: Region) -> tuple[str, ...]:
+    return tuple(sorted({module_path(node) for node in region.nodes if node not in region.front}))

@@ -1,0 +1,122 @@
+"""What a survey of a graph finds, and what follows from it for the graph as a whole: its timeline, its device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mst_fx.bodies.work import Work
+from mst_fx.core.refusal import Refusal
+from mst_fx.predict.step_memory import Segment, Timeline, resident_bytes, returned_bytes, segments_of
+from mst_fx.predict.time import Device, device_of
+from mst_fx.recognise.discover import Nested
+from mst_fx.recognise.reader import Reader
+from mst_fx.recognise.region import Region
+from mst_fx.report.report import Report, refused
+
+
+@dataclass(frozen=True)
+class Around:
+    """What stands around a graph.
+
+    Attributes:
+        repeated: whether it is in a block that is computed again for backward in any case.
+        kept: whether the results of its loops are kept nevertheless. In a row of checkpointed blocks each keeps what it
+            is given; what the last one gives is computed again for its readers, a whole loop for one tensor.
+    """
+
+    repeated: bool = False
+    kept: bool = False
+
+    def inside(self, child: Nested) -> Around:
+        """The same for a subgraph."""
+        return Around(self.repeated or child.repeated, self.kept or child.last)
+
+
+TOP = Around()
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A region that can be looped.
+
+    Attributes:
+        pattern: name of the pattern that recognised it.
+        region: where.
+        work: what its loop has to do.
+        around: what stands around its graph.
+    """
+
+    pattern: str
+    region: Region
+    work: Work
+    around: Around
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether its loop computes again what would not be computed again without it."""
+        return self.work.backward == "recompute" and not self.around.repeated
+
+
+@dataclass(frozen=True, eq=False)
+class Surveyed:
+    """One graph.
+
+    Attributes:
+        reader: of the graph, in which heads project only the tokens that are read.
+        sites: its regions, in graph order.
+        report: what was refused, and cut.
+        children: its subgraphs, by attribute, and the nodes that run them.
+        around: what stands around it.
+        sizes: that its early cuts need fixed.
+    """
+
+    reader: Reader
+    sites: tuple[Site, ...]
+    report: Report
+    children: dict[str, tuple[Surveyed, tuple[Node, ...]]]
+    around: Around
+    sizes: tuple[Any, ...] = ()
+
+    def all_sites(self) -> Iterator[Site]:
+        """Those of the graph and of its subgraphs."""
+        yield from self.sites
+        for child, _ in self.children.values():
+            yield from child.all_sites()
+
+    def without(self, refusals: Mapping[Site, Refusal]) -> Surveyed:
+        """The same graph, in which these regions are refused."""
+        left = tuple(site for site in self.sites if site not in refusals)
+        told = tuple(refused(site.pattern, refusals[site]) for site in self.sites if site in refusals)
+        children = {name: (child.without(refusals), callers) for name, (child, callers) in self.children.items()}
+        return replace(self, sites=left, report=self.report.joined(Report(refusals=told)), children=children)
+
+
+def timeline_of(surveyed: Surveyed) -> Timeline:
+    """The memory of the whole graph; its regions are numbered as in `all_sites`."""
+    numbers = {site: number for number, site in enumerate(surveyed.all_sites())}
+    segments = tuple(_segments(surveyed, numbers, count(), top=True))
+    return Timeline(resident_bytes(surveyed.reader), segments, returned_bytes(surveyed.reader))
+
+
+def _segments(surveyed: Surveyed, numbers: dict[Site, int], fresh: Iterator[int], *, top: bool) -> list[Segment]:
+    regions = {node: numbers[site] for site in surveyed.sites for node in site.region.nodes}
+    blocks: dict[Node, list[Segment]] = {}
+    for child, callers in surveyed.children.values():
+        for caller in callers:
+            inner = _segments(child, numbers, fresh, top=False)
+            block = next(fresh) if child.around.repeated else None
+            blocks[caller] = [replace(part, block=block) if part.block is None else part for part in inner]
+    return segments_of(surveyed.reader, regions, blocks, top=top)
+
+
+def device_of_graph(surveyed: Surveyed) -> Device:
+    """The device of the regions; the CPU where there are none."""
+    site = next(surveyed.all_sites(), None)
+    value: Any = site.work.stages.stream.meta["val"] if site is not None else torch.empty(0)
+    return device_of(value.device)

@@ -1,0 +1,35 @@
+"""What the option `modules` names, and nothing has: told, as the user meant something by it."""
+
+from __future__ import annotations
+
+import logging
+
+from mst_fx.core.config import Config, is_in
+from mst_fx.core.provenance import module_path
+from mst_fx.survey.surveyed import Surveyed
+
+log = logging.getLogger("mst_fx")
+
+
+def unmatched(config: Config, surveyed: Surveyed) -> tuple[str, ...]:
+    """A sentence for each path that matches no module, or asks for a loop where there is none; each is a warning.
+
+    Paths are those of one graph: a model that is captured in several has its modules in one of them each.
+    """
+    modules = _modules(surveyed)
+    regions = {module_path(node) for site in surveyed.all_sites() for node in site.region.nodes}
+    notes = []
+    for path, wish in config.modules.items():
+        if not any(is_in(module, path) for module in modules):
+            notes.append(f"modules: {path!r} matches no module of this graph")
+        elif wish is not False and not any(is_in(module, path) for module in regions):
+            notes.append(f"modules: {path!r} matches no region that can be looped in this graph")
+    for note in notes:
+        log.warning("mst_fx: %s", note)
+    return tuple(notes)
+
+
+def _modules(surveyed: Surveyed) -> set[str]:
+    """The paths of the modules that made the graph and its subgraphs."""
+    own = {module_path(node) for node in surveyed.reader.owner.graph.nodes}
+    return own.union(*(_modules(child) for child, _ in surveyed.children.values()))

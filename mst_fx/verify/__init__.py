@@ -1,0 +1,6 @@
+"""The option `verify`: a region is run on random numbers, looped and as captured.
+
+In: a Region, its Work and the call of its loop.
+Out: Verified or Refusal.
+Imports: core, placement, capture, recognise, bodies.
+"""

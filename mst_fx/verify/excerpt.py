@@ -1,0 +1,244 @@
+"""Region -> the same region alone in a graph, at sizes that are small enough to run it once.
+
+At its own sizes it is the region itself, with its own stages. A larger one runs at other sizes: where the length is
+only known at run time, a short one; else its sizes are renamed, each the same way wherever it is named, and the nodes
+are analysed anew. A renamed region stands for the region only where both are cut alike, op by op.
+
+Private torch API: fake tensors, and the symbols of sizes that vary. Run on torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import log2, prod
+from typing import Any, TypeAlias
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
+
+from mst_fx.bodies.work import Work, analysed
+from mst_fx.capture.fixed_sizes import known_of
+from mst_fx.capture.lower import execute, under
+from mst_fx.core.config import Config
+from mst_fx.core.graph_modules import module_over
+from mst_fx.core.refusal import Refusal
+from mst_fx.core.sizes import hint, seen
+from mst_fx.core.values import fake_value
+from mst_fx.placement.placement import Split
+from mst_fx.recognise.region import Region, needs_gradient
+
+LIMIT = 16 * 2**20
+"""Bytes that the values of an excerpt may take in float64."""
+POSITIONS = 33
+"""Of a short axis: two mini-sequences and a ragged one."""
+NARROW, WIDE = 16, 256
+"""Sizes from WIDE on are renamed where a region is too large; the smallest of them becomes about NARROW."""
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """A region that can be run.
+
+    Attributes:
+        region: alone in its owner, whose placeholders are its live-ins.
+        work: of the region.
+        length: positions of the axis.
+        sizes: what became of the sizes, in words.
+        measure: the size that one of its values has in a run.
+    """
+
+    region: Region
+    work: Work
+    length: int
+    sizes: str
+    measure: Callable[[Any], int]
+
+
+def excerpt(region: Region, work: Work, config: Config) -> Excerpt | str:
+    """The region at its own sizes, or at smaller ones; a text that tells why where there is none.
+
+    Args:
+        region: to be looped.
+        work: of its loop.
+        config: options of the compile.
+    """
+    length = hint(work.stages.length)
+    if _bytes(region, hint) <= LIMIT:
+        return Excerpt(alone(region), work, length, "its own sizes", hint)
+    if work.stages.dynamic:
+        measure = _measured_at(work, POSITIONS)
+        if _bytes(region, measure) <= LIMIT:
+            short = measure(work.stages.length)
+            return Excerpt(alone(region), work, short, f"{short} of its positions", measure)
+    return _renamed(region, work, config)
+
+
+def _bytes(region: Region, measure: Callable[[Any], int]) -> int:
+    values = (fake_value(node) for node in (*region.live_ins, *region.nodes))
+    return 8 * sum(prod(map(measure, value.shape)) for value in values if isinstance(value, torch.Tensor))
+
+
+def _measured_at(work: Work, positions: int) -> Callable[[Any], int]:
+    """As `hint`, but with this value for what makes the length vary."""
+    length: Any = work.stages.length
+    values = known_of(work.sizes, {symbol: positions for symbol in length.node.expr.free_symbols})
+
+    def measure(size: Any) -> int:
+        if not isinstance(size, torch.SymInt) or not values.keys() >= size.node.expr.free_symbols:
+            return hint(size)
+        return int(size.node.expr.xreplace(values))
+
+    return measure
+
+
+Change: TypeAlias = Callable[[Node, Node, Mapping[Node, Any]], Any]
+
+
+def alone(region: Region, change: Change | None = None) -> Region:
+    """A copy of the region in a graph of its own.
+
+    Args:
+        region: stays as it is.
+        change: may change a copy, and gives its example value; it takes the original, the copy, and the values of the
+            copies so far. By default the values are the original's.
+    """
+    graph = Graph()
+    module = module_over(region.owner, graph)
+    node_of: dict[Node, Node] = {}
+    known: dict[Node, Any] = {}
+    for node in (*region.live_ins, *region.nodes):
+        inside = node in region.modes
+        copy = graph.node_copy(node, node_of.__getitem__) if inside else graph.placeholder(node.name)
+        node_of[node], copy.meta = copy, dict(node.meta)
+        if change is not None:
+            known[copy] = copy.meta["example_value"] = change(node, copy, known)
+    graph.output(tuple(_read(graph, region, node, node_of[node]) for node in region.outputs))
+    mapped = replace(
+        region,
+        owner=module,
+        nodes=tuple(node_of[node] for node in region.nodes),
+        outputs=tuple(node_of[node] for node in region.outputs),
+        live_ins=tuple(node_of[node] for node in region.live_ins),
+        stream=node_of[region.stream],
+        before=node_of[region.last],
+        early=(),
+        modes={node_of[node]: mode for node, mode in region.modes.items()},
+        returned=tuple(node_of[node] for node in region.returned if node in node_of),
+        smaller=None,
+        front=frozenset(node_of[node] for node in region.front if node in node_of),
+    )
+    module.recompile()
+    return mapped
+
+
+def _read(graph: Graph, region: Region, node: Node, copy: Node) -> Node:
+    """What the graph returns for an output: it is read as the original is, with a gradient or without."""
+    needs = needs_gradient(node, set(region.nodes))
+    if needs and any(user.op == "output" for user in node.users):
+        return copy
+    reader = graph.call_method("clone" if needs else "detach", (copy,))
+    value = fake_value(copy)
+    reader.meta = {"example_value": value if needs else value.detach()}
+    return reader
+
+
+def _renamed(region: Region, work: Work, config: Config) -> Excerpt | str:
+    """With other sizes, analysed anew."""
+    length = hint(work.stages.length)
+    names = _names(region, work, length)
+    if not names:
+        return "it is too large to run, and its sizes cannot be told apart"
+    fakes = FakeTensorMode()
+    rename = partial(_rename, names, length)
+
+    def change(original: Node, copy: Node, known: Mapping[Node, Any]) -> Any:
+        if copy.op == "placeholder":
+            return _fake(fakes, fake_value(original), rename)
+        copy.args, copy.kwargs = (map_aggregate(given, rename) for given in (copy.args, copy.kwargs))  # type: ignore[assignment]
+        mode = region.modes[original]
+        with fakes, under(mode.autocast), torch.set_grad_enabled(mode.grad):
+            return execute(region.owner, copy, known)
+
+    try:
+        other = alone(region, change)
+        found = analysed(other, config, {})
+    except Refusal as refusal:
+        return f"it is too large to run, and refused at smaller sizes: {refusal.text}"
+    except Exception as error:
+        return f"it is too large to run, and does not run at smaller sizes: {first_line(error)}"
+    if _bytes(other, hint) > LIMIT:
+        return "it is too large to run, even at smaller sizes"
+    if _cut_of(found) != _cut_of(work):
+        return "it is too large to run, and cut in another way at smaller sizes"
+    told = ", ".join(f"{size} -> {name}" for size, name in sorted(names.items()))
+    return Excerpt(other, found, hint(found.stages.length), f"smaller sizes ({told})", hint)
+
+
+def _names(region: Region, work: Work, length: int) -> dict[int, int]:
+    """A new size for the length, and for every wide size of a matrix; nothing where one size means two things."""
+    placeholders = (node for node in work.stages.graph.nodes if node.op == "placeholder")
+    factors, widths, counts = {1}, set[int](), set[int]()
+    for placeholder, live_in in zip(placeholders, region.live_ins, strict=True):
+        value, placement = fake_value(live_in), work.stages.placements.of.get(placeholder)
+        if not isinstance(value, torch.Tensor):
+            continue
+        if isinstance(placement, Split):
+            factors.add(placement.outer * placement.inner)
+        else:
+            sizes = [hint(size) for size in value.shape]
+            widths.update(size for size in sizes[-2:] if size >= WIDE)
+            counts.update(sizes[:-2])  # of experts: keys and the bounds of a histogram are numbers of them
+    divisor = 2 ** int(log2(min(widths, default=NARROW) / NARROW))
+    names = {size: size // divisor for size in widths}
+    others = [hint(size) for size in fake_value(region.stream).shape[:-1]]
+    short = max(POSITIONS, *(2 * size + 1 for size in others if size % length or size < length), 0)
+    for factor in factors:
+        short = names.get(factor * length, factor * short) // factor
+    agree = all(names.get(factor * length, factor * short) == factor * short for factor in factors)
+    return {**names, length: short} if agree and short > 2 and not widths & counts else {}
+
+
+def _rename(names: Mapping[int, int], length: int, given: Any) -> Any:
+    """The new size for a size, or for one that is a multiple of the length; whatever else was given as it is."""
+    if type(given) is not int or given <= 0:
+        return given
+    if given in names or given % length:
+        return names.get(given, given)
+    return _rename(names, length, given // length) * names[length]
+
+
+def _fake(fakes: FakeTensorMode, value: Any, rename: Callable[[int], int]) -> Any:
+    """A live-in with other sizes, whose dims lie in memory in the same order."""
+    if isinstance(value, torch.SymFloat):
+        return seen(value)
+    if not isinstance(value, torch.Tensor):
+        return rename(hint(value)) if isinstance(value, int | torch.SymInt) else value
+    shape = [rename(hint(size)) for size in value.shape]
+    with fakes:
+        fake = empty_like_order(shape, [hint(stride) for stride in value.stride()], value.dtype, value.device)
+    return fake.requires_grad_(value.requires_grad)
+
+
+def empty_like_order(
+    shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A dense tensor whose dims lie in memory in the order of these strides."""
+    order = sorted(range(len(shape)), key=lambda dim: (-strides[dim], dim))
+    dense = torch.empty([shape[dim] for dim in order], dtype=dtype, device=device)
+    return dense.permute([order.index(dim) for dim in range(len(shape))])
+
+
+def _cut_of(work: Work) -> tuple[Any, ...]:
+    """What two regions that are cut alike have in common."""
+    stages = work.stages
+    parts = [[node.target for node in part] for part in (stages.prologue, stages.loop, stages.epilogue)]
+    return (stages.axis, parts, work.backward, work.wanted, work.differentiable, work.kept)
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error, and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"

@@ -1,0 +1,195 @@
+"""Random numbers that a region may be run on: what it reads, and the gradients that come back to it.
+
+They come from a generator of our own. What an integer may be is not written in a graph: a label must be below the
+number of classes, and may be the one to ignore. `KINDS` are tried until the program can compute with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import sqrt
+from typing import Any, TypeAlias
+
+import torch
+
+from mst_fx.core.sizes import seen
+from mst_fx.core.values import fake_value
+from mst_fx.placement.placement import Split
+from mst_fx.recognise.region import needs_gradient
+from mst_fx.verify.excerpt import Excerpt, empty_like_order
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What numbers may be.
+
+    Attributes:
+        signed: whether floats are normal numbers; else they are above zero.
+        marked: whether integers are also those that the region compares integers with, such as a label to ignore.
+        below: integers are smaller; None for the smallest size of a matrix.
+    """
+
+    signed: bool = True
+    marked: bool = True
+    below: int | None = None
+
+
+KINDS = (Kind(), Kind(marked=False), Kind(True, False, 2), Kind(False, False, 2), Kind(False, False, 1))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a run starts from, on the CPU, in the dtypes of the program.
+
+    Attributes:
+        live_ins: a tensor, or a plain value, for each.
+        upstream: for each output its gradient, None where it gets none.
+    """
+
+    live_ins: tuple[Any, ...]
+    upstream: tuple[torch.Tensor | None, ...]
+
+
+def draw(excerpt: Excerpt, kind: Kind, seed: int) -> Samples:
+    """Draw them."""
+    region, stages = excerpt.region, excerpt.work.stages
+    placeholders = [node for node in stages.graph.nodes if node.op == "placeholder"]
+    tokens = [isinstance(stages.placements.of.get(node), Split) for node in placeholders]
+    values = [fake_value(node) for node in region.live_ins]
+    matrices = [shape_in(excerpt, v) for v, split in zip(values, tokens, strict=True) if not split and _dims(v) > 1]
+    below = kind.below or min((size for shape in matrices for size in shape if size > 1), default=2)
+    drawing = _Drawing(
+        replace(kind, below=below), _marks(excerpt) if kind.marked else (), torch.Generator().manual_seed(seed)
+    )
+    live_ins = [_drawn(excerpt, drawing, value, split) for value, split in zip(values, tokens, strict=True)]
+    inside = set(region.nodes)
+    upstream = [
+        drawing.floats(shape_in(excerpt, fake_value(node)), fake_value(node).dtype)
+        if needs_gradient(node, inside)
+        else None
+        for node in region.outputs
+    ]
+    return Samples(tuple(live_ins), tuple(upstream))
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    kind: Kind
+    marks: Sequence[int]
+    generator: torch.Generator
+
+    def floats(self, shape: Sequence[int], dtype: torch.dtype, fan_in: int = 1) -> torch.Tensor:
+        if self.kind.signed:
+            return (torch.randn(shape, generator=self.generator) / sqrt(fan_in)).to(dtype)
+        return ((torch.rand(shape, generator=self.generator) + 0.01) / fan_in).to(dtype)
+
+    def integers(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        drawn = torch.randint(0, self.kind.below or 2, shape, generator=self.generator)
+        for mark in self.marks:
+            drawn = torch.where(torch.rand(shape, generator=self.generator) < 0.2, mark, drawn)
+        return drawn.to(dtype)
+
+
+def _drawn(excerpt: Excerpt, drawing: _Drawing, value: Any, split: bool) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return plain(excerpt, value)
+    shape = shape_in(excerpt, value)
+    if value.dtype == torch.bool:
+        return torch.rand(shape, generator=drawing.generator) < 0.5
+    if not (value.is_floating_point() or value.is_complex()):
+        return drawing.integers(shape, value.dtype)
+    return drawing.floats(shape, value.dtype, 1 if split or len(shape) < 2 else max(1, shape[-1]))
+
+
+def _marks(excerpt: Excerpt) -> tuple[int, ...]:
+    compared = [node for node in excerpt.work.stages.graph.nodes if node.target in (aten.ne.Scalar, aten.eq.Scalar)]
+    return tuple(sorted({node.args[1] for node in compared if type(node.args[1]) is int}))
+
+
+def _dims(value: Any) -> int:
+    return value.dim() if isinstance(value, torch.Tensor) else 0
+
+
+def shape_in(excerpt: Excerpt, value: torch.Tensor) -> list[int]:
+    """The shape that a value has in a run."""
+    return [excerpt.measure(size) for size in value.shape]
+
+
+def plain(excerpt: Excerpt, value: Any) -> Any:
+    """What is no tensor, as a plain number."""
+    if isinstance(value, torch.SymFloat):
+        known = seen(value)
+        return 0.5 if known is None else known  # of one that depends on the data, nothing was seen
+    return excerpt.measure(value) if isinstance(value, torch.SymInt) else value
+
+
+Change: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def placed(excerpt: Excerpt, samples: Samples, change: Change) -> list[Any]:
+    """The live-ins as the program has them: how they lie in memory, and whether they need a gradient.
+
+    Args:
+        excerpt: of the region.
+        samples: to be placed.
+        change: of dtype or device, made first; it takes the value and what was captured.
+    """
+    given = []
+    for node, value in zip(excerpt.region.live_ins, samples.live_ins, strict=True):
+        if isinstance(value, torch.Tensor):
+            fake = fake_value(node)
+            strides = [excerpt.measure(stride) for stride in fake.stride()]
+            value = _laid_out(change(value, fake), strides).requires_grad_(fake.requires_grad)
+        given.append(value)
+    return given
+
+
+def _laid_out(x: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """A copy with these strides; in their order, and dense, where they leave large gaps or overlap."""
+    repeated = [stride == 0 and size > 1 for size, stride in zip(x.shape, strides, strict=True)]
+    once = x[tuple(slice(0, 1) if again else slice(None) for again in repeated)] if any(repeated) else x
+    room = empty_like_order(once.shape, strides, x.dtype, x.device)
+    if not any(repeated) and _is_apart(once.shape, strides) and _reach(once.shape, strides) <= 4 * x.numel() + 64:
+        room = torch.empty_strided(once.shape, strides, dtype=x.dtype, device=x.device)
+    return room.copy_(once).expand(x.shape).detach()
+
+
+def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def _is_apart(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether no two elements share memory."""
+    dims = sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size > 1)
+    return all(
+        stride > sum((size - 1) * step for step, size in dims[:position]) for position, (stride, _) in enumerate(dims)
+    )
+
+
+def as_given(value: torch.Tensor, captured: torch.Tensor) -> torch.Tensor:
+    """On the device that the program has it on."""
+    return value.to(captured.device)
+
+
+def widened(value: torch.Tensor, captured: torch.Tensor) -> torch.Tensor:
+    """A float in float64."""
+    return value.double() if value.is_floating_point() else value
+
+
+def nudged(value: torch.Tensor, captured: torch.Tensor, eps: float) -> torch.Tensor:
+    """On the program's device; a float differs by about `eps` of itself."""
+    if value.is_floating_point():
+        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+        value = (value.double() * (1 + eps * noise)).to(value.dtype)
+    return value.to(captured.device)
+
+
+def lowest_precision(excerpt: Excerpt) -> torch.dtype:
+    """The coarsest of the dtypes that the region computes in."""
+    nodes = (*excerpt.region.live_ins, *excerpt.region.nodes)
+    values = [fake_value(node) for node in nodes] + [node.meta.get("val") for node in excerpt.work.stages.graph.nodes]
+    dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)

@@ -1,0 +1,183 @@
+"""Runs of a region that is alone in a graph: as captured, in float64 and in its own dtypes, and looped.
+
+What the region draws comes from a generator of ours. Its loop draws in another way than its program by design, so such
+a region runs as it was lowered in place of as it was captured.
+
+Private torch API: dispatch modes, and what of the surroundings a run must not see. Run on torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from mst_fx.capture.lower import execute, under
+from mst_fx.core.clean_room import clean_room, without_autocast
+from mst_fx.placement.rules.creation import DRAWS
+from mst_fx.verify.excerpt import Excerpt
+
+aten = torch.ops.aten
+Program: TypeAlias = Callable[..., Sequence[torch.Tensor]]
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave, on the CPU, floats in float64.
+
+    Attributes:
+        outputs: of the region.
+        gradients: one for each live-in that needs one, in their order.
+        likes: shape and dtype of each, as they came.
+    """
+
+    outputs: tuple[torch.Tensor, ...]
+    gradients: tuple[torch.Tensor, ...]
+    likes: tuple[tuple[torch.Size, torch.dtype], ...]
+
+    @property
+    def all(self) -> tuple[torch.Tensor, ...]:
+        """Outputs, then gradients."""
+        return (*self.outputs, *self.gradients)
+
+
+def as_captured(excerpt: Excerpt) -> Program:
+    """The region's own nodes; as lowered where they draw numbers."""
+    stages, region = excerpt.work.stages, excerpt.region
+
+    def run(*values: Any) -> Sequence[torch.Tensor]:
+        env: dict[Node, Any] = dict(zip(region.live_ins, values, strict=True))
+        recorded = torch.is_grad_enabled()
+        for node in region.nodes:
+            mode = region.modes[node]
+            with under(mode.autocast), torch.set_grad_enabled(recorded and mode.grad):
+                env[node] = execute(region.owner, node, env)
+        return [env[node] for node in region.outputs]
+
+    def run_lowered(*values: Any) -> Sequence[torch.Tensor]:
+        placeholders = (node for node in stages.graph.nodes if node.op == "placeholder")
+        env: dict[Node, Any] = dict(zip(placeholders, values, strict=True))
+        generator = torch.Generator().manual_seed(SEED)
+        with without_autocast():  # its casts are explicit
+            for node in stages.graph.nodes:
+                if node.target in DRAWS:
+                    env[node] = _draw(node.args, node.kwargs, generator)
+                elif node.op == "call_function":
+                    env[node] = execute(region.owner, node, env)
+        return [env[node] for node in stages.outputs]
+
+    return run_lowered if any(node.target in DRAWS for node in stages.graph.nodes) else run
+
+
+def as_looped(module: GraphModule) -> Program:
+    """A graph with loops."""
+
+    def run(*values: Any) -> Sequence[torch.Tensor]:
+        return _Interpreter(module, torch.Generator().manual_seed(SEED)).run(*values)
+
+    return run
+
+
+class _Interpreter(Interpreter):
+    def __init__(self, module: GraphModule, generator: torch.Generator) -> None:
+        super().__init__(module)
+        self.generator = generator
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in DRAWS:
+            return _draw(args, kwargs, self.generator)
+        return super().call_function(target, args, kwargs)
+
+
+def _draw(args: Any, kwargs: Mapping[str, Any], generator: torch.Generator) -> torch.Tensor:
+    low, high, size = args
+    return torch.randint(low, high, size, generator=generator, dtype=kwargs.get("dtype")).to(kwargs.get("device"))
+
+
+class Widened(TorchDispatchMode):
+    """Every op computes in float64 and on the CPU, whatever dtype and device its program names.
+
+    What has no float64 form computes in float32.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op."""
+        if func == aten.view.dtype:
+            raise NotImplementedError("bits of a float are read as another dtype")
+        args, kwargs = tree_map(_wide, (args, kwargs or {}))
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            if func._schema.is_mutable:
+                raise
+            args, kwargs = tree_map(_as_float32, (args, kwargs))
+            return tree_map(_as_float64, func(*args, **kwargs))
+
+
+def _wide(given: Any) -> Any:
+    if isinstance(given, torch.dtype):
+        return torch.float64 if given.is_floating_point else given
+    return torch.device("cpu") if isinstance(given, torch.device) else given
+
+
+def _as_float32(given: Any) -> Any:
+    if isinstance(given, torch.dtype):
+        return torch.float32 if given == torch.float64 else given
+    return given.float() if isinstance(given, torch.Tensor) and given.dtype == torch.float64 else given
+
+
+def _as_float64(given: Any) -> Any:
+    return given.double() if isinstance(given, torch.Tensor) and given.dtype == torch.float32 else given
+
+
+def outcomes(
+    program: Program, given: Sequence[Any], upstream: Sequence[torch.Tensor | None], layouts: int = 1
+) -> list[Outcome]:
+    """Run a program, and its backward once for each layout of the gradients that come in: contiguous, transposed.
+
+    Args:
+        program: any.
+        given: the live-ins.
+        upstream: for each output, None where it gets no gradient.
+        layouts: how many.
+    """
+    leaves = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
+    with torch.set_grad_enabled(bool(leaves)):
+        outputs = program(*given)
+    pairs = [(out, up) for out, up in zip(outputs, upstream, strict=True) if up is not None and out.requires_grad]
+    made = []
+    for layout in range(layouts if pairs and leaves else 1):
+        grads: Sequence[torch.Tensor | None] = [None for _ in leaves]
+        if pairs and leaves:
+            seeds = [_upstream(up.to(out), transposed=layout == 1) for out, up in pairs]
+            ends = [out for out, _ in pairs]
+            grads = torch.autograd.grad(ends, leaves, seeds, retain_graph=layout + 1 < layouts, allow_unused=True)
+        known = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True)]
+        likes = tuple((x.shape, x.dtype) for x in (*outputs, *known))
+        made.append(Outcome(tuple(map(_kept, outputs)), tuple(map(_kept, known)), likes))
+    return made
+
+
+def _upstream(grad: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+    """The same values; transposed, the dims lie in memory the other way round."""
+    dims = list(reversed(range(grad.dim())))
+    return grad.permute(dims).contiguous().permute(dims) if transposed else grad
+
+
+def _kept(x: torch.Tensor) -> torch.Tensor:
+    x = x.detach().cpu()
+    return x.double() if x.is_floating_point() else x
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Nothing of what is switched on around the compile sees these runs, but autocast, which the program runs under."""
+    with clean_room(), torch.enable_grad():
+        yield

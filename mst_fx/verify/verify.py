@@ -1,0 +1,194 @@
+"""Option `verify`: a region is run once, looped and as captured, before its loop goes into the graph.
+
+The loop that is run is the one that is compiled, put into a graph by the same code; the region and the numbers are
+those of `excerpt` and `samples`. The measure is the program itself: against its own nodes in float64, the loop may be
+as wrong as these are in the program's dtypes, and by a rounding more. Where it is not, the program runs once more on
+numbers that differ in their last bit: a value that is all cancellation, or a choice between two that are as good,
+changes as much then, and is no fault. In half precision a second set of numbers has to show the fault, too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from math import inf
+
+import torch
+from torch.fx import GraphModule
+
+from mst_fx.bodies.call import Call, assembled
+from mst_fx.bodies.splice import Replacement, loop
+from mst_fx.bodies.work import Work
+from mst_fx.core.config import Config
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.values import fake_value, is_transformed
+from mst_fx.recognise.rebuild import Edit, rebuilt
+from mst_fx.recognise.region import Region, has_gradient
+from mst_fx.verify.excerpt import Excerpt, excerpt, first_line
+from mst_fx.verify.samples import KINDS, Samples, as_given, draw, lowest_precision, nudged, placed, widened
+from mst_fx.verify.trial import Outcome, Program, Widened, apart, as_captured, as_looped, outcomes
+
+ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5}
+"""What the loop's error (norm of the difference over norm of the truth) may be above eager's; else the dtype's eps."""
+SMALL = 1e-6
+"""A value smaller than so much of the largest is as good as zero."""
+FACTOR = 4
+"""The loop's error may be so many times that of eager, or of numbers that differ in their last bit."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What became of the check of a region.
+
+    Attributes:
+        holds: whether the loop was run and is right; False where it could not be run.
+        text: at which sizes it ran, or why it could not.
+    """
+
+    holds: bool
+    text: str
+
+
+def verified(region: Region, work: Work, call: Call, config: Config) -> Verified:
+    """Run a region and its loop.
+
+    Args:
+        region: to be looped.
+        work: of its loop.
+        call: that goes into the graph.
+        config: options of the compile.
+
+    Raises:
+        Refusal: the loop gives something else than the region.
+    """
+    try:
+        with apart():
+            return _verified(region, work, call, config)
+    except Refusal:
+        raise
+    except Exception as error:  # of the program on numbers it was not written for, or of ours
+        return Verified(False, first_line(error))
+
+
+def _verified(region: Region, work: Work, call: Call, config: Config) -> Verified:
+    foreign = [node for node in region.live_ins if not _is_plain(fake_value(node))]
+    if foreign:
+        return Verified(False, f"it reads {foreign[0]}, a {type(fake_value(foreign[0])).__name__}")
+    found = excerpt(region, work, config)
+    if isinstance(found, str):
+        return Verified(False, found)
+    looped = _looped(found, call if found.work is work else None, config)
+    for seed in range(1 if lowest_precision(found) in ROUNDING else 2):
+        fault = _fault(found, looped, seed)
+        if not fault:
+            return Verified(True, found.sizes)
+    raise Refusal(Reason.DIFFERS, region.last, f"on random numbers of {found.sizes}, its loop differs: {fault}")
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return isinstance(value, torch._subclasses.FakeTensor) and not is_transformed(value)
+    return isinstance(value, int | float | torch.SymInt | torch.SymFloat)
+
+
+def _looped(found: Excerpt, call: Call | None, config: Config) -> GraphModule:
+    """The excerpt's graph with its loop: the one that is compiled, if it has several mini-sequences at this length."""
+    if call is None or _longest(call) >= found.length:
+        chunk = max(1, (found.length - 1) // 2)  # two, and mostly a ragged one
+        call = assembled(found.work, chunk, chunk, config.accumulate)
+    detached = found.region.returned if config.returned_logits == "detach" else ()
+    replacement = Replacement(found.region, found.work.stages, call)
+    return rebuilt(found.region.owner, [Edit(found.region, partial(loop, replacement=replacement), detached)])
+
+
+def _longest(call: Call) -> int:
+    """Positions of the longest mini-sequence."""
+    return max(spec[1] for spec in (call.spec.forward_spec, call.spec.backward_spec) if spec)
+
+
+def _fault(found: Excerpt, looped: GraphModule, seed: int) -> str:
+    """What differs and by how much, "" for nothing.
+
+    Raises:
+        Exception: the program cannot compute with any kind of numbers.
+    """
+    program = as_captured(found)
+    samples, truth = _truth(found, program, seed)
+    (eager,) = outcomes(program, placed(found, samples, as_given), samples.upstream)
+    try:
+        made = outcomes(as_looped(looped), placed(found, samples, as_given), samples.upstream, layouts=2)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"it raises {first_line(error)}"
+    names = _names(found.region)
+    for ours in made:
+        if ours.likes != eager.likes:
+            unlike = next(i for i, (a, b) in enumerate(zip(ours.likes, eager.likes, strict=True)) if a != b)
+            return f"{names[unlike]} is {_told(*ours.likes[unlike])}, as captured {_told(*eager.likes[unlike])}"
+    coarse = lowest_precision(found)
+    rounding = ROUNDING.get(coarse, torch.finfo(coarse).eps)
+    allowed = [error + rounding for error in _errors(truth, eager, eager)]
+    errors = [max(pair) for pair in zip(*(_errors(truth, eager, ours) for ours in made), strict=True)]
+    if all(error <= most for error, most in zip(errors, allowed, strict=True)):
+        return ""
+    nudge = partial(nudged, eps=torch.finfo(coarse).eps)
+    (other,) = outcomes(program, placed(found, samples, nudge), samples.upstream)
+    own = [max(pair) for pair in zip(_errors(truth, eager, eager), _errors(truth, eager, other), strict=True)]
+    wrong = [
+        f"{name} by {error:.1e} (eager by {least:.1e})"
+        for name, error, least in zip(names, errors, own, strict=True)
+        if not error <= FACTOR * least + rounding
+    ]
+    return ", ".join(wrong)
+
+
+def _names(region: Region) -> list[str]:
+    """What outcomes hold, in words."""
+    leaves = [node for node in region.live_ins if has_gradient(node)]
+    return [f"{node.name}" for node in region.outputs] + [f"the gradient of {node.name}" for node in leaves]
+
+
+def _told(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
+
+
+def _truth(found: Excerpt, program: Program, seed: int) -> tuple[Samples, Outcome]:
+    """Numbers that the program can compute with, finite ones if there are, and what it makes of them in float64."""
+    failure: Exception = ArithmeticError("no value is finite")
+    usable: list[tuple[Samples, Outcome]] = []
+    for kind in KINDS:
+        samples = draw(found, kind, seed)
+        try:
+            with Widened():
+                (truth,) = outcomes(program, placed(found, samples, widened), samples.upstream)
+        except Exception as error:
+            failure = error
+            continue
+        if all(value.isfinite().all() for value in truth.all):
+            return samples, truth
+        usable += [(samples, truth)] if any(value.isfinite().any() for value in truth.all) else []
+    if not usable:
+        raise failure
+    return usable[0]
+
+
+def _errors(truth: Outcome, eager: Outcome, outcome: Outcome) -> list[float]:
+    """Of each value, relative to its norm, where truth and eager are finite; of integers, the part that is another."""
+    sizes = [_rms(value[value.isfinite()]) for value in truth.all]
+    floor = SMALL * max(sizes, default=0.0) or 1.0
+    triples = zip(truth.all, eager.all, outcome.all, strict=True)
+    return [_error(*values, max(size, floor)) for values, size in zip(triples, sizes, strict=True)]
+
+
+def _error(truth: torch.Tensor, eager: torch.Tensor, value: torch.Tensor, size: float) -> float:
+    finite = truth.isfinite() & eager.isfinite()
+    if not bool(value[finite].isfinite().all()):
+        return inf
+    if not truth.is_floating_point():
+        return float((value != truth).double().mean()) if truth.numel() else 0.0
+    return _rms((value - truth)[finite]) / size
+
+
+def _rms(value: torch.Tensor) -> float:
+    return float(value.double().square().mean().sqrt()) if value.numel() else 0.0
