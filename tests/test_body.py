@@ -163,7 +163,7 @@ def test_a_weight_gradient_leaves_the_body_as_two_factors(weight):
     function, w = WEIGHTS[weight]()
     stages = check(Call(function, [learnt(7, 4), w, learnt(6)]), 4)
     body = gradient_body(stages, Gradients((1, 2), (0,), False, "float32"), 4)
-    assert [kind[0] for kind in body.outs] == ["outer", "sum"]
+    assert [kind.name for kind in body.outs] == ["outer", "sum"]
     assert not any(node.target == torch.ops.aten.mm.default for node in body.module.graph.nodes)
 
 

@@ -31,17 +31,23 @@ from mst_fx.placement.rules.creation import FILLS
 from mst_fx.placement.rules.pointwise import LIKE
 from mst_fx.placement.run_on_chunk import run_resized
 from mst_fx.runtime.loop_operator import axis_length
-from mst_fx.runtime.results import Axis, example
+from mst_fx.runtime.result_kinds import Axis, Cat, ResultKind, Sum
+from mst_fx.runtime.results import example
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Body:
-    """One chunk's computation and how its outputs become results (`outs` of the loop operator)."""
+    """One chunk's computation and how its outputs become results."""
 
     module: GraphModule
-    outs: tuple[tuple[Any, ...], ...]
+    outs: tuple[ResultKind, ...]
+
+    @property
+    def literals(self) -> tuple[tuple[Any, ...], ...]:
+        """`outs` of the loop operator."""
+        return tuple(kind.literal for kind in self.outs)
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None, *, f
     return _finished(module, kinds, factored)
 
 
-def _finished(module: GraphModule, kinds: Sequence[tuple[Any, ...]], factored: bool) -> Body:
+def _finished(module: GraphModule, kinds: Sequence[ResultKind], factored: bool) -> Body:
     if factored:
         return Body(module, take_out_products(module, kinds))
     module.recompile()
@@ -243,21 +249,21 @@ def _run_chunk(
     return tuple(env[node] for node in stages.results)
 
 
-def _result_kind(stages: Stages, node: Node) -> tuple[Any, ...]:
+def _result_kind(stages: Stages, node: Node) -> ResultKind:
     axis = axis_of(stages, node)
     if axis is not None:
-        return ("cat", *axis)
+        return Cat(*axis)
     assert adds_up(stages.placements.of[node])
     dtype = node.meta["val"].dtype
-    return ("sum", _accumulator(dtype, "float32"), dtype)
+    return Sum(_accumulator(dtype, "float32"), dtype)
 
 
-def _gradient_kind(stages: Stages, operand: Node, gradients: Gradients) -> tuple[Any, ...]:
+def _gradient_kind(stages: Stages, operand: Node, gradients: Gradients) -> ResultKind:
     axis, dtype = axis_of(stages, operand), operand.meta["val"].dtype
     if axis is not None:
-        return ("cat", *axis)
+        return Cat(*axis)
     adds_up_in = _accumulator(dtype, gradients.accumulate)
-    return ("sum", adds_up_in, dtype if gradients.cast else adds_up_in)
+    return Sum(adds_up_in, dtype if gradients.cast else adds_up_in)
 
 
 def _accumulator(dtype: torch.dtype, accumulate: Accumulate) -> torch.dtype:
