@@ -248,6 +248,16 @@ def test_the_room_is_clean_and_all_is_given_back():
     assert packed
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_the_room_has_the_grad_mode_and_no_inference_mode(mode):
+    with mode():
+        before = switched_on()
+        with clean_room():
+            assert torch.is_grad_enabled() == before["grad"]
+            assert not torch.is_inference_mode_enabled()
+        assert switched_on() == before
+
+
 def selective():
     return create_selective_checkpoint_contexts([torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
 
