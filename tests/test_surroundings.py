@@ -325,6 +325,30 @@ def test_two_threads_compile_at_once():
     assert len(made) == 2
 
 
+def test_one_thread_at_a_time_is_in_the_room():
+    entered, may_leave, events = threading.Event(), threading.Event(), []
+
+    def first():
+        with clean_room():
+            entered.set()
+            may_leave.wait(10)
+            events.append("the first leaves")
+
+    def second():
+        with clean_room():
+            events.append("the second enters")
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    threads[0].start()
+    assert entered.wait(10)
+    threads[1].start()
+    threads[1].join(0.5)
+    may_leave.set()
+    for thread in threads:
+        thread.join()
+    assert events == ["the first leaves", "the second enters"]
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_without_gradients(mode):
     with mode():
