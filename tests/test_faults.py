@@ -231,7 +231,9 @@ def test_explain_of_what_is_compiled_already():
     model, batch = MlpLM(), tokens()
     expected = str(mst_fx.explain(model, *batch, options=LOOP_ALL))
     for compiled in (torch.compile(model, backend="eager"), torch.compile(model.forward, backend="eager")):
-        assert str(mst_fx.explain(compiled, *batch, options=LOOP_ALL)).startswith(expected)
+        told = str(mst_fx.explain(compiled, *batch, options=LOOP_ALL))
+        assert told.startswith(expected)
+        assert "compiled already" in told
     model.compile(backend="eager")
     report = mst_fx.explain(model, *batch, options=LOOP_ALL)
     assert len(report.regions) == 2
