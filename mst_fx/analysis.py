@@ -14,7 +14,7 @@ from mst_fx.body import connected
 from mst_fx.config import Config
 from mst_fx.fixing import Equal, as_if_fixed, equal, fix_all, forbid_lengths, other_dims, to_be_fixed
 from mst_fx.likeness import likeness_of_nodes
-from mst_fx.lower import fake_value, lower
+from mst_fx.lower import apart, fake_value, lower
 from mst_fx.placement import PARTIAL
 from mst_fx.propagate import Unequal
 from mst_fx.refusal import Reason, Refusal
@@ -110,7 +110,7 @@ def _returned(region: Region, output: Node) -> tuple[bool, bool]:
 
 
 def _analysed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Container[str]) -> Work:
-    examples = as_if_fixed([fake_value(node) for node in region.live_ins], sizes)
+    examples = apart(as_if_fixed([fake_value(node) for node in region.live_ins], sizes))
     lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes, examples=examples)
     stream = region.live_ins.index(region.stream)
     fixed = as_tensors(lowered, region.live_ins, partial(forbid_lengths, stream=examples[stream], marked=marked))

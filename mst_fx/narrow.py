@@ -18,7 +18,7 @@ from torch.fx.traceback import set_current_meta
 from mst_fx.clean_room import without_autocast
 from mst_fx.faults import refusal_for
 from mst_fx.fixing import as_if_fixed, other_dims
-from mst_fx.lower import execute, fake_value, lower, tracing
+from mst_fx.lower import apart, execute, fake_value, lower, tracing
 from mst_fx.placement import Split, same_shape
 from mst_fx.propagate import Unequal, origins, propagate
 from mst_fx.reading import Reader, writes
@@ -68,7 +68,7 @@ def cut_heads(reader: Reader, marked: Container[str] = (), *, strict: bool = Fal
             nodes, activation = found
             region = close(reader, nodes, activation)
             sizes = other_dims(fake_value(region.stream), marked)
-            cut_first = _cut_first(region, as_if_fixed([fake_value(node) for node in region.live_ins], sizes))
+            cut_first = _cut_first(region, apart(as_if_fixed([fake_value(node) for node in region.live_ins], sizes)))
         except Refusal:
             continue  # it stays as it was written; the pattern of heads has more to say about it
         except Exception as error:
