@@ -21,6 +21,7 @@ from mst_fx.bodies.factors import take_out_products
 from mst_fx.bodies.log_softmax import reduces_wide_rows, run_in_parts
 from mst_fx.capture.lower import on_fakes, trace
 from mst_fx.core.config import Accumulate
+from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint, is_symbolic
 from mst_fx.core.values import HALF
 from mst_fx.kernels.write_order import products_late
@@ -163,13 +164,18 @@ def connected(
 
     Returns:
         Positions of the operands that get one, and of the results that have one.
+
+    Raises:
+        Refusal: a gradient would have to come back through an op that torch cannot differentiate.
     """
 
     def run(*pieces: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         operands = _merged(stages, stages.operands, pieces)
         leaves = [operands[position].requires_grad_() for position in wanted]
-        results = _run_chunk(stages, operands)
+        env = _computed(stages, operands)
+        results = [env[node] for node in stages.results]
         ends = [i for i, x in enumerate(results) if x.requires_grad and stages.results[i] in reached]
+        _forbid_missing_derivatives(env, [results[i] for i in ends])
         if not ends or not any(map(_cuts_gradients, stages.loop)):
             return (tuple(wanted) if ends else ()), tuple(ends)
         sinks = [results[i] for i in ends]
@@ -177,6 +183,27 @@ def connected(
         return tuple(i for i, grad in zip(wanted, grads, strict=True) if grad is not None), tuple(ends)
 
     return on_fakes(run, partial(_chunk_inputs, stages, stages.operands), hint(stages.length))
+
+
+def _forbid_missing_derivatives(env: Mapping[Node, Any], sinks: Sequence[torch.Tensor]) -> None:
+    """Raise a refusal for the first op without a derivative between the sinks and what they are made of."""
+    missing = {
+        value.grad_fn: node
+        for node, values in env.items()
+        for value in tree_leaves(values)
+        if isinstance(value, torch.Tensor)
+        and value.grad_fn is not None
+        and value.grad_fn.name().endswith("NotImplemented")
+    }
+    pending: list[Any] = [sink.grad_fn for sink in sinks] if missing else []
+    seen: set[Any] = {None}
+    while pending:
+        step = pending.pop()
+        if step in missing:
+            raise Refusal(Reason.UNKNOWN_OP, missing[step], f"{missing[step].target} has no derivative")
+        if step not in seen:
+            seen.add(step)
+            pending += [before for before, _ in step.next_functions]
 
 
 def _cuts_gradients(node: Node) -> bool:
@@ -226,6 +253,14 @@ class _Known(torch.autograd.Function):
 def _run_chunk(
     stages: Stages, operands: Sequence[torch.Tensor], known: Mapping[Node, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, ...]:
+    env = _computed(stages, operands, known)
+    return tuple(env[node] for node in stages.results)
+
+
+def _computed(
+    stages: Stages, operands: Sequence[torch.Tensor], known: Mapping[Node, torch.Tensor] | None = None
+) -> dict[Node, Any]:
+    """The values of one mini-sequence."""
     length = axis_length([axis_of(stages, node) for node in stages.operands], operands)
     env: dict[Node, Any] = dict(zip(stages.operands, operands, strict=True))
     inside = set(stages.loop)
@@ -246,7 +281,7 @@ def _run_chunk(
             expected = split.chunk_shape(node.meta["val"].shape, length)
             if not all(sure(a == b) for a, b in zip(env[node].shape, expected, strict=True)):
                 raise AssertionError(f"{node.target} gave {list(env[node].shape)}, its placement says {expected}")
-    return tuple(env[node] for node in stages.results)
+    return env
 
 
 def _result_kind(stages: Stages, node: Node) -> ResultKind:

@@ -6,7 +6,7 @@ each on the values that were captured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -47,9 +47,10 @@ def open_alone(owner: GraphModule, node: Node, result: Node) -> Opened | None:
         lowered = lower(owner, [node], node.all_input_nodes, [result], {node: Mode()}, gathers=False)
     except Exception:  # the user's op may do anything; one that cannot be traced alone is simply not understood
         return None
-    leaves = [leaf for operand in node.all_input_nodes for leaf in tree_leaves(fake_value(operand))]
-    placeholder_of = dict(zip(map(id, leaves), _placeholders(lowered), strict=True))
-    return _slice(node, lowered, placeholder_of, lowered.graph.output_node().all_input_nodes)
+    operands = enumerate(node.all_input_nodes)
+    positions = [position for position, operand in operands for _ in tree_leaves(fake_value(operand))]
+    position_of = dict(zip(_placeholders(lowered), positions, strict=True))
+    return _slice(lowered, position_of, lowered.graph.output_node().all_input_nodes)
 
 
 def open_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, Opened | None]:
@@ -80,10 +81,12 @@ def open_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, Opene
     placeholder_of = dict(zip(leaves, _placeholders(traced), strict=True))
     returned: Any = traced.graph.output_node().args[0]
     results = iter(returned)
-    opened = {
-        node: _slice(node, traced, placeholder_of, list(islice(results, count)))
-        for node, count in zip(nodes, counts, strict=True)
-    }
+    opened: dict[Node, Opened | None] = {}
+    for node, count in zip(nodes, counts, strict=True):
+        operands_of = enumerate(node.all_input_nodes)
+        leaves_of = [(position, leaf) for position, operand in operands_of for leaf in tree_leaves(operands[operand])]
+        position_of = {placeholder_of[id(leaf)]: position for position, leaf in leaves_of}
+        opened[node] = _slice(traced, position_of, list(islice(results, count)))
     written = {operand for op in traced.graph.nodes if mutates(op) for operand in op.all_input_nodes}
     dirty = [node for node, found in opened.items() if found is not None and not written.isdisjoint(found.ops)]
     return opened | {node: open_alone(owner, node, node) for node in dirty}
@@ -93,15 +96,12 @@ def _placeholders(module: GraphModule) -> list[Node]:
     return [node for node in module.graph.nodes if node.op == "placeholder"]
 
 
-def _slice(
-    node: Node, module: GraphModule, placeholder_of: Mapping[int, Node], results: Sequence[Node]
-) -> Opened | None:
+def _slice(module: GraphModule, position_of: dict[Node, int], results: Sequence[Node]) -> Opened | None:
     """The part of a traced graph that makes some results; None where there are none.
 
     Args:
-        node: that was traced.
         module: holds the graph.
-        placeholder_of: by the identity of the captured value.
+        position_of: as in `Opened`.
         results: what the node gives.
     """
     if not results:
@@ -113,9 +113,4 @@ def _slice(
         if op not in found and op.op != "placeholder":
             found.add(op)
             pending += op.all_input_nodes
-    position_of = {
-        placeholder_of[id(leaf)]: position
-        for position, operand in enumerate(node.all_input_nodes)
-        for leaf in tree_leaves(fake_value(operand))
-    }
     return Opened(position_of, tuple(op for op in module.graph.nodes if op in found))

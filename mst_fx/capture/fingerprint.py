@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from mst_fx.core.sizes import seen
 from mst_fx.core.values import fake_value
@@ -16,7 +17,7 @@ def likeness_of_node(node: Node) -> Hashable:
     """A key that is equal for nodes that do the same with operands of the same shapes."""
     operands = node.all_input_nodes
     number = {operand: position for position, operand in enumerate(operands)}
-    given = tuple(map(like, operands))
+    given = (tuple(map(like, operands)), _same(operands))
     return (node.op, node.target, _owner(node), given, like(node.args, number), like(node.kwargs, number))
 
 
@@ -30,6 +31,13 @@ def likeness_of_nodes(nodes: Sequence[Node], live_ins: Sequence[Node]) -> Hashab
     number: dict[Node, int] = {node: position for position, node in enumerate((*live_ins, *nodes))}
     given = tuple((like(node), fake_requires_grad(node)) for node in live_ins)
     return (given, tuple((n.op, n.target, _owner(n), like(n.args, number), like(n.kwargs, number)) for n in nodes))
+
+
+def _same(nodes: Sequence[Node]) -> Hashable:
+    """Which tensors of several nodes are one: a trace has one value for them, as for a vector and its `flatten`."""
+    number: dict[int, int] = {}
+    leaves = [leaf for node in nodes for leaf in tree_leaves(fake_value(node))]
+    return tuple(number.setdefault(id(leaf), len(number)) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def fake_requires_grad(node: Node) -> bool:

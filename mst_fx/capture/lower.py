@@ -53,7 +53,7 @@ def lower(
         live_ins: the values that the nodes read from outside; they become placeholders, in this order.
         outputs: the values to return, in this order.
         modes: of the nodes.
-        examples: to trace on, in place of the captured values of the live-ins.
+        examples: to trace on, in place of the captured values of the live-ins; no tensor of them is another one's.
         gathers: as for `openings`.
 
     Returns:
@@ -69,7 +69,7 @@ def lower(
                 env[node] = run_node(owner, node, env)
         return [env[node] for node in outputs]
 
-    examples = [fake_value(node) for node in live_ins] if examples is None else list(examples)
+    examples = apart([fake_value(node) for node in live_ins]) if examples is None else list(examples)
     with tracing(examples):
         lowered = make_fx(run, decomposition_table=openings(gathers))(*examples)
         if any(mutates(node) for node in lowered.graph.nodes):
@@ -78,6 +78,23 @@ def lower(
                 lowered = make_fx(out_of_place, decomposition_table=openings(gathers))(*examples)
         _settle(lowered)
     return lowered
+
+
+def apart(values: Sequence[Any]) -> list[Any]:
+    """Fake values of which none is another one, as a trace takes those for one value.
+
+    A vector and its `flatten`, or a tensor and its `contiguous`, are one: a node may be looped for the sake of one of
+    them, and like nodes for others may have two.
+    """
+    seen: set[int] = set()
+
+    def own(value: torch.Tensor) -> torch.Tensor:
+        if id(value) in seen:
+            return value.detach().requires_grad_(value.requires_grad)
+        seen.add(id(value))
+        return value
+
+    return [tree_map_only(torch.Tensor, own, value) for value in values]
 
 
 @contextmanager
