@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import GraphModule, Node
 
+from mst_fx.core.aten_ops import RESHAPES
 from mst_fx.placement.placement import sure
-from mst_fx.placement.rules.view import RESHAPES
 
 aten = torch.ops.aten
 Kind: TypeAlias = tuple[Any, ...]
