@@ -12,12 +12,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mst_fx.bodies.body import Body, Gradients, axis_of, connected, forward_body, gradient_body
 from mst_fx.capture.lower import execute
+from mst_fx.core.aten_ops import FILLS
 from mst_fx.core.refusal import Refusal
 from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import PARTIAL, WHOLE, Split
 from mst_fx.placement.propagate import propagate
 from mst_fx.placement.rules import Result, Spans
-from mst_fx.placement.rules.creation import FILLS
 from mst_fx.runtime.cache_version import VERSION
 from mst_fx.runtime.loop_operator import LoopSpec, run_loop
 from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence

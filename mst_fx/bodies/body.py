@@ -20,6 +20,7 @@ from mst_fx.bodies.derivatives import reads_log_softmax, run_on_logits
 from mst_fx.bodies.factors import take_out_products
 from mst_fx.bodies.log_softmax import reduces_wide_rows, run_in_parts
 from mst_fx.capture.lower import on_fakes, trace
+from mst_fx.core.aten_ops import WITHOUT_GRADIENT
 from mst_fx.core.config import Accumulate
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint, is_symbolic
@@ -28,14 +29,10 @@ from mst_fx.kernels.write_order import products_late
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import Split, adds_up, split_of, sure
-from mst_fx.placement.rules.creation import FILLS
-from mst_fx.placement.rules.pointwise import LIKE
 from mst_fx.placement.run_on_chunk import run_resized
 from mst_fx.runtime.loop_operator import axis_length
 from mst_fx.runtime.result_kinds import Axis, Cat, ResultKind, Sum
 from mst_fx.runtime.results import example
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -211,7 +208,7 @@ def _cuts_gradients(node: Node) -> bool:
     values = tree_leaves(node.meta.get("val"))
     made = any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in values)
     reads = any(_is_floating(operand.meta.get("val")) for operand in node.all_input_nodes)
-    return reads and (not made or node.target in (overwritten, aten.detach.default, *FILLS, *LIKE))
+    return reads and (not made or node.target in (overwritten, *WITHOUT_GRADIENT))
 
 
 def _is_floating(value: object) -> bool:

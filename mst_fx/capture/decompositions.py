@@ -19,12 +19,12 @@ import torch
 from torch._decomp import decomposition_table
 from torch.nn.functional import embedding
 
+from mst_fx.core.aten_ops import MEAN, NONE, SUM, is_mutable, is_random
 from mst_fx.ops.seeded_random import uniform_like
 from mst_fx.placement.placement import sure
 from mst_fx.placement.rules import rule_for
 
 aten = torch.ops.aten
-NONE, MEAN, SUM = 0, 1, 2  # aten's codes for `reduction`
 
 
 @functools.cache
@@ -43,10 +43,9 @@ def _is_foreign(op: Any, function: Callable[..., Any]) -> bool:
 
     The references (`torch._refs`) open into prims, which have no derivative.
     """
-    if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable or rule_for(op) is not None:
+    if not isinstance(op, torch._ops.OpOverload) or is_mutable(op) or rule_for(op) is not None:
         return False
-    random = torch.Tag.nondeterministic_seeded in op.tags
-    return not random and inspect.unwrap(function).__module__ == "torch._decomp.decompositions"
+    return not is_random(op) and inspect.unwrap(function).__module__ == "torch._decomp.decompositions"
 
 
 def _open_nll(

@@ -24,6 +24,7 @@ from torch.fx.traceback import preserve_node_meta, set_current_meta
 from torch.utils._pytree import tree_map_only
 
 from mst_fx.capture.decompositions import openings
+from mst_fx.core.aten_ops import is_mutable
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.graph_modules import layout_free
 from mst_fx.core.modes import Mode
@@ -123,7 +124,7 @@ def under(autocast: Sequence[Sequence[Any]]) -> Iterator[None]:
 
 def mutates(node: Node) -> bool:
     """Whether an aten op writes to an operand."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return is_mutable(node.target)
 
 
 def _sizes(values: Sequence[Any]) -> list[Any]:

@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node, map_arg
 
 from mst_fx.capture.lower import tracing
+from mst_fx.core.aten_ops import FILL_VALUES
 from mst_fx.core.sizes import is_size, seen
 from mst_fx.core.values import HALF, fake_value
 
@@ -80,7 +81,7 @@ def _take_tensors(node: Node) -> None:
             node.replace_all_uses_with(_tensor(node, number, node.meta["val"].dtype))
         node.graph.erase_node(node)
         return
-    if node.target in VALUES:
+    if node.target in FILL_VALUES:
         _fill_with_tensor(node)
     elif _is_number(node.kwargs.get("alpha")) and node.target in (aten.add.Tensor, aten.sub.Tensor):
         left, right = node.args[:2]
@@ -121,13 +122,9 @@ def _given(node: Node) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-VALUES: dict[Any, int] = {aten.full.default: 1, aten.new_full.default: 2, aten.full_like.default: 1}
-"""Fills with a given value, and the position of it."""
-
-
 def _fill_with_tensor(node: Node) -> None:
     """A fill with a number becomes a tensor of that number that is expanded, or written over memory of the shape."""
-    position = VALUES[node.target]
+    position = FILL_VALUES[node.target]
     value = node.args[position]
     if not isinstance(value, Node) or not _is_number(value):
         return

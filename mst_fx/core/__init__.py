@@ -1,6 +1,6 @@
-"""What every stage speaks of: options, refusals, the user's lines, sizes and values.
+"""What every stage speaks of: options, refusals, the user's lines, sizes, values and aten ops.
 
 In: options of torch.compile, captured nodes.
-Out: Config, Refusal, bytes and sizes; a clean room to trace in.
+Out: Config, Refusal, bytes and sizes, lists of aten ops; a clean room to trace in.
 Imports: nothing of mst_fx.
 """

@@ -2,5 +2,5 @@
 
 In: aten graphs with fake values.
 Out: bytes alive; the same graph with its values in another order.
-Imports: core, placement.
+Imports: core.
 """

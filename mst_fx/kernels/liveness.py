@@ -19,23 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from mst_fx.placement.rules.contraction import CONTRACTIONS
-from mst_fx.placement.rules.loss import NONE
-from mst_fx.placement.rules.routing import SORTS
-from mst_fx.placement.rules.view import FREE
+from mst_fx.core.aten_ops import NONE, PICK_ENTRIES, REDUCE_THEN_MAP, SHOWS_MEMORY, SOFTMAXES, UNFUSED, VIEWS
 
 aten = torch.ops.aten
-UNFUSED = frozenset(
-    [*CONTRACTIONS, *SORTS, aten.histc.default, aten.cumsum.default, aten.topk.default, aten.as_strided.default]
-)
-
-REDUCING = frozenset([aten.native_layer_norm_backward.default, aten._fused_rms_norm_backward.default])
-"""Ops that reduce what they read before they map it, in one kernel; for a softmax, the reduction is another kernel."""
-
-SOFTMAXES = frozenset([aten._log_softmax.default, aten._softmax.default])
-PICKING = frozenset([aten.nll_loss_forward.default, aten.gather.default])
-"""Ops that read a few entries of what they are given, in a kernel of their own: it runs ahead of what maps all of them,
-unless the one that maps them also computes the softmax that is picked from."""
 
 Size = Callable[[Node], float]
 
@@ -138,7 +124,7 @@ class _Steps:
         """The kernels that make the buffers among fused ops: one for those of a level that read the same."""
         groups: list[list[Node]] = []
         for node in self._nodes:
-            if node.target in UNFUSED or node.target in FREE or not self._is_buffer(node):
+            if node.target in UNFUSED or node.target in VIEWS or not self._is_buffer(node):
                 continue
             near = next((group for group in groups if self._meet(group, node)), None)
             if near is None:
@@ -154,7 +140,7 @@ class _Steps:
 
     def _kernel(self, group: list[Node]) -> _Step:
         reads = frozenset().union(*(self._reads[node] for node in group)) - set(group)
-        ahead = {node for node in group if node.target in PICKING and node not in self._normed}
+        ahead = {node for node in group if node.target in PICK_ENTRIES and node not in self._normed}
         writers = [node for node in group if node not in ahead and not (self._apart and _reduces(node))]
         buffers = sorted(node for node in reads if node.op != "placeholder")
         chain = self._chain(writers) if self._ordered else ()
@@ -171,7 +157,8 @@ class _Steps:
         for old in buffers:
             readers = [new for new in writers if old in self._reads[new]]
             last = [new for new in chain if new in readers][-1:] if set(readers) <= set(chain) else readers
-            if len(last) == 1 and _numel(last[0]) == _numel(old) and (self._apart or last[0].target not in REDUCING):
+            fits = len(last) == 1 and _numel(last[0]) == _numel(old)
+            if fits and (self._apart or last[0].target not in REDUCE_THEN_MAP):
                 found.setdefault(last[0], old)
         return tuple((old, new) for new, old in found.items())
 
@@ -181,7 +168,7 @@ class _Steps:
         largest = max(made, key=_numel, default=None)
         alike = [node for node in made if largest is not None and _likeness(node) == _likeness(largest)]
         early = [user for node in alike for user in node.users if user < max(alike)]
-        if any(user.target in UNFUSED or user.target in FREE for user in early):
+        if any(user.target in UNFUSED or user.target in VIEWS for user in early):
             return ()
         return tuple(sorted(alike, key=lambda node: -len(self._reads[node])))
 
@@ -217,7 +204,7 @@ def _read_by(node: Node) -> list[Node]:
 
 
 def _reduces(node: Node) -> bool:
-    return node.target not in FREE and _numel(node) < max(map(_numel, node.all_input_nodes), default=0)
+    return node.target not in VIEWS and _numel(node) < max(map(_numel, node.all_input_nodes), default=0)
 
 
 def _likeness(node: Node) -> tuple[torch.Size, torch.dtype]:
@@ -238,7 +225,7 @@ def _parts(node: Node) -> list[torch.Tensor]:
 
 def buffer_of(node: Node) -> Node:
     """The value whose memory a view shows."""
-    while node.target in FREE or node.target in (aten.detach.default, aten.alias.default):
+    while node.target in SHOWS_MEMORY:
         node = node.all_input_nodes[0]
     return node
 

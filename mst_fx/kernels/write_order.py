@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
+from mst_fx.core.aten_ops import UNFUSED
 from mst_fx.core.graph_modules import copied
-from mst_fx.kernels.liveness import UNFUSED, chains
+from mst_fx.kernels.liveness import chains
 
 
 def products_late(module: GraphModule) -> None:

@@ -14,15 +14,13 @@ from typing import cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from mst_fx.core.aten_ops import CONTRACTIONS, DRAWS, FILLS, VIEWS
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint, is_size, is_symbolic
 from mst_fx.core.values import bytes_of
 from mst_fx.placement.placement import WHOLE, Placement, Routed, Split, adds_up, split_of
 from mst_fx.placement.propagate import Placements, Unequal, propagate
 from mst_fx.placement.rules import Spans, inverted, positions_of, shape_of
-from mst_fx.placement.rules.contraction import CONTRACTIONS
-from mst_fx.placement.rules.creation import DRAWS, FILLS
-from mst_fx.placement.rules.view import FREE
 from mst_fx.placement.run_on_chunk import numbers_read
 
 
@@ -157,7 +155,7 @@ def _chosen(graph: Graph, stream: Node, axis: Split) -> _Choice:
     if _is_last(axis, shape):
         _forbid_features(graph, placements, axis)
     length = hint(axis.axis_length(shape))
-    values = [node for node in placements.of if node.op == "call_function" and node.target not in FREE]
+    values = [node for node in placements.of if node.op == "call_function" and node.target not in VIEWS]
     split = sum(_bytes(node) for node in values if split_of(placements.of[node]) is not None)
     return _Choice(axis, placements, length, split * (1 - 1 / length))
 
@@ -260,7 +258,7 @@ def _costs(node: Node) -> bool:
 
     It draws a number, computes something from a tensor, or reads a number that is only known at run time.
     """
-    free = node.target in FREE or node.target in FILLS
+    free = node.target in VIEWS or node.target in FILLS
     if free and any(is_size(operand.meta.get("val")) for operand in node.all_input_nodes):
         return not is_size(node.meta.get("val"))
     return node.target in DRAWS or (not free and bool(node.all_input_nodes))

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from mst_fx.core.aten_ops import DRAWS, FILLS, MADE_IN_PARTS, is_mutable, is_random
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data, hint, is_size
 from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split, sure
 from mst_fx.placement.rules import Demand, Result, args_of, demands_of, is_linear, mixed, route, rule_for, shape_of
-from mst_fx.placement.rules.creation import DRAWS, FILLS
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,6 @@ def _placed(node: Node, flow: _Walk, forced: Mapping[Node, Split]) -> Result | N
     return forced.get(node) or _place(node, flow)
 
 
-MADE_IN_PARTS = (*FILLS, torch.ops.aten.expand.default)
-
-
 def _is_small(node: Node, seeds: frozenset[Node]) -> bool:
     """Whether nothing that a value is made of is larger than what is split."""
     limit = max(hint(seed.meta["val"].numel()) for seed in seeds)
@@ -191,11 +188,10 @@ def forbid_unruled(node: Node) -> None:
 
 def forbid_effects(node: Node) -> None:
     """Raise a refusal for an aten node that draws random numbers or writes to an operand."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        if torch.Tag.nondeterministic_seeded in node.target.tags and node.target not in DRAWS:
-            raise Refusal(Reason.RANDOM, node, f"{node.target} draws random numbers, which a recompute cannot replay")
-        if node.target._schema.is_mutable:
-            raise Refusal(Reason.MUTATION, node, f"{node.target} writes to its operand")
+    if is_random(node.target) and node.target not in DRAWS:
+        raise Refusal(Reason.RANDOM, node, f"{node.target} draws random numbers, which a recompute cannot replay")
+    if is_mutable(node.target):
+        raise Refusal(Reason.MUTATION, node, f"{node.target} writes to its operand")
 
 
 def _check_epilogue(node: Node, placements: Mapping[Node, Result], epilogue: Mapping[Node, None]) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.fx import Node, map_arg
 
+from mst_fx.core.aten_ops import FILLS, GROUP_NORMS, RESHAPES
 from mst_fx.core.sizes import is_size
 from mst_fx.placement.placement import Placement, split_of
 from mst_fx.placement.rules import Result, argument, inverted, positions_of
-from mst_fx.placement.rules.creation import FILLS
-from mst_fx.placement.rules.view import RESHAPES, dim_of
+from mst_fx.placement.rules.view import dim_of
 
 aten = torch.ops.aten
 
@@ -22,7 +22,7 @@ def numbers_read(node: Node, placement: Result | Placement) -> list[Node]:
     split, target = split_of(placement), node.target
     args: Sequence[Any] = node.args
     kwargs: Mapping[str, Any] = node.kwargs
-    if target == aten.native_group_norm.default:
+    if target in GROUP_NORMS:
         args, kwargs = _replaced(target, args, kwargs, "N", None)
     if inverted(node, placement) is not None:
         args = ()
@@ -54,7 +54,7 @@ def run_resized(node: Node, placement: Result | Placement, length: int, env: Map
     if order is not None:
         positions = torch.arange(env[order].shape[0], dtype=env[order].dtype, device=env[order].device)
         return aten.index_put.default(torch.empty_like(env[order]), [env[order]], positions)
-    if target == aten.native_group_norm.default:
+    if target in GROUP_NORMS:
         args, kwargs = _replaced(target, args, kwargs, "N", args[0].shape[0])
     split = split_of(placement)
     if split is None:

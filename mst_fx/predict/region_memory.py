@@ -18,13 +18,13 @@ from torch.fx import Node
 from mst_fx.bodies.body import Body
 from mst_fx.bodies.call import Call
 from mst_fx.bodies.work import Work
+from mst_fx.core.aten_ops import CONTRACTIONS, VIEWS
 from mst_fx.core.sizes import hint
 from mst_fx.core.values import bytes_of
 from mst_fx.kernels.liveness import buffer_of, peak
 from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import split_of
-from mst_fx.placement.rules.contraction import CONTRACTIONS, factors
-from mst_fx.placement.rules.view import FREE
+from mst_fx.placement.rules.contraction import factors
 from mst_fx.runtime.loop_operator import LoopSpec
 from mst_fx.runtime.result_kinds import Cat, Outer, ResultKind, Rows, Sum
 
@@ -103,7 +103,7 @@ def temporary_bytes(stages: Stages, length: int) -> int:
     Views count nothing. It is what eager execution keeps for backward or frees at the region's end at the latest; a
     compiler that fuses elementwise ops makes fewer of them.
     """
-    made = (node for node in stages.loop if node not in stages.results and node.target not in FREE)
+    made = (node for node in stages.loop if node not in stages.results and node.target not in VIEWS)
     return sum(bytes_per_position(stages, node) for node in made) * length
 
 

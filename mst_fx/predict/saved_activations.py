@@ -14,22 +14,15 @@ from enum import IntEnum
 import torch
 from torch.fx import Node
 
+from mst_fx.core.aten_ops import BILINEAR, LINEAR, LOOK_UPS, is_recomputed
 from mst_fx.core.sizes import hint
 from mst_fx.core.values import HALF, bytes_of
-from mst_fx.placement.rules import rule_for
-from mst_fx.placement.rules.contraction import CONTRACTIONS
-from mst_fx.placement.rules.linear import IN_ALL, IN_THE_FIRST
-from mst_fx.placement.rules.view import FREE
+from mst_fx.ops.overwritten import overwritten
 from mst_fx.recognise.reader import Reader, tensors_of
 from mst_fx.recognise.region import has_gradient
 
 aten = torch.ops.aten
 
-CASTS_AND_ROWS = (aten._to_copy.default, aten.mean.dim, aten.index.Tensor)
-LINEAR = frozenset([*FREE, *IN_THE_FIRST, *IN_ALL, *CASTS_AND_ROWS]) - {aten.div.Tensor}
-"""The backward of these reads no operand, ..."""
-BILINEAR = LINEAR | {aten.mul.Tensor, aten.div.Tensor, *CONTRACTIONS}
-"""... and that of these one operand for the gradient of another, and a denominator."""
 ATTENTION = 3
 """Attention's backward holds so many times what it reads and makes: gradients, and sums of them in float32."""
 
@@ -104,7 +97,7 @@ def passing_bytes(reader: Reader, node: Node) -> int:
     made = _makes(node)
     if not made:
         return 0
-    if reader.does(node, (aten.embedding.default, aten.index.Tensor)):  # rows of a table: it adds up in float32
+    if reader.does(node, LOOK_UPS):  # the gradient of the table adds up in float32
         tables = [x for x in _read_by(node) if isinstance(x, torch.nn.Parameter) and x.dtype in HALF]
         return sum(4 * hint(table.numel()) + bytes_of(table) for table in tables)
     if not _is_dear(reader, node):
@@ -125,7 +118,7 @@ def _read_by(node: Node) -> list[torch.Tensor]:
 def _is_dear(reader: Reader, node: Node) -> bool:
     """Whether a compiler would rather save a node's result than compute it once more."""
     ops = reader.ops(node)
-    return ops is None or any(op in CONTRACTIONS or (op not in FREE and rule_for(op) is None) for op in ops)
+    return ops is None or not all(op is overwritten or is_recomputed(op) for op in ops)
 
 
 def _makes(node: Node) -> int:

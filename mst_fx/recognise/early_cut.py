@@ -17,6 +17,7 @@ from torch.fx.traceback import set_current_meta
 
 from mst_fx.capture.fixed_sizes import as_if_fixed, other_dims
 from mst_fx.capture.lower import apart, execute, lower, tracing
+from mst_fx.core.aten_ops import CONTRACTIONS, CUTS
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.refusal import Refusal
@@ -24,14 +25,12 @@ from mst_fx.core.values import fake_value
 from mst_fx.placement.placement import Split, same_shape
 from mst_fx.placement.propagate import Unequal, origins, propagate
 from mst_fx.placement.rules import Demand, Spans, args_of, shape_of
-from mst_fx.placement.rules.contraction import CONTRACTIONS
 from mst_fx.placement.rules.view import dim_of
 from mst_fx.placement.run_on_chunk import run_resized
 from mst_fx.recognise.reader import Reader, writes
 from mst_fx.recognise.region import Region, close
 
 aten = torch.ops.aten
-CUTS = (aten.slice.Tensor, aten.select.int)
 MAX = 2**63 - 1  # how aten writes an open end
 
 

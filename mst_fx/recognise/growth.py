@@ -14,19 +14,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Node
 
+from mst_fx.core.aten_ops import SHOWN_TO_CALLERS
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import is_size
 from mst_fx.core.values import fake_value
-from mst_fx.placement.rules.view import FREE
 from mst_fx.recognise.reader import Reader, written_by
 from mst_fx.recognise.region import Region, close, has_gradient, needs_gradient, with_parts
 from mst_fx.recognise.sorted_rows import company, with_orders
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -199,7 +196,7 @@ def region_of_mlp(reader: Reader, growth: Growth, stream: Node) -> Region:
 def only_returns(reader: Reader, node: Node) -> bool:
     """Whether a node views large values, or puts them together, for the caller of the graph and for nobody else."""
     ops = (reader.ops(node) or set()) if all(user.op == "output" for user in node.users) else set()
-    return bool(ops) and ops <= {*FREE, aten.detach.default, aten.cat.default, aten.stack.default}
+    return bool(ops) and ops <= {*SHOWN_TO_CALLERS}
 
 
 def to_a_scalar(reader: Reader, growth: Growth) -> frozenset[Node] | None:

@@ -17,23 +17,25 @@ from torch.fx import GraphModule, Node
 
 from mst_fx.capture.decomposed import Opened, open_alone, open_together
 from mst_fx.capture.fingerprint import likeness_of_node
+from mst_fx.core.aten_ops import (
+    CONTRACTIONS,
+    GROUPED_PRODUCTS,
+    MADE_OF_NOTHING,
+    PICKS,
+    REPEATS,
+    VIEWS_AND_CASTS,
+    is_mutable,
+    is_random,
+)
 from mst_fx.core.modes import modes_of
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint, is_size
 from mst_fx.core.values import fake_value, is_sharded, is_transformed
 from mst_fx.placement.propagate import forbid_effects, forbid_unruled
-from mst_fx.placement.rules.contraction import CONTRACTIONS, GROUPED, factors
-from mst_fx.placement.rules.creation import FILLS, RANGES
-from mst_fx.placement.rules.pointwise import LIKE
-from mst_fx.placement.rules.view import FREE
+from mst_fx.placement.rules.contraction import factors
 
 aten = torch.ops.aten
-VIEWS = (*FREE, aten._to_copy.default, aten.clone.default)
-PICKS = (*VIEWS, aten.index.Tensor, aten.index_select.default)
-"""What makes a part of a weight, or the weight in another form."""
-REPEATS = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.repeat.default, aten.clone.default)
-"""What may make more rows than there were; an expanded value that is copied does."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Reader:
         left, right = (_operand(node, opened, arg) for arg in factors(products[0]))
         if left is None or right is None or left is right:
             return None
-        weights = self._weights(left, right, products[0].target in GROUPED)
+        weights = self._weights(left, right, products[0].target in GROUPED_PRODUCTS)
         if len(weights) != 1:
             return None
         return Contraction(left, right) if weights == [right] else Contraction(right, left)
@@ -155,7 +157,7 @@ class Reader:
 
     def unviewed(self, node: Node) -> Node:
         """The value that a node is a view of, or a cast; the node itself where it is none."""
-        while not _is_input(node) and node.target is not operator.getitem and self._does_only(node, VIEWS):
+        while not _is_input(node) and node.target is not operator.getitem and self._does_only(node, VIEWS_AND_CASTS):
             node = node.all_input_nodes[0]
         return node
 
@@ -183,7 +185,7 @@ class Reader:
     def fills(self, node: Node) -> bool:
         """Whether the node makes memory of one value, of no value, or of positions."""
         found = self.ops(node) or set()
-        return bool(found) and found <= {*FILLS, *RANGES, *LIKE}
+        return bool(found) and found <= {*MADE_OF_NOTHING}
 
     def repeats(self, node: Node) -> Node | None:
         """What the node repeats, or picks rows of more than once; None where it does nothing of the kind."""
@@ -239,8 +241,7 @@ class Reader:
             return node.op.startswith("call_")
         opened = self.opened(node)
         ops = opened.ops if opened is not None else ()
-        tags = {tag for op in ops if isinstance(op.target, torch._ops.OpOverload) for tag in op.target.tags}
-        return opened is not None and torch.Tag.nondeterministic_seeded not in tags
+        return opened is not None and not any(is_random(op.target) for op in ops)
 
     def storages(self, node: Node) -> set[torch.UntypedStorage]:
         """The memory that the node's value lies in, as captured; none inside a transform."""
@@ -277,7 +278,7 @@ def _reshapes_in_place(node: Node) -> bool:
 def writes(node: Node) -> bool:
     """Whether a torch-level node writes to one of its operands."""
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
+        return is_mutable(node.target)
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     in_place_name = str(name).endswith("_") and not str(name).endswith("__")
     in_place_operator = node.op == "call_function" and name in _IN_PLACE_OPERATORS

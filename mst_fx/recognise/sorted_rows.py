@@ -12,8 +12,8 @@ from collections.abc import Collection
 import torch
 from torch.fx import Node
 
+from mst_fx.core.aten_ops import SORTS
 from mst_fx.core.values import fake_value
-from mst_fx.placement.rules.routing import SORTS
 from mst_fx.recognise.reader import Reader, written_by
 
 

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from mst_fx.capture.lower import execute, under
+from mst_fx.core.aten_ops import DRAWS
 from mst_fx.core.clean_room import clean_room, without_autocast
-from mst_fx.placement.rules.creation import DRAWS
 from mst_fx.verify.excerpt import Excerpt
 
 aten = torch.ops.aten

@@ -14,10 +14,10 @@ from recipes import Draw
 from torch.fx import Node
 from torch.utils._pytree import tree_map_only
 
+from mst_fx.core.aten_ops import LINEAR_IN_ALL, LINEAR_IN_FIRST, LINEAR_IN_ONE
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.placement.placement import WHOLE, Split
 from mst_fx.placement.propagate import propagate
-from mst_fx.placement.rules import linear
 from mst_fx.placement.rules.registry import _RULES
 
 aten = torch.ops.aten
@@ -94,7 +94,7 @@ def test_chunk_by_chunk(op):
     assert bool(found["accepted"]) != (op in REFUSED), f"{op}: {found}"
 
 
-LINEAR = sorted({*linear.IN_THE_FIRST, *linear.IN_ONE, *linear.IN_ALL} - {operator.getitem}, key=str)
+LINEAR = sorted({*LINEAR_IN_FIRST, *LINEAR_IN_ONE, *LINEAR_IN_ALL} - {operator.getitem}, key=str)
 
 
 def sum_or_whole(program: Program, axis: Node, draw: Draw, value: torch.Tensor) -> Node:

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.fx import Node
 
+from mst_fx.core.aten_ops import GROUPED_PRODUCTS, PRODUCTS, PRODUCTS_PLUS
 from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.placement.rules.registry import Demand, Flow, args_of, back, mixed, rule, shape_of
-
-aten = torch.ops.aten
-
-GROUPED = (aten._grouped_mm.default,)
-"""Rows times one matrix a group; placed by `rules.routing`."""
-CONTRACTIONS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, *GROUPED)
 
 
 def factors(node: Node) -> tuple[Any, Any]:
     """The two operands that are multiplied."""
-    left, right = args_of(node)[:2] if node.target in GROUPED else args_of(node)[-2:]
+    left, right = args_of(node)[:2] if node.target in GROUPED_PRODUCTS else args_of(node)[-2:]
     return left, right
 
 
-@rule(aten.mm.default, aten.bmm.default)
+@rule(*PRODUCTS)
 def product(node: Node, flow: Flow) -> Placement:
     """[.., n, k] @ [.., k, m] -> [.., n, m]."""
     return _product(node, flow, args_of(node)[0], args_of(node)[1])
 
 
-@rule(aten.addmm.default, aten.baddbmm.default)
+@rule(*PRODUCTS_PLUS)
 def product_plus(node: Node, flow: Flow) -> Placement:
     """Bias + product; the bias broadcasts as in a pointwise op."""
     bias, left, right = args_of(node)[:3]
@@ -48,7 +42,7 @@ def product_plus(node: Node, flow: Flow) -> Placement:
     return result
 
 
-@back(aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+@back(*PRODUCTS, *PRODUCTS_PLUS)
 def product_back(node: Node, split: Split) -> dict[Node, Split]:
     """Rows come from the left operand, columns from the right one, a batch from both, and a bias has its share."""
     left, right = map(_node, factors(node))

@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from mst_fx.core.aten_ops import GATHERS, RANGES, RESHAPES
 from mst_fx.placement.placement import WHOLE, Placement, Split, number, sure
-from mst_fx.placement.rules.creation import RANGES
 from mst_fx.placement.rules.registry import Demand, Flow, args_of, argument, back, mixed, rule, shape_of
-from mst_fx.placement.rules.view import RESHAPES
 
 aten = torch.ops.aten
 MASKS = (torch.bool, torch.uint8)
 
 
-@rule(aten.gather.default)
+@rule(*GATHERS)
 def gather(node: Node, flow: Flow) -> Placement:
     """Operand and index are split alike, along another dim; or the index alone, along the dim of the look-up."""
     source: Any
@@ -43,7 +42,7 @@ def gather(node: Node, flow: Flow) -> Placement:
     return split
 
 
-@back(aten.gather.default)
+@back(*GATHERS)
 def gather_back(node: Node, split: Split) -> dict[Node, Split]:
     """The index lies as the result; so does the operand, but along the dim of the look-up."""
     source, dim, index = args_of(node)[:3]
@@ -229,7 +228,7 @@ def index_back(node: Node, split: Split) -> dict[Node, Split]:
 def _rows_of(node: Node, table: Placement, source: Any, rows: Any, picked: Placement) -> Exception:
     """What to raise where rows are picked from the split dim: only an order of the rows may do so."""
     single = len(shape_of(rows)) == 1 or (bool(shape_of(rows)) and shape_of(rows)[1:] == shape_of(source)[1:])
-    alone = node.target == aten.gather.default or len(argument(node, "indices")) == 1
+    alone = node.target in GATHERS or len(argument(node, "indices")) == 1
     if isinstance(table, Split) and table.dim == 0 and picked == WHOLE and single and alone:
         picks, tokens = shape_of(rows)[0], shape_of(source)[0]
         each = number(picks // tokens)

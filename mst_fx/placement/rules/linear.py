@@ -7,29 +7,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from mst_fx.core.aten_ops import LINEAR_IN_ALL, LINEAR_IN_FIRST, LINEAR_IN_ONE
 from mst_fx.placement.placement import PARTIAL, WHOLE, Placement
 from mst_fx.placement.rules.registry import Flow, args_of
-from mst_fx.placement.rules.view import PERMUTES, RESHAPES
-
-aten = torch.ops.aten
-
-IN_THE_FIRST = (
-    *RESHAPES,
-    *PERMUTES,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.expand.default,
-    aten.neg.default,
-    aten.clone.default,
-    aten.detach.default,
-    aten.sum.default,
-    aten.sum.dim_IntList,
-    aten.mul.Scalar,
-    aten.div.Scalar,
-    aten.div.Tensor,
-)
-IN_ONE = (aten.mul.Tensor,)
-IN_ALL = (aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.stack.default)
 
 
 def is_linear(node: Node, flow: Flow) -> bool:
@@ -39,12 +19,12 @@ def is_linear(node: Node, flow: Flow) -> bool:
         return False
     first: Any = args_of(node)[0]
     sums = sum(placement == PARTIAL for placement in placements)
-    if node.target in IN_THE_FIRST:
+    if node.target in LINEAR_IN_FIRST:
         return sums == 1 and flow.of(first) == PARTIAL and not _rounds(node)
-    if node.target in IN_ONE:
+    if node.target in LINEAR_IN_ONE:
         return sums == 1 and args_of(node)[0] is not args_of(node)[1]
     operands = [*first] if isinstance(first, (list, tuple)) else args_of(node)[:2]
-    return node.target in IN_ALL and all(isinstance(x, Node) and flow.of(x) == PARTIAL for x in operands)
+    return node.target in LINEAR_IN_ALL and all(isinstance(x, Node) and flow.of(x) == PARTIAL for x in operands)
 
 
 def _rounds(node: Node) -> bool:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Node
 
+from mst_fx.core.aten_ops import LOSSES, MEAN, NONE
 from mst_fx.placement.placement import PARTIAL, WHOLE, Split
 from mst_fx.placement.rules.registry import Demand, Flow, Result, args_of, mixed, rule, shape_of
 
-aten = torch.ops.aten
-NONE, MEAN = 0, 1  # aten's codes for `reduction`
 
-
-@rule(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
+@rule(*LOSSES)
 def nll_loss(node: Node, flow: Flow) -> Result:
     """(loss, total weight): per row, with no weight, or sums; a mean has been opened into sum / weight."""
     scores, target, weight, reduction = args_of(node)[:4]

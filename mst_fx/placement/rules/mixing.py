@@ -8,10 +8,20 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from mst_fx.core.aten_ops import (
+    CHANNEL_SHUFFLES,
+    FLIPS,
+    PADS,
+    PADS_AND_POOLS,
+    PIXEL_SHUFFLES,
+    ROLLS,
+    SEARCHES,
+    SORTED_SEARCHES,
+    TRIANGLES,
+    UNFOLDS,
+)
 from mst_fx.placement.placement import WHOLE, Placement, Split
 from mst_fx.placement.rules.registry import Demand, Flow, Result, args_of, argument, back, mixed, rule, shape_of
-
-aten = torch.ops.aten
 
 
 def _named(name: str) -> Callable[[Node, int], set[int]]:
@@ -41,23 +51,16 @@ def _padded(node: Node, rank: int) -> set[int]:
 
 
 MIXED: dict[Any, Callable[[Node, int], set[int]]] = {
-    aten.flip.default: _named("dims"),
-    aten.rot90.default: _named("dims"),
-    aten.roll.default: _rolled,
-    aten.unfold.default: _named("dimension"),
-    aten.constant_pad_nd.default: _padded,
-    **dict.fromkeys((aten.tril.default, aten.triu.default), _last(2)),
-    **dict.fromkeys((aten.reflection_pad1d.default, aten.replication_pad1d.default), _last(1)),
-    **dict.fromkeys((aten.reflection_pad2d.default, aten.replication_pad2d.default), _last(2)),
-    **dict.fromkeys((aten.avg_pool2d.default, aten.max_pool2d_with_indices.default), _last(2)),
-    **dict.fromkeys((aten._adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default), _last(2)),
-    **dict.fromkeys((aten.avg_pool3d.default, aten._adaptive_avg_pool3d.default), _last(3)),
-    aten.channel_shuffle.default: lambda node, rank: {1},
-    **dict.fromkeys((aten.pixel_shuffle.default, aten.pixel_unshuffle.default), _last(3)),
+    **dict.fromkeys(FLIPS, _named("dims")),
+    **dict.fromkeys(ROLLS, _rolled),
+    **dict.fromkeys(UNFOLDS, _named("dimension")),
+    **dict.fromkeys(PADS, _padded),
+    **dict.fromkeys(TRIANGLES, _last(2)),
+    **{op: _last(count) for count, ops in PADS_AND_POOLS.items() for op in ops},
+    **dict.fromkeys(CHANNEL_SHUFFLES, lambda node, rank: {1}),
+    **dict.fromkeys(PIXEL_SHUFFLES, _last(3)),
 }
 """Which dims an op mixes, given the rank of its operand."""
-LOOK_UPS = (aten.bucketize.Tensor, aten.isin.Tensor_Tensor)
-"""Each value is looked for among whole ones."""
 
 
 @rule(*MIXED)
@@ -79,7 +82,7 @@ def mix_back(node: Node, split: Split) -> dict[Node, Split]:
     return {operand: split}
 
 
-@rule(*LOOK_UPS)
+@rule(*SEARCHES)
 def look_for(node: Node, flow: Flow) -> Placement:
     """What is looked for may be split, not what it is looked for in."""
     value, among = args_of(node)[:2]
@@ -88,13 +91,13 @@ def look_for(node: Node, flow: Flow) -> Placement:
     return flow.of(value)
 
 
-@back(*LOOK_UPS)
+@back(*SEARCHES)
 def look_for_back(node: Node, split: Split) -> dict[Node, Split]:
     """What is looked for lies as the result."""
     return {args_of(node)[0]: split}
 
 
-@rule(aten.searchsorted.Tensor)
+@rule(*SORTED_SEARCHES)
 def search(node: Node, flow: Flow) -> Placement:
     """Values that are looked for in one whole row, or each in the row of its own."""
     rows, values = args_of(node)[:2]
@@ -117,7 +120,7 @@ def search(node: Node, flow: Flow) -> Placement:
     return found
 
 
-@back(aten.searchsorted.Tensor)
+@back(*SORTED_SEARCHES)
 def search_back(node: Node, split: Split) -> dict[Node, Split]:
     """What is looked for lies as the result; the rule asks for the rows."""
     return {args_of(node)[1]: split}

@@ -5,33 +5,14 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from mst_fx.core.aten_ops import COPIES, UNTAGGED_POINTWISE
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.placement.placement import WHOLE, Placement, Split
 from mst_fx.placement.rules.registry import Demand, Flow, back, mixed, rule, shape_of
 
-aten = torch.ops.aten
 
-LIKE = (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
-COPIES = (
-    aten._to_copy.default,
-    aten.clone.default,
-    aten.detach.default,
-    aten.alias.default,
-    aten.lift_fresh_copy.default,
-    *LIKE,
-    aten.fill.Scalar,
-    aten.fill.Tensor,
-    aten.copy.default,
-    overwritten,
-    aten.zero.default,
-)
-
-UNTAGGED = (aten.leaky_relu.default, aten.hardswish.default, aten.rsub.Tensor, aten.masked_fill.Tensor)
-"""Elementwise, and not tagged as such by every version of torch."""
-
-
-@rule("pointwise", *COPIES, *UNTAGGED)
+@rule("pointwise", *COPIES, overwritten, *UNTAGGED_POINTWISE)
 def pointwise(node: Node, flow: Flow) -> Placement:
     """Every operand that has the split dim must be split there; a size of 1 broadcasts."""
     if not isinstance(node.meta["val"], torch.Tensor):
@@ -44,7 +25,7 @@ def pointwise(node: Node, flow: Flow) -> Placement:
     return split
 
 
-@back("pointwise", *COPIES, *UNTAGGED)
+@back("pointwise", *COPIES, overwritten, *UNTAGGED_POINTWISE)
 def aligned(node: Node, split: Split) -> dict[Node, Split]:
     """Operands that have the dim at full size."""
     shape = shape_of(node)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from mst_fx.core.aten_ops import GROUP_NORMS, LAYER_NORMS, REDUCTIONS, REDUCTIONS_TO_TWO, SCANS, SUMS
 from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.placement.rules.registry import (
     Flow,
@@ -19,65 +20,6 @@ from mst_fx.placement.rules.registry import (
     rule,
     shape_of,
     takes,
-)
-
-aten = torch.ops.aten
-
-SUMS = (
-    aten.sum.default,
-    aten.sum.dim_IntList,
-    aten.nansum.default,
-    aten.count_nonzero.default,
-    aten.count_nonzero.dim_IntList,
-)
-REDUCTIONS = (
-    aten.amax.default,
-    aten.amin.default,
-    aten.logsumexp.default,
-    aten.mean.default,
-    aten.mean.dim,
-    aten.prod.default,
-    aten.prod.dim_int,
-    aten.var.correction,
-    aten.std.correction,
-    aten.argmax.default,
-    aten.argmin.default,
-    aten.any.default,
-    aten.any.dim,
-    aten.any.dims,
-    aten.all.default,
-    aten.all.dim,
-    aten.all.dims,
-    aten.max.default,
-    aten.min.default,
-    aten.median.default,
-    aten.nanmedian.default,
-    aten.linalg_vector_norm.default,
-    aten.norm.Scalar,
-    aten.norm.ScalarOpt_dim,
-)
-PAIRS = (
-    aten.var_mean.correction,
-    aten.std_mean.correction,
-    aten.max.dim,
-    aten.min.dim,
-    aten.aminmax.default,
-    aten.kthvalue.default,
-    aten.median.dim,
-    aten.nanmedian.dim,
-    aten.mode.default,
-)
-SCANS = (
-    aten._softmax.default,
-    aten._log_softmax.default,
-    aten.cumsum.default,
-    aten.cumprod.default,
-    aten.cummax.default,
-    aten.cummin.default,
-    aten.logcumsumexp.default,
-    aten.sort.default,
-    aten.sort.stable,
-    aten.topk.default,
 )
 
 
@@ -99,14 +41,14 @@ def reduce(node: Node, flow: Flow) -> Placement:
     return _without(node, split, dims)
 
 
-@rule(*PAIRS)
+@rule(*REDUCTIONS_TO_TWO)
 def reduce_to_two(node: Node, flow: Flow) -> Result:
     """Two results, placed alike."""
     placement: Any = reduce(node, flow)
     return (placement, placement)
 
 
-@back(*SUMS, *REDUCTIONS, *PAIRS)
+@back(*SUMS, *REDUCTIONS, *REDUCTIONS_TO_TWO)
 def reduce_back(node: Node, split: Split) -> dict[Node, Split]:
     """The dims that are gone stood among the others."""
     operand: Any = args_of(node)[0]
@@ -133,7 +75,8 @@ def along_back(node: Node, split: Split) -> dict[Node, Split]:
     return {operand: split}
 
 
-def _norm_rule(node: Node, flow: Flow) -> Result:
+@rule(*LAYER_NORMS)
+def layer_norm(node: Node, flow: Flow) -> Result:
     """Normalisation over the last dims; the statistics keep the leading dims."""
     split: Any = flow.of(args_of(node)[0])
     normalized: Any = args_of(node)[1]
@@ -144,12 +87,7 @@ def _norm_rule(node: Node, flow: Flow) -> Result:
     return (split,) * len(node.meta["val"])
 
 
-rule(aten.native_layer_norm.default)(_norm_rule)
-if hasattr(aten, "_fused_rms_norm"):
-    rule(aten._fused_rms_norm.default)(_norm_rule)
-
-
-@rule(aten.native_group_norm.default)
+@rule(*GROUP_NORMS)
 def group_norm(node: Node, flow: Flow) -> Result:
     """Normalisation of each image over groups of its channels; the statistics keep the images."""
     split: Any = flow.of(args_of(node)[0])

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch.fx import Node
 
+from mst_fx.core.aten_ops import is_pointwise
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.placement.placement import Placement, Split, same_shape
 
@@ -71,9 +72,7 @@ def rule_for(target: Any) -> Rule | None:
     """The rule of an op, None where there is none."""
     if target in _RULES:
         return _RULES[target]
-    if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
-        return _RULES["pointwise"]
-    return None
+    return _RULES["pointwise"] if is_pointwise(target) else None
 
 
 Back: TypeAlias = Callable[[Node, Split], dict[Node, Split]]
@@ -104,7 +103,7 @@ def demands_of(node: Node, split: Split) -> dict[Node, Split]:
         node = args_of(node)[0]  # one of several results: all of them lie alike
     if node.target in _BACKS:
         return _BACKS[node.target](node, split)
-    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+    if is_pointwise(node.target):
         return _BACKS["pointwise"](node, split)
     alike = [operand for operand in node.all_input_nodes if same_shape(shape_of(operand), result_shape(node))]
     if node.op != "call_function" or not alike:

@@ -18,19 +18,23 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from mst_fx.core.aten_ops import (
+    CASTS,
+    COPIES,
+    COUNTS,
+    GROUPED_PRODUCTS,
+    KEEP_AN_ORDER,
+    RESHAPES,
+    ROW_ADDS,
+    ROW_PICKS,
+    SORTS,
+)
+from mst_fx.ops.overwritten import overwritten
 from mst_fx.placement.placement import WHOLE, Placement, Routed, Split, sure
-from mst_fx.placement.rules.contraction import GROUPED
-from mst_fx.placement.rules.pointwise import COPIES
 from mst_fx.placement.rules.registry import Demand, Flow, Result, args_of, argument, mixed, rule, rule_for, shape_of
-from mst_fx.placement.rules.view import RESHAPES
 
 aten = torch.ops.aten
 
-SORTS = (aten.sort.default, aten.sort.stable)
-CASTS = (aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default)
-KEEPING = (*RESHAPES, *CASTS, aten.expand.default)
-"""What leaves the values of an order as they are."""
-ADDING = (aten.scatter_add.default, aten.index_put.default, aten.index_add.default)
 Handler = Callable[[Node, Flow], Result]
 
 
@@ -42,13 +46,13 @@ def route(node: Node, flow: Flow) -> Result | None:
         Demand: as rules do.
     """
     routed = any(isinstance(flow.of(operand), Routed) for operand in node.all_input_nodes if _is_tensor(operand))
-    starts = node.target in (*SORTS, aten.histc.default) and isinstance(flow.of(args_of(node)[0]), Split)
+    starts = node.target in (*SORTS, *COUNTS) and isinstance(flow.of(args_of(node)[0]), Split)
     if not routed and not (starts and len(shape_of(args_of(node)[0])) == 1):
         return None
     return _HANDLERS.get(node.target, _apart)(node, flow)
 
 
-@rule(*GROUPED, aten.histc.default)
+@rule(*GROUPED_PRODUCTS, *COUNTS)
 def ordered(node: Node, flow: Flow) -> Placement:
     """Of rows that are not sorted, nothing may be split."""
     if any(flow.of(operand) != WHOLE for operand in node.all_input_nodes):
@@ -175,8 +179,8 @@ def _apart(node: Node, flow: Flow) -> Result:
     routed: Any = next(iter(found))
     if kind in ("counts", "groups") and node.target in CASTS:
         return routed
-    if kind != "rows" and node.target not in KEEPING:
-        if node.target in COPIES:
+    if kind != "rows" and node.target not in KEEP_AN_ORDER:
+        if node.target in (*COPIES, overwritten):
             return replace(routed, kind="opaque")  # memory of the same shape
         raise mixed(node, "computes with positions of the split dim")
     known = rule_for(node.target)
@@ -259,10 +263,10 @@ def _is_tensor(node: Node) -> bool:
 
 _HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys(SORTS, _sort),
-    **dict.fromkeys(GROUPED, _multiply),
-    **dict.fromkeys((aten.index.Tensor, aten.gather.default, aten.index_select.default), _pick),
-    **dict.fromkeys((*ADDING, aten.scatter.src), _add),
+    **dict.fromkeys(GROUPED_PRODUCTS, _multiply),
+    **dict.fromkeys(ROW_PICKS, _pick),
+    **dict.fromkeys((*ROW_ADDS, aten.scatter.src), _add),
     **dict.fromkeys((aten.floor_divide.default, aten.div.Tensor_mode), _divide),
-    aten.histc.default: _count,
+    **dict.fromkeys(COUNTS, _count),
     aten.cumsum.default: _cumulate,
 }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from mst_fx.core.aten_ops import DIAGONALS, JOINS, PERMUTES, RESHAPES, SELECTS, SLICES, TILES
 from mst_fx.placement.placement import WHOLE, Placement, Split, refinements, through_view
 from mst_fx.placement.rules.registry import (
     Demand,
@@ -24,27 +24,6 @@ from mst_fx.placement.rules.registry import (
 )
 
 aten = torch.ops.aten
-
-RESHAPES = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-)
-PERMUTES = (aten.t.default, aten.transpose.int, aten.permute.default)
-SLICES = (aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default)
-FREE = (
-    *RESHAPES,
-    *PERMUTES,
-    *SLICES,
-    aten.expand.default,
-    aten.select.int,
-    aten.unbind.int,
-    operator.getitem,
-)  # no memory of their own
 
 
 @rule(*RESHAPES)
@@ -99,7 +78,7 @@ def expand_back(node: Node, split: Split) -> dict[Node, Split]:
     return {} if repeated else {operand: split.moved(dim)}
 
 
-@rule(aten.repeat.default)
+@rule(*TILES)
 def repeat(node: Node, flow: Flow) -> Placement:
     """New dims appear on the left; the axis lies in each copy."""
     split = flow.of(args_of(node)[0])
@@ -128,7 +107,7 @@ def slice_back(node: Node, split: Split) -> dict[Node, Split]:
     return {} if dim_of(node) == split.dim else {operand_of(node): split}
 
 
-@rule(aten.select.int, aten.unbind.int)
+@rule(*SELECTS)
 def pick(node: Node, flow: Flow) -> Result:
     """The picked dim goes away."""
     split = flow.of(args_of(node)[0])
@@ -141,7 +120,7 @@ def pick(node: Node, flow: Flow) -> Result:
     return split if isinstance(pieces, torch.Tensor) else (split,) * len(pieces)
 
 
-@rule(aten.diagonal.default)
+@rule(*DIAGONALS)
 def diagonal(node: Node, flow: Flow) -> Placement:
     """Two dims go away, and one comes behind all others."""
     split, lost = flow.of(args_of(node)[0]), _diagonal_dims(node)
@@ -152,7 +131,7 @@ def diagonal(node: Node, flow: Flow) -> Placement:
     return split.moved(split.dim - sum(dim < split.dim for dim in lost))
 
 
-@back(aten.diagonal.default)
+@back(*DIAGONALS)
 def diagonal_back(node: Node, split: Split) -> dict[Node, Split]:
     """The two dims stood among the others."""
     if split.dim == len(shape_of(node)) - 1:
@@ -174,13 +153,13 @@ def pieces_back(node: Node, split: Split) -> dict[Node, Split]:
     return {operand_of(node): split}
 
 
-@back(aten.select.int, aten.unbind.int)
+@back(*SELECTS)
 def select_back(node: Node, split: Split) -> dict[Node, Split]:
     """The picked dim stood among the others."""
     return {operand_of(node): split.moved(split.dim + (split.dim >= dim_of(node)))}
 
 
-@rule(aten.cat.default, aten.stack.default)
+@rule(*JOINS)
 def join(node: Node, flow: Flow) -> Placement:
     """All parts must be split alike, and not along the joined dim."""
     parts: list[Any] = list(args_of(node)[0])
@@ -202,7 +181,7 @@ def join(node: Node, flow: Flow) -> Placement:
     return split
 
 
-@back(aten.cat.default, aten.stack.default)
+@back(*JOINS)
 def join_back(node: Node, split: Split) -> dict[Node, Split]:
     """The parts lie alike; the new dim of a stack is none of theirs."""
     dim = dim_of(node, rank=len(result_shape(node)))

@@ -7,25 +7,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from mst_fx.core.aten_ops import PART_WRITES, PUTS, ROW_WRITES, SCATTERS
 from mst_fx.placement.placement import WHOLE, Placement, Split, sure
 from mst_fx.placement.rules.indexing import picks_of
 from mst_fx.placement.rules.registry import Demand, Flow, args_of, argument, back, mixed, rule, shape_of
 
 aten = torch.ops.aten
-
-SCATTERS = (
-    aten.scatter.src,
-    aten.scatter.value,
-    aten.scatter.reduce,
-    aten.scatter.value_reduce,
-    aten.scatter_add.default,
-    aten.scatter_reduce.two,
-)
-"""An index for each element that is written."""
-ROWS = (aten.index_add.default, aten.index_copy.default, aten.index_reduce.default, aten.index_fill.int_Scalar)
-"""An index for each row."""
-PARTS = (aten.slice_scatter.default, aten.select_scatter.default)
-"""A part is written."""
 
 
 @rule(*SCATTERS)
@@ -41,7 +28,7 @@ def scatter(node: Node, flow: Flow) -> Placement:
     return _alike(node, flow, split, dict.fromkeys(operands, split))
 
 
-@rule(*ROWS)
+@rule(*ROW_WRITES)
 def write_rows(node: Node, flow: Flow) -> Placement:
     """The index is whole."""
     index: Any = argument(node, "index")
@@ -55,7 +42,7 @@ def write_rows(node: Node, flow: Flow) -> Placement:
     return _alike(node, flow, split, dict.fromkeys(operands, split))
 
 
-@rule(aten.index_put.default)
+@rule(*PUTS)
 def put(node: Node, flow: Flow) -> Placement:
     """The indices are whole and name no position of the split dim; what is written broadcasts."""
     value, values = args_of(node)[0], argument(node, "values")
@@ -82,7 +69,7 @@ def put(node: Node, flow: Flow) -> Placement:
     return _alike(node, flow, split, {value: split, **written})
 
 
-@rule(*PARTS)
+@rule(*PART_WRITES)
 def write_part(node: Node, flow: Flow) -> Placement:
     """A value with a part of another dim replaced; both are split alike."""
     value, part, dim = args_of(node)[:3]
@@ -105,7 +92,7 @@ def scatter_back(node: Node, split: Split) -> dict[Node, Split]:
     return dict.fromkeys(node.all_input_nodes, split)
 
 
-@back(*ROWS, aten.index_put.default, *PARTS)
+@back(*ROW_WRITES, *PUTS, *PART_WRITES)
 def value_back(node: Node, split: Split) -> dict[Node, Split]:
     """The value lies as the result; what is written is asked for by the rule."""
     return {args_of(node)[0]: split}

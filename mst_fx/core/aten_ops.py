@@ -1,0 +1,340 @@
+"""What is known of aten ops, by what they have in common. The lists of ops stand here and nowhere else.
+
+Families        what an op is: these have the names that the field gives them; ops that torch tags as pointwise are in
+                none of them but where they are told apart from others
+Linearity       which of its operands a sum may go through
+Kernels         whether a compiler generates a kernel for the op, which it fuses with what stands around it
+Backward        what the op's backward reads, and whether a compiler computes its result again for it
+Reading         what a node that opens into such ops amounts to in a captured graph
+
+Every op that has a placement rule has a place in each of the last three (`tests/test_aten_ops.py`).
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+# Families: views. No memory of their own.
+
+RESHAPES = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+"""The same elements in the same order, in another shape."""
+PERMUTES = (aten.t.default, aten.transpose.int, aten.permute.default)
+"""The same elements with the dims in another order."""
+SLICES = (aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default)
+"""Parts of a dim, which stays a dim."""
+SELECTS = (aten.select.int, aten.unbind.int)
+"""Single positions of a dim, which goes away."""
+VIEWS = (*RESHAPES, *PERMUTES, *SLICES, aten.expand.default, *SELECTS, operator.getitem)
+"""Other shapes of memory that is there, and parts of it; or a part of several results."""
+ALIASES = (aten.detach.default, aten.alias.default)
+"""The same memory in the same shape."""
+DIAGONALS = (aten.diagonal.default,)
+"""The diagonals of two dims."""
+
+# Families: ops that make a value from a shape.
+
+FILLS = (
+    aten.empty.memory_format,
+    aten.full.default,
+    aten.zeros.default,
+    aten.ones.default,
+    aten.new_empty.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+)
+"""Fills of a `size` with one value, or with none: any part of such a value can be made alone."""
+FILLS_LIKE = (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
+"""Fills of the shape of an operand, whose values are not read."""
+FILL_VALUES: dict[Any, int] = {aten.full.default: 1, aten.new_full.default: 2, aten.full_like.default: 1}
+"""Fills with a given value, and the position of it among the arguments."""
+RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+"""Positions: 0, 1, 2, ..., or other numbers at equal distances."""
+DRAWS = (aten.randint.low,)
+"""Random numbers without operands, which may be drawn once, before a loop."""
+SCALARS = (aten.scalar_tensor.default,)
+"""A number as a tensor without dims."""
+
+# Families: elementwise ops, besides those that torch tags as pointwise.
+
+CASTS = (aten._to_copy.default, aten.clone.default, *ALIASES)
+"""The same values in the same shape, in another dtype or other memory at most."""
+COPIES = (
+    *CASTS,
+    aten.lift_fresh_copy.default,
+    *FILLS_LIKE,
+    aten.fill.Scalar,
+    aten.fill.Tensor,
+    aten.copy.default,
+    aten.zero.default,
+)
+"""Values in the shape of an operand, copied from one of them or made."""
+UNTAGGED_POINTWISE = (aten.leaky_relu.default, aten.hardswish.default, aten.rsub.Tensor, aten.masked_fill.Tensor)
+"""Elementwise, and not tagged as such by every version of torch."""
+
+# Families: matrix products.
+
+GROUPED_PRODUCTS = (aten._grouped_mm.default,)
+"""Rows times one matrix a group."""
+PRODUCTS = (aten.mm.default, aten.bmm.default)
+"""[.., n, k] @ [.., k, m]."""
+PRODUCTS_PLUS = (aten.addmm.default, aten.baddbmm.default)
+"""A bias, which broadcasts, plus such a product."""
+CONTRACTIONS = (*PRODUCTS, *PRODUCTS_PLUS, *GROUPED_PRODUCTS)
+"""Matrix products of any kind."""
+
+# Families: reductions, scans and norms.
+
+SUMS = (
+    aten.sum.default,
+    aten.sum.dim_IntList,
+    aten.nansum.default,
+    aten.count_nonzero.default,
+    aten.count_nonzero.dim_IntList,
+)
+"""Reductions that add up: of parts of a dim, the results add up to that of the whole."""
+REDUCTIONS = (
+    aten.amax.default,
+    aten.amin.default,
+    aten.logsumexp.default,
+    aten.mean.default,
+    aten.mean.dim,
+    aten.prod.default,
+    aten.prod.dim_int,
+    aten.var.correction,
+    aten.std.correction,
+    aten.argmax.default,
+    aten.argmin.default,
+    aten.any.default,
+    aten.any.dim,
+    aten.any.dims,
+    aten.all.default,
+    aten.all.dim,
+    aten.all.dims,
+    aten.max.default,
+    aten.min.default,
+    aten.median.default,
+    aten.nanmedian.default,
+    aten.linalg_vector_norm.default,
+    aten.norm.Scalar,
+    aten.norm.ScalarOpt_dim,
+)
+"""Reductions of one result that do not simply add up."""
+REDUCTIONS_TO_TWO = (
+    aten.var_mean.correction,
+    aten.std_mean.correction,
+    aten.max.dim,
+    aten.min.dim,
+    aten.aminmax.default,
+    aten.kthvalue.default,
+    aten.median.dim,
+    aten.nanmedian.dim,
+    aten.mode.default,
+)
+"""Reductions of two results of one shape."""
+SOFTMAXES = (aten._softmax.default, aten._log_softmax.default)
+"""Normalisation of each row by the sum of its exponentials."""
+SORTS = (aten.sort.default, aten.sort.stable)
+"""(values, order) of a dim."""
+SCANS = (
+    *SOFTMAXES,
+    aten.cumsum.default,
+    aten.cumprod.default,
+    aten.cummax.default,
+    aten.cummin.default,
+    aten.logcumsumexp.default,
+    *SORTS,
+    aten.topk.default,
+)
+"""Ops whose results have all dims of the operand, and that mix positions of the argument `dim` alone."""
+COUNTS = (aten.histc.default,)
+"""How many values fall to each of several ranges."""
+LAYER_NORMS = (aten.native_layer_norm.default, aten._fused_rms_norm.default)
+"""Normalisation over the last dims, and the statistics of it."""
+GROUP_NORMS = (aten.native_group_norm.default,)
+"""Normalisation of each image over groups of its channels, and the statistics of it."""
+LOSSES = (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
+"""(negative log-likelihood, total weight) of rows or of images."""
+NONE, MEAN, SUM = 0, 1, 2
+"""aten's codes for the argument `reduction` of a loss."""
+
+# Families: reads and writes at indices.
+
+GATHERS = (aten.gather.default,)
+"""Reads with an index for each element."""
+LOOK_UPS = (aten.embedding.default, aten.index.Tensor)
+"""Reads of rows of a table; its gradient is as large as the table, and adds up in float32."""
+ROW_PICKS = (aten.index.Tensor, aten.gather.default, aten.index_select.default)
+"""Reads that may put rows into an order, or back."""
+SEARCHES = (aten.bucketize.Tensor, aten.isin.Tensor_Tensor)
+"""Each value is looked for among whole ones."""
+SORTED_SEARCHES = (aten.searchsorted.Tensor,)
+"""Each value is looked for in one sorted row, or in that of its own."""
+SCATTERS = (
+    aten.scatter.src,
+    aten.scatter.value,
+    aten.scatter.reduce,
+    aten.scatter.value_reduce,
+    aten.scatter_add.default,
+    aten.scatter_reduce.two,
+)
+"""Writes with an index for each element that is written."""
+ROW_WRITES = (aten.index_add.default, aten.index_copy.default, aten.index_reduce.default, aten.index_fill.int_Scalar)
+"""Writes with an index for each row."""
+PUTS = (aten.index_put.default,)
+"""Writes with indices of several dims."""
+ROW_ADDS = (aten.scatter_add.default, *PUTS, aten.index_add.default)
+"""Writes that can add rows to those that an order names."""
+PART_WRITES = (aten.slice_scatter.default, aten.select_scatter.default)
+"""Writes of a part that positions of one dim name."""
+
+# Families: ops that move values.
+
+JOINS = (aten.cat.default, aten.stack.default)
+"""Several values along one dim."""
+TILES = (aten.repeat.default,)
+"""A value several times along each dim."""
+FLIPS = (aten.flip.default, aten.rot90.default)
+"""Positions of the argument `dims` the other way round."""
+ROLLS = (aten.roll.default,)
+"""Positions moved round."""
+UNFOLDS = (aten.unfold.default,)
+"""Windows of one dim, which overlap."""
+PADS = (aten.constant_pad_nd.default,)
+"""Positions in front of a dim and behind it."""
+TRIANGLES = (aten.tril.default, aten.triu.default)
+"""One half of each matrix."""
+PADS_AND_POOLS: dict[int, tuple[Any, ...]] = {
+    1: (aten.reflection_pad1d.default, aten.replication_pad1d.default),
+    2: (
+        aten.reflection_pad2d.default,
+        aten.replication_pad2d.default,
+        aten.avg_pool2d.default,
+        aten.max_pool2d_with_indices.default,
+        aten._adaptive_avg_pool2d.default,
+        aten.adaptive_max_pool2d.default,
+    ),
+    3: (aten.avg_pool3d.default, aten._adaptive_avg_pool3d.default),
+}
+"""Paddings and poolings of images, by how many of the last dims they mix."""
+CHANNEL_SHUFFLES = (aten.channel_shuffle.default,)
+"""Channels in another order."""
+PIXEL_SHUFFLES = (aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
+"""Channels that become pixels, or the other way round."""
+_IMAGES = tuple(op for ops in PADS_AND_POOLS.values() for op in ops) + CHANNEL_SHUFFLES + PIXEL_SHUFFLES
+_MOVES = (*JOINS, *TILES, *FLIPS, *ROLLS, *UNFOLDS, *PADS, *TRIANGLES, *_IMAGES)
+_READS = (*GATHERS, *LOOK_UPS, *ROW_PICKS, *SEARCHES, *SORTED_SEARCHES)
+_WRITES = (*SCATTERS, *ROW_WRITES, *PUTS, *PART_WRITES)
+_REDUCTIONS = (*SUMS, *REDUCTIONS, *REDUCTIONS_TO_TWO, *COUNTS, *LAYER_NORMS, *GROUP_NORMS, *LOSSES)
+_MADE = (*FILLS, *RANGES, *DRAWS, *SCALARS)
+
+# Linearity: f(a + b) = f(a) + f(b).
+
+LINEAR_IN_FIRST = (
+    *RESHAPES,
+    *PERMUTES,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.expand.default,
+    aten.neg.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.sum.default,
+    aten.sum.dim_IntList,
+    aten.mul.Scalar,
+    aten.div.Scalar,
+    aten.div.Tensor,
+)
+"""In the first operand, where the others are no sums."""
+LINEAR_IN_ONE = (aten.mul.Tensor,)
+"""In either operand, where the other one is no sum."""
+LINEAR_IN_ALL = (aten.add.Tensor, aten.sub.Tensor, *JOINS)
+"""In all operands at once."""
+
+# Parts and orders of a split value.
+
+MADE_IN_PARTS = (*FILLS, aten.expand.default)
+"""Ops that make the rows of one mini-sequence by themselves, with the sizes of a mini-sequence."""
+KEEP_AN_ORDER = (*RESHAPES, *CASTS, aten.expand.default)
+"""Ops that leave the values of an order of rows as they are."""
+WITHOUT_GRADIENT = (aten.detach.default, *FILLS, *FILLS_LIKE)
+"""Ops whose floating-point result gets no gradient from what it is made of."""
+
+# Kernels.
+
+SHOWS_MEMORY = frozenset([*VIEWS, *ALIASES])
+"""Ops that give no buffer of their own: their value lies in that of their operand."""
+UNFUSED = frozenset(
+    [*CONTRACTIONS, *SORTS, aten.histc.default, aten.cumsum.default, aten.topk.default, aten.as_strided.default]
+)
+"""Ops that no kernel is generated for, and what has to lie in memory: they read buffers and make buffers."""
+FUSED = frozenset([*COPIES, *UNTAGGED_POINTWISE, *_MADE, *_REDUCTIONS, *SCANS, *_READS, *_WRITES, *_MOVES, *DIAGONALS])
+FUSED -= SHOWS_MEMORY | UNFUSED
+"""Ops, besides those tagged pointwise, that are fused: their value is a buffer where something unfused reads it."""
+REDUCE_THEN_MAP = frozenset([aten.native_layer_norm_backward.default, aten._fused_rms_norm_backward.default])
+"""Ops that reduce what they read before they map it, in one kernel; for a softmax, the reduction is another kernel."""
+PICK_ENTRIES = frozenset([aten.nll_loss_forward.default, aten.gather.default])
+"""Ops that read a few entries of what they are given, in a kernel of their own."""
+
+# Backward.
+
+LINEAR = frozenset([*VIEWS, *LINEAR_IN_FIRST, *LINEAR_IN_ALL, aten._to_copy.default, aten.mean.dim, aten.index.Tensor])
+LINEAR -= {aten.div.Tensor}
+"""Ops whose backward reads no operand."""
+BILINEAR = LINEAR | {aten.mul.Tensor, aten.div.Tensor, *CONTRACTIONS}
+"""Those, and ops whose backward reads one operand for the gradient of another; and a denominator."""
+RECOMPUTED = frozenset([*VIEWS, *COPIES, *UNTAGGED_POINTWISE, *_MADE, *_REDUCTIONS, *SCANS, *_READS, *_WRITES])
+RECOMPUTED |= {*_MOVES, *DIAGONALS}
+"""Ops, besides those tagged pointwise, whose result a compiler rather computes again than saves; all else is dear."""
+
+# Reading.
+
+VIEWS_AND_CASTS = (*VIEWS, aten._to_copy.default, aten.clone.default)
+"""Ops that make another form of a value, or a part of it."""
+PICKS = (*VIEWS_AND_CASTS, aten.index.Tensor, aten.index_select.default)
+"""Ops that make a part of a weight, or the weight in another form."""
+REPEATS = (aten.index.Tensor, aten.index_select.default, *GATHERS, *TILES, aten.clone.default)
+"""Ops that may make more rows than there were; an expanded value that is copied does."""
+SHOWN_TO_CALLERS = (*VIEWS, aten.detach.default, *JOINS)
+"""Ops that leave values as they are for a caller to look at: views of them, or several put together."""
+CUTS = (aten.slice.Tensor, aten.select.int)
+"""Ops that keep positions from a start to an end."""
+MADE_OF_NOTHING = (*FILLS, *RANGES, *FILLS_LIKE)
+"""Ops that make memory of one value, of no value, or of positions."""
+COMPUTES = frozenset([*COPIES, *UNTAGGED_POINTWISE, *DRAWS, *SCALARS, *_REDUCTIONS, *SCANS, *_READS, *_WRITES])
+COMPUTES |= {*_MOVES, *DIAGONALS}
+COMPUTES -= {*CONTRACTIONS, *PICKS, *REPEATS, *SHOWN_TO_CALLERS, *MADE_OF_NOTHING}
+"""Ops, besides those tagged pointwise, that a node is told nothing more of than that it computes something."""
+
+
+def is_pointwise(op: object) -> bool:
+    """Whether torch itself calls an op elementwise."""
+    return isinstance(op, torch._ops.OpOverload) and torch.Tag.pointwise in op.tags
+
+
+def is_random(op: object) -> bool:
+    """Whether an op draws random numbers."""
+    return isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
+
+
+def is_mutable(op: object) -> bool:
+    """Whether an op writes to one of its operands."""
+    return isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable
+
+
+def is_recomputed(op: object) -> bool:
+    """Whether a compiler would rather compute an op's result again for backward than save it."""
+    return op in RECOMPUTED or is_pointwise(op)
