@@ -43,7 +43,7 @@ def learnt(*shape, seed=0):
 
 
 @given(programs(), st.integers(1, 7), st.booleans(), st.booleans())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_random_programs(program, chunk, in_forward, any_length):
     stages = check(call_of(program), chunk, in_forward, any_length)
     event(f"ragged: {stages.length % min(chunk, stages.length) > 0}")

@@ -44,13 +44,14 @@ class Equal:
 
 
 def equal(size: Any, other: Any) -> Equal | None:
-    """Two sizes as one; None where no symbol can be had from the other ones by adding up alone."""
+    """Two sizes as one; None where no symbol can be had from the other ones by adding and dividing without a rest."""
     expressions = [x.node.expr if isinstance(x, torch.SymInt) else sympy.Integer(x) for x in (size, other)]
     difference = sympy.expand(expressions[0] - expressions[1])
     for symbol in (*expressions[0].free_symbols, *expressions[1].free_symbols):
         factor = difference.coeff(symbol)
-        value = sympy.expand(symbol - factor * difference)
-        if factor in (1, -1) and symbol not in value.free_symbols:
+        value = sympy.expand(symbol - difference / factor) if factor.is_Integer and factor else symbol
+        whole = all(number.is_Integer for number in value.atoms(sympy.Rational))
+        if whole and symbol not in value.free_symbols:
             return Equal(size, other, symbol, value)
     return None
 
