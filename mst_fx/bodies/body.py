@@ -23,12 +23,12 @@ from mst_fx.capture.lower import on_fakes, trace
 from mst_fx.core.aten_ops import WITHOUT_GRADIENT
 from mst_fx.core.config import Accumulate
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.sizes import hint, is_symbolic
+from mst_fx.core.sizes import hint, is_symbolic, sure
 from mst_fx.core.values import HALF
 from mst_fx.kernels.write_order import products_late
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.placement.partition import Stages
-from mst_fx.placement.placement import Split, adds_up, split_of, sure
+from mst_fx.placement.placement import Split, adds_up, split_of
 from mst_fx.placement.run_on_chunk import run_resized
 from mst_fx.runtime.loop_operator import axis_length
 from mst_fx.runtime.result_kinds import Axis, Cat, ResultKind, Sum

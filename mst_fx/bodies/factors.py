@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.core.aten_ops import RESHAPES
-from mst_fx.placement.placement import sure
+from mst_fx.core.sizes import sure
 from mst_fx.runtime.result_kinds import Cat, Outer, ResultKind, Rows, Sum
 
 aten = torch.ops.aten

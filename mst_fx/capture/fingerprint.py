@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from mst_fx.core.sizes import seen
+from mst_fx.core.sizes import VARYING, seen
 from mst_fx.core.values import fake_value
 
 
@@ -70,9 +70,6 @@ def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
         return (slice, *(like(part, number) for part in (value.start, value.stop, value.step)))
     if isinstance(value, torch.SymFloat) and seen(value) is not None:
         return (type(value), seen(value))  # an operand of a loop; or fixed, for each region (see `scalar_operands`)
-    if isinstance(value, SYMBOLS) or not isinstance(value, Hashable):
+    if isinstance(value, VARYING) or not isinstance(value, Hashable):
         return (type(value), str(value))  # to hash a symbol is to guard on it
     return (type(value), value)  # 1, 1.0 and True are equal, but not alike
-
-
-SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
