@@ -213,4 +213,5 @@ def test_one_version():
     (package,) = re.findall(r'^version = "(.+)"$', text_of("pyproject.toml"), re.M)
     newest = re.findall(r"^## \[(\d.*?)\]", text_of("CHANGELOG.md"), re.M)[0]
     (cited,) = re.findall(r"^version: (.+)$", text_of("CITATION.cff"), re.M)
-    assert newest == cited == package == mst_fx.__version__
+    (not_installed,) = re.findall(r'^    __version__ = "(.+)"$', text_of("mst_fx/__init__.py"), re.M)
+    assert newest == cited == package == not_installed == mst_fx.__version__
