@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mst_fx.capture.decompositions import openings
 from mst_fx.capture.lower import execute, lower, mutates, tracing
+from mst_fx.core.graph_walk import ancestors, in_order
 from mst_fx.core.modes import Mode
 from mst_fx.core.values import fake_value
 
@@ -106,16 +107,10 @@ def _slice(
     """
     if not results:
         return None
-    found: set[Node] = set()
-    pending = list(results)
-    while pending:
-        op = pending.pop()
-        if op not in found and op.op != "placeholder":
-            found.add(op)
-            pending += op.all_input_nodes
+    found = {op for op in ancestors(results) if op.op != "placeholder"}
     position_of = {
         placeholder_of[id(leaf)]: position
         for position, operand in enumerate(node.all_input_nodes)
         for leaf in tree_leaves(fake_value(operand))
     }
-    return Opened(position_of, tuple(op for op in module.graph.nodes if op in found))
+    return Opened(position_of, in_order(module.graph, found))
