@@ -222,7 +222,7 @@ class Reader:
         if any(op.op == "get_attr" for op in opened.ops):
             return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} holds a constant tensor")
         # opened alone, a write to an operand ends in a copy into it; in a region the operand is a value like any other
-        written = torch.ops.aten.copy_.default if writes(node) else None
+        written = aten.copy_.default if writes(node) else None
         ops = [op for op in opened.ops if op.op == "call_function" and op.target != written]
         try:
             for forbid in (forbid_effects, forbid_unruled):  # what an op does comes before that nobody knows it
