@@ -23,9 +23,9 @@ from mst_fx.recognise.reader import Reader
 FORWARD_DIVISOR = 2
 """What backward needs of a node beside the saved values, by what its forward needs beside them.
 
-Backward holds the gradients of what a product reads and makes, forward makes the result alone: half, where both are of
-one size. That is the reason, not a measurement; none is on record. It decides a peak only where a checkpointed block
-keeps more than backward needs of it: anywhere else backward holds more at the same segment.
+An assumption; no measurement of it is on record. It fits a product whose result is as large as what it reads: backward
+makes the gradients of both, forward makes the result alone. It decides a peak only where a checkpointed block keeps
+more than backward needs of it: anywhere else backward holds at least as much at the same segment.
 """
 
 
