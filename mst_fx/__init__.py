@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from mst_fx.core.config import Config as Config
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from mst_fx.recognise.pattern import register as register
 
 __all__ = ["Config", "Pattern", "Reason", "Refusal", "Report", "backend", "explain", "register", "reports"]
+
+try:
+    __version__ = version("mst-fx")
+except PackageNotFoundError:  # the sources, not installed
+    __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

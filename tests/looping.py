@@ -161,7 +161,7 @@ def full_and_tail(
     ragged = stages.length % chunk
     full, tail = make(chunk), make(None if any_length else ragged) if ragged else None
     assert tail is None or tail.outs == full.outs
-    return (full.module, tail and tail.module), full.outs
+    return (full.module, tail and tail.module), full.literals
 
 
 def differentiably_looped(

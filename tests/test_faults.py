@@ -18,7 +18,7 @@ from mst_fx.passes.gated_mlp import GatedMlp
 from mst_fx.pipeline import compiled_and_told
 from mst_fx.recognise import early_cut
 from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence
-from mst_fx.survey.survey import survey
+from mst_fx.survey import survey
 
 LOOP_ALL = {"min_bytes": 0, "chunk_tokens": 8, "inner": "eager"}
 
@@ -114,6 +114,43 @@ def test_what_the_inner_compiler_cannot_do(graph, caplog, backward):
         run(graph, inner=inner, strict=True)
 
 
+def test_an_inner_compiler_may_change_what_it_is_given(graph):
+    """Each attempt gets a graph of its own."""
+    spoiled = []
+
+    def inner(gm, inputs):
+        spoiled.append(any("spoiled" in node.meta for node in gm.graph.nodes))
+        for node in gm.graph.nodes:
+            node.meta["spoiled"] = True
+        if any(node.target is mini_sequence for node in gm.graph.nodes):
+            raise RuntimeError("no loops here")
+        return gm
+
+    run(graph, inner=inner)
+    assert spoiled == [False] * 4  # both loops, none, each of the two
+
+
+@pytest.mark.parametrize("options", [{}, {"returned_logits": "drop"}])
+def test_a_graph_without_any_loop_is_neither_cut_nor_does_it_drop_logits(options):
+    def inner(gm, inputs):
+        if any(node.target is mini_sequence for node in gm.graph.nodes):
+            raise RuntimeError("no loops here")
+        return gm
+
+    def program(x, w):
+        logits = (x @ w)[:, 1:] if not options else x @ w
+        return logits.logsumexp(-1).sum(), *([logits] if options else [])
+
+    torch._dynamo.reset()
+    x, w = torch.randn(2, 40, 8, requires_grad=True), torch.randn(8, 64)
+    compiled = torch.compile(program, backend="mst_fx", options={**LOOP_ALL, "inner": inner, **options}, dynamic=False)
+    value = compiled(x, w)
+    torch.testing.assert_close(value, program(x, w))
+    report = mst_fx.reports()[-1]
+    assert (report.regions, report.cuts, report.dropped) == ((), (), ())
+    assert [refusal.reason for refusal in report.refusals] == ["INTERNAL"]
+
+
 def test_a_program_that_does_not_compile_at_all_raises_its_own_error(graph):
     def inner(gm, inputs):
         raise RuntimeError("looped" if any(node.target is mini_sequence for node in gm.graph.nodes) else "plain")
@@ -197,7 +234,9 @@ def test_explain_of_what_is_compiled_already():
     model, batch = MlpLM(), tokens()
     expected = str(mst_fx.explain(model, *batch, options=LOOP_ALL))
     for compiled in (torch.compile(model, backend="eager"), torch.compile(model.forward, backend="eager")):
-        assert str(mst_fx.explain(compiled, *batch, options=LOOP_ALL)).startswith(expected)
+        told = str(mst_fx.explain(compiled, *batch, options=LOOP_ALL))
+        assert told.startswith(expected)
+        assert "compiled already" in told
     model.compile(backend="eager")
     report = mst_fx.explain(model, *batch, options=LOOP_ALL)
     assert len(report.regions) == 2

@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from beside import beside_eager, leaf, looped_regions
+from graphs import captured, rewritten
 
+from mst_fx.runtime.loop_operator import LoopSpec
+from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence
 from mst_fx.runtime.results import laid_out
 
 
@@ -83,6 +86,30 @@ def test_a_whole_operand_is_brought_to_the_layout_of_the_bodies(layout, strides)
     assert not ours.data_ptr() % 16  # compiled code may read 16 bytes at a time
 
 
+def shifted(x, up, down):
+    return torch.tanh(x @ up) @ down
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_whole_operands_are_read_as_they_lie_where_no_elements_share_memory(layout):
+    """No copy is made of a weight that lies transposed."""
+    up = in_layout(layout, 4, 16)
+    gm, _ = rewritten(captured(shifted, leaf(12, 4), up, leaf(16, 4)))
+    (call,) = (node for node in gm.graph.nodes if node.target is mini_sequence)
+    spec = LoopSpec(*CallSpec(*call.args[4]).forward_spec)
+    own = layout not in (expanded_rows, expanded_columns, one_number, overlapping) and not up.is_contiguous()
+    assert [strides for _, strides in spec.strides] == ([up.stride()] if own else [])
+
+
+def test_bodies_hold_no_ops_that_keep_to_the_layout_they_were_traced_for():
+    gm, report = rewritten(captured(mlp, leaf(3, 10, 4), leaf(4, 16), leaf(2, 8), leaf(4, 16)))
+    assert len(report.regions) == 1
+    bodies = [child for name, child in gm.named_children() if name.startswith("mini_sequence")]
+    ops = {node.target for body in bodies for node in body.graph.nodes}
+    assert torch.ops.aten.reshape.default in ops
+    assert torch.ops.aten.view.default not in ops
+
+
 @pytest.mark.parametrize("layout", [misaligned, one_number, overlapping], ids=lambda layout: layout.__name__)
 def test_compiled_bodies_take_operands_in_the_layout_that_they_were_made_for(layout):
     """Inductor's code relies on strides, and on addresses that are multiples of 16 bytes."""
@@ -90,10 +117,10 @@ def test_compiled_bodies_take_operands_in_the_layout_that_they_were_made_for(lay
     def given(_):
         return leaf(12, 4), in_layout(layout, 4, 16), in_layout(layout, 16), in_layout(layout, 16, 4)
 
-    def shifted(x, up, shift, down):
+    def biased(x, up, shift, down):
         return torch.tanh(x @ up + shift) @ down
 
-    assert looped_regions(beside_eager(shifted, given, inner="inductor")) == 1
+    assert looped_regions(beside_eager(biased, given, inner="inductor")) == 1
 
 
 def heads_and_a_sum(x, up, down):

@@ -248,6 +248,16 @@ def test_the_room_is_clean_and_all_is_given_back():
     assert packed
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_the_room_has_the_grad_mode_and_no_inference_mode(mode):
+    with mode():
+        before = switched_on()
+        with clean_room():
+            assert torch.is_grad_enabled() == before["grad"]
+            assert not torch.is_inference_mode_enabled()
+        assert switched_on() == before
+
+
 def selective():
     return create_selective_checkpoint_contexts([torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
 
@@ -313,6 +323,30 @@ def test_two_threads_compile_at_once():
     for values in made:
         torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-12)
     assert len(made) == 2
+
+
+def test_one_thread_at_a_time_is_in_the_room():
+    entered, may_leave, events = threading.Event(), threading.Event(), []
+
+    def first():
+        with clean_room():
+            entered.set()
+            may_leave.wait(10)
+            events.append("the first leaves")
+
+    def second():
+        with clean_room():
+            events.append("the second enters")
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    threads[0].start()
+    assert entered.wait(10)
+    threads[1].start()
+    threads[1].join(0.5)
+    may_leave.set()
+    for thread in threads:
+        thread.join()
+    assert events == ["the first leaves", "the second enters"]
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])

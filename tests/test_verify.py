@@ -16,7 +16,7 @@ from numerics import gradients, relative_error
 import mst_fx
 from mst_fx.bodies import body
 from mst_fx.runtime import loop_operator, mini_sequence, results
-from mst_fx.verify.verify import verify
+from mst_fx.verify import verify
 
 ON = {"verify": True, "strict": True, "min_bytes": 0, "chunk_tokens": 16, "inner": "eager"}
 

@@ -22,23 +22,30 @@ from mst_fx.bodies.log_softmax import reduces_wide_rows, run_in_parts
 from mst_fx.capture.lower import on_fakes, trace
 from mst_fx.core.aten_ops import WITHOUT_GRADIENT
 from mst_fx.core.config import Accumulate
-from mst_fx.core.sizes import hint, is_symbolic
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.sizes import hint, is_symbolic, sure
 from mst_fx.core.values import HALF
 from mst_fx.kernels.write_order import products_late
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.placement.partition import Stages
-from mst_fx.placement.placement import Split, adds_up, split_of, sure
+from mst_fx.placement.placement import Split, adds_up, split_of
 from mst_fx.placement.run_on_chunk import run_resized
 from mst_fx.runtime.loop_operator import axis_length
-from mst_fx.runtime.results import Axis, example
+from mst_fx.runtime.result_kinds import Axis, Cat, ResultKind, Sum
+from mst_fx.runtime.results import example
 
 
 @dataclass(frozen=True)
 class Body:
-    """One chunk's computation and how its outputs become results (`outs` of the loop operator)."""
+    """One chunk's computation and how its outputs become results."""
 
     module: GraphModule
-    outs: tuple[tuple[Any, ...], ...]
+    outs: tuple[ResultKind, ...]
+
+    @property
+    def literals(self) -> tuple[tuple[Any, ...], ...]:
+        """`outs` of the loop operator."""
+        return tuple(kind.literal for kind in self.outs)
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None, *, f
     return _finished(module, kinds, factored)
 
 
-def _finished(module: GraphModule, kinds: Sequence[tuple[Any, ...]], factored: bool) -> Body:
+def _finished(module: GraphModule, kinds: Sequence[ResultKind], factored: bool) -> Body:
     if factored:
         return Body(module, take_out_products(module, kinds))
     module.recompile()
@@ -154,13 +161,18 @@ def connected(
 
     Returns:
         Positions of the operands that get one, and of the results that have one.
+
+    Raises:
+        Refusal: a gradient would have to come back through an op that torch cannot differentiate.
     """
 
     def run(*pieces: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         operands = _merged(stages, stages.operands, pieces)
         leaves = [operands[position].requires_grad_() for position in wanted]
-        results = _run_chunk(stages, operands)
+        env = _computed(stages, operands)
+        results = [env[node] for node in stages.results]
         ends = [i for i, x in enumerate(results) if x.requires_grad and stages.results[i] in reached]
+        _forbid_missing_derivatives(env, [results[i] for i in ends])
         if not ends or not any(map(_cuts_gradients, stages.loop)):
             return (tuple(wanted) if ends else ()), tuple(ends)
         sinks = [results[i] for i in ends]
@@ -168,6 +180,27 @@ def connected(
         return tuple(i for i, grad in zip(wanted, grads, strict=True) if grad is not None), tuple(ends)
 
     return on_fakes(run, partial(_chunk_inputs, stages, stages.operands), hint(stages.length))
+
+
+def _forbid_missing_derivatives(env: Mapping[Node, Any], sinks: Sequence[torch.Tensor]) -> None:
+    """Raise a refusal for the first op without a derivative between the sinks and what they are made of."""
+    missing = {
+        value.grad_fn: node
+        for node, values in env.items()
+        for value in tree_leaves(values)
+        if isinstance(value, torch.Tensor)
+        and value.grad_fn is not None
+        and value.grad_fn.name().endswith("NotImplemented")
+    }
+    pending: list[Any] = [sink.grad_fn for sink in sinks] if missing else []
+    seen: set[Any] = {None}
+    while pending:
+        step = pending.pop()
+        if step in missing:
+            raise Refusal(Reason.UNKNOWN_OP, missing[step], f"{missing[step].target} has no derivative")
+        if step not in seen:
+            seen.add(step)
+            pending += [before for before, _ in step.next_functions]
 
 
 def _cuts_gradients(node: Node) -> bool:
@@ -217,6 +250,14 @@ class _Known(torch.autograd.Function):
 def _run_chunk(
     stages: Stages, operands: Sequence[torch.Tensor], known: Mapping[Node, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, ...]:
+    env = _computed(stages, operands, known)
+    return tuple(env[node] for node in stages.results)
+
+
+def _computed(
+    stages: Stages, operands: Sequence[torch.Tensor], known: Mapping[Node, torch.Tensor] | None = None
+) -> dict[Node, Any]:
+    """The values of one mini-sequence."""
     length = axis_length([axis_of(stages, node) for node in stages.operands], operands)
     env: dict[Node, Any] = dict(zip(stages.operands, operands, strict=True))
     inside = set(stages.loop)
@@ -237,24 +278,24 @@ def _run_chunk(
             expected = split.chunk_shape(node.meta["val"].shape, length)
             if not all(sure(a == b) for a, b in zip(env[node].shape, expected, strict=True)):
                 raise AssertionError(f"{node.target} gave {list(env[node].shape)}, its placement says {expected}")
-    return tuple(env[node] for node in stages.results)
+    return env
 
 
-def _result_kind(stages: Stages, node: Node) -> tuple[Any, ...]:
+def _result_kind(stages: Stages, node: Node) -> ResultKind:
     axis = axis_of(stages, node)
     if axis is not None:
-        return ("cat", *axis)
+        return Cat(*axis)
     assert adds_up(stages.placements.of[node])
     dtype = node.meta["val"].dtype
-    return ("sum", _accumulator(dtype, "float32"), dtype)
+    return Sum(_accumulator(dtype, "float32"), dtype)
 
 
-def _gradient_kind(stages: Stages, operand: Node, gradients: Gradients) -> tuple[Any, ...]:
+def _gradient_kind(stages: Stages, operand: Node, gradients: Gradients) -> ResultKind:
     axis, dtype = axis_of(stages, operand), operand.meta["val"].dtype
     if axis is not None:
-        return ("cat", *axis)
+        return Cat(*axis)
     adds_up_in = _accumulator(dtype, gradients.accumulate)
-    return ("sum", adds_up_in, dtype if gradients.cast else adds_up_in)
+    return Sum(adds_up_in, dtype if gradients.cast else adds_up_in)
 
 
 def _accumulator(dtype: torch.dtype, accumulate: Accumulate) -> torch.dtype:

@@ -54,7 +54,7 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
     in_forward = work.backward == "in_forward"
     if not in_forward:
         full, tail = _full_and_tail(stages, forward_chunk, partial(forward_body, stages))
-        forward_spec = LoopSpec(VERSION, forward_chunk, ins, full.outs, strides_of(stages))
+        forward_spec = LoopSpec(VERSION, forward_chunk, ins, full.literals, strides_of(stages))
         spec = spec._replace(forward_spec=tuple(forward_spec))
         call = Call(spec, full, tail)
     if work.backward != "none":
@@ -65,7 +65,7 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
         read = () if in_forward else (*work.differentiable, *work.kept)
         given = tuple(axis_of(stages, stages.results[i]) for i in read)
         strides = tuple((len(given) + position, of_operand) for position, of_operand in strides_of(stages))
-        spec = spec._replace(backward_spec=tuple(LoopSpec(VERSION, chunk, given + ins, full.outs, strides)))
+        spec = spec._replace(backward_spec=tuple(LoopSpec(VERSION, chunk, given + ins, full.literals, strides)))
         call = replace(call, spec=spec, backward=full, backward_tail=tail)
     return call
 

@@ -1,7 +1,7 @@
 """Matrix products at the end of a body leave it: the runtime multiplies their factors straight into the results.
 
-("sum", dtype, result) ending in A^T B         -> ("outer", dtype, result)      one sum, no gradient of a chunk
-("cat", axis)          ending in A1 B1 + A2 B2 -> ("rows", count, axis, sizes)  written in place, no copy of a chunk
+Sum ending in A^T B          -> Outer  one sum, no gradient of a chunk
+Cat ending in A1 B1 + A2 B2  -> Rows   written in place, no copy of a chunk
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.core.aten_ops import RESHAPES
-from mst_fx.placement.placement import sure
+from mst_fx.core.sizes import sure
+from mst_fx.runtime.result_kinds import Cat, Outer, ResultKind, Rows, Sum
 
 aten = torch.ops.aten
-Kind: TypeAlias = tuple[Any, ...]
 Factors: TypeAlias = tuple[Node, Node]
 
 
-def take_out_products(module: GraphModule, kinds: Sequence[Kind]) -> tuple[Kind, ...]:
+def take_out_products(module: GraphModule, kinds: Sequence[ResultKind]) -> tuple[ResultKind, ...]:
     """Replace outputs of the body by factors where that is possible; tell how the outputs add up from now on.
 
     Args:
         module: a body; changed in place.
-        kinds: for each of its outputs ("cat", dim, outer, inner) or ("sum", dtype, result), as in `loop_operator`.
+        kinds: of its outputs, Cat or Sum.
     """
     (output,) = (node for node in module.graph.nodes if node.op == "output")
     values: Any = output.args[0]
     outputs: list[Node] = []
-    taken: list[Kind] = []
+    taken: list[ResultKind] = []
     for value, kind in zip(values, kinds, strict=True):
-        factors, new_kind = _outer(value, kind) if kind[0] == "sum" else _rows(value, kind)
+        factors, new_kind = _outer(value, kind) if isinstance(kind, Sum) else _rows(value, kind)
         outputs += [node for pair in factors for node in pair] or [value]
         taken.append(new_kind if factors else kind)
     output.args = (tuple(outputs),)
@@ -43,7 +43,7 @@ def take_out_products(module: GraphModule, kinds: Sequence[Kind]) -> tuple[Kind,
     return tuple(taken)
 
 
-def _outer(value: Node, kind: Kind) -> tuple[list[Factors], Kind]:
+def _outer(value: Node, kind: Sum) -> tuple[list[Factors], ResultKind]:
     """A and B with value = A^T B."""
     transposed = False
     source = value
@@ -54,17 +54,17 @@ def _outer(value: Node, kind: Kind) -> tuple[list[Factors], Kind]:
         return [], kind
     left, right = source.all_input_nodes if len(source.all_input_nodes) == 2 else source.all_input_nodes * 2
     factors = (right, _t(left, source)) if transposed else (_t(left, source), right)
-    return [factors], ("outer", *kind[1:])
+    return [factors], Outer(kind.dtype, kind.result)
 
 
-def _rows(value: Node, kind: Kind) -> tuple[list[Factors], Kind]:
+def _rows(value: Node, kind: ResultKind) -> tuple[list[Factors], ResultKind]:
     """The products that add up to the rows of a result whose chunks lie one behind the other."""
+    assert isinstance(kind, Cat)
     sizes = list(value.meta["val"].shape)
-    dim, outer, inner = kind[1:]
-    contiguous = outer == 1 and prod(sizes[:dim]) == 1
-    products = _summands(value) if contiguous and dim < len(sizes) - 1 else []
-    sizes[dim] = 0
-    return products, ("rows", len(products), (dim, outer, inner), tuple(sizes))
+    contiguous = kind.outer == 1 and prod(sizes[: kind.dim]) == 1
+    products = _summands(value) if contiguous and kind.dim < len(sizes) - 1 else []
+    sizes[kind.dim] = 0
+    return products, Rows(len(products), (kind.dim, kind.outer, kind.inner), tuple(sizes))
 
 
 def _summands(value: Node) -> list[Factors]:

@@ -13,7 +13,7 @@ from torch.fx import Node
 from mst_fx.bodies.body import connected
 from mst_fx.capture.fingerprint import likeness_of_nodes
 from mst_fx.capture.fixed_sizes import Equal, as_if_fixed, equal, fix_all, forbid_lengths, other_dims, to_be_fixed
-from mst_fx.capture.lower import lower
+from mst_fx.capture.lower import apart, lower
 from mst_fx.capture.scalar_operands import as_tensors
 from mst_fx.core.config import Config
 from mst_fx.core.refusal import Reason, Refusal
@@ -111,7 +111,7 @@ def _returned(region: Region, output: Node) -> tuple[bool, bool]:
 
 
 def _analysed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Container[str]) -> Work:
-    examples = as_if_fixed([fake_value(node) for node in region.live_ins], sizes)
+    examples = apart(as_if_fixed([fake_value(node) for node in region.live_ins], sizes))
     lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes, examples=examples)
     stream = region.live_ins.index(region.stream)
     fixed = as_tensors(lowered, region.live_ins, partial(forbid_lengths, stream=examples[stream], marked=marked))

@@ -6,21 +6,23 @@ each on the values that were captured.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mst_fx.capture.decompositions import openings
-from mst_fx.capture.lower import execute, lower, mutates, tracing
+from mst_fx.capture.lower import execute, lower, mutates, traced, tracing
 from mst_fx.core.graph_walk import ancestors, in_order
 from mst_fx.core.modes import Mode
 from mst_fx.core.values import fake_value
+
+log = logging.getLogger("mst_fx")
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,21 @@ def open_alone(owner: GraphModule, node: Node, result: Node) -> Opened | None:
     """
     try:
         lowered = lower(owner, [node], node.all_input_nodes, [result], {node: Mode()}, gathers=False)
-    except Exception:  # the user's op may do anything; one that cannot be traced alone is simply not understood
+    except Exception as error:  # the user's op may do anything
+        log.debug("mst_fx: %s is not understood: %s", node, error)
         return None
-    leaves = [leaf for operand in node.all_input_nodes for leaf in tree_leaves(fake_value(operand))]
-    placeholder_of = dict(zip(map(id, leaves), _placeholders(lowered), strict=True))
-    return _slice(node, lowered, placeholder_of, lowered.graph.output_node().all_input_nodes)
+    operands = enumerate(node.all_input_nodes)
+    positions = [position for position, operand in operands for _ in tree_leaves(fake_value(operand))]
+    position_of = dict(zip(_placeholders(lowered.graph), positions, strict=True))
+    return _slice(lowered.graph, position_of, lowered.graph.output_node().all_input_nodes)
 
 
 def open_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, Opened | None]:
     """What each of several nodes opens into; none of them may write to an operand.
 
-    One that writes to memory of its own is opened alone, as a whole region is: without the writes.
+    The trace gives the tensors of one node behind those of another, as many of each as `counts` says: none of a node
+    that cannot be traced. One that writes to memory of its own is opened alone, as a whole region is: without the
+    writes.
     """
     operands = {operand: fake_value(operand) for node in nodes for operand in node.all_input_nodes}
     leaves = {id(leaf): leaf for leaf in tree_leaves(list(operands.values()))}  # a trace tells values by identity
@@ -65,52 +71,48 @@ def open_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, Opene
     def run(*values: Any) -> list[Any]:
         given = dict(zip(leaves, values, strict=True))
         env = {operand: tree_map(lambda leaf: given[id(leaf)], value) for operand, value in operands.items()}
-        results: list[Any] = []
-        for node in nodes:
-            try:
-                value = execute(owner, node, env)
-            except Exception:  # as above
-                value = ()
-            parts = [part for part in tree_leaves(value) if isinstance(part, torch.Tensor)]
-            counts.append(len(parts))
-            results += parts
-        return results
+        results = [_tensors(owner, node, env) for node in nodes]
+        counts.extend(map(len, results))
+        return [part for parts in results for part in parts]
 
     with tracing(list(leaves.values())):
-        traced = make_fx(run, decomposition_table=openings(gathers=False))(*leaves.values())
-    placeholder_of = dict(zip(leaves, _placeholders(traced), strict=True))
-    returned: Any = traced.graph.output_node().args[0]
+        graph = traced(run, list(leaves.values()), openings(gathers=False)).graph
+    placeholder_of = dict(zip(leaves, _placeholders(graph), strict=True))
+    returned: Any = graph.output_node().args[0]
     results = iter(returned)
-    opened = {
-        node: _slice(node, traced, placeholder_of, list(islice(results, count)))
-        for node, count in zip(nodes, counts, strict=True)
-    }
-    written = {operand for op in traced.graph.nodes if mutates(op) for operand in op.all_input_nodes}
+    opened: dict[Node, Opened | None] = {}
+    for node, count in zip(nodes, counts, strict=True):
+        read = enumerate(map(tree_leaves, map(operands.__getitem__, node.all_input_nodes)))
+        position_of = {placeholder_of[id(leaf)]: position for position, parts in read for leaf in parts}
+        opened[node] = _slice(graph, position_of, list(islice(results, count)))
+    written = {operand for op in graph.nodes if mutates(op) for operand in op.all_input_nodes}
     dirty = [node for node, found in opened.items() if found is not None and not written.isdisjoint(found.ops)]
     return opened | {node: open_alone(owner, node, node) for node in dirty}
 
 
-def _placeholders(module: GraphModule) -> list[Node]:
-    return [node for node in module.graph.nodes if node.op == "placeholder"]
+def _tensors(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> list[torch.Tensor]:
+    """What one node gives; nothing where it cannot be traced: the user's op may do anything."""
+    try:
+        value = execute(owner, node, env)
+    except Exception as error:
+        log.debug("mst_fx: %s is not understood: %s", node, error)
+        return []
+    return [part for part in tree_leaves(value) if isinstance(part, torch.Tensor)]
 
 
-def _slice(
-    node: Node, module: GraphModule, placeholder_of: Mapping[int, Node], results: Sequence[Node]
-) -> Opened | None:
+def _placeholders(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _slice(graph: Graph, position_of: dict[Node, int], results: Sequence[Node]) -> Opened | None:
     """The part of a traced graph that makes some results; None where there are none.
 
     Args:
-        node: that was traced.
-        module: holds the graph.
-        placeholder_of: by the identity of the captured value.
+        graph: that was traced.
+        position_of: as in `Opened`.
         results: what the node gives.
     """
     if not results:
         return None
     found = {op for op in ancestors(results) if op.op != "placeholder"}
-    position_of = {
-        placeholder_of[id(leaf)]: position
-        for position, operand in enumerate(node.all_input_nodes)
-        for leaf in tree_leaves(fake_value(operand))
-    }
-    return Opened(position_of, in_order(module.graph, found))
+    return Opened(position_of, in_order(graph, found))

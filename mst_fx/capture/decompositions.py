@@ -20,8 +20,8 @@ from torch._decomp import decomposition_table
 from torch.nn.functional import embedding
 
 from mst_fx.core.aten_ops import MEAN, NONE, SUM, is_mutable, is_random
+from mst_fx.core.sizes import sure
 from mst_fx.ops.seeded_random import uniform_like
-from mst_fx.placement.placement import sure
 from mst_fx.placement.rules import rule_for
 
 aten = torch.ops.aten

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
-from mst_fx.core.sizes import seen
+from mst_fx.core.sizes import VARYING, seen
 from mst_fx.core.values import fake_value, has_gradient
 
 
@@ -16,7 +17,7 @@ def likeness_of_node(node: Node) -> Hashable:
     """A key that is equal for nodes that do the same with operands of the same shapes."""
     operands = node.all_input_nodes
     number = {operand: position for position, operand in enumerate(operands)}
-    given = tuple(map(like, operands))
+    given = (tuple(map(like, operands)), _same(operands))
     return (node.op, node.target, _owner(node), given, like(node.args, number), like(node.kwargs, number))
 
 
@@ -30,6 +31,13 @@ def likeness_of_nodes(nodes: Sequence[Node], live_ins: Sequence[Node]) -> Hashab
     number: dict[Node, int] = {node: position for position, node in enumerate((*live_ins, *nodes))}
     given = tuple((like(node), has_gradient(node)) for node in live_ins)
     return (given, tuple((n.op, n.target, _owner(n), like(n.args, number), like(n.kwargs, number)) for n in nodes))
+
+
+def _same(nodes: Sequence[Node]) -> Hashable:
+    """Which tensors of several nodes are one: a trace has one value for them, as for a vector and its `flatten`."""
+    number: dict[int, int] = {}
+    leaves = [leaf for node in nodes for leaf in tree_leaves(fake_value(node))]
+    return tuple(number.setdefault(id(leaf), len(number)) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def _owner(node: Node) -> int | None:
@@ -56,9 +64,6 @@ def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
         return (slice, *(like(part, number) for part in (value.start, value.stop, value.step)))
     if isinstance(value, torch.SymFloat) and seen(value) is not None:
         return (type(value), seen(value))  # an operand of a loop; or fixed, for each region (see `scalar_operands`)
-    if isinstance(value, SYMBOLS) or not isinstance(value, Hashable):
+    if isinstance(value, VARYING) or not isinstance(value, Hashable):
         return (type(value), str(value))  # to hash a symbol is to guard on it
     return (type(value), value)  # 1, 1.0 and True are equal, but not alike
-
-
-SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -1,13 +1,11 @@
 """Sizes that a loop needs fixed, or equal: a region is analysed as if they were, and they are where its loop is put.
 
 What is fixed is a guard, and another value compiles anew: a region that is left alone must leave none.
-
-Private torch API: the symbols of sizes and their values. Run on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +15,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_map
 
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.sizes import depends_on_data, fix, hint, is_symbolic
+from mst_fx.core.sizes import VARYING, depends_on_data, expression, fix, hint, in_terms_of, is_symbolic, seen_symbols
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,14 @@ class Equal:
 
 
 def equal(size: Any, other: Any) -> Equal | None:
-    """Two sizes as one; None where no symbol can be had from the other ones by adding up alone."""
-    expressions = [x.node.expr if isinstance(x, torch.SymInt) else sympy.Integer(x) for x in (size, other)]
+    """Two sizes as one; None where no symbol can be had from the other ones by adding and dividing without a rest."""
+    expressions = [expression(size), expression(other)]
     difference = sympy.expand(expressions[0] - expressions[1])
     for symbol in (*expressions[0].free_symbols, *expressions[1].free_symbols):
         factor = difference.coeff(symbol)
-        value = sympy.expand(symbol - factor * difference)
-        if factor in (1, -1) and symbol not in value.free_symbols:
+        value = sympy.expand(symbol - difference / factor) if factor.is_Integer and factor else symbol
+        whole = all(number.is_Integer for number in value.atoms(sympy.Rational))
+        if whole and symbol not in value.free_symbols:
             return Equal(size, other, symbol, value)
     return None
 
@@ -100,11 +99,11 @@ def forbid_lengths(node: Node, number: Any, stream: torch.Tensor, marked: Contai
         stream: the captured value, whose lengths stay free.
         marked: the sizes that have to vary, by their names.
     """
-    if not number.node.has_hint():
+    if depends_on_data(number):
         raise Refusal(Reason.NUMBER, node, f"{node.target} takes a number that depends on the data")
-    symbols = number.node.expr.free_symbols
+    symbols = expression(number).free_symbols
     sizes: list[Any] = [size for size in stream.shape if is_symbolic(size)]
-    lengths = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
+    lengths = {symbol for size in sizes for symbol in expression(size).free_symbols}
     if not symbols.isdisjoint(lengths) or any(str(symbol) in marked for symbol in symbols):
         raise Refusal(Reason.NUMBER, node, f"{node.target} takes a number that varies with the length")
 
@@ -129,28 +128,19 @@ def known_of(sizes: Sequence[Any], known: Mapping[Any, Any] | None = None) -> di
     """
     seen = {symbol: sympy.sympify(value) for symbol, value in (known or {}).items()}
     for size in sizes:
-        more = {size.symbol: size.value} if isinstance(size, Equal) else dict(_symbols(size))
+        more = {size.symbol: size.value} if isinstance(size, Equal) else seen_symbols(size)
         more = {symbol: sympy.sympify(value).xreplace(seen) for symbol, value in more.items()}
         seen = {symbol: value.xreplace(more) for symbol, value in seen.items()} | more
     return seen
 
 
-def _symbols(size: Any) -> Iterator[tuple[Any, Any]]:
-    """The symbols that a size is made of, and the values that they had."""
-    for symbol in size.node.expr.free_symbols:
-        yield symbol, size.node.shape_env.backed_var_to_val[symbol]
-
-
-def _with(value: Any, seen: dict[Any, Any]) -> Any:
-    if isinstance(value, torch.SymInt):
-        return _size_with(value, seen)
-    if isinstance(value, torch.SymFloat | torch.SymBool):
-        expression = value.node.expr.xreplace(seen)
-        return value if expression.free_symbols else type(value.node.hint)(expression)
+def _with(value: Any, seen: Mapping[Any, Any]) -> Any:
+    if isinstance(value, VARYING):
+        return in_terms_of(value, seen)
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return value
     before = (*value.shape, *value.stride())
-    after = [_size_with(size, seen) for size in before]
+    after = [in_terms_of(size, seen) for size in before]
     if all(a is b for a, b in zip(before, after, strict=True)):
         return value
     mode: Any = value.fake_mode  # type: ignore[attr-defined]
@@ -158,12 +148,3 @@ def _with(value: Any, seen: dict[Any, Any]) -> Any:
     with mode, torch.no_grad():
         fixed = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
     return fixed.requires_grad_(value.requires_grad)
-
-
-def _size_with(size: Any, seen: dict[Any, Any]) -> Any:
-    if not isinstance(size, torch.SymInt) or size.node.expr.free_symbols.isdisjoint(seen):
-        return size
-    expression = size.node.expr.xreplace(seen)
-    if expression.is_number:
-        return int(expression)
-    return size.node.shape_env.create_symintnode(expression, hint=size.node.hint)

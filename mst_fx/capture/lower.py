@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.fx.traceback import preserve_node_meta, set_current_meta
+from torch.fx.traceback import preserve_node_meta
+from torch.fx.traceback import set_current_meta as set_current_meta
 from torch.utils._pytree import tree_map_only
 
 from mst_fx.capture.decompositions import openings
@@ -28,7 +29,7 @@ from mst_fx.core.aten_ops import is_mutable
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.graph_modules import layout_free
 from mst_fx.core.modes import Mode
-from mst_fx.core.sizes import any_length, is_symbolic
+from mst_fx.core.sizes import any_length, is_symbolic, number
 from mst_fx.core.values import fake_value
 from mst_fx.ops.overwritten import WithoutWrites
 
@@ -54,7 +55,7 @@ def lower(
         live_ins: the values that the nodes read from outside; they become placeholders, in this order.
         outputs: the values to return, in this order.
         modes: of the nodes.
-        examples: to trace on, in place of the captured values of the live-ins.
+        examples: to trace on, in place of the captured values of the live-ins; no tensor of them is another one's.
         gathers: as for `openings`.
 
     Returns:
@@ -70,15 +71,45 @@ def lower(
                 env[node] = run_node(owner, node, env)
         return [env[node] for node in outputs]
 
-    examples = [fake_value(node) for node in live_ins] if examples is None else list(examples)
+    examples = apart([fake_value(node) for node in live_ins]) if examples is None else list(examples)
     with tracing(examples):
-        lowered = make_fx(run, decomposition_table=openings(gathers))(*examples)
+        lowered = traced(run, examples, openings(gathers))
         if any(mutates(node) for node in lowered.graph.nodes):
             out_of_place = torch.func.functionalize(WithoutWrites(lowered).run, remove="mutations")
             with without_autocast():  # its casts are explicit by now
-                lowered = make_fx(out_of_place, decomposition_table=openings(gathers))(*examples)
+                lowered = traced(out_of_place, examples, openings(gathers))
         _settle(lowered)
     return lowered
+
+
+def traced(
+    function: Callable[..., Any], examples: Sequence[Any], table: Mapping[Any, Callable[..., Any]] | None = None
+) -> GraphModule:
+    """The aten graph of a function.
+
+    Args:
+        function: called once.
+        examples: fake values to call it with; the graph has a placeholder for each leaf of them.
+        table: of decompositions, by op.
+    """
+    return make_fx(function, decomposition_table=table)(*examples)
+
+
+def apart(values: Sequence[Any]) -> list[Any]:
+    """Fake values of which none is another one, as a trace takes those for one value.
+
+    A vector and its `flatten`, or a tensor and its `contiguous`, are one: a node may be looped for the sake of one of
+    them, and like nodes for others may have two.
+    """
+    seen: set[int] = set()
+
+    def own(value: torch.Tensor) -> torch.Tensor:
+        if id(value) in seen:
+            return value.detach().requires_grad_(value.requires_grad)
+        seen.add(id(value))
+        return value
+
+    return [tree_map_only(torch.Tensor, own, value) for value in values]
 
 
 @contextmanager
@@ -185,5 +216,5 @@ def _settle(lowered: GraphModule) -> None:
 
 
 def _settled(instead: Any, size: Any) -> Any:
-    known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    known = number(size) if isinstance(size, torch.SymInt) else None
     return instead if known is None else known

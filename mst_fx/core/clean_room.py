@@ -3,7 +3,8 @@
 What the captured program means by itself stays: autocast around it (but not the cache of weights that it has cast,
 which holds values of other traces), the default dtype, deterministic algorithms. Dynamo guards on these.
 
-Private torch API: how hooks, modes, transforms and compiled autograd are switched off. Run on torch 2.11 and 2.13.
+Private torch API: how hooks, modes, transforms and compiled autograd are switched off. Run on torch 2.11, 2.13 and
+2.15.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Errors inside the pass: each costs the loop that it meets, never the compile, and is told.
 
 Private torch API: the exceptions by which Dynamo and activation checkpointing start or stop something; looked up by
-name, as a version may lack one. Run on torch 2.11 and 2.13.
+name, as a version may lack one. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations

@@ -5,13 +5,18 @@ Private torch API: the symbols of sizes and what was seen of them. Run on torch 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, is_concrete_int, statically_known_true
+
+VARYING = (torch.SymInt, torch.SymFloat, torch.SymBool)
+sure = statically_known_true
+"""Whether something holds whatever the sizes are that are only known at run time."""
 
 
 def hint(size: Any) -> int:
@@ -26,8 +31,8 @@ def hint(size: Any) -> int:
         return UNSEEN
     if not _long.get():
         return int(size.node.hint)
-    expression, shape_env = size.node.expr, size.node.shape_env
-    return int(expression.xreplace({symbol: _long_value(shape_env, symbol) for symbol in expression.free_symbols}))
+    formula, shape_env = size.node.expr, size.node.shape_env
+    return int(formula.xreplace({symbol: _long_value(shape_env, symbol) for symbol in formula.free_symbols}))
 
 
 def _long_value(shape_env: Any, symbol: Any) -> Any:
@@ -55,20 +60,45 @@ def long_lengths() -> Iterator[None]:
 
 
 def depends_on_data(size: Any) -> bool:
-    """Whether a size was not even known when the graph was captured."""
-    return isinstance(size, torch.SymInt) and not size.node.has_hint()
+    """Whether a size, or another number, was not even known when the graph was captured."""
+    return isinstance(size, VARYING) and not size.node.has_hint()
 
 
 def is_size(value: Any) -> bool:
     """Whether a value of a traced graph is a size or a list of sizes, no tensor."""
     if isinstance(value, tuple | list):
         return all(map(is_size, value))
-    return isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
+    return isinstance(value, (int, float, *VARYING))
 
 
 def is_symbolic(size: Any) -> bool:
     """Whether a size is only known at run time."""
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
+def number(size: Any) -> int | None:
+    """A size as a number, where all that vary in it cancel; None where they do not."""
+    return int(size) if is_concrete_int(size) else None
+
+
+def expression(size: Any) -> Any:
+    """What a size, or another number that varies, is made of: a formula of symbols, as sympy has it."""
+    return size.node.expr if isinstance(size, VARYING) else sympy.sympify(size)
+
+
+def seen_symbols(size: Any) -> dict[Any, Any]:
+    """The symbols of a size, and the values that they had when the graph was captured."""
+    return {symbol: size.node.shape_env.backed_var_to_val[symbol] for symbol in expression(size).free_symbols}
+
+
+def in_terms_of(size: Any, known: Mapping[Any, Any]) -> Any:
+    """A size, or another number, with formulas in place of symbols: a number where none is left."""
+    if not isinstance(size, VARYING) or size.node.expr.free_symbols.isdisjoint(known):
+        return size
+    formula = size.node.expr.xreplace(known)
+    if not isinstance(size, torch.SymInt):
+        return size if formula.free_symbols else type(size.node.hint)(formula)
+    return int(formula) if formula.is_number else size.node.shape_env.create_symintnode(formula, hint=size.node.hint)
 
 
 def fix(number: Any) -> None:

@@ -18,6 +18,11 @@ def fake_value(node: Node) -> Any:
     return node.meta.get("example_value")
 
 
+def is_fake(value: torch.Tensor) -> bool:
+    """Whether a value has no memory, as one of a graph that was captured."""
+    return isinstance(value, torch._subclasses.FakeTensor)
+
+
 def is_transformed(value: torch.Tensor) -> bool:
     """Whether a value lives inside of a vmap, or another transform of torch.func, that was captured step by step."""
     return torch._C._functorch.is_functorch_wrapped_tensor(value)

@@ -17,9 +17,8 @@ from math import prod
 from typing import Literal, TypeAlias
 
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import is_concrete_int, statically_known_true
 
-sure = statically_known_true
+from mst_fx.core.sizes import number, sure
 
 
 def same_shape(a: Sequence[int], b: Sequence[int]) -> bool:
@@ -116,11 +115,6 @@ def through_view(split: Split, before: Sequence[int], after: Sequence[int]) -> S
 def _is_empty(shape: Sequence[int]) -> bool:
     """Whether a shape is known to hold nothing: any factors would do."""
     return any(isinstance(size, int) and size == 0 for size in shape)
-
-
-def number(factor: int) -> int | None:
-    """A factor computed from sizes, where all that vary among them cancel: placements are compared and hashed."""
-    return int(factor) if is_concrete_int(factor) else None
 
 
 def _refines(part: Split, split: Split) -> bool:

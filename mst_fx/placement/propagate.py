@@ -22,8 +22,8 @@ from torch.fx import Graph, Node
 from mst_fx.core.aten_ops import DRAWS, FILLS, MADE_IN_PARTS, is_mutable, is_random
 from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.sizes import depends_on_data, hint, is_size
-from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split, sure
+from mst_fx.core.sizes import depends_on_data, hint, is_size, sure
+from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.placement.rules import Demand, Result, args_of, demands_of, is_linear, mixed, route, rule_for, shape_of
 
 

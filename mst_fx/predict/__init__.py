@@ -2,5 +2,5 @@
 
 In: Work, bodies, the rest of the graph.
 Out: RegionMemory, RegionCost, Extent, Timeline.
-Imports: core, ops, placement, kernels, recognise, bodies.
+Imports: core, ops, placement, kernels, runtime, recognise, bodies.
 """

@@ -6,7 +6,7 @@ looped holds the temporaries of all of them, and keeps the results of its matrix
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
@@ -26,6 +26,8 @@ from mst_fx.kernels.liveness import buffer_of, peak
 from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import split_of
 from mst_fx.placement.rules.contraction import factors
+from mst_fx.runtime.loop_operator import LoopSpec
+from mst_fx.runtime.result_kinds import Cat, Outer, ResultKind, Rows, Sum
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,9 @@ def memory_of(work: Work, call: Call) -> RegionMemory:
 
 def _gradients_saved(work: Work, call: Call) -> list[tuple[int, int]]:
     """Of each gradient that is made in the forward: its bytes as the operand's, and as it is kept for backward."""
-    kinds = call.spec.backward_spec[3][-len(work.wanted) :] if work.wanted else ()
+    kinds = call.backward.outs[-len(work.wanted) :] if work.wanted and call.backward else ()
     values: list[torch.Tensor] = [work.stages.operands[i].meta["val"] for i in work.wanted]
-    dtypes = [kind[2] if kind[0] in ("sum", "outer") else x.dtype for x, kind in zip(values, kinds, strict=True)]
+    dtypes = [kind.result if isinstance(kind, Sum) else x.dtype for x, kind in zip(values, kinds, strict=True)]
     counts = [hint(x.numel()) for x in values]
     return [(n * x.itemsize, n * dtype.itemsize) for n, x, dtype in zip(counts, values, dtypes, strict=True)]
 
@@ -188,25 +190,25 @@ def footprint(body: Body, spec: tuple[Any, ...], length: int) -> Footprint:
         spec: a `loop_operator.LoopSpec`.
         length: positions of the whole axis.
     """
-    _, chunk, ins, outs, _ = spec
+    chunk, ins = LoopSpec(*spec).chunk, LoopSpec(*spec).ins
     on_cpu = _inputs(body)[0].meta["val"].device.type == "cpu"
     results = sums = returned = native = cast = product = 0
-    for kind, nodes in _by_result(body, outs):
+    for kind, nodes in _by_result(body):
         value: torch.Tensor = nodes[0].meta["val"]
-        if kind[0] in ("cat", "rows"):
+        if not isinstance(kind, Sum):
             results += _split_bytes(kind, value, chunk, length)
             continue
-        count = value.numel() if kind[0] == "sum" else value.shape[1] * nodes[1].meta["val"].shape[1]
-        dtype: torch.dtype = kind[2]
-        adds_up_in = kind[1] if length > chunk else dtype
+        pair = isinstance(kind, Outer)
+        count = value.shape[1] * nodes[1].meta["val"].shape[1] if pair else value.numel()
+        dtype, adds_up_in = kind.result, kind.adds_up_in(several=length > chunk)
         sums += count * adds_up_in.itemsize
         returned += count * dtype.itemsize
         native += count * value.itemsize
         if dtype != adds_up_in:
             cast = max(cast, count * dtype.itemsize)
-        if kind[0] == "outer" and on_cpu and value.dtype != adds_up_in:  # it multiplies in one and adds up in another
+        if pair and on_cpu and value.dtype != adds_up_in:  # it multiplies in one and adds up in another
             product = max(product, count * (value.itemsize + adds_up_in.itemsize))
-    fixed = _whole_nodes(body, outs)
+    fixed = _whole_nodes(body)
     split = [(node, axis) for node, axis in zip(_inputs(body), ins, strict=True) if axis is not None]
     copied = sum(bytes_made(node) for node, axis in split if _is_copied(node, axis))
     once, twice = (_alive(body, fixed, times, reductions_apart=on_cpu, ordered=True) for times in (1, 2))
@@ -216,20 +218,18 @@ def footprint(body: Body, spec: tuple[Any, ...], length: int) -> Footprint:
     return Footprint(results, sums, cast, returned, native, max(0, steady), each)
 
 
-def _by_result(body: Body, outs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], list[Node]]]:
+def _by_result(body: Body) -> Iterator[tuple[ResultKind, list[Node]]]:
     """How each result of the loop is made, and the outputs of the body that it is made from."""
     outputs = iter(_outputs(body))
-    for kind in outs:
-        yield kind, list(islice(outputs, {"outer": 2, "rows": 2 * kind[1] if kind[0] == "rows" else 0}.get(kind[0], 1)))
+    for kind in body.outs:
+        yield kind, list(islice(outputs, kind.outputs))
 
 
-def _split_bytes(kind: tuple[Any, ...], value: torch.Tensor, chunk: int, length: int) -> int:
+def _split_bytes(kind: Cat | Rows, value: torch.Tensor, chunk: int, length: int) -> int:
     """Of a result that is written chunk by chunk."""
-    if kind[0] == "cat":
+    if isinstance(kind, Cat):
         return value.numel() * value.element_size() * length // chunk
-    _, _, (split_dim, _, inner), sizes = kind
-    whole = (length * inner if dim == split_dim else size for dim, size in enumerate(sizes))
-    return prod(whole) * value.element_size()
+    return prod(kind.shape(length)) * value.element_size()
 
 
 def _alive(body: Body, fixed: set[Node], times: float, **how: Any) -> float:
@@ -253,9 +253,9 @@ def _whole(call: Call, length: int, *, early: bool) -> int:
     """
     if call.backward is None:
         return 0
-    _, chunk, _, outs, _ = call.spec.backward_spec
-    fixed = _whole_nodes(call.backward, outs)
-    outer = [(nodes[0], nodes[1]) for kind, nodes in _by_result(call.backward, outs) if kind[0] == "outer"]
+    chunk = LoopSpec(*call.spec.backward_spec).chunk
+    fixed = _whole_nodes(call.backward)
+    outer = [(nodes[0], nodes[1]) for kind, nodes in _by_result(call.backward) if isinstance(kind, Outer)]
     pairs = outer if early else ()
     return round(_alive(call.backward, fixed, length / chunk, reductions_apart=True, ordered=False, multiplied=pairs))
 
@@ -275,11 +275,11 @@ def _is_copied(node: Node, axis: tuple[int, int, int]) -> bool:
     return outer * prod(node.meta["val"].shape[:dim]) > 1
 
 
-def _whole_nodes(body: Body, outs: Sequence[tuple[Any, ...]]) -> set[Node]:
+def _whole_nodes(body: Body) -> set[Node]:
     """What a body computes of the size of a whole operand: its outputs that add up, and what only they are made of."""
     whole: set[Node] = set()
-    for kind, (node, *_) in _by_result(body, outs):
-        while kind[0] == "sum" and node.op == "call_function" and node not in whole:
+    for kind, (node, *_) in _by_result(body):
+        while type(kind) is Sum and node.op == "call_function" and node not in whole:
             whole.add(node)
             operands = [operand for operand in node.all_input_nodes if bytes_made(operand) == bytes_made(node)]
             if node.target in CONTRACTIONS or len(operands) != 1:

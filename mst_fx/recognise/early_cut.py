@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.traceback import set_current_meta
 
 from mst_fx.capture.fixed_sizes import as_if_fixed, other_dims
-from mst_fx.capture.lower import execute, lower, tracing
+from mst_fx.capture.lower import apart, execute, lower, set_current_meta, traced, tracing
 from mst_fx.core.aten_ops import CONTRACTIONS, CUTS
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.faults import refusal_for
@@ -69,7 +67,7 @@ def cut_heads(reader: Reader, marked: Container[str] = (), *, strict: bool = Fal
             nodes, activation = found
             region = close(reader, nodes, activation)
             sizes = other_dims(fake_value(region.stream), marked)
-            cut_first = _cut_first(region, as_if_fixed([fake_value(node) for node in region.live_ins], sizes))
+            cut_first = _cut_first(region, apart(as_if_fixed([fake_value(node) for node in region.live_ins], sizes)))
         except Refusal:
             continue  # it stays as it was written; the pattern of heads has more to say about it
         except Exception as error:
@@ -194,7 +192,7 @@ def _retraced(
         raise AssertionError("a graph ends in its output")
 
     with tracing(examples), without_autocast():
-        moved = make_fx(run)(*examples)
+        moved = traced(run, examples)
     moved.graph.eliminate_dead_code()
     return moved
 

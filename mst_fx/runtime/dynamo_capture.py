@@ -2,7 +2,7 @@
 
 The operator and its bodies go into the captured graph as they are.
 
-Private torch API: Dynamo's variables of higher-order operators. Run on torch 2.11 and 2.13. Where they have other
+Private torch API: Dynamo's variables of higher-order operators. Run on torch 2.11, 2.13 and 2.15. Where they have other
 names, compiled autograd cannot compile backward graphs that hold loops, and all else is as it was.
 """
 

@@ -10,12 +10,7 @@ Terms
              hold it
   ins        for each operand None (whole) or (dim, outer, inner), as in `placement.Split`
   strides    for whole operands that bodies take in another layout than the contiguous one, (position, strides)
-  outs       how the body's outputs become results:
-               ("cat", dim, outer, inner)  one output, written to its place in the result
-               ("sum", dtype, result)      one output, added up over the chunks in `dtype`, returned in dtype `result`
-               ("outer", dtype, result)    two outputs A [n, i] and B [n, j]; A^T B [i, j] adds up in place like that
-               ("rows", count, axis, sizes) `count` pairs A [n, k] and B [k, m]; the sum of A B is written to its place
-                                           in the result of `sizes` (0 stands for the split dim)
+  outs       how the body's outputs become results: literals of `result_kinds`
 
 Private torch API: the registration of a higher-order operator, and the marks of activation checkpointing on its nodes.
 Run on torch 2.11, 2.13 and 2.15.
@@ -26,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -44,7 +39,8 @@ from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, _
 
 from mst_fx.core.graph_modules import layout_free
 from mst_fx.core.sizes import any_length, is_symbolic
-from mst_fx.runtime.results import Axis, aligned, example, laid_out, pieces, result_of, rows_of_result
+from mst_fx.runtime.result_kinds import Axis, Cat, Outer, ResultKind, Rows, Sum, kind_of
+from mst_fx.runtime.results import aligned, example, laid_out, pieces, result_of
 
 Body: TypeAlias = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
@@ -74,7 +70,7 @@ def run_loop(bodies: tuple[Body, Body | None], raw_spec: tuple[Any, ...], operan
         repeat(laid_out(x, layouts.get(position))) if axis is None else map(aligned, pieces(x, axis, spec.chunk))
         for position, (x, axis) in enumerate(zip(operands, spec.ins, strict=True))
     ]
-    results = [result_of(kind, total, spec.chunk) for kind in spec.outs]
+    results = [result_of(kind_of(literal), total, spec.chunk) for literal in spec.outs]
     for start in range(0, total, spec.chunk):
         body = bodies[0] if start + spec.chunk <= total else bodies[1]
         assert body is not None
@@ -182,21 +178,20 @@ def _fake(
         total = axis_length(LoopSpec(*spec).ins, operands)
         outs = iter(_outputs_of(full, chunk_examples(spec, operands, mode.shape_env)[0]))
         results = []
-        for kind in LoopSpec(*spec).outs:
-            out = next(outs)
-            shape, dtype = list(out.shape), out.dtype
-            if kind[0] == "cat":
-                shape[kind[1]] = kind[2] * total * kind[3]
-            if kind[0] in ("sum", "outer"):
-                dtype = kind[2]
-            if kind[0] == "outer":
-                shape = [out.shape[1], next(outs).shape[1]]
-            if kind[0] == "rows":
-                for _ in range(2 * kind[1] - 1):
-                    next(outs)
-                shape = rows_of_result(kind, total)
-            results.append(torch.empty(shape, dtype=dtype, device=out.device))
+        for kind in map(kind_of, LoopSpec(*spec).outs):
+            parts = list(islice(outs, kind.outputs))
+            shape, dtype = _shape_of(kind, parts, total), kind.result if isinstance(kind, Sum) else parts[0].dtype
+            results.append(torch.empty(shape, dtype=dtype, device=parts[0].device))
         return tuple(results)
+
+
+def _shape_of(kind: ResultKind, parts: Sequence[torch.Tensor | _Like], total: int) -> Sequence[int]:
+    """Sizes of a result that is made of these outputs of a body."""
+    if isinstance(kind, Cat):
+        return kind.shape(parts[0].shape, total)
+    if isinstance(kind, Rows):
+        return kind.shape(total)
+    return [part.shape[1] for part in parts] if isinstance(kind, Outer) else parts[0].shape
 
 
 @mini_sequence_loop.py_impl(ProxyTorchDispatchMode)

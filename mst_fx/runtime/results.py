@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 
-Axis: TypeAlias = tuple[int, int, int]
-Kind: TypeAlias = tuple[Any, ...]
+from mst_fx.runtime.result_kinds import Axis, Cat, Outer, ResultKind, Rows
 
 
 class Result(Protocol):
@@ -26,20 +25,20 @@ class Result(Protocol):
         """The result, after the last chunk."""
 
 
-def result_of(kind: Kind, total: int, chunk: int) -> Result:
+def result_of(kind: ResultKind, total: int, chunk: int) -> Result:
     """An empty result.
 
     Args:
-        kind: one of a spec's `outs`.
+        kind: how it is made.
         total: positions of the axis.
         chunk: positions in one mini-sequence; if that is all, nothing adds up, and no other dtype is needed for it.
     """
-    if kind[0] == "cat":
-        return _Written(kind[1:], total, chunk)
-    if kind[0] == "rows":
+    if isinstance(kind, Cat):
+        return _Written(kind, total, chunk)
+    if isinstance(kind, Rows):
         return _Rows(kind, total, chunk)
-    sums = _Sum if kind[0] == "sum" else _Outer
-    return sums(kind[1] if total > chunk else kind[2], kind[2])
+    sums = _Outer if isinstance(kind, Outer) else _Sum
+    return sums(kind.adds_up_in(several=total > chunk), kind.result)
 
 
 def pieces(x: torch.Tensor, axis: Axis, chunk: int) -> Iterator[torch.Tensor]:
@@ -115,12 +114,6 @@ def example(x: torch.Tensor, axis: Axis | None, length: int, strides: tuple[int,
     return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
 
 
-def rows_of_result(kind: Kind, total: int) -> list[int]:
-    """Sizes of a result made of rows."""
-    _, _, (split_dim, _, inner), sizes = kind
-    return [total * inner if dim == split_dim else size for dim, size in enumerate(sizes)]
-
-
 class _Placed:
     """A result that is allocated as a whole with the first chunk, and written place by place."""
 
@@ -137,18 +130,17 @@ class _Placed:
 class _Written(_Placed):
     """One output a chunk, copied to its place."""
 
-    def __init__(self, axis: Axis, total: int, chunk: int) -> None:
+    def __init__(self, kind: Cat, total: int, chunk: int) -> None:
         super().__init__(total, chunk)
-        self._axis = axis
+        self._kind = kind
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
         out = next(outs)
-        dim, outer, inner = self._axis
         if self._whole is None:
-            shape = list(out.shape)
-            shape[dim] = outer * self._total * inner
+            shape = self._kind.shape(out.shape, self._total)
             self._whole = torch.empty(shape, dtype=out.dtype, device=out.device)
-            self._places = iter(_views(self._whole, self._axis, self._chunk))
+            axis = (self._kind.dim, self._kind.outer, self._kind.inner)
+            self._places = iter(_views(self._whole, axis, self._chunk))
         place = next(self._places)
         place.copy_(out.view(place.shape))
 
@@ -156,19 +148,19 @@ class _Written(_Placed):
 class _Rows(_Placed):
     """Pairs of factors whose products add up to the rows of a chunk, which are written where they belong."""
 
-    def __init__(self, kind: Kind, total: int, chunk: int) -> None:
+    def __init__(self, kind: Rows, total: int, chunk: int) -> None:
         super().__init__(total, chunk)
         self._kind = kind
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
         a, b = next(outs), next(outs)
         if self._whole is None:
-            self._whole = torch.empty(rows_of_result(self._kind, self._total), dtype=a.dtype, device=a.device)
+            self._whole = torch.empty(self._kind.shape(self._total), dtype=a.dtype, device=a.device)
             rows = self._whole.view(-1, self._whole.shape[-1])
             self._places = iter(rows.split(rows.shape[0] // self._total * self._chunk))
         place = next(self._places)
         torch.mm(a, b, out=place)
-        for _ in range(self._kind[1] - 1):
+        for _ in range(self._kind.count - 1):
             place.addmm_(next(outs), next(outs))
 
 

@@ -4,7 +4,7 @@ At its own sizes it is the region itself, with its own stages. A larger one runs
 only known at run time, a short one; else its sizes are renamed, each the same way wherever it is named, and the nodes
 are analysed anew. A renamed region stands for the region only where both are cut alike, op by op.
 
-Private torch API: fake tensors, and the symbols of sizes that vary. Run on torch 2.11 and 2.13.
+Private torch API: fake tensors, and the symbols of sizes that vary. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mst_fx.capture.lower import execute, under
 from mst_fx.core.config import Config
 from mst_fx.core.graph_modules import module_over
 from mst_fx.core.refusal import Refusal
-from mst_fx.core.sizes import hint, seen
+from mst_fx.core.sizes import expression, hint, in_terms_of, seen
 from mst_fx.core.values import fake_value
 from mst_fx.placement.placement import Split
 from mst_fx.recognise.region import Region, needs_gradient
@@ -85,12 +85,11 @@ def _bytes(region: Region, measure: Callable[[Any], int]) -> int:
 def _measured_at(work: Work, positions: int) -> Callable[[Any], int]:
     """As `hint`, but with this value for what makes the length vary."""
     length: Any = work.stages.length
-    values = known_of(work.sizes, {symbol: positions for symbol in length.node.expr.free_symbols})
+    values = known_of(work.sizes, {symbol: positions for symbol in expression(length).free_symbols})
 
     def measure(size: Any) -> int:
-        if not isinstance(size, torch.SymInt) or not values.keys() >= size.node.expr.free_symbols:
-            return hint(size)
-        return int(size.node.expr.xreplace(values))
+        known = isinstance(size, torch.SymInt) and values.keys() >= expression(size).free_symbols
+        return int(in_terms_of(size, values)) if known else hint(size)
 
     return measure
 

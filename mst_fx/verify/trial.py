@@ -3,7 +3,7 @@
 What the region draws comes from a generator of ours. Its loop draws in another way than its program by design, so such
 a region runs as it was lowered in place of as it was captured.
 
-Private torch API: dispatch modes, and what of the surroundings a run must not see. Run on torch 2.11 and 2.13.
+Private torch API: dispatch modes, and what of the surroundings a run must not see. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from mst_fx.bodies.splice import Replacement, loop
 from mst_fx.bodies.work import Work
 from mst_fx.core.config import Config
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.values import fake_value, has_gradient, is_transformed
+from mst_fx.core.values import fake_value, has_gradient, is_fake, is_transformed
 from mst_fx.recognise.rebuild import Edit, rebuilt
 from mst_fx.recognise.region import Region
 from mst_fx.verify.excerpt import Excerpt, excerpt, first_line
@@ -87,7 +87,7 @@ def _verified(region: Region, work: Work, call: Call, config: Config) -> Verifie
 
 def _is_plain(value: object) -> bool:
     if isinstance(value, torch.Tensor):
-        return isinstance(value, torch._subclasses.FakeTensor) and not is_transformed(value)
+        return is_fake(value) and not is_transformed(value)
     return isinstance(value, int | float | torch.SymInt | torch.SymFloat)
 
 

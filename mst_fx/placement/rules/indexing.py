@@ -9,7 +9,8 @@ import torch
 from torch.fx import Node
 
 from mst_fx.core.aten_ops import GATHERS, RANGES, RESHAPES
-from mst_fx.placement.placement import WHOLE, Placement, Split, number, sure
+from mst_fx.core.sizes import number, sure
+from mst_fx.placement.placement import WHOLE, Placement, Split
 from mst_fx.placement.rules.registry import Demand, Flow, args_of, argument, back, mixed, rule, shape_of
 
 aten = torch.ops.aten

@@ -29,8 +29,9 @@ from mst_fx.core.aten_ops import (
     ROW_PICKS,
     SORTS,
 )
+from mst_fx.core.sizes import sure
 from mst_fx.ops.overwritten import overwritten
-from mst_fx.placement.placement import WHOLE, Placement, Routed, Split, sure
+from mst_fx.placement.placement import WHOLE, Placement, Routed, Split
 from mst_fx.placement.rules.registry import Demand, Flow, Result, args_of, argument, mixed, rule, rule_for, shape_of
 
 aten = torch.ops.aten

@@ -8,7 +8,8 @@ import torch
 from torch.fx import Node
 
 from mst_fx.core.aten_ops import PART_WRITES, PUTS, ROW_WRITES, SCATTERS
-from mst_fx.placement.placement import WHOLE, Placement, Split, sure
+from mst_fx.core.sizes import sure
+from mst_fx.placement.placement import WHOLE, Placement, Split
 from mst_fx.placement.rules.indexing import picks_of
 from mst_fx.placement.rules.registry import Demand, Flow, args_of, argument, back, mixed, rule, shape_of
 
