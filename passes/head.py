@@ -8,7 +8,18 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from mst_fx.recognise.pattern import Growth, Pattern, Reader, Reason, Refusal, Region, grow, region_of_head, register
+from mst_fx.recognise.pattern import (
+    Growth,
+    Pattern,
+    Reader,
+    Reason,
+    Refusal,
+    Region,
+    ancestors,
+    grow,
+    region_of_head,
+    register,
+)
 
 aten = torch.ops.aten
 
@@ -53,16 +64,7 @@ class Head(Pattern):
 
 def has_head(reader: Reader, node: Node) -> bool:
     """Whether a projection of any width stands behind the node."""
-    seen: set[Node] = set()
-    pending = [node]
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            if reader.contraction(node) is not None:
-                return True
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-    return False
+    return any(reader.contraction(behind) is not None for behind in ancestors([node]))
 
 
 def results(growth: Growth) -> list[Node]:

@@ -8,7 +8,7 @@ import torch
 from graphs import captured, rewritten
 from torch.utils._pytree import tree_leaves
 
-from mst_fx.kernels.liveness import peak
+from mst_fx.kernels.liveness import Step, last_reads, most_alive, peak
 
 CHUNK = 16
 SIZES = predictions.Sizes(t=64, d=32, ff=128, v=512)
@@ -39,3 +39,42 @@ def test_wide_values_of_a_backward(program, reductions_apart, ordered, unordered
     body = looped.mini_sequence_backward_0
     for in_order, expected in ((True, ordered), (False, unordered)):
         assert peak(body, wide, reductions_apart=reductions_apart, ordered=in_order) == expected
+
+
+BYTES = {"a": 10, "b": 10, "c": 3, "small": 1}
+
+
+def most(*steps, returned=(), multiplied=()):
+    return most_alive(steps, last_reads(steps, returned, multiplied), BYTES.__getitem__)
+
+
+def step(reads, makes, *overwrites):
+    return Step(frozenset(reads), tuple(makes), overwrites)
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        (step(["a"], ["b"]), 20),  # both while b is made of a
+        (step(["a"], ["b"], ("a", "b")), 10),  # b lies where a was
+        (step(["a"], ["small"], ("a", "small")), 11),  # one of another size cannot
+    ],
+)
+def test_a_step_holds_what_it_reads_and_makes(second, expected):
+    assert most(step([], ["a"]), second, returned=second.makes) == expected
+
+
+def test_what_a_later_step_reads_is_not_overwritten():
+    steps = [step([], ["a"]), step(["a"], ["b"], ("a", "b")), step(["a"], ["small"])]
+    assert most(*steps) == 20
+
+
+def test_what_nobody_reads_again_is_gone():
+    assert most(step([], ["a"]), step(["a"], ["c"]), step(["c"], ["b"])) == 13
+    assert most(step([], ["a"]), step(["a"], ["c"]), step(["c"], ["b"]), returned=["a"]) == 23
+
+
+def test_factors_of_a_gradient_are_gone_as_soon_as_both_are_there():
+    steps = [step([], ["a"]), step([], ["c"]), step([], ["b"])]
+    assert most(*steps, returned="abc") == 23
+    assert most(*steps, returned="abc", multiplied=[("a", "c")]) == 13

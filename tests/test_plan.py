@@ -118,6 +118,31 @@ def test_evaluation_loops_the_head():
     assert plans.peak <= plans.peak_whole - wide / 2
 
 
+def saving(count: int, *, free: bool = False) -> Offer:
+    """A region that saves so many bytes for backward, and none in a loop."""
+    return replace(mlp(32768), memory=RegionMemory(written=GIB, saved_whole=count), free=free)
+
+
+def decided(*offers: Offer) -> list[bool]:
+    """What is looped of regions in a step that takes a million bytes."""
+    rest = 1_000_000 - sum(offer.memory.saved_whole for offer in offers)
+    segments = tuple(Segment(region=number) for number in range(len(offers)))
+    return looped(make_plans(offers, Timeline(rest, segments), DEVICE, Config()))
+
+
+@pytest.mark.parametrize(("free", "least"), [(False, 100_000), (True, 20_000)])
+def test_what_is_looped_takes_a_real_part_off_the_peak(free, least):
+    """A tenth where something is computed again, a fiftieth where nothing is."""
+    assert decided(saving(least, free=free)) == [True]
+    assert decided(saving(least - 1, free=free)) == [False]
+
+
+def test_each_looped_region_has_a_part_of_its_own_in_the_peak():
+    """Four thousandths."""
+    assert decided(saving(200_000), saving(4_000)) == [True, True]
+    assert decided(saving(200_000), saving(3_999)) == [True, False]
+
+
 def test_small_regions_are_left_alone():
     offers, timeline = llama(32768, 2)
     offers[0] = replace(offers[0], memory=replace(offers[0].memory, written=63 * 2**20))

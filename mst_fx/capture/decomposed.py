@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mst_fx.capture.decompositions import openings
 from mst_fx.capture.lower import execute, lower, mutates, traced, tracing
+from mst_fx.core.graph_walk import ancestors, in_order
 from mst_fx.core.modes import Mode
 from mst_fx.core.values import fake_value
 
@@ -113,11 +114,5 @@ def _slice(graph: Graph, position_of: dict[Node, int], results: Sequence[Node]) 
     """
     if not results:
         return None
-    found: set[Node] = set()
-    pending = list(results)
-    while pending:
-        op = pending.pop()
-        if op not in found and op.op != "placeholder":
-            found.add(op)
-            pending += op.all_input_nodes
-    return Opened(position_of, tuple(op for op in graph.nodes if op in found))
+    found = {op for op in ancestors(results) if op.op != "placeholder"}
+    return Opened(position_of, in_order(graph, found))

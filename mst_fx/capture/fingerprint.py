@@ -10,7 +10,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from mst_fx.core.sizes import VARYING, seen
-from mst_fx.core.values import fake_value
+from mst_fx.core.values import fake_value, has_gradient
 
 
 def likeness_of_node(node: Node) -> Hashable:
@@ -29,7 +29,7 @@ def likeness_of_nodes(nodes: Sequence[Node], live_ins: Sequence[Node]) -> Hashab
         live_ins: the values that they read from outside.
     """
     number: dict[Node, int] = {node: position for position, node in enumerate((*live_ins, *nodes))}
-    given = tuple((like(node), fake_requires_grad(node)) for node in live_ins)
+    given = tuple((like(node), has_gradient(node)) for node in live_ins)
     return (given, tuple((n.op, n.target, _owner(n), like(n.args, number), like(n.kwargs, number)) for n in nodes))
 
 
@@ -38,12 +38,6 @@ def _same(nodes: Sequence[Node]) -> Hashable:
     number: dict[int, int] = {}
     leaves = [leaf for node in nodes for leaf in tree_leaves(fake_value(node))]
     return tuple(number.setdefault(id(leaf), len(number)) for leaf in leaves if isinstance(leaf, torch.Tensor))
-
-
-def fake_requires_grad(node: Node) -> bool:
-    """Whether the value needed a gradient when it was captured."""
-    value = fake_value(node)
-    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _owner(node: Node) -> int | None:

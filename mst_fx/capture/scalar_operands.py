@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node, map_arg
 
 from mst_fx.capture.lower import tracing
 from mst_fx.core.aten_ops import FILL_VALUES
+from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.sizes import is_size, seen
 from mst_fx.core.values import HALF, fake_value
 
@@ -49,7 +50,7 @@ def as_tensors(lowered: GraphModule, live_ins: Sequence[Node], forbid: Callable[
     for number in [node for node in lowered.graph.nodes if isinstance(node.meta.get("val"), torch.SymFloat)]:
         if any(_needs_number(number, user) for user in number.users):
             _write(number, forbid)
-            fixed |= _ancestors(number).intersection(placeholders)
+            fixed |= ancestors([number]).intersection(placeholders)
     lowered.recompile()
     return tuple(position for position, node in enumerate(placeholders) if node in fixed)
 
@@ -235,13 +236,3 @@ def _write(number: Node, forbid: Callable[[Node, Any], None]) -> None:
         user.args, user.kwargs = map_arg(
             (user.args, user.kwargs), lambda operand: value if operand is number else operand
         )
-
-
-def _ancestors(node: Node) -> set[Node]:
-    found: set[Node] = set()
-    pending = [node]
-    while pending:
-        node = pending.pop()
-        found.add(node)
-        pending += [operand for operand in node.all_input_nodes if operand not in found]
-    return found

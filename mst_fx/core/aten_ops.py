@@ -1,13 +1,13 @@
 """What is known of aten ops, by what they have in common. The lists of ops stand here and nowhere else.
 
-Families        what an op is: these have the names that the field gives them; ops that torch tags as pointwise are in
-                none of them but where they are told apart from others
+Families        what an op is, under the field's names
 Linearity       which of its operands a sum may go through
 Kernels         whether a compiler generates a kernel for the op, which it fuses with what stands around it
 Backward        what the op's backward reads, and whether a compiler computes its result again for it
 Reading         what a node that opens into such ops amounts to in a captured graph
 
-Every op that has a placement rule has a place in each of the last three (`tests/test_aten_ops.py`).
+Every op that has a placement rule has a place in each of the last three (`tests/test_aten_ops.py`). Ops that torch tags
+as pointwise stand in a list only where they differ from other elementwise ops.
 """
 
 from __future__ import annotations
@@ -287,7 +287,8 @@ FUSED -= SHOWS_MEMORY | UNFUSED
 REDUCE_THEN_MAP = frozenset([aten.native_layer_norm_backward.default, aten._fused_rms_norm_backward.default])
 """Ops that reduce what they read before they map it, in one kernel; for a softmax, the reduction is another kernel."""
 PICK_ENTRIES = frozenset([aten.nll_loss_forward.default, aten.gather.default])
-"""Ops that read a few entries of what they are given, in a kernel of their own."""
+"""Ops that read a few entries of what they are given, in a kernel of their own: it runs ahead of what maps all of them,
+unless the one that maps them also computes the softmax that is picked from."""
 
 # Backward.
 
@@ -317,7 +318,7 @@ MADE_OF_NOTHING = (*FILLS, *RANGES, *FILLS_LIKE)
 COMPUTES = frozenset([*COPIES, *UNTAGGED_POINTWISE, *DRAWS, *SCALARS, *_REDUCTIONS, *SCANS, *_READS, *_WRITES])
 COMPUTES |= {*_MOVES, *DIAGONALS}
 COMPUTES -= {*CONTRACTIONS, *PICKS, *REPEATS, *SHOWN_TO_CALLERS, *MADE_OF_NOTHING}
-"""Ops, besides those tagged pointwise, that a node is told nothing more of than that it computes something."""
+"""Ops, besides those tagged pointwise, of which a reader knows that they compute something, and nothing more."""
 
 
 def is_pointwise(op: object) -> bool:

@@ -39,6 +39,20 @@ def bytes_of(value: torch.Tensor) -> int:
     return hint(value.numel()) * value.element_size()
 
 
+def bytes_made(node: Node) -> int:
+    """Bytes of what a node of an aten graph makes, added up where it makes several values; 0 for what is no tensor."""
+    value = node.meta.get("val")
+    parts = value if isinstance(value, tuple | list) else [value]
+    return sum(bytes_of(part) for part in parts if isinstance(part, torch.Tensor))
+
+
+def has_gradient(node: Node) -> bool:
+    """Whether the value needed a gradient when it was captured; of several values, whether one did."""
+    value = fake_value(node)
+    parts = value if isinstance(value, tuple | list) else [value]
+    return any(isinstance(part, torch.Tensor) and part.requires_grad for part in parts)
+
+
 def marked_sizes(gm: GraphModule) -> frozenset[str]:
     """The sizes that the user has marked as varying (`mark_dynamic`): to fix one of them is an error."""
     marked: set[str] = set()

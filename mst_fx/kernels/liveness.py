@@ -13,27 +13,36 @@ A model of what a fusing compiler makes of an aten graph, no record of what it d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.core.aten_ops import NONE, PICK_ENTRIES, REDUCE_THEN_MAP, SHOWS_MEMORY, SOFTMAXES, UNFUSED, VIEWS
+from mst_fx.core.graph_walk import ancestors, in_order
 
 aten = torch.ops.aten
 
 Size = Callable[[Node], float]
+Buffer = TypeVar("Buffer", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One kernel, or one call of a library: the buffers that it reads and those that it makes."""
+class Step(Generic[Buffer]):
+    """One kernel, or one call of a library.
 
-    reads: frozenset[Node]
-    makes: tuple[Node, ...]
-    overwrites: tuple[tuple[Node, Node], ...] = ()
-    chain: tuple[Node, ...] = ()
+    Attributes:
+        reads, makes: buffers.
+        overwrites: pairs of a buffer that is read and one that is made, which may lie in its memory.
+        chain: of what it makes, what is written one behind the other.
+    """
+
+    reads: frozenset[Buffer]
+    makes: tuple[Buffer, ...]
+    overwrites: tuple[tuple[Buffer, Buffer], ...] = ()
+    chain: tuple[Buffer, ...] = ()
 
 
 def peak(
@@ -55,19 +64,46 @@ def peak(
     """
     pairs = [(buffer_of(left), buffer_of(right)) for left, right in multiplied]
     steps = _Steps(module, reductions_apart, ordered, early=frozenset(node for pair in pairs for node in pair))
-    last = {node: index for index, step in enumerate(steps.order) for node in step.reads}
-    made = {node: index for index, step in enumerate(steps.order) for node in step.makes}
-    last.update(dict.fromkeys(steps.returned.difference(*pairs), len(steps.order)))
-    for pair in pairs:
-        both = max(made.get(node, -1) for node in pair)
-        last.update({node: max(last.get(node, -1), both) for node in pair})
-    alive: set[Node] = set()
+    return most_alive(steps.order, last_reads(steps.order, steps.returned, pairs), size)
+
+
+def last_reads(
+    steps: Sequence[Step[Buffer]], returned: Collection[Buffer], multiplied: Collection[tuple[Buffer, Buffer]] = ()
+) -> dict[Buffer, int]:
+    """The step that reads each buffer last, by its number; behind all of them for what is returned.
+
+    Args:
+        steps: in the order in which they run.
+        returned: buffers that are kept.
+        multiplied: pairs of returned buffers that are not kept: the step that makes the later one reads both.
+    """
+    last = {buffer: number for number, step in enumerate(steps) for buffer in step.reads}
+    made = {buffer: number for number, step in enumerate(steps) for buffer in step.makes}
+    last.update(dict.fromkeys(set(returned).difference(*multiplied), len(steps)))
+    for pair in multiplied:
+        both = max(made.get(buffer, -1) for buffer in pair)
+        last.update({buffer: max(last.get(buffer, -1), both) for buffer in pair})
+    return last
+
+
+def most_alive(steps: Sequence[Step[Buffer]], last: Mapping[Buffer, int], size: Callable[[Buffer], float]) -> float:
+    """The most that the buffers made by the steps take at once.
+
+    While a step runs, alive is what it makes, and what an earlier step has made and this or a later one reads; less
+    what it reads last and overwrites, if the sizes agree.
+
+    Args:
+        steps: in the order in which they run.
+        last: the step that reads each buffer last, by its number; a buffer that nobody reads is not there.
+        size: of a buffer.
+    """
+    alive: set[Buffer] = set()
     most = 0.0
-    for index, step in enumerate(steps.order):
-        reused = {old for old, new in step.overwrites if last[old] == index and size(old) == size(new)}
+    for number, step in enumerate(steps):
         alive.update(step.makes)
-        most = max(most, sum(map(size, alive - reused)))
-        alive = {node for node in alive if last.get(node, -1) > index}
+        overwritten = {old for old, new in step.overwrites if last[old] == number and size(old) == size(new)}
+        most = max(most, sum(map(size, alive - overwritten)))
+        alive = {buffer for buffer in alive if last.get(buffer, -1) > number}
     return most
 
 
@@ -87,7 +123,7 @@ class _Steps:
     def __init__(
         self, module: GraphModule, reductions_apart: bool, ordered: bool, early: frozenset[Node] = frozenset()
     ) -> None:
-        self.order: list[_Step] = []
+        self.order: list[Step[Node]] = []
         self._ordered, self._early = ordered, early
         self.returned = {buffer_of(node) for node in module.graph.output_node().all_input_nodes}
         self._apart = reductions_apart
@@ -120,7 +156,7 @@ class _Steps:
             return True
         return any(user.target in UNFUSED for user in _readers(node))
 
-    def _fused(self) -> dict[Node, _Step]:
+    def _fused(self) -> dict[Node, Step[Node]]:
         """The kernels that make the buffers among fused ops: one for those of a level that read the same."""
         groups: list[list[Node]] = []
         for node in self._nodes:
@@ -138,7 +174,7 @@ class _Steps:
             return False
         return any(not self._reads[node].isdisjoint(self._reads[other] | {other}) for other in group)
 
-    def _kernel(self, group: list[Node]) -> _Step:
+    def _kernel(self, group: list[Node]) -> Step[Node]:
         reads = frozenset().union(*(self._reads[node] for node in group)) - set(group)
         ahead = {node for node in group if node.target in PICK_ENTRIES and node not in self._normed}
         writers = [node for node in group if node not in ahead and not (self._apart and _reduces(node))]
@@ -146,8 +182,8 @@ class _Steps:
         chain = self._chain(writers) if self._ordered else ()
         unordered, ordered = (self._overwritten(buffers, writers, order) for order in ((), chain))
         if len(ordered) > len(unordered):
-            return _Step(reads, tuple(group), ordered, chain)
-        return _Step(reads, tuple(group), unordered)
+            return Step(reads, tuple(group), ordered, chain)
+        return Step(reads, tuple(group), unordered)
 
     def _overwritten(
         self, buffers: Sequence[Node], writers: Collection[Node], chain: Sequence[Node]
@@ -176,7 +212,7 @@ class _Steps:
         """Put the step that makes a buffer behind those that make what it reads."""
         if node in self._done or node.op != "call_function":
             return
-        step = self._kernels.get(node) or _Step(self._reads[node], (node,))
+        step = self._kernels.get(node) or Step(self._reads[node], (node,))
         self._done.update(step.makes)
         for operand in sorted(step.reads):
             self._run(operand)
@@ -185,14 +221,8 @@ class _Steps:
 
 def _alive_nodes(module: GraphModule) -> list[Node]:
     """The calls that results are made of, in order."""
-    alive: set[Node] = set()
-    pending = list(module.graph.output_node().all_input_nodes)
-    while pending:
-        node = pending.pop()
-        if node not in alive:
-            alive.add(node)
-            pending += _read_by(node)
-    return [node for node in module.graph.nodes if node in alive and node.op == "call_function" and _is_tensor(node)]
+    alive = ancestors(module.graph.output_node().all_input_nodes, _read_by)
+    return [node for node in in_order(module.graph, alive) if node.op == "call_function" and _is_tensor(node)]
 
 
 def _read_by(node: Node) -> list[Node]:

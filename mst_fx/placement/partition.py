@@ -7,17 +7,19 @@ epilogue   what reads a sum over the axis (the division of a mean): once, after
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import filterfalse
 from typing import cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mst_fx.core.aten_ops import CONTRACTIONS, DRAWS, FILLS, VIEWS
+from mst_fx.core.graph_walk import ancestors, in_order
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint, is_size, is_symbolic
-from mst_fx.core.values import bytes_of
+from mst_fx.core.values import bytes_made
 from mst_fx.placement.placement import WHOLE, Placement, Routed, Split, adds_up, split_of
 from mst_fx.placement.propagate import Placements, Unequal, propagate
 from mst_fx.placement.rules import Spans, inverted, positions_of, shape_of
@@ -64,15 +66,8 @@ class Stages:
 
     def results_behind(self, outputs: Iterable[Node]) -> set[Node]:
         """The loop's results that make these outputs, straight or by way of the epilogue."""
-        found: set[Node] = set()
-        pending = list(outputs)
-        while pending:
-            node = pending.pop()
-            if node not in found and node in self.results:
-                found.add(node)
-            elif node in self.epilogue:
-                pending.extend(node.all_input_nodes)
-        return found
+        behind = ancestors(outputs, lambda node: node.all_input_nodes if node in self.epilogue else ())
+        return behind.intersection(self.results)
 
     def placement(self, node: Node) -> Placement:
         """Of a tensor-valued node of the loop."""
@@ -156,17 +151,12 @@ def _chosen(graph: Graph, stream: Node, axis: Split) -> _Choice:
         _forbid_features(graph, placements, axis)
     length = hint(axis.axis_length(shape))
     values = [node for node in placements.of if node.op == "call_function" and node.target not in VIEWS]
-    split = sum(_bytes(node) for node in values if split_of(placements.of[node]) is not None)
+    split = sum(bytes_made(node) for node in values if split_of(placements.of[node]) is not None)
     return _Choice(axis, placements, length, split * (1 - 1 / length))
 
 
 def _is_last(axis: Split, shape: tuple[int, ...]) -> bool:
     return axis.dim == len(shape) - 1 > 0
-
-
-def _bytes(node: Node) -> int:
-    value = node.meta.get("val")
-    return bytes_of(value) if isinstance(value, torch.Tensor) else 0
 
 
 def _forbid_features(graph: Graph, placements: Placements, axis: Split) -> None:
@@ -194,8 +184,8 @@ def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length
     returned = output.args[0]
     outputs = (returned,) if isinstance(returned, Node) else tuple(returned)  # one value may stand there twice
     epilogue = set(placements.epilogue)
-    results = _ordered(graph, (n for n in outputs if n not in epilogue), (_operands(placements.epilogue)))
-    results = tuple(n for n in results if n not in epilogue and placements.of[n] != WHOLE)
+    left = in_order(graph, {*outputs, *_operands(placements.epilogue)} - epilogue)
+    results = tuple(node for node in left if placements.of[node] != WHOLE)
     for node in outputs:
         if node not in epilogue and placements.of[node] == WHOLE:
             raise Refusal(Reason.AXIS_MIXED, node, "a result of the region does not depend on the split axis")
@@ -216,14 +206,15 @@ def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length
         counted = positions_of(node) if split_of(placements.of[node]) is not None else ()
         return [n for n in node.all_input_nodes if n not in counted and not is_size(n.meta.get("val"))]
 
-    loop = _ancestors(results, reads, stop=lambda n: n.op == "placeholder" or n in hoisted)
+    computed = filterfalse(_is_placeholder, results)
+    loop = in_order(graph, ancestors(computed, reads, stop=lambda n: _is_placeholder(n) or n in hoisted))
     numbers = [(node, number) for node in loop for number in numbers_read(node, placements.of[node])]
     if numbers:
         raise Numbers(numbers)
-    operands = _ordered(graph, (n for node in loop for n in reads(node) if n not in loop))
+    operands = in_order(graph, {n for node in loop for n in reads(node)}.difference(loop))
     early = (n for n in (*operands, *_operands(placements.epilogue)) if n not in epilogue)
-    outside = [n for n in early if n in made or whole(n)]
-    prologue = _ancestors(outside, lambda n: n.all_input_nodes, stop=lambda n: n.op == "placeholder")
+    outside = (n for n in early if not _is_placeholder(n) and (n in made or whole(n)))
+    prologue = in_order(graph, ancestors(outside, stop=_is_placeholder))
     for node in operands:
         _check_operand(node, placements)
     return Stages(
@@ -232,8 +223,8 @@ def _cut(graph: Graph, placements: Placements, stream: Node, axis: Split, length
         stream=stream,
         axis=axis,
         length=length,
-        prologue=_ordered(graph, prologue),
-        loop=_ordered(graph, loop),
+        prologue=prologue,
+        loop=loop,
         epilogue=placements.epilogue,
         operands=operands,
         results=results,
@@ -268,17 +259,5 @@ def _operands(nodes: Iterable[Node]) -> list[Node]:
     return [operand for node in nodes for operand in node.all_input_nodes]
 
 
-def _ancestors(nodes: Iterable[Node], reads: Callable[[Node], list[Node]], stop: Callable[[Node], bool]) -> set[Node]:
-    found: set[Node] = set()
-    pending = [node for node in nodes if not stop(node) or node.op != "placeholder"]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(operand for operand in reads(node) if not stop(operand))
-    return found
-
-
-def _ordered(graph: Graph, *groups: Iterable[Node]) -> tuple[Node, ...]:
-    wanted = {node for group in groups for node in group}
-    return tuple(node for node in graph.nodes if node in wanted)
+def _is_placeholder(node: Node) -> bool:
+    return node.op == "placeholder"

@@ -20,6 +20,7 @@ import torch
 from torch.fx import Graph, Node
 
 from mst_fx.core.aten_ops import DRAWS, FILLS, MADE_IN_PARTS, is_mutable, is_random
+from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data, hint, is_size, sure
 from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split
@@ -140,13 +141,7 @@ def _placed(node: Node, flow: _Walk, forced: Mapping[Node, Split]) -> Result | N
 def _is_small(node: Node, seeds: frozenset[Node]) -> bool:
     """Whether nothing that a value is made of is larger than what is split."""
     limit = max(hint(seed.meta["val"].numel()) for seed in seeds)
-    pending, seen = [node], set()
-    while pending:
-        value = pending.pop()
-        if value not in seen:
-            seen.add(value)
-            pending.extend(value.all_input_nodes)
-    tensors = (value.meta["val"] for value in seen if isinstance(value.meta.get("val"), torch.Tensor))
+    tensors = (made.meta["val"] for made in ancestors([node]) if isinstance(made.meta.get("val"), torch.Tensor))
     return all(hint(tensor.numel()) <= limit for tensor in tensors)
 
 

@@ -20,7 +20,8 @@ FREE_SHARE, SHARE_OF_PEAK = 0.02, 0.1
 """Regions are looped where that takes at least so much off the peak of a step: those whose loop computes nothing again,
 and those whose loop does; ..."""
 OWN_SHARE = 0.004
-"""... each of which has at least so large a part in it."""
+"""... each of which has at least so large a part in it: 25 of the smallest that count make SHARE_OF_PEAK. A choice, as
+the two above are; no measurement of it is on record."""
 LENT_SHARE = 0.125
 """So much of what all loops take off the peak may longer chunks take back: they sum gradients less often."""
 

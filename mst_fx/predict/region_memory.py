@@ -19,8 +19,9 @@ from mst_fx.bodies.body import Body
 from mst_fx.bodies.call import Call
 from mst_fx.bodies.work import Work
 from mst_fx.core.aten_ops import CONTRACTIONS, VIEWS
+from mst_fx.core.graph_walk import descendants
 from mst_fx.core.sizes import hint
-from mst_fx.core.values import bytes_of
+from mst_fx.core.values import bytes_made
 from mst_fx.kernels.liveness import buffer_of, peak
 from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import split_of
@@ -159,7 +160,7 @@ def written_after(work: Work, chunk: int) -> int:
 
 def _stream_gradient(work: Work) -> int:
     wanted = {work.stages.operands[i] for i in work.wanted}
-    return _bytes(work.stages.stream) if not work.stages.products and work.stages.stream in wanted else 0
+    return bytes_made(work.stages.stream) if not work.stages.products and work.stages.stream in wanted else 0
 
 
 def _saved_whole(work: Work) -> list[Node]:
@@ -167,13 +168,12 @@ def _saved_whole(work: Work) -> list[Node]:
     if work.backward == "none":
         return []
     stages = work.stages
-    carrying = {stages.operands[i] for i in work.wanted}
-    for node in stages.loop:
-        carrying.update([node] if not carrying.isdisjoint(node.all_input_nodes) else ())
+    inside = set(stages.loop)
+    carrying = descendants((stages.operands[i] for i in work.wanted), lambda node: inside.intersection(node.users))
     saved = {node: node for node in stages.products if node not in stages.results and not is_sink(stages, node)}
     for left, right in map(factors, stages.products):
         saved.update({buffer_of(read): read for read, other in ((left, right), (right, left)) if other in carrying})
-    return [saved[buffer] for buffer in saved.keys() & {*stages.loop}]
+    return [saved[buffer] for buffer in saved.keys() & inside]
 
 
 def is_sink(stages: Stages, product: Node) -> bool:
@@ -210,10 +210,10 @@ def footprint(body: Body, spec: tuple[Any, ...], length: int) -> Footprint:
             product = max(product, count * (value.itemsize + adds_up_in.itemsize))
     fixed = _whole_nodes(body)
     split = [(node, axis) for node, axis in zip(_inputs(body), ins, strict=True) if axis is not None]
-    copied = sum(_bytes(node) for node, axis in split if _is_copied(node, axis))
+    copied = sum(bytes_made(node) for node, axis in split if _is_copied(node, axis))
     once, twice = (_alive(body, fixed, times, reductions_apart=on_cpu, ordered=True) for times in (1, 2))
     each = (twice - once + copied) / chunk
-    at_rest = product + sum(_bytes(node) for node in {*map(buffer_of, _outputs(body))} if node.op != "placeholder")
+    at_rest = product + sum(bytes_made(node) for node in {*map(buffer_of, _outputs(body))} if node.op != "placeholder")
     steady = round(max(once, at_rest) + copied - each * chunk)
     return Footprint(results, sums, cast, returned, native, max(0, steady), each)
 
@@ -236,7 +236,7 @@ def _alive(body: Body, fixed: set[Node], times: float, **how: Any) -> float:
     """Most bytes at once of the temporaries of `times` chunks taken as one; `how` as in `liveness.peak`."""
 
     def size(node: Node) -> float:
-        return _bytes(node) * (1 if node in fixed else times)
+        return bytes_made(node) * (1 if node in fixed else times)
 
     return peak(body.module, size, **how)
 
@@ -281,14 +281,8 @@ def _whole_nodes(body: Body) -> set[Node]:
     for kind, (node, *_) in _by_result(body):
         while type(kind) is Sum and node.op == "call_function" and node not in whole:
             whole.add(node)
-            operands = [operand for operand in node.all_input_nodes if _bytes(operand) == _bytes(node)]
+            operands = [operand for operand in node.all_input_nodes if bytes_made(operand) == bytes_made(node)]
             if node.target in CONTRACTIONS or len(operands) != 1:
                 break
             (node,) = operands
     return whole
-
-
-def _bytes(node: Node) -> int:
-    value = node.meta.get("val")
-    parts = value if isinstance(value, tuple | list) else [value]
-    return sum(bytes_of(part) for part in parts if isinstance(part, torch.Tensor))

@@ -16,10 +16,9 @@ from torch.fx import Node
 
 from mst_fx.core.aten_ops import BILINEAR, LINEAR, LOOK_UPS, is_recomputed
 from mst_fx.core.sizes import hint
-from mst_fx.core.values import HALF, bytes_of
+from mst_fx.core.values import HALF, bytes_of, has_gradient
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.recognise.reader import Reader, tensors_of
-from mst_fx.recognise.region import has_gradient
 
 aten = torch.ops.aten
 

@@ -8,8 +8,9 @@ only alive while backward passes the block.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch.fx import Node
@@ -18,6 +19,14 @@ from mst_fx.core.sizes import hint
 from mst_fx.core.values import bytes_of, fake_value
 from mst_fx.predict.saved_activations import activation_bytes, passing_bytes, saved_values
 from mst_fx.recognise.reader import Reader
+
+FORWARD_DIVISOR = 2
+"""What backward needs of a node beside the saved values, by what its forward needs beside them.
+
+An assumption; no measurement of it is on record. It fits a product whose result is as large as what it reads: backward
+makes the gradients of both, forward makes the result alone. It decides a peak only where a checkpointed block keeps
+more than backward needs of it: anywhere else backward holds at least as much at the same segment.
+"""
 
 
 @dataclass(frozen=True)
@@ -75,23 +84,45 @@ class Timeline:
     def peak(self, held: Sequence[Held]) -> int:
         """Most bytes at once in a step, with the regions as `held` says, by their numbers."""
         regions = [held[part.region] if part.region is not None else Held() for part in self.segments]
-        parts = [(part, region, part.saved + region.saved) for part, region in zip(self.segments, regions, strict=True)]
-        alive = peak = self.resident
+        parts = list(zip(self.segments, regions, strict=True))
+        return max(self.resident, *self._forward(parts), *self._backward(parts))
+
+    def _forward(self, parts: Sequence[Part]) -> Iterator[int]:
+        """Bytes while each segment runs: the inputs, what the segments in front have left, and what it needs itself."""
+        alive = self.resident
+        for segment, region in parts:
+            yield alive + max(region.forward, segment.passing // FORWARD_DIVISOR)
+            alive += _left(segment, region)
+
+    def _backward(self, parts: Sequence[Part]) -> Iterator[int]:
+        """Bytes while backward passes each segment, the last one first, and when it is over.
+
+        These are the inputs and the results, the gradients of inputs that are there by now, what is saved by the
+        segment and those in front, and what it needs itself. What a checkpointed block computes again is saved from
+        where backward enters the block.
+        """
+        alive = self.resident + self.returned + sum(_left(segment, region) for segment, region in parts)
         again: Counter[int | None] = Counter()
-        for segment, region, saved in parts:
-            peak = max(peak, alive + max(region.forward, segment.passing // 2))
-            alive += segment.entry + (saved if segment.block is None else region.kept)
-            again[segment.block] += saved - region.kept
-        alive += self.returned
+        for segment, region in parts:
+            again[segment.block] += segment.saved + region.saved - region.kept
         gradients, block = 0, None
-        for segment, region, saved in reversed(parts):
+        for segment, region in reversed(parts):
             if segment.block is not None and segment.block != block:
                 alive += again[segment.block]
             block = segment.block
-            peak = max(peak, alive + gradients + max(region.backward, segment.passing))
+            yield alive + gradients + max(region.backward, segment.passing)
             gradients += segment.gradients
-            alive -= segment.entry + saved
-        return max(peak, self.resident + gradients)
+            alive -= segment.entry + segment.saved + region.saved
+        yield self.resident + gradients
+
+
+Part: TypeAlias = tuple[Segment, Held]
+"""A segment, and what its region holds; nothing where it is none."""
+
+
+def _left(segment: Segment, region: Held) -> int:
+    """Bytes that a segment leaves behind when it has run; inside a checkpointed block, only what the block keeps."""
+    return segment.entry + (segment.saved + region.saved if segment.block is None else region.kept)
 
 
 def segments_of(

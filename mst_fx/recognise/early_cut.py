@@ -18,8 +18,9 @@ from mst_fx.capture.lower import apart, execute, lower, set_current_meta, traced
 from mst_fx.core.aten_ops import CONTRACTIONS, CUTS
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.faults import refusal_for
+from mst_fx.core.graph_walk import between
 from mst_fx.core.refusal import Refusal
-from mst_fx.core.values import fake_value
+from mst_fx.core.values import bytes_of, fake_value
 from mst_fx.placement.placement import Split, same_shape
 from mst_fx.placement.propagate import Unequal, origins, propagate
 from mst_fx.placement.rules import Demand, Spans, args_of, shape_of
@@ -73,7 +74,7 @@ def cut_heads(reader: Reader, marked: Container[str] = (), *, strict: bool = Fal
             yield refusal_for(error, node, "a cut of logits", strict=strict)
             continue
         if cut_first is not None:
-            before, after = (reader.numel(n) * fake_value(n).element_size() for n in (node, region.last))
+            before, after = (bytes_of(fake_value(n)) for n in (node, region.last))
             yield CutHead(region, cut_first, before, after, sizes)
 
 
@@ -147,7 +148,7 @@ def _moved(lowered: GraphModule, stream: int, examples: list[Any]) -> Iterator[G
             continue
         if tokens not in sources or any(split.inner != 1 for split in sources.values()):
             continue
-        projects = any(node.target in CONTRACTIONS for node in _between(sources, cut))
+        projects = any(node.target in CONTRACTIONS for node in between(sources, source))
         if not projects or placements.get(source) != axis:
             continue
         yield _retraced(lowered, cut, sources, placements, examples)
@@ -160,13 +161,14 @@ def _retraced(
 
     A value on the way that is returned is put together of what the cut keeps and what it leaves.
     """
-    source, between = args_of(cut)[0], _between(sources, cut)
+    source = args_of(cut)[0]
+    path = between(sources, source)
 
     def part(env: Mapping[Node, Any], start: Any, end: Any) -> dict[Node, Any]:
         short = {node: _positions(env[node], split, start, end) for node, split in sources.items()}
         node, split = next(iter(sources.items()))
         length = short[node].shape[split.dim] // split.outer
-        for node in between:
+        for node in path:
             short[node] = run_resized(node, placements[node], length, {**env, **short})
         return short
 
@@ -183,7 +185,7 @@ def _retraced(
                 start, end = _bounds(cut, env)
                 kept = part(env, start, end)
                 env[cut] = kept[source].select(dim_of(cut), 0) if cut.target == aten.select.int else kept[source]
-                for result in set(lowered.graph.output_node().all_input_nodes) & set(between):
+                for result in set(lowered.graph.output_node().all_input_nodes) & set(path):
                     pieces = [part(env, 0, start)[result]] if start not in (0, None) else []
                     pieces += [kept[result], *([part(env, end, None)[result]] if end is not None else [])]
                     env[result] = torch.cat(pieces, placements[result].dim)
@@ -202,18 +204,6 @@ def _bounds(cut: Node, env: Mapping[Node, Any]) -> tuple[Any, Any]:
         return bounds[0], bounds[0] + 1 if bounds[0] != -1 else None
     start, end = [*bounds, None, None][:2]
     return start, None if end is None or (isinstance(end, int) and end == MAX) else end
-
-
-def _between(sources: Mapping[Node, Split], cut: Node) -> list[Node]:
-    """What leads from the sources to the cut, in graph order."""
-    found: set[Node] = set()
-    pending = [args_of(cut)[0]]
-    while pending:
-        node = pending.pop()
-        if node not in found and node not in sources and node.op == "call_function":
-            found.add(node)
-            pending.extend(node.all_input_nodes)
-    return [node for node in cut.graph.nodes if node in found]
 
 
 def _positions(value: torch.Tensor, split: Split, start: Any, end: Any) -> torch.Tensor:

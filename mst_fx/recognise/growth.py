@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from mst_fx.core.aten_ops import SHOWN_TO_CALLERS
+from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import is_size
-from mst_fx.core.values import fake_value
+from mst_fx.core.values import fake_value, has_gradient
 from mst_fx.recognise.reader import Reader, written_by
-from mst_fx.recognise.region import Region, close, has_gradient, needs_gradient, with_parts
+from mst_fx.recognise.region import Region, close, needs_gradient, with_parts
 from mst_fx.recognise.sorted_rows import company, with_orders
 
 
@@ -224,7 +225,7 @@ def to_a_scalar(reader: Reader, growth: Growth) -> frozenset[Node] | None:
         if reader.numel(node) == 1 and has_gradient(node):
             scalars.append(node)
     for scalar in scalars:
-        part = with_parts(nodes | _ancestors(scalar, grown))
+        part = with_parts(nodes | ancestors([scalar], stop=lambda node: node not in grown))
         ends = {node for node in part if needs_gradient(node, part)}
         if ends - {*growth.returned} == {scalar}:
             return frozenset(part)
@@ -259,14 +260,3 @@ def _can_be_made(reader: Reader, node: Node) -> bool:
     if node.op in ("placeholder", "get_attr"):
         return False
     return reader.widening(node) is not None or obstacle_to(reader, node) is None
-
-
-def _ancestors(node: Node, among: set[Node]) -> frozenset[Node]:
-    found: set[Node] = set()
-    pending = [node]
-    while pending:
-        node = pending.pop()
-        if node in among and node not in found:
-            found.add(node)
-            pending.extend(node.all_input_nodes)
-    return frozenset(found)

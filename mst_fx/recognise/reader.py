@@ -27,6 +27,7 @@ from mst_fx.core.aten_ops import (
     is_mutable,
     is_random,
 )
+from mst_fx.core.graph_walk import walk
 from mst_fx.core.modes import modes_of
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
@@ -132,16 +133,16 @@ class Reader:
 
     def _widened_from(self, large: Node) -> Node | None:
         """What a contraction made a large value of, straight or by way of values as large; None if none did."""
-        pending, seen, sources = [large], {large}, list[Node]()
-        while pending:
-            node = pending.pop()
+
+        def as_large(node: Node) -> list[Node]:
+            operands = self.tensor_operands(node) if self.contraction(node) is None else []
+            return [operand for operand in operands if self.numel(operand) >= self.numel(large)]
+
+        sources = list[Node]()
+        for node in walk([large], as_large):
             contraction = self.contraction(node)
             if contraction is not None and self.numel(contraction.activation) < self.numel(node):
                 sources.append(self.unprojected(contraction.activation))
-            operands = [] if contraction is not None else self.tensor_operands(node)
-            more = [o for o in operands if o not in seen and self.numel(o) >= self.numel(large)]
-            seen.update(more)
-            pending += more
         return max(sources, key=self.numel, default=None)
 
     def ops(self, node: Node) -> set[object] | None:
@@ -221,7 +222,7 @@ class Reader:
         if any(op.op == "get_attr" for op in opened.ops):
             return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} holds a constant tensor")
         # opened alone, a write to an operand ends in a copy into it; in a region the operand is a value like any other
-        written = torch.ops.aten.copy_.default if writes(node) else None
+        written = aten.copy_.default if writes(node) else None
         ops = [op for op in opened.ops if op.op == "call_function" and op.target != written]
         try:
             for forbid in (forbid_effects, forbid_unruled):  # what an op does comes before that nobody knows it

@@ -8,17 +8,18 @@ Terms
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
 
+from mst_fx.core.graph_walk import descendants, walk
 from mst_fx.core.modes import Mode
 from mst_fx.core.provenance import module_path, op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data
-from mst_fx.core.values import fake_value
+from mst_fx.core.values import fake_value, has_gradient
 from mst_fx.recognise.reader import Reader, works_on_shards, written_by
 
 
@@ -113,23 +114,14 @@ def needs_gradient(node: Node, inside: Collection[Node]) -> bool:
     return has_gradient(node) and any(user.op == "output" or has_gradient(user) for user in readers)
 
 
-def has_gradient(node: Node) -> bool:
-    """Whether the value needed a gradient when it was captured; of several values, whether one did."""
-    value = fake_value(node)
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
-
-
 def with_parts(nodes: Collection[Node]) -> set[Node]:
     """The nodes, and the parts of their values that are tuples."""
-    inside, pending = set(nodes), list(nodes)
-    while pending:
-        node = pending.pop()
-        if isinstance(fake_value(node), (tuple, list)):
-            parts = [user for user in node.users if user.target is operator.getitem and user not in inside]
-            inside.update(parts)
-            pending += parts
-    return inside
+    return descendants(nodes, _parts)
+
+
+def _parts(node: Node) -> list[Node]:
+    is_tuple = isinstance(fake_value(node), (tuple, list))
+    return [user for user in node.users if is_tuple and user.target is operator.getitem]
 
 
 def _without_foreign_parts(nodes: set[Node]) -> set[Node]:
@@ -170,19 +162,18 @@ def _made_after(reader: Reader, place: Node, live_ins: tuple[Node, ...], inside:
     Raises:
         Refusal: one of them is more than a plain computation, or depends on the region.
     """
-    late: set[Node] = set()
-    pending = [node for node in live_ins if reader.order[node] >= reader.order[place]]
-    while pending:
-        node = pending.pop()
-        if node in late:
-            continue
-        late.add(node)
+
+    def late(nodes: Iterable[Node]) -> list[Node]:
+        return [node for node in nodes if reader.order[node] >= reader.order[place]]
+
+    moved: list[Node] = []
+    for node in walk(late(live_ins), lambda node: late(node.all_input_nodes)):
         moves = node.op == "get_attr" or (reader.is_pure(node) and reader.modes[node] == reader.modes[place])
         if not moves or node in inside:
             text = f"{op_name(place)} reads a result of the region before {op_name(node)} makes an operand of it"
             raise Refusal(Reason.NOT_CONVEX, place, text)
-        pending += [operand for operand in node.all_input_nodes if reader.order[operand] >= reader.order[place]]
-    return tuple(sorted(late, key=reader.order.__getitem__))
+        moved.append(node)
+    return tuple(sorted(moved, key=reader.order.__getitem__))
 
 
 def _check_writes(reader: Reader, nodes: Sequence[Node], live_ins: Collection[Node], before: Node) -> None:

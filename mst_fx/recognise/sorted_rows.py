@@ -7,12 +7,11 @@ Terms
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch.fx import Node
 
 from mst_fx.core.aten_ops import SORTS
+from mst_fx.core.graph_walk import ancestors, descendants
 from mst_fx.core.values import fake_value
 from mst_fx.recognise.reader import Reader, written_by
 
@@ -22,19 +21,9 @@ def company(reader: Reader, inside: set[Node]) -> list[Node]:
     writers = [user for node in inside for user in node.users if user not in inside and written_by(user) in inside]
     fills = [o for node in inside for o in node.all_input_nodes if o not in inside and reader.fills(o)]
     written = [o for o in fills if inside.issuperset(o.users) or any(written_by(user) is o for user in o.users)]
-    dependent = dependents(reader, inside)
+    dependent = descendants(inside)
     between = [o for node in inside for o in node.all_input_nodes if o in dependent and o not in inside]
     return between + writers + written
-
-
-def dependents(reader: Reader, nodes: Collection[Node]) -> set[Node]:
-    """The nodes, and everything that depends on them."""
-    found = set(nodes)
-    first = min(map(reader.order.__getitem__, nodes))
-    for node in reader.owner.graph.nodes:
-        if reader.order[node] > first and not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def with_orders(reader: Reader, nodes: frozenset[Node], stream: Node) -> set[Node]:
@@ -47,9 +36,9 @@ def with_orders(reader: Reader, nodes: frozenset[Node], stream: Node) -> set[Nod
     if not sorts:
         return inside
     keys = {reader.unviewed(sort.all_input_nodes[0]) for sort in sorts}
-    orders = {node for node in dependents(reader, sorts) if _is_order(reader, node, sorts)}
+    orders = {node for node in descendants(sorts) if _is_order(reader, node, sorts)}
     while True:
-        later = dependents(reader, inside)
+        later = descendants(inside)
         back = {node for node in later if not orders.isdisjoint(set(node.all_input_nodes) - later)}
         more = {*back, *company(reader, inside | keys)} - inside - keys
         if not more:
@@ -59,16 +48,9 @@ def with_orders(reader: Reader, nodes: frozenset[Node], stream: Node) -> set[Nod
 
 def _sorts_behind(reader: Reader, nodes: frozenset[Node], stream: Node) -> set[Node]:
     """The sorts behind what the nodes read; what is as large as the stream is no order, nor made of one."""
-    pending = [operand for node in nodes for operand in node.all_input_nodes]
-    seen: set[Node] = set()
-    sorts = set()
-    while pending:
-        node = pending.pop()
-        if node not in seen and node not in nodes and reader.numel(node) < reader.numel(stream):
-            seen.add(node)
-            sorts |= {node} if reader.does(node, SORTS) else set()
-            pending += node.all_input_nodes
-    return sorts
+    large = reader.numel(stream)
+    behind = ancestors(nodes, stop=lambda node: node in nodes or reader.numel(node) >= large) - nodes
+    return {node for node in behind if reader.does(node, SORTS)}
 
 
 def _is_order(reader: Reader, node: Node, sorts: set[Node]) -> bool:

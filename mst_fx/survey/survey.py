@@ -20,7 +20,7 @@ from mst_fx.core.faults import refusal_for
 from mst_fx.core.provenance import module_path, op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint, is_symbolic
-from mst_fx.core.values import fake_value
+from mst_fx.core.values import fake_value, has_gradient
 from mst_fx.plan.chunk_length import Lengths, default_lengths
 from mst_fx.plan.planner import Offer
 from mst_fx.predict.extent import extent_of
@@ -33,7 +33,7 @@ from mst_fx.recognise.norm_in_front import with_front
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader, works_on_shards
 from mst_fx.recognise.rebuild import Edit, nodes_of, rebuilt
-from mst_fx.recognise.region import Region, has_gradient
+from mst_fx.recognise.region import Region
 from mst_fx.report.entries import cut_head, dropped
 from mst_fx.report.report import Report, refused
 from mst_fx.survey.surveyed import TOP, Around, Site, Surveyed

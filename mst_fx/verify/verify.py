@@ -21,9 +21,9 @@ from mst_fx.bodies.splice import Replacement, loop
 from mst_fx.bodies.work import Work
 from mst_fx.core.config import Config
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.values import fake_value, is_fake, is_transformed
+from mst_fx.core.values import fake_value, has_gradient, is_fake, is_transformed
 from mst_fx.recognise.rebuild import Edit, rebuilt
-from mst_fx.recognise.region import Region, has_gradient
+from mst_fx.recognise.region import Region
 from mst_fx.verify.excerpt import Excerpt, excerpt, first_line
 from mst_fx.verify.samples import KINDS, Samples, as_given, draw, lowest_precision, nudged, placed, widened
 from mst_fx.verify.trial import Outcome, Program, Widened, apart, as_captured, as_looped, outcomes
