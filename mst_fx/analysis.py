@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from mst_fx.body import connected
 from mst_fx.config import Config
-from mst_fx.fixing import Equal, as_if_fixed, equal, fix_all, forbid_lengths, other_dims, to_be_fixed
+from mst_fx.fixing import as_if_fixed, equal, fix_all, fixed_by, forbid_lengths, other_dims, to_be_fixed
 from mst_fx.likeness import likeness_of_nodes
 from mst_fx.lower import apart, fake_value, lower
 from mst_fx.placement import PARTIAL
@@ -79,13 +79,13 @@ def analysed(
                 raise Refusal(Reason.NUMBER, node, f"{node.target} takes {number}, which cannot be fixed") from None
             sizes += more
         except Unequal as unequal:
-            sizes += (_made_equal(unequal, marked),)
+            sizes += _made_equal(unequal, marked)
     return known[key]
 
 
-def _made_equal(unequal: Unequal, marked: Container[str]) -> Equal:
+def _made_equal(unequal: Unequal, marked: Container[str]) -> tuple[Any, ...]:
     found = equal(unequal.size, unequal.needed)
-    if found is None or (found.fixes and str(found.symbol) in marked):
+    if found is None or any(symbol in marked for fact in found for symbol in fixed_by(fact)):
         raise Refusal(Reason.DYNAMIC, unequal.node, f"{unequal}, which may vary")
     return found
 

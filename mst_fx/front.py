@@ -15,9 +15,10 @@ from collections.abc import Collection
 import torch
 from torch.fx import Node
 
+from mst_fx.effects import writes
 from mst_fx.lower import fake_value
 from mst_fx.placement import same_shape
-from mst_fx.reading import Reader, writes
+from mst_fx.reading import Reader
 from mst_fx.refusal import Refusal
 from mst_fx.region import Region, close
 

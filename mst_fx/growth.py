@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from mst_fx.effects import written_by
 from mst_fx.lower import fake_value, is_size
 from mst_fx.order import company, with_orders
 from mst_fx.provenance import op_name
-from mst_fx.reading import Reader, written_by
+from mst_fx.reading import Reader
 from mst_fx.refusal import Reason, Refusal
 from mst_fx.region import Region, close, has_gradient, needs_gradient, with_parts
 from mst_fx.rules.view import FREE
@@ -112,10 +113,10 @@ class _Growing:
         return self.reader.numel(node) > self.limit
 
     def _readers(self, node: Node) -> list[Node]:
-        """Who has to come along with a node: readers of a large value, and whoever writes to any value."""
-        writers = [user for user in node.users if written_by(user) is node]
+        """Who has to come along with a node: readers of a large value, and whoever writes to it."""
         if not self._is_large(node):
-            return writers
+            return []
+        writers = [user for user in node.users if node in written_by(user)]
         leaves = {user for user in node.users if user.op == "output" or only_returns(self.reader, user)}
         self.returned += [node] if leaves else []
         return [user for user in node.users if user not in leaves] + writers

@@ -16,12 +16,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import set_current_meta
 
 from mst_fx.clean_room import without_autocast
+from mst_fx.effects import writes
 from mst_fx.faults import refusal_for
 from mst_fx.fixing import as_if_fixed, other_dims
 from mst_fx.lower import apart, execute, fake_value, lower, tracing
 from mst_fx.placement import Split, same_shape
 from mst_fx.propagate import Unequal, origins, propagate
-from mst_fx.reading import Reader, writes
+from mst_fx.reading import Reader
 from mst_fx.refusal import Refusal
 from mst_fx.region import Region, close
 from mst_fx.resize import run_resized

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from mst_fx.effects import writes, written_by
 from mst_fx.likeness import likeness_of_node
 from mst_fx.lower import fake_value, hint, is_sharded, is_size, is_transformed
 from mst_fx.modes import modes_of
@@ -257,35 +258,12 @@ def tensors_of(node: Node) -> list[torch.Tensor]:
     return [x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, torch.Tensor)]
 
 
-def written_by(node: Node) -> Node | None:
-    """The operand that a torch-level node writes to, if any."""
-    if not writes(node):
-        return None
-    out = node.kwargs.get("out", node.kwargs.get("self", node.args[0] if node.args else None))
-    return out if isinstance(out, Node) else None
-
-
 def _reshapes_in_place(node: Node) -> bool:
     """Whether opening the node would change the shape of a captured value."""
     packet = getattr(torch.ops.aten, str(node.target), None) if node.op == "call_method" else None
     if packet is None or not writes(node):
         return False
     return any(torch.Tag.inplace_view in getattr(packet, overload).tags for overload in packet.overloads())
-
-
-def writes(node: Node) -> bool:
-    """Whether a torch-level node writes to one of its operands."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place_name = str(name).endswith("_") and not str(name).endswith("__")
-    in_place_operator = node.op == "call_function" and name in _IN_PLACE_OPERATORS
-    return in_place_name or in_place_operator or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
-
-
-_IN_PLACE_OPERATORS = frozenset(
-    ["setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"]
-)
 
 
 def _can_be_opened(node: Node) -> bool:
@@ -309,7 +287,7 @@ def _near(node: Node) -> list[torch.Tensor]:
 
 def _result(node: Node) -> Node | None:
     """The node whose value tells what a node does: itself, or what it writes to."""
-    return node if tensors_of(node) else written_by(node)
+    return node if tensors_of(node) else next(iter(written_by(node)), None)
 
 
 def _operand(node: Node, opened: Opened, arg: Any) -> Node | None:

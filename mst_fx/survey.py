@@ -32,7 +32,7 @@ from mst_fx.plan import Offer
 from mst_fx.provenance import module_path, op_name
 from mst_fx.reading import Reader, works_on_shards
 from mst_fx.refusal import Reason, Refusal
-from mst_fx.region import Region, has_gradient
+from mst_fx.region import Region, forbid_late_writes, has_gradient
 from mst_fx.report import Report, refused
 from mst_fx.rewrite import Edit, nodes_of, rebuilt
 from mst_fx.surveyed import TOP, Around, Site, Surveyed
@@ -137,7 +137,7 @@ class Surveyor:
         while part is not None and (part.returned or not parts):
             try:
                 front = self._with_front(reader, part, taken, sizes)
-                parts.append(front or (part, self._analysed(part, sizes)))
+                parts.append(front or (part, self._analysed(reader, part, sizes)))
             except Refusal as error:
                 refusal = refusal or error
             part = part.smaller
@@ -154,15 +154,18 @@ class Surveyor:
         if whole is None:
             return None
         try:
-            work = self._analysed(whole, sizes)
+            work = self._analysed(reader, whole, sizes)
         except Refusal:
             return None
         longest = max(map(hint, fake_value(whole.stream).shape[:-1]), default=0)
         return (whole, work) if hint(work.stages.length) >= longest else None
 
-    def _analysed(self, region: Region, sizes: tuple[Any, ...]) -> Work:
+    def _analysed(self, reader: Reader, region: Region, sizes: tuple[Any, ...]) -> Work:
         try:
-            return analysed(region, self.config, self._works, self.marked, sizes)
+            work = analysed(region, self.config, self._works, self.marked, sizes)
+            if work.backward != "none":
+                forbid_late_writes(reader, region, recomputes=work.backward == "recompute")
+            return work
         except Refusal:
             raise
         except Exception as error:
