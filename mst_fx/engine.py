@@ -31,7 +31,7 @@ from mst_fx.rewrite import Edit, Replacement, loop, rebuilt
 from mst_fx.survey import Surveyor
 from mst_fx.surveyed import Site, Surveyed, device_of_graph, timeline_of
 from mst_fx.verify import Verified
-from mst_fx.wishes import unmatched
+from mst_fx.wishes import left_out, unmatched
 
 log = logging.getLogger("mst_fx")
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class Engine:
         with _quiet_room():
             self.surveyor = Surveyor(config, chosen, marked_sizes(gm))
             self.surveyed = self.surveyor.survey(gm)
-            notes = unmatched(config, self.surveyed)
+            notes = (*left_out(config), *unmatched(config, self.surveyed))
         self.surveyed = replace(self.surveyed, report=self.surveyed.report.joined(Report(notes=notes)))
 
     def copy(self) -> GraphModule:

@@ -31,8 +31,8 @@ class Head(Pattern):
         """Anchored at the head; a loss whose logits come from elsewhere is refused with advice."""
         head = reader.widening(node)
         if head is None:
-            if reader.does(node, NEGATIVE_LOG_LIKELIHOODS) and not has_head(reader, node):
-                raise Refusal(Reason.NO_HEAD, node, "the logits of this loss come from outside the graph")
+            if reader.does(node, NEGATIVE_LOG_LIKELIHOODS):
+                forbid_foreign_logits(reader, node)
             return None
         growth = grow(reader, node, head.activation)
         if growth is None or growth.sinks:
@@ -51,18 +51,23 @@ class Head(Pattern):
         return region_of_head(reader, growth, head.activation)
 
 
-def has_head(reader: Reader, node: Node) -> bool:
-    """Whether a projection of any width stands behind the node."""
+def forbid_foreign_logits(reader: Reader, loss: Node) -> None:
+    """Raise a refusal where no projection stands behind a loss: with the op that nobody knows, if there is one."""
     seen: set[Node] = set()
-    pending = [node]
+    pending, unknown = [loss], list[Refusal]()
     while pending:
         node = pending.pop()
-        if node not in seen:
-            if reader.contraction(node) is not None:
-                return True
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-    return False
+        if node in seen:
+            continue
+        if reader.contraction(node) is not None:
+            return
+        seen.add(node)
+        obstacle = reader.obstacle(node) if node.op.startswith("call_") and reader.tensor_operands(node) else None
+        unknown += [obstacle] if obstacle is not None else []
+        pending.extend(node.all_input_nodes)
+    raise (
+        unknown[0] if unknown else Refusal(Reason.NO_HEAD, loss, "the logits of this loss come from outside the graph")
+    )
 
 
 def results(growth: Growth) -> list[Node]:

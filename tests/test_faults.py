@@ -227,6 +227,12 @@ def test_paths_that_match_nothing_are_told(graph, caplog):
     assert len(caplog.records) == 2
 
 
+def test_patterns_that_are_left_out_are_told(graph):
+    report = run(graph, disable=("gated_mlp", "mlp", "head"))
+    assert "no pattern matched" in str(report)
+    assert "disable: without gated_mlp, head, mlp" in str(report)
+
+
 def test_explain_of_what_is_compiled_already():
     model, batch = MlpLM(), tokens()
     expected = str(mst_fx.explain(model, *batch, options=LOOP_ALL))
