@@ -32,7 +32,7 @@ from mst_fx.report.entries import looped
 from mst_fx.report.report import Report, refused
 from mst_fx.survey.survey import Surveyor
 from mst_fx.survey.surveyed import Site, Surveyed, device_of_graph, timeline_of
-from mst_fx.survey.wishes import unmatched
+from mst_fx.survey.wishes import left_out, unmatched
 from mst_fx.verify.verify import Verified
 
 log = logging.getLogger("mst_fx")
@@ -74,7 +74,7 @@ class Engine:
         with _quiet_room():
             self.surveyor = Surveyor(config, chosen, marked_sizes(gm))
             self.surveyed = self.surveyor.survey(gm)
-            notes = unmatched(config, self.surveyed)
+            notes = (*left_out(config), *unmatched(config, self.surveyed))
         self.surveyed = replace(self.surveyed, report=self.surveyed.report.joined(Report(notes=notes)))
 
     def copy(self) -> GraphModule:

@@ -42,8 +42,8 @@ class Head(Pattern):
         """Anchored at the head; a loss whose logits come from elsewhere is refused with advice."""
         head = reader.widening(node)
         if head is None:
-            if reader.does(node, NEGATIVE_LOG_LIKELIHOODS) and not has_head(reader, node):
-                raise Refusal(Reason.NO_HEAD, node, "the logits of this loss come from outside the graph")
+            if reader.does(node, NEGATIVE_LOG_LIKELIHOODS):
+                forbid_foreign_logits(reader, node)
             return None
         growth = grow(reader, node, head.activation)
         if growth is None or growth.sinks:
@@ -62,9 +62,15 @@ class Head(Pattern):
         return region_of_head(reader, growth, head.activation)
 
 
-def has_head(reader: Reader, node: Node) -> bool:
-    """Whether a projection of any width stands behind the node."""
-    return any(reader.contraction(behind) is not None for behind in ancestors([node]))
+def forbid_foreign_logits(reader: Reader, loss: Node) -> None:
+    """Raise a refusal where no projection stands behind a loss: with the op that nobody knows, if there is one."""
+    behind = ancestors([loss])
+    if any(reader.contraction(node) is not None for node in behind):
+        return
+    calls = (node for node in behind if node.op.startswith("call_") and reader.tensor_operands(node))
+    unknown = next((obstacle for obstacle in map(reader.obstacle, calls) if obstacle is not None), None)
+    text = "the logits of this loss come from outside the graph"
+    raise Refusal(Reason.NO_HEAD, loss, text) if unknown is None else unknown
 
 
 def results(growth: Growth) -> list[Node]:

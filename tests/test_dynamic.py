@@ -162,7 +162,19 @@ def log_probabilities_of_rows(x, w, labels):
     return (rows.gather(1, labels.reshape(-1, 1)).squeeze(1) - rows.logsumexp(-1)[: labels.numel()]).sum()
 
 
-@pytest.mark.parametrize("program", [log_probabilities, shifted_log_probabilities, log_probabilities_of_rows])
+PROGRAMS = [log_probabilities, shifted_log_probabilities, log_probabilities_of_rows]
+
+
+def test_labels_whose_batch_varies_with_the_length():
+    """The batch of the tokens is fixed, that of the labels with it."""
+    compiled = looped(lambda x, w, y: torch.nn.functional.cross_entropy((x @ w).view(-1, 40), y.reshape(-1)))
+    before = len(mst_fx.reports())
+    for batch, length in ((2, 20), (3, 37), (3, 21), (3, 50)):
+        compiled(torch.randn(batch, length, 8), torch.randn(8, 40), torch.randint(0, 40, (batch, length)))
+    assert [len(report.regions) for report in mst_fx.reports()[before:]] == [1, 1]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_lengths_that_nobody_compares_are_taken_as_equal(program):
     def compare(length, rows):
         x, w, labels = torch.randn(2, length, 8).double(), torch.randn(8, 40).double(), torch.randint(0, 40, (2, rows))
@@ -199,6 +211,7 @@ def test_a_length_that_the_caller_marks_is_not_fixed_for_one_that_does_not_vary(
     (refusal,) = mst_fx.reports()[-1].refusals
     assert refusal.reason == "DYNAMIC"
     assert "where the axis has 20" in refusal.text
+    assert ".gather(-1, labels[..., None])" in refusal.source
 
 
 def test_chunks_are_counted_at_run_time(bodies_run):

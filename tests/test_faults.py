@@ -18,7 +18,7 @@ from mst_fx.passes.gated_mlp import GatedMlp
 from mst_fx.pipeline import compiled_and_told
 from mst_fx.recognise import early_cut
 from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence
-from mst_fx.survey import survey
+from mst_fx.survey.survey import survey
 
 LOOP_ALL = {"min_bytes": 0, "chunk_tokens": 8, "inner": "eager"}
 
@@ -228,6 +228,12 @@ def test_paths_that_match_nothing_are_told(graph, caplog):
     assert [note.split("'")[1] for note in report.notes] == ["layers.7.mlp", "tokens"]
     assert "matches no module of this graph" in str(report)
     assert len(caplog.records) == 2
+
+
+def test_patterns_that_are_left_out_are_told(graph):
+    report = run(graph, disable=("gated_mlp", "mlp", "head"))
+    assert "no pattern matched" in str(report)
+    assert "disable: without gated_mlp, head, mlp" in str(report)
 
 
 def test_explain_of_what_is_compiled_already():

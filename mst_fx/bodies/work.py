@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from mst_fx.bodies.body import connected
 from mst_fx.capture.fingerprint import likeness_of_nodes
-from mst_fx.capture.fixed_sizes import Equal, as_if_fixed, equal, fix_all, forbid_lengths, other_dims, to_be_fixed
+from mst_fx.capture.fixed_sizes import as_if_fixed, equal, fix_all, fixed_by, forbid_lengths, other_dims, to_be_fixed
 from mst_fx.capture.lower import apart, lower
 from mst_fx.capture.scalar_operands import as_tensors
 from mst_fx.core.config import Config
@@ -80,15 +80,29 @@ def analysed(
                 raise Refusal(Reason.NUMBER, node, f"{node.target} takes {number}, which cannot be fixed") from None
             sizes += more
         except Unequal as unequal:
-            sizes += (_made_equal(unequal, marked),)
+            sizes += _made_equal(region, unequal, sizes, marked)
+        except Refusal as refusal:
+            raise _at_the_user(region, refusal) from None
     return known[key]
 
 
-def _made_equal(unequal: Unequal, marked: Container[str]) -> Equal:
+def _made_equal(region: Region, unequal: Unequal, sizes: tuple[Any, ...], marked: Container[str]) -> tuple[Any, ...]:
     found = equal(unequal.size, unequal.needed)
-    if found is None or (found.fixes and str(found.symbol) in marked):
-        raise Refusal(Reason.DYNAMIC, unequal.node, f"{unequal}, which may vary")
+    fixes_marked = any(symbol in marked for fact in found or () for symbol in fixed_by(fact))
+    if found is None or fixes_marked or {*map(str, found)} <= {*map(str, sizes)}:
+        raise _at_the_user(region, Refusal(Reason.DYNAMIC, unequal.node, f"{unequal}, which may vary"))
     return found
+
+
+def _at_the_user(region: Region, refusal: Refusal) -> Refusal:
+    """A refusal that names what the region reads by its name in the captured graph, and the first op that reads it."""
+    node = refusal.node
+    if node is None or node.op != "placeholder" or node in region.live_ins:
+        return refusal
+    placeholders = [other for other in node.graph.nodes if other.op == "placeholder"]
+    live_in = region.live_ins[placeholders.index(node)]
+    reader = next((user for user in region.nodes if live_in in user.all_input_nodes), live_in)
+    return Refusal(refusal.reason, reader, refusal.text.replace(node.name, live_in.name))
 
 
 def fix_for(region: Region, work: Work) -> None:

@@ -15,7 +15,17 @@ from torch.fx import Node
 from torch.utils._pytree import tree_map
 
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.sizes import VARYING, depends_on_data, expression, fix, hint, in_terms_of, is_symbolic, seen_symbols
+from mst_fx.core.sizes import (
+    VARYING,
+    alone,
+    depends_on_data,
+    expression,
+    fix,
+    hint,
+    in_terms_of,
+    is_symbolic,
+    seen_symbols,
+)
 
 
 @dataclass(frozen=True)
@@ -32,26 +42,48 @@ class Equal:
     symbol: Any
     value: Any
 
-    @property
-    def fixes(self) -> bool:
-        """Whether a size is a number then."""
-        return not self.value.free_symbols
-
     def __str__(self) -> str:
         return f"{self.size} == {self.other}"
 
 
-def equal(size: Any, other: Any) -> Equal | None:
-    """Two sizes as one; None where no symbol can be had from the other ones by adding and dividing without a rest."""
-    expressions = [expression(size), expression(other)]
-    difference = sympy.expand(expressions[0] - expressions[1])
-    for symbol in (*expressions[0].free_symbols, *expressions[1].free_symbols):
+def equal(size: Any, other: Any) -> tuple[Any, ...] | None:
+    """What is to be fixed, or equal, for two sizes to be one: a symbol has to be had from the other ones.
+
+    Of a product of symbols, the rows of a batch, one is fixed: that with the smaller value is taken for the batch. None
+    where that does not serve.
+    """
+    formulas = [expression(size), expression(other)]
+    found = _solved(*formulas)
+    if found is not None:
+        return (Equal(size, other, *found),)
+    varying = [x for x in (size, other) if is_symbolic(x)]
+    seen = {symbol: value for x in varying for symbol, value in seen_symbols(x).items()}
+    for symbol in sorted(seen, key=lambda symbol: (seen[symbol], str(symbol))):
+        batch = {symbol: sympy.sympify(seen[symbol])}
+        found = _solved(*(formula.xreplace(batch) for formula in formulas))
+        if found is not None:
+            source = next(x for x in varying if symbol in expression(x).free_symbols)
+            return (alone(symbol, source), Equal(size, other, *found))
+    return None
+
+
+def _solved(formula: Any, other: Any) -> tuple[Any, Any] | None:
+    """A symbol, and what it is where two formulas are equal: adding and dividing without a rest must do."""
+    difference = sympy.expand(formula - other)
+    for symbol in (*formula.free_symbols, *other.free_symbols):
         factor = difference.coeff(symbol)
         value = sympy.expand(symbol - difference / factor) if factor.is_Integer and factor else symbol
         whole = all(number.is_Integer for number in value.atoms(sympy.Rational))
         if whole and symbol not in value.free_symbols:
-            return Equal(size, other, symbol, value)
+            return symbol, value
     return None
+
+
+def fixed_by(fact: Any) -> list[str]:
+    """The names of the symbols that are numbers where a size is fixed, or two are equal."""
+    if isinstance(fact, Equal):
+        return [] if fact.value.free_symbols else [str(fact.symbol)]
+    return [str(symbol) for symbol in seen_symbols(fact)]
 
 
 def fix_all(sizes: Sequence[Any]) -> None:

@@ -31,7 +31,6 @@ class Reason(Enum):
     SHARDED = "Ops on DTensors (tensor parallel) are never looped; those on plain tensors around them are."
     SMALL = "Set min_bytes, or name the module in `modules`, to loop it all the same."
     BUDGET = "Allow more memory, or take what the text names."
-    DISABLED = "Remove the pattern's name from `disable`."
     DIFFERS = "This is a bug in mst_fx; please report it with the text and this code. verify=True shows it again."
     BACKEND = "Use the Python wrapper of Inductor (cpp_wrapper=False)."
     TORCH = "Use a torch version that mst_fx was run on, or report the name that this one lacks."

@@ -91,6 +91,11 @@ def seen_symbols(size: Any) -> dict[Any, Any]:
     return {symbol: size.node.shape_env.backed_var_to_val[symbol] for symbol in expression(size).free_symbols}
 
 
+def alone(symbol: Any, source: Any) -> Any:
+    """A symbol of a size, as a size of its own."""
+    return source.node.shape_env.create_symintnode(symbol, hint=int(seen_symbols(source)[symbol]))
+
+
 def in_terms_of(size: Any, known: Mapping[Any, Any]) -> Any:
     """A size, or another number, with formulas in place of symbols: a number where none is left."""
     if not isinstance(size, VARYING) or size.node.expr.free_symbols.isdisjoint(known):

@@ -7,7 +7,8 @@ from collections.abc import Hashable
 from torch.fx import GraphModule, Node
 
 from mst_fx.capture.decomposed import Opened
-from mst_fx.recognise.reader import Reader, tensors_of, written_by
+from mst_fx.recognise.effects import writes, written_by
+from mst_fx.recognise.reader import Reader, tensors_of
 from mst_fx.recognise.rebuild import rebuilt
 
 
@@ -23,9 +24,8 @@ def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None]) -> 
         return reader
     read = set().union(*(reader.storages(node) for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")))
     for node in reversed(gm.graph.nodes):
-        target = written_by(node)
-        written = reader.storages(target) if target is not None else set()
-        lost = target is None or (bool(written) and written.isdisjoint(read))
+        written = [reader.storages(target) for target in written_by(node)]
+        lost = all(storages and storages.isdisjoint(read) for storages in written)
         if _is_unread(node, dead) and lost and reader.is_known(node):
             dead.add(node)
         else:
@@ -34,5 +34,5 @@ def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None]) -> 
 
 
 def _is_unread(node: Node, dead: set[Node]) -> bool:
-    computes = node.op.startswith("call_") and (bool(tensors_of(node)) or written_by(node) is not None)
+    computes = node.op.startswith("call_") and (bool(tensors_of(node)) or writes(node))
     return computes and dead.issuperset(node.users)

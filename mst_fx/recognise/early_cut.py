@@ -26,7 +26,8 @@ from mst_fx.placement.propagate import Unequal, origins, propagate
 from mst_fx.placement.rules import Demand, Spans, args_of, shape_of
 from mst_fx.placement.rules.view import dim_of
 from mst_fx.placement.run_on_chunk import run_resized
-from mst_fx.recognise.reader import Reader, writes
+from mst_fx.recognise.effects import writes
+from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close
 
 aten = torch.ops.aten

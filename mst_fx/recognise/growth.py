@@ -22,7 +22,8 @@ from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import is_size
 from mst_fx.core.values import fake_value, has_gradient
-from mst_fx.recognise.reader import Reader, written_by
+from mst_fx.recognise.effects import written_by
+from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close, needs_gradient, with_parts
 from mst_fx.recognise.sorted_rows import company, with_orders
 
@@ -111,10 +112,10 @@ class _Growing:
         return self.reader.numel(node) > self.limit
 
     def _readers(self, node: Node) -> list[Node]:
-        """Who has to come along with a node: readers of a large value, and whoever writes to any value."""
-        writers = [user for user in node.users if written_by(user) is node]
+        """Who has to come along with a node: readers of a large value, and whoever writes to it."""
         if not self._is_large(node):
-            return writers
+            return []
+        writers = [user for user in node.users if node in written_by(user)]
         leaves = {user for user in node.users if user.op == "output" or only_returns(self.reader, user)}
         self.returned += [node] if leaves else []
         return [user for user in node.users if user not in leaves] + writers

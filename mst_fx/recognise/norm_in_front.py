@@ -18,7 +18,8 @@ from torch.fx import Node
 from mst_fx.core.refusal import Refusal
 from mst_fx.core.values import fake_value
 from mst_fx.placement.placement import same_shape
-from mst_fx.recognise.reader import Reader, writes
+from mst_fx.recognise.effects import writes
+from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close
 
 

@@ -24,7 +24,6 @@ from mst_fx.core.aten_ops import (
     PICKS,
     REPEATS,
     VIEWS_AND_CASTS,
-    is_mutable,
     is_random,
 )
 from mst_fx.core.graph_walk import walk
@@ -35,6 +34,7 @@ from mst_fx.core.sizes import hint, is_size
 from mst_fx.core.values import fake_value, is_sharded, is_transformed
 from mst_fx.placement.propagate import forbid_effects, forbid_unruled
 from mst_fx.placement.rules.contraction import factors
+from mst_fx.recognise.effects import writes, written_by
 
 aten = torch.ops.aten
 
@@ -260,35 +260,12 @@ def tensors_of(node: Node) -> list[torch.Tensor]:
     return [x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, torch.Tensor)]
 
 
-def written_by(node: Node) -> Node | None:
-    """The operand that a torch-level node writes to, if any."""
-    if not writes(node):
-        return None
-    out = node.kwargs.get("out", node.kwargs.get("self", node.args[0] if node.args else None))
-    return out if isinstance(out, Node) else None
-
-
 def _reshapes_in_place(node: Node) -> bool:
     """Whether opening the node would change the shape of a captured value."""
     packet = getattr(torch.ops.aten, str(node.target), None) if node.op == "call_method" else None
     if packet is None or not writes(node):
         return False
     return any(torch.Tag.inplace_view in getattr(packet, overload).tags for overload in packet.overloads())
-
-
-def writes(node: Node) -> bool:
-    """Whether a torch-level node writes to one of its operands."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return is_mutable(node.target)
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place_name = str(name).endswith("_") and not str(name).endswith("__")
-    in_place_operator = node.op == "call_function" and name in _IN_PLACE_OPERATORS
-    return in_place_name or in_place_operator or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
-
-
-_IN_PLACE_OPERATORS = frozenset(
-    ["setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"]
-)
 
 
 def _can_be_opened(node: Node) -> bool:
@@ -312,7 +289,7 @@ def _near(node: Node) -> list[torch.Tensor]:
 
 def _result(node: Node) -> Node | None:
     """The node whose value tells what a node does: itself, or what it writes to."""
-    return node if tensors_of(node) else written_by(node)
+    return node if tensors_of(node) else next(iter(written_by(node)), None)
 
 
 def _operand(node: Node, opened: Opened, arg: Any) -> Node | None:

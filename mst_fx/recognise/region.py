@@ -20,7 +20,8 @@ from mst_fx.core.provenance import module_path, op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data
 from mst_fx.core.values import fake_value, has_gradient
-from mst_fx.recognise.reader import Reader, works_on_shards, written_by
+from mst_fx.recognise.effects import written_by
+from mst_fx.recognise.reader import Reader, works_on_shards
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def close(
             raise Refusal(Reason.UNKNOWN_OP, user, text)
     before, early = _place(reader, ordered, outputs, live_ins)
     moved = {operand for node in early for operand in (node, *node.all_input_nodes)}
-    _check_writes(reader, ordered, {*live_ins, *moved}, before)
+    _check_writes(reader, ordered, {*live_ins, *moved}, before, returned)
     _check_saved(reader, ordered)
     modes = {node: reader.modes[node] for node in ordered}
     return Region(reader.owner, ordered, outputs, live_ins, stream, before, early, modes, returned, smaller, front)
@@ -145,18 +146,19 @@ def _place(
     inside = set(nodes)
     readers = [user for node in outputs for user in node.users if user not in inside and user.op != "output"]
     first_reader = min([nodes[-1], *readers], key=reader.order.__getitem__)
-    early = _made_after(reader, first_reader, live_ins, inside)
-    known = max((reader.order[node] for node in live_ins if node not in early), default=-1)
     grad = any(reader.modes[node].grad for node in nodes)
     place = first_reader
-    while reader.order.get(place, -1) > known:
-        if reader.modes[place].grad == grad and reader.modes[place].autocast in ((), reader.modes[nodes[0]].autocast):
-            return place, early
+    while reader.modes[place].grad != grad or reader.modes[place].autocast not in ((), reader.modes[nodes[0]].autocast):
         place = place.prev
-    raise Refusal(Reason.GRAD_MODE, first_reader, f"{op_name(first_reader)} stands in another mode than the region")
+        if place not in reader.modes:
+            text = f"{op_name(first_reader)} stands in another mode than the region"
+            raise Refusal(Reason.GRAD_MODE, first_reader, text)
+    return place, _made_after(reader, place, first_reader, live_ins, inside)
 
 
-def _made_after(reader: Reader, place: Node, live_ins: tuple[Node, ...], inside: Collection[Node]) -> tuple[Node, ...]:
+def _made_after(
+    reader: Reader, place: Node, first_reader: Node, live_ins: tuple[Node, ...], inside: Collection[Node]
+) -> tuple[Node, ...]:
     """What must be moved in front of `place` for the live-ins to be known there.
 
     Raises:
@@ -170,33 +172,58 @@ def _made_after(reader: Reader, place: Node, live_ins: tuple[Node, ...], inside:
     for node in walk(late(live_ins), lambda node: late(node.all_input_nodes)):
         moves = node.op == "get_attr" or (reader.is_pure(node) and reader.modes[node] == reader.modes[place])
         if not moves or node in inside:
-            text = f"{op_name(place)} reads a result of the region before {op_name(node)} makes an operand of it"
-            raise Refusal(Reason.NOT_CONVEX, place, text)
+            text = f"{op_name(first_reader)} reads a result of the region before {op_name(node)} makes an operand of it"
+            raise Refusal(Reason.NOT_CONVEX, first_reader, text)
         moved.append(node)
     return tuple(sorted(moved, key=reader.order.__getitem__))
 
 
-def _check_writes(reader: Reader, nodes: Sequence[Node], live_ins: Collection[Node], before: Node) -> None:
+def _check_writes(
+    reader: Reader, nodes: Sequence[Node], live_ins: Collection[Node], before: Node, returned: Collection[Node]
+) -> None:
     """The region runs in one place: nothing may change what it reads between there and where it read it before.
 
-    Nor may the region change what others read.
+    Nor may it change what others read: neither what it reads itself, nor a value of its own that has been read outside
+    before it is written. What others write to its values they write to the loop's results, when all else is read.
     """
     inside, order = set(nodes), reader.order
     foreign = set().union(*map(reader.storages, live_ins))
     own = set().union(*map(reader.storages, inside)) - foreign
-    read: set[torch.UntypedStorage] = set()
+    kept = set().union(*map(reader.storages, returned))
+    read, seen, changed = (set[torch.UntypedStorage]() for _ in range(3))
     node, end = nodes[0], max(order[before], order[nodes[-1]])
     while order.get(node, end + 1) <= end:
+        operands = set().union(*map(reader.storages, node.all_input_nodes))
+        written = set().union(*map(reader.storages, written_by(node)))
         if node in inside:
-            read.update(*map(reader.storages, node.all_input_nodes))
-        target = written_by(node)
-        if target is not None:
-            late = node in inside or order[node] >= order[before]
-            if not reader.storages(target).isdisjoint(foreign if late else foreign & read) or (
-                node not in inside and not reader.storages(target).isdisjoint(own)
-            ):
-                raise Refusal(Reason.MUTATION, node, f"{op_name(node)} writes to its operand")
+            wrong = written & (foreign | seen) or operands & changed
+            read |= operands
+        else:
+            wrong = written & (foreign if order[node] >= order[before] else foreign & read) or written & kept
+            changed |= written & own
+            seen |= set() if reader.is_view(node) else operands & own
+        if wrong:
+            does = "writes to its operand" if written else "reads what has been written to outside of the region"
+            raise Refusal(Reason.MUTATION, node, f"{op_name(node)} {does}")
         node = node.next
+
+
+def forbid_late_writes(reader: Reader, region: Region, *, recomputes: bool) -> None:
+    """Raise a refusal for a write, behind the region, to what its backward reads.
+
+    Args:
+        reader: of the graph.
+        region: has gradients.
+        recomputes: whether all that it has read is read again. Else only what is written through `.data` matters: eager
+            execution, which may have saved it, computes gradients with the new value.
+    """
+    memory = set().union(*map(reader.storages, region.live_ins))
+    end = max(reader.order[region.before], reader.order[region.last])
+    for node in reader.owner.graph.nodes:
+        written = set().union(*map(reader.storages, written_by(node))) if reader.order[node] > end else ()
+        if not memory.isdisjoint(written) and (recomputes or _writes_data(reader, node)):
+            text = f"{op_name(node)} writes to what the backward of the region at {region.name} reads again"
+            raise Refusal(Reason.MUTATION, node, text)
 
 
 def _check_saved(reader: Reader, nodes: Sequence[Node]) -> None:
@@ -206,12 +233,11 @@ def _check_saved(reader: Reader, nodes: Sequence[Node]) -> None:
     """
     hidden = [node for node in nodes if _writes_data(reader, node)]
     for write in hidden:
-        target = written_by(write)
-        assert target is not None
+        memory = set().union(*map(reader.storages, written_by(write)))
         for node in reader.owner.graph.nodes:
             if reader.order[node] >= reader.order[write]:
                 break
-            reads = any(not reader.storages(target).isdisjoint(reader.storages(o)) for o in node.all_input_nodes)
+            reads = any(not memory.isdisjoint(reader.storages(o)) for o in node.all_input_nodes)
             if reads and reader.modes[node].grad and has_gradient(node) and not reader.is_view(node):
                 text = f"{op_name(write)} writes through .data to what {op_name(node)} may have saved for backward"
                 raise Refusal(Reason.MUTATION, write, text)
@@ -219,9 +245,9 @@ def _check_saved(reader: Reader, nodes: Sequence[Node]) -> None:
 
 def _writes_data(reader: Reader, node: Node) -> bool:
     """Whether a node writes to what `.data` gave, or to a view of it."""
-    target = written_by(node)
-    while target is not None and target.all_input_nodes and reader.is_view(target):
-        if getattr(target.target, "__name__", "") == "_get_data_attr":
-            return True
-        target = target.all_input_nodes[0]
+    for target in written_by(node):
+        while target.all_input_nodes and reader.is_view(target):
+            if getattr(target.target, "__name__", "") == "_get_data_attr":
+                return True
+            target = target.all_input_nodes[0]
     return False

@@ -13,17 +13,34 @@ from torch.fx import Node
 from mst_fx.core.aten_ops import SORTS
 from mst_fx.core.graph_walk import ancestors, descendants
 from mst_fx.core.values import fake_value
-from mst_fx.recognise.reader import Reader, written_by
+from mst_fx.recognise.effects import written_by
+from mst_fx.recognise.reader import Reader
 
 
 def company(reader: Reader, inside: set[Node]) -> list[Node]:
     """Nodes outside that have to come in: what stands in between, what writes, and what was made to be written."""
-    writers = [user for node in inside for user in node.users if user not in inside and written_by(user) in inside]
+    users = dict.fromkeys(user for node in inside for user in node.users if user not in inside)
+    writers = [user for user in users if not inside.isdisjoint(written_by(user)) and _is_seen(reader, user, inside)]
     fills = [o for node in inside for o in node.all_input_nodes if o not in inside and reader.fills(o)]
-    written = [o for o in fills if inside.issuperset(o.users) or any(written_by(user) is o for user in o.users)]
+    written = [o for o in fills if inside.issuperset(o.users) or any(o in written_by(user) for user in o.users)]
     dependent = descendants(inside)
     between = [o for node in inside for o in node.all_input_nodes if o in dependent and o not in inside]
     return between + writers + written
+
+
+def _is_seen(reader: Reader, write: Node, inside: set[Node]) -> bool:
+    """Whether a write to a value of the region changes what the region reads, or another value that it gives.
+
+    What is written when all of the region has been read is written to the loop's result, as to any value.
+    """
+    memory = set().union(*map(reader.storages, written_by(write)))
+    given = read = 0
+    for node in inside:
+        later = reader.order[node] > reader.order[write]
+        foreign = [o for o in node.all_input_nodes if later or o not in inside]
+        read += any(not memory.isdisjoint(reader.storages(operand)) for operand in foreign)
+        given += not memory.isdisjoint(reader.storages(node)) and not inside.issuperset(node.users)
+    return read > 0 or given > 1
 
 
 def with_orders(reader: Reader, nodes: frozenset[Node], stream: Node) -> set[Node]:

@@ -107,11 +107,28 @@ class _GradientsInForward(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        factor = tangents[ctx.spec.differentiable[0]]
-        grads = tuple(_scaled(grad, factor, dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        factor, again = tangents[ctx.spec.differentiable[0]], torch.is_grad_enabled()
+        with torch.no_grad():
+            pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            grads = tuple(_scaled(grad, factor, dtype) for grad, dtype in pairs)
+        grads = tuple(map(_once, grads)) if again else grads
         return (None, None, None, *_placed(ctx.spec, grads, ctx.count))
+
+
+def _once(grad: torch.Tensor) -> torch.Tensor:
+    """A gradient that raises an error where it is differentiated: its own derivative was not made in the forward."""
+    return _Once.apply(grad, torch.zeros((), requires_grad=True))
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor, differentiable: torch.Tensor) -> torch.Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        raise RuntimeError("mst_fx: gradients of a loop cannot be differentiated once more")
 
 
 def _scaled(grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -33,7 +33,7 @@ from mst_fx.recognise.norm_in_front import with_front
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader, works_on_shards
 from mst_fx.recognise.rebuild import Edit, nodes_of, rebuilt
-from mst_fx.recognise.region import Region
+from mst_fx.recognise.region import Region, forbid_late_writes
 from mst_fx.report.entries import cut_head, dropped
 from mst_fx.report.report import Report, refused
 from mst_fx.survey.surveyed import TOP, Around, Site, Surveyed
@@ -138,7 +138,7 @@ class Surveyor:
         while part is not None and (part.returned or not parts):
             try:
                 front = self._with_front(reader, part, taken, sizes)
-                parts.append(front or (part, self._analysed(part, sizes)))
+                parts.append(front or (part, self._analysed(reader, part, sizes)))
             except Refusal as error:
                 refusal = refusal or error
             part = part.smaller
@@ -155,15 +155,18 @@ class Surveyor:
         if whole is None:
             return None
         try:
-            work = self._analysed(whole, sizes)
+            work = self._analysed(reader, whole, sizes)
         except Refusal:
             return None
         longest = max(map(hint, fake_value(whole.stream).shape[:-1]), default=0)
         return (whole, work) if hint(work.stages.length) >= longest else None
 
-    def _analysed(self, region: Region, sizes: tuple[Any, ...]) -> Work:
+    def _analysed(self, reader: Reader, region: Region, sizes: tuple[Any, ...]) -> Work:
         try:
-            return analysed(region, self.config, self._works, self.marked, sizes)
+            work = analysed(region, self.config, self._works, self.marked, sizes)
+            if work.backward != "none":
+                forbid_late_writes(reader, region, recomputes=work.backward == "recompute")
+            return work
         except Refusal:
             raise
         except Exception as error:

@@ -1,4 +1,4 @@
-"""What the option `modules` names, and nothing has: told, as the user meant something by it."""
+"""What the options `modules` and `disable` mean for a graph, as far as a report should tell."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from mst_fx.core.provenance import module_path
 from mst_fx.survey.surveyed import Surveyed
 
 log = logging.getLogger("mst_fx")
+
+
+def left_out(config: Config) -> tuple[str, ...]:
+    """A word about the patterns that the option `disable` names."""
+    return (f"disable: without {', '.join(sorted(config.disable))}",) if config.disable else ()
 
 
 def unmatched(config: Config, surveyed: Surveyed) -> tuple[str, ...]:

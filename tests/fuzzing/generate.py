@@ -24,6 +24,15 @@ INPUT_WRITES = (
     "with torch.no_grad():\n    {x}.mul_(2)",
     "{x}.data.add_(1)",
 )
+READ_FIRST = (
+    "{y}.clone()", "{y} * 1.5", "{y}.detach().clone()", "{y}.sum()", "{y}.exp()", "{y}.detach()", "{y}.view(-1)",
+)  # fmt: skip
+WRITTEN_BEHIND = (
+    "{y}.mul_(2)", "{y} /= 4", "{y}.add_(1)", "with torch.no_grad():\n    {y}.zero_()", "{y}.detach().mul_(3)",
+    "with torch.no_grad():\n    torch._foreach_mul_([{y}], 2.0)", "F.relu({y}, True)",
+    "F.relu(input={y}, inplace=True)",
+)  # fmt: skip
+DATA_BEHIND = ("{w}.data.mul_(0.5)", "{w}.data.clamp_(-0.1, 0.1)", "torch._foreach_mul_([{w}.data], 0.5)")
 REDUCED = (
     "{v}.sum()", "{v}.mean(-1)", "{v}.sum(0).t().tanh()", "{v}.sum((0, 1)).tanh()", "{v}[0]", "{v}.square().mean()",
     "{v}.amax(-1)", "{v}.norm()", "{v}.unflatten(-1, (2, -1)).sum((0, 1)).t().tanh()", "{v}.shape[1]",
@@ -49,6 +58,7 @@ def generate(seed: int, small: bool = False) -> Program | None:
         for _ in range(1 if small else g.choice((1, 1, 1, 2, 2, 3))):
             _block(g, values, small)
         _extras(g)
+        _written_behind(g, random.Random(f"behind {seed}"))
         program = _finished(g, seed)
         return program if program and runs_eagerly(program) else None
 
@@ -100,6 +110,18 @@ def _extras(g: Drawer) -> None:
                 g.kept.append(made)
     if g.chance(0.04) and g.tensors():
         g.kept.append(g.choice(g.tensors()))
+
+
+def _written_behind(g: Drawer, own: random.Random) -> None:
+    """A result that is read and then written, or a weight that is written when it has been read."""
+    weights = [given.name for given in g.inputs if given.kind == "weight" and not given.view]
+    if own.random() < 0.1 and g.kept:
+        y = own.choice(g.kept)
+        made = g.let(own.choice(READ_FIRST).format(y=y), "read first")
+        g.kept += [made] if made else []
+        g.add(own.choice(WRITTEN_BEHIND).format(y=y), "written behind")
+    if own.random() < 0.04 and weights:
+        g.add(own.choice(DATA_BEHIND).format(w=own.choice(weights)), "written behind")
 
 
 def _finished(g: Drawer, seed: int) -> Program | None:

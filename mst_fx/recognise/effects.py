@@ -1,0 +1,95 @@
+"""What a torch-level node of a captured graph writes to."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+_IN_PLACE_OPERATORS = frozenset(
+    ["setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"]
+)
+_SIDE_EFFECTS = {
+    "batch_norm": ("training", ("running_mean", "running_var")),
+    "instance_norm": ("use_input_stats", ("running_mean", "running_var")),
+    "embedding": ("max_norm", ("weight",)),
+    "embedding_bag": ("max_norm", ("weight",)),
+}
+"""Functions that update some of their arguments: the argument that tells whether they do, and those."""
+
+
+def writes(node: Node) -> bool:
+    """Whether a torch-level node writes to one of its operands."""
+    return bool(written_by(node))
+
+
+def written_by(node: Node) -> tuple[Node, ...]:
+    """The operands that a torch-level node writes to."""
+    found: list[Node] = []
+    map_arg(tuple(_written(node)), found.append)
+    return tuple(dict.fromkeys(found))
+
+
+def _written(node: Node) -> Iterator[Any]:
+    """The arguments that are written: nodes, or lists of them."""
+    if node.op not in ("call_function", "call_method"):
+        return
+    if "out" in node.kwargs:
+        yield node.kwargs["out"]
+    schemas = _schemas(node.target)
+    if schemas:
+        for schema in schemas:
+            yield from _written_by_schema(node, schema)
+        return
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    first = node.args[0] if node.args else node.kwargs.get("self", node.kwargs.get("input"))
+    if (name.endswith("_") and not name.endswith("__")) or (node.op == "call_function" and name in _IN_PLACE_OPERATORS):
+        yield first
+    given = _arguments(node, name)
+    if given.get("inplace") is True:
+        yield first
+    told_by, updated = _SIDE_EFFECTS.get(name, ("", ()))
+    if given.get(told_by):
+        yield [given.get(argument) for argument in updated]
+
+
+def _schemas(target: Any) -> list[Any]:
+    """The schemas of an operator, or of all the overloads that it may stand for; none of another function."""
+    if isinstance(target, torch._ops.OpOverload):
+        return [target._schema]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, overload)._schema for overload in target.overloads()]
+    return []
+
+
+def _written_by_schema(node: Node, schema: Any) -> Iterator[Any]:
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            positional = node.args[position] if position < len(node.args) and not argument.kwarg_only else None
+            yield node.kwargs.get(argument.name, positional)
+
+
+def _arguments(node: Node, name: str) -> dict[str, Any]:
+    """The arguments of a function that may write in place, by name, defaults included as far as it tells them."""
+    signature = _signature(node.target) if node.op == "call_function" else None
+    if signature is None or not ("inplace" in signature.parameters or name in _SIDE_EFFECTS):
+        return dict(node.kwargs)
+    try:
+        bound = signature.bind(*node.args, **node.kwargs)
+    except TypeError:
+        return dict(node.kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None

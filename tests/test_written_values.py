@@ -1,0 +1,236 @@
+"""What a program writes around a region: to its results, to what it reads, by ops of every kind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from beside import beside_eager, leaf
+
+
+def reports_of(program, *shapes, inputs=None, **options):
+    given = inputs or (lambda _: [leaf(*shape) for shape in shapes])
+    (report,) = beside_eager(program, given, **options)
+    return report
+
+
+MLP = (3, 7, 4), (4, 16), (16, 4)
+HEAD = (3, 7, 4), (33, 4)
+
+
+def mlp(x, up, down):
+    return (x @ up).tanh() @ down
+
+
+def copied(y, x):
+    return y.clone(), y.mul_(2)
+
+
+def added_up(y, x):
+    return y.sum(), y.add_(x)
+
+
+def one_column(y, x):
+    other = y[:, 0] * 1
+    y[:, 0] = 0
+    return other, y
+
+
+def residual(y, x):
+    return x + y, y.clamp_(-0.1, 0.1)
+
+
+def measured(y, x):
+    return y.detach().norm(dim=-1), F.relu(y, inplace=True)
+
+
+def stored(y, x):
+    kept = torch.zeros_like(x)
+    kept.copy_(y)
+    return kept, F.dropout(y, 0.0, True, True).mul_(3)
+
+
+def viewed(y, x):
+    view = y.view(-1)
+    y.mul_(2)
+    return view * 1
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "after", [copied, added_up, one_column, residual, measured, stored, viewed], ids=lambda after: after.__name__
+)
+def test_a_result_is_read_and_then_written(after, inner):
+    report = reports_of(lambda x, up, down: after(mlp(x, up, down), x), *MLP, inner=inner)
+    assert [region.pattern for region in report.regions] == ["mlp"]
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_loss_is_logged_and_then_scaled(inner):
+    def program(x, head, labels):
+        loss = F.cross_entropy(F.linear(x, head).flatten(0, 1), labels.flatten())
+        log = loss.detach().clone()
+        loss /= 4
+        return loss, log
+
+    def inputs(_):
+        return [*(leaf(*shape) for shape in HEAD), torch.randint(0, 33, (3, 7))]
+
+    report = reports_of(program, inputs=inputs, inner=inner)
+    assert [region.backward for region in report.regions] == ["in_forward"]
+
+
+def test_a_result_that_shares_memory_with_another_one():
+    def program(x, up, down):
+        y = mlp(x, up, down)
+        view = y.view(-1, 4)
+        total = (view * 2).sum(-1)
+        y.mul_(2)
+        return total, view * 1, y
+
+    reports_of(program, *MLP)
+
+
+def foreach(x, up, down, b):
+    y = mlp(x, up, down)
+    with torch.no_grad():
+        torch._foreach_add_([b], 1.0)
+    return y
+
+
+def foreach_inside(x, up, down, b):
+    h = x @ up
+    torch._foreach_mul_([h], 2.0)
+    return h @ down
+
+
+def by_keyword(x, up, down, b):
+    h = x @ up
+    F.relu(input=h, inplace=True)
+    return h @ down
+
+
+def operand_by_keyword(x, up, down, b):
+    h = x @ up + b
+    torch.clamp_(input=b, min=0)
+    return (h + b).tanh() @ down
+
+
+def sorted_into(x, up, down, b):
+    y = mlp(x, up, down)
+    with torch.no_grad():
+        torch.sort(up[0], out=(b, torch.empty(16, dtype=torch.long)))
+    return y
+
+
+def statistics(x, up, down, b):
+    F.batch_norm((x @ up).flatten(0, 1), b, torch.ones_like(b), training=True)
+    return mlp(x, up, down)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [foreach, foreach_inside, by_keyword, operand_by_keyword, sorted_into, statistics],
+    ids=lambda program: program.__name__,
+)
+def test_writes_of_every_kind_are_seen(program):
+    """`beside_eager` compares what is left in the arguments, too."""
+    reports_of(program, inputs=lambda _: [*(leaf(*shape) for shape in MLP), torch.zeros(16, dtype=torch.float64)])
+
+
+def second(a, b):
+    b.add_(a.sum())
+
+
+def test_a_custom_op_writes_to_more_than_its_first_argument():
+    with torch.library._scoped_library("mst_fx_tests", "FRAGMENT") as library:
+        library.define("second(Tensor a, Tensor(b!) b) -> ()")
+        library.impl("second", second, "CompositeExplicitAutograd")
+
+        def program(x, up, down, a, b):
+            h = x @ up + b
+            torch.ops.mst_fx_tests.second(a, b)
+            return (h + b).relu() @ down
+
+        def inputs(_):
+            return [*(leaf(*shape) for shape in MLP), *torch.ones(2, 16, dtype=torch.float64).unbind()]
+
+        (refusal,) = reports_of(program, inputs=inputs).refusals
+        assert refusal.reason == "MUTATION"
+
+
+def weight_data(x, up, down):
+    y = mlp(x, up, down)
+    up.data.clamp_(-0.1, 0.1)
+    return y
+
+
+def stream_data(x, up, down):
+    y = mlp(x, up, down)
+    x.data.zero_()
+    return y
+
+
+def two_uses(x, up, down):
+    y = mlp(x, up, down)
+    up.data.mul_(0.5)
+    return y, mlp(x, up, down)
+
+
+@pytest.mark.parametrize("program", [weight_data, stream_data, two_uses], ids=lambda program: program.__name__)
+def test_what_backward_reads_again_is_written_through_data(program):
+    report = reports_of(program, *MLP)
+    assert {refusal.reason for refusal in report.refusals} == {"MUTATION"}
+    assert "reads again" in report.refusals[0].text
+
+
+def test_what_gradients_in_the_forward_were_made_of_is_written_through_data():
+    def program(x, head):
+        loss = F.linear(x, head).logsumexp(-1).sum()
+        head.data.mul_(3)
+        return loss
+
+    (refusal,) = reports_of(program, *HEAD).refusals
+    assert refusal.reason == "MUTATION"
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_a_bias_of_which_nothing_is_saved_is_updated_behind_the_region(scalar):
+    def program(x, head, bias):
+        values = (F.linear(x, head) + bias).logsumexp(-1)
+        values = values.sum() if scalar else values
+        with torch.no_grad():
+            bias.add_(0.01)
+        return values
+
+    def inputs(_):
+        return [*(leaf(*shape) for shape in HEAD), torch.zeros(33, dtype=torch.float64)]
+
+    for inner in ("eager", "aot_eager"):
+        report = reports_of(program, inputs=inputs, inner=inner)
+        assert len(report.regions) == scalar  # the gradients are there already, or have to be made again
+        assert [refusal.reason for refusal in report.refusals] == ([] if scalar else ["MUTATION"])
+
+
+def test_a_metric_without_gradients_in_front_of_the_loss():
+    """The first reader of the logits stands in another mode, and the labels are flattened behind it."""
+
+    def program(x, head, labels):
+        logits = F.linear(x, head)
+        with torch.no_grad():
+            accuracy = (logits.argmax(-1) == labels).double().mean()
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), accuracy
+
+    def inputs(_):
+        return [*(leaf(*shape) for shape in HEAD), torch.randint(0, 33, (3, 7))]
+
+    assert len(reports_of(program, inputs=inputs).regions) == 1
+
+
+def test_second_derivatives_raise_an_error():
+    x, head = (leaf(*shape) for shape in HEAD)
+    options = {"min_bytes": 0, "num_chunks": 3, "inner": "eager"}
+    compiled = torch.compile(lambda x, head: F.linear(x, head).logsumexp(-1).sum(), backend="mst_fx", options=options)
+    (gradient,) = torch.autograd.grad(compiled(x, head), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once more"):
+        gradient.square().sum().backward()
