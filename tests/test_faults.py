@@ -18,7 +18,7 @@ from mst_fx.passes.gated_mlp import GatedMlp
 from mst_fx.pipeline import compiled_and_told
 from mst_fx.recognise import early_cut
 from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence
-from mst_fx.survey.survey import survey
+from mst_fx.survey import survey
 
 LOOP_ALL = {"min_bytes": 0, "chunk_tokens": 8, "inner": "eager"}
 
