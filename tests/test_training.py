@@ -206,7 +206,7 @@ def test_second_derivative_is_an_error_not_a_wrong_number():
     model = MlpLM().double()
     loss = looped(model, inner="eager")(*tokens(2))
     grads = torch.autograd.grad(loss, list(model.mlp.parameters()), create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
+    with pytest.raises(RuntimeError, match="differentiate"):
         sum(grad.sum() for grad in grads).backward()
 
 
