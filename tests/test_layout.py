@@ -64,3 +64,25 @@ def test_every_package_is_installed():
     listed = set(re.findall(r'"(mst_fx[.\w]*)",', pyproject.split("packages = [")[1].split("]")[0]))
     folders = {path.parent.relative_to(ROOT.parent) for path in ROOT.rglob("__init__.py")}
     assert {".".join(folder.parts) for folder in folders} | {"mst_fx.passes"} == listed
+
+
+def private_names(path: Path) -> set[str]:
+    """Names of torch that a file uses and that torch does not document for users, but for pytrees and op overloads."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            found.add(ast.unparse(node))
+    private = {
+        name for name in found if re.match(r"torch\.(fx\.experimental|fx\.passes|(\w+\.)*_[a-z])", name, re.IGNORECASE)
+    }
+    return {name for name in private if not re.match(r"torch\.(_ops\b|utils\._pytree|_check$)", name)}
+
+
+def test_files_that_use_private_api_say_so():
+    for path in ROOT.rglob("*.py"):
+        if path.parts[-2] != "passes" and private_names(path):
+            assert "Private torch API:" in ast.get_docstring(ast.parse(path.read_text())), (path, private_names(path))
