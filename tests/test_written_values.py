@@ -234,3 +234,140 @@ def test_second_derivatives_raise_an_error():
     (gradient,) = torch.autograd.grad(compiled(x, head), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once more"):
         gradient.square().sum().backward()
+
+
+def slots(x, up, down):
+    out = torch.zeros_like(x)
+    out[:, :4] = mlp(x[:, :4], up, down)
+    out[:, 4:] = mlp(x[:, 4:], up, down)
+    return out
+
+
+def rows_in_a_loop(x, up, down):
+    out = torch.empty_like(x)
+    for i in range(3):
+        out[i] = mlp(x[i], up, down)
+    return out
+
+
+def beside_a_gradient(x, up, down):
+    out = x * 1
+    out[:, 1:] = mlp(x, up, down)[:, 1:]
+    return out
+
+
+def without_gradient(x, up, down):
+    out, y = x * 1, mlp(x, up, down)
+    with torch.no_grad():
+        out[0] = y[0]
+    return out
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("program", [slots, rows_in_a_loop, beside_a_gradient], ids=lambda program: program.__name__)
+def test_a_result_that_is_written_into_a_buffer_has_its_gradient(program, inner):
+    """The write is the only reader that can send one back, and has no value of its own."""
+    assert len(reports_of(program, *MLP, inner=inner).regions) >= 1
+
+
+def test_a_result_that_is_written_into_a_buffer_without_gradient():
+    reports_of(without_gradient, *MLP)
+
+
+def test_a_loss_that_is_written_into_a_buffer_beside_another_one():
+    def program(x, head, labels):
+        logits, penalty = F.linear(x, head), torch.zeros(3, 7, dtype=torch.float64)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        penalty[:] = logits.logsumexp(-1)
+        return loss, penalty.sum()
+
+    reports_of(program, inputs=lambda _: [*(leaf(*shape) for shape in HEAD), torch.randint(0, 33, (3, 7))])
+
+
+def test_a_teacher_is_updated_in_the_block_that_the_loop_is_put_in_front_of():
+    def program(x, head, teacher):
+        with torch.no_grad():
+            teacher.lerp_(head, 0.5)
+            target = F.linear(x, teacher)
+            confidence = target.amax(-1).mean()
+        student = F.linear(x, head).log_softmax(-1)
+        return F.kl_div(student, target.softmax(-1), reduction="sum"), confidence
+
+    shapes = [*HEAD, HEAD[1]]
+    reports_of(program, inputs=lambda _: [leaf(*shape) for shape in shapes[:2]] + [leaf(*shapes[2]).detach()])
+
+
+def losses_of(x, head, labels):
+    return F.cross_entropy(F.linear(x, head).transpose(1, 2), labels, reduction="none")
+
+
+def added_then_clamped(x, head, labels, z):
+    each = losses_of(x, head, labels)
+    z.add_(each.detach())
+    each = each.clamp_(max=2)
+    return each.mean(), z
+
+
+def copied_then_masked(x, head, labels, z):
+    each = losses_of(x, head, labels)
+    z.copy_(each.detach())
+    return each.mul_(labels != 3).sum(), z
+
+
+def zeroed_through_a_view(x, head, labels, z):
+    each = F.cross_entropy(F.linear(x, head).flatten(0, 1), labels.flatten(), reduction="none")
+    rows = each.view(3, 7)
+    loss = rows.sum(1).mean()
+    each.detach()[labels.flatten() == 3] = 0
+    return loss, rows.detach().mean().exp() + z
+
+
+@pytest.mark.parametrize(
+    "program", [added_then_clamped, copied_then_masked, zeroed_through_a_view], ids=lambda program: program.__name__
+)
+def test_losses_that_are_read_by_a_write_and_then_written(program):
+    def inputs(_):
+        labels = torch.randint(0, 5, (3, 7))
+        return [*(leaf(*shape) for shape in HEAD), labels, torch.zeros(3, 7, dtype=torch.float64)]
+
+    reports_of(program, inputs=inputs)
+
+
+def shifted_right(x, up, down, m):
+    h = x @ up + m
+    m >>= 1
+    return (h + m).tanh() @ down
+
+
+def by_its_dunder(x, up, down, m):
+    h = x @ up + m
+    m.__imul__(2)
+    return (h + m).tanh() @ down
+
+
+@pytest.mark.parametrize("program", [shifted_right, by_its_dunder], ids=lambda program: program.__name__)
+def test_operators_in_place(program):
+    reports_of(program, inputs=lambda _: [*(leaf(*shape) for shape in MLP), torch.full((3, 7, 1), 8)])
+
+
+@pytest.mark.parametrize("function", [torch.batch_norm, torch.ops.aten.batch_norm.default], ids=["torch", "aten"])
+def test_running_statistics_of_functions_without_names(function):
+    def program(x, up, down, mean, var):
+        h = x @ up - mean
+        rows = x.detach().repeat(1, 1, 4).flatten(0, 1)
+        function(rows, None, None, mean, var, True, 0.1, 1e-5, False)
+        return (h * mean).tanh() @ down
+
+    (refusal,) = reports_of(
+        program, inputs=lambda _: [*(leaf(*shape) for shape in MLP), *torch.ones(2, 16).double().unbind()]
+    ).refusals
+    assert refusal.reason == "MUTATION"
+
+
+def test_tokens_that_are_written_into_memory_made_for_them():
+    def program(x, up, down):
+        tokens = torch.zeros(3, 9, 4, dtype=torch.float64)
+        tokens[:, :7] = x
+        return mlp(tokens, up, down)
+
+    reports_of(program, *MLP)

@@ -66,4 +66,6 @@ def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
         return (type(value), seen(value))  # an operand of a loop; or fixed, for each region (see `scalar_operands`)
     if isinstance(value, VARYING) or not isinstance(value, Hashable):
         return (type(value), str(value))  # to hash a symbol is to guard on it
+    if isinstance(value, float):
+        return (type(value), value.hex())  # 0.0 and -0.0 are equal, but not alike
     return (type(value), value)  # 1, 1.0 and True are equal, but not alike

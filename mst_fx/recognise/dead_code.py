@@ -10,6 +10,7 @@ from mst_fx.capture.decomposed import Opened
 from mst_fx.recognise.effects import writes, written_by
 from mst_fx.recognise.reader import Reader, tensors_of
 from mst_fx.recognise.rebuild import rebuilt
+from mst_fx.recognise.region import writes_data
 
 
 def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None]) -> Reader:
@@ -26,6 +27,7 @@ def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None]) -> 
     for node in reversed(gm.graph.nodes):
         written = [reader.storages(target) for target in written_by(node)]
         lost = all(storages and storages.isdisjoint(read) for storages in written)
+        lost &= not writes_data(reader, node)  # backward may read what an op has saved
         if _is_unread(node, dead) and lost and reader.is_known(node):
             dead.add(node)
         else:

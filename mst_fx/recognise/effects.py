@@ -11,11 +11,25 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-_IN_PLACE_OPERATORS = frozenset(
-    ["setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"]
+_OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
 )
+_IN_PLACE_OPERATORS = frozenset(["setitem", *(f"i{name}" for name in _OPERATORS)])
 _SIDE_EFFECTS = {
     "batch_norm": ("training", ("running_mean", "running_var")),
+    "native_batch_norm": ("training", ("running_mean", "running_var")),
     "instance_norm": ("use_input_stats", ("running_mean", "running_var")),
     "embedding": ("max_norm", ("weight",)),
     "embedding_bag": ("max_norm", ("weight",)),
@@ -41,14 +55,11 @@ def _written(node: Node) -> Iterator[Any]:
         return
     if "out" in node.kwargs:
         yield node.kwargs["out"]
-    schemas = _schemas(node.target)
-    if schemas:
-        for schema in schemas:
-            yield from _written_by_schema(node, schema)
-        return
-    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    name, schemas = _name(node), _schemas(node.target)
     first = node.args[0] if node.args else node.kwargs.get("self", node.kwargs.get("input"))
-    if (name.endswith("_") and not name.endswith("__")) or (node.op == "call_function" and name in _IN_PLACE_OPERATORS):
+    for schema in schemas:
+        yield from _written_by_schema(node, schema)
+    if not schemas and (name.endswith("_") or name in _IN_PLACE_OPERATORS):
         yield first
     given = _arguments(node, name)
     if given.get("inplace") is True:
@@ -56,6 +67,17 @@ def _written(node: Node) -> Iterator[Any]:
     told_by, updated = _SIDE_EFFECTS.get(name, ("", ()))
     if given.get(told_by):
         yield [given.get(argument) for argument in updated]
+
+
+def _name(node: Node) -> str:
+    """Of a function, a method or an operator, `__imul__` being `imul`."""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name.partition("::")[2]
+    else:
+        name = getattr(node.target, "__name__", "")
+    return name[2:-2] if name.startswith("__") and name.endswith("__") else name
 
 
 def _schemas(target: Any) -> list[Any]:
@@ -77,6 +99,9 @@ def _written_by_schema(node: Node, schema: Any) -> Iterator[Any]:
 def _arguments(node: Node, name: str) -> dict[str, Any]:
     """The arguments of a function that may write in place, by name, defaults included as far as it tells them."""
     signature = _signature(node.target) if node.op == "call_function" else None
+    if name in _SIDE_EFFECTS and (signature is None or _schemas(node.target)):
+        names = [argument.name for argument in getattr(torch.ops.aten, name).default._schema.arguments]
+        return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     if signature is None or not ("inplace" in signature.parameters or name in _SIDE_EFFECTS):
         return dict(node.kwargs)
     try:

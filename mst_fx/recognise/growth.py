@@ -190,7 +190,7 @@ def region_of_mlp(reader: Reader, growth: Growth, stream: Node) -> Region:
     for node in growth.returned:
         raise Refusal(Reason.ESCAPES, node, f"{op_name(node)} is returned")
     nodes = with_orders(reader, growth.nodes, stream)
-    while stream in nodes:  # picked in an order: the rows that it was picked from
+    while stream in nodes and stream.all_input_nodes:  # picked in an order: the rows that it was picked from
         stream = stream.all_input_nodes[0]
     return close(reader, nodes, stream)
 

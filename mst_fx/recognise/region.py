@@ -20,7 +20,7 @@ from mst_fx.core.provenance import module_path, op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data
 from mst_fx.core.values import fake_value, has_gradient
-from mst_fx.recognise.effects import written_by
+from mst_fx.recognise.effects import writes, written_by
 from mst_fx.recognise.reader import Reader, works_on_shards
 
 
@@ -96,6 +96,8 @@ def close(
             Reason.DATA_DEPENDENT, ordered[0], f"the sizes of {list(fake_value(stream).shape)} depend on data"
         )
     live_ins = tuple(dict.fromkeys(o for n in ordered for o in n.all_input_nodes if o not in inside))
+    if stream not in live_ins:
+        raise Refusal(Reason.MUTATION, stream, f"{op_name(stream)} makes memory that the tokens are written to")
     for node in live_ins:
         if isinstance(fake_value(node), (tuple, list)):
             (user, *_) = (user for user in node.users if user in inside)
@@ -105,6 +107,7 @@ def close(
     moved = {operand for node in early for operand in (node, *node.all_input_nodes)}
     _check_writes(reader, ordered, {*live_ins, *moved}, before, returned)
     _check_saved(reader, ordered)
+    _forbid_writes_to_shared(reader, outputs, ordered)
     modes = {node: reader.modes[node] for node in ordered}
     return Region(reader.owner, ordered, outputs, live_ins, stream, before, early, modes, returned, smaller, front)
 
@@ -112,7 +115,12 @@ def close(
 def needs_gradient(node: Node, inside: Collection[Node]) -> bool:
     """Whether what reads the value outside can send a gradient back."""
     readers = (user for user in node.users if user not in inside)
-    return has_gradient(node) and any(user.op == "output" or has_gradient(user) for user in readers)
+    return has_gradient(node) and any(user.op == "output" or _sends_back(user) for user in readers)
+
+
+def _sends_back(reader: Node) -> bool:
+    """Whether a gradient may come back from a reader: from its value, or from what it writes to (`out[0] = value`)."""
+    return any(map(has_gradient, (reader, *written_by(reader))))
 
 
 def with_parts(nodes: Collection[Node]) -> set[Node]:
@@ -191,7 +199,7 @@ def _check_writes(
     own = set().union(*map(reader.storages, inside)) - foreign
     kept = set().union(*map(reader.storages, returned))
     read, seen, changed = (set[torch.UntypedStorage]() for _ in range(3))
-    node, end = nodes[0], max(order[before], order[nodes[-1]])
+    node, end = min(before, nodes[0], key=order.__getitem__), max(order[before], order[nodes[-1]])
     while order.get(node, end + 1) <= end:
         operands = set().union(*map(reader.storages, node.all_input_nodes))
         written = set().union(*map(reader.storages, written_by(node)))
@@ -201,11 +209,22 @@ def _check_writes(
         else:
             wrong = written & (foreign if order[node] >= order[before] else foreign & read) or written & kept
             changed |= written & own
-            seen |= set() if reader.is_view(node) else operands & own
+            seen |= operands & own if writes(node) else operands & own - reader.storages(node)
         if wrong:
             does = "writes to its operand" if written else "reads what has been written to outside of the region"
             raise Refusal(Reason.MUTATION, node, f"{op_name(node)} {does}")
         node = node.next
+
+
+def _forbid_writes_to_shared(reader: Reader, outputs: Sequence[Node], nodes: Sequence[Node]) -> None:
+    """Raise a refusal for a write to memory that two results have in common: each result of a loop has its own."""
+    inside = set(nodes)
+    each = [reader.storages(node) for node in outputs]
+    shared = {memory for number, some in enumerate(each) for other in each[:number] for memory in some & other}
+    for node in reader.owner.graph.nodes if shared else ():
+        written = set().union(*map(reader.storages, written_by(node)))
+        if node not in inside and reader.order[node] > reader.order[nodes[0]] and not shared.isdisjoint(written):
+            raise Refusal(Reason.MUTATION, node, f"{op_name(node)} writes to memory that two results share")
 
 
 def forbid_late_writes(reader: Reader, region: Region, *, recomputes: bool) -> None:
@@ -221,7 +240,7 @@ def forbid_late_writes(reader: Reader, region: Region, *, recomputes: bool) -> N
     end = max(reader.order[region.before], reader.order[region.last])
     for node in reader.owner.graph.nodes:
         written = set().union(*map(reader.storages, written_by(node))) if reader.order[node] > end else ()
-        if not memory.isdisjoint(written) and (recomputes or _writes_data(reader, node)):
+        if not memory.isdisjoint(written) and (recomputes or writes_data(reader, node)):
             text = f"{op_name(node)} writes to what the backward of the region at {region.name} reads again"
             raise Refusal(Reason.MUTATION, node, text)
 
@@ -231,19 +250,20 @@ def _check_saved(reader: Reader, nodes: Sequence[Node]) -> None:
 
     Of any other write that autograd does not see, eager execution tells that the saved value has changed.
     """
-    hidden = [node for node in nodes if _writes_data(reader, node)]
+    hidden = [node for node in nodes if writes_data(reader, node)]
     for write in hidden:
         memory = set().union(*map(reader.storages, written_by(write)))
         for node in reader.owner.graph.nodes:
             if reader.order[node] >= reader.order[write]:
                 break
             reads = any(not memory.isdisjoint(reader.storages(o)) for o in node.all_input_nodes)
-            if reads and reader.modes[node].grad and has_gradient(node) and not reader.is_view(node):
+            saves = writes(node) or memory.isdisjoint(reader.storages(node))  # a view saves nothing
+            if reads and saves and reader.modes[node].grad and _sends_back(node):
                 text = f"{op_name(write)} writes through .data to what {op_name(node)} may have saved for backward"
                 raise Refusal(Reason.MUTATION, write, text)
 
 
-def _writes_data(reader: Reader, node: Node) -> bool:
+def writes_data(reader: Reader, node: Node) -> bool:
     """Whether a node writes to what `.data` gave, or to a view of it."""
     for target in written_by(node):
         while target.all_input_nodes and reader.is_view(target):
