@@ -32,6 +32,12 @@ WRITTEN_BEHIND = (
     "with torch.no_grad():\n    torch._foreach_mul_([{y}], 2.0)", "F.relu({y}, True)",
     "F.relu(input={y}, inplace=True)",
 )  # fmt: skip
+WRITTEN_INTO = (
+    "{v} = torch.zeros_like({y})\n{v}[:] = {y}", "{v} = {y}.detach() * 2\n{v}[:1] = {y}[:1]",
+    "{v} = torch.empty_like({y})\n{v}[..., :1] = {y}[..., :1]\n{v}[..., 1:] = {y}[..., 1:]",
+    "{v} = torch.zeros_like({y})\n{v}.add_({y})", "{v} = {y} * 1\nwith torch.no_grad():\n    {v}[:1] = {y}[:1] * 2",
+    "{v} = torch.zeros_like({y})\nfor k in range({y}.shape[0]):\n    {v}[k] = {y}[k]",
+)  # fmt: skip
 DATA_BEHIND = ("{w}.data.mul_(0.5)", "{w}.data.clamp_(-0.1, 0.1)", "torch._foreach_mul_([{w}.data], 0.5)")
 REDUCED = (
     "{v}.sum()", "{v}.mean(-1)", "{v}.sum(0).t().tanh()", "{v}.sum((0, 1)).tanh()", "{v}[0]", "{v}.square().mean()",
@@ -113,7 +119,7 @@ def _extras(g: Drawer) -> None:
 
 
 def _written_behind(g: Drawer, own: random.Random) -> None:
-    """A result that is read and then written, or a weight that is written when it has been read."""
+    """A result that is read and then written, or written into memory of its own; a weight that is written late."""
     weights = [given.name for given in g.inputs if given.kind == "weight" and not given.view]
     if own.random() < 0.1 and g.kept:
         y = own.choice(g.kept)
@@ -122,6 +128,10 @@ def _written_behind(g: Drawer, own: random.Random) -> None:
         g.add(own.choice(WRITTEN_BEHIND).format(y=y), "written behind")
     if own.random() < 0.04 and weights:
         g.add(own.choice(DATA_BEHIND).format(w=own.choice(weights)), "written behind")
+    if own.random() < 0.06 and g.kept:
+        y, name = own.choice(g.kept), g.name()
+        if g.add(own.choice(WRITTEN_INTO).format(y=y, v=name), "written into"):
+            g.kept[g.kept.index(y)] = name
 
 
 def _finished(g: Drawer, seed: int) -> Program | None:
