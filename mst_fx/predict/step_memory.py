@@ -183,7 +183,7 @@ def returned_bytes(reader: Reader) -> int:
 
 
 def _storage_bytes(reader: Reader, nodes: Sequence[Node]) -> int:
-    storages = set().union(*map(reader.storages, nodes))
+    storages = reader.memory(nodes)
     return sum(hint(storage.nbytes()) for storage in storages)
 
 

@@ -7,7 +7,7 @@ contractions, and a custom activation of ten nodes is ten elementwise nodes. No 
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -248,6 +248,10 @@ class Reader:
         """The memory that the node's value lies in, as captured; none inside a transform."""
         tensors = [tensor for tensor in tensors_of(node) if tensor.layout == torch.strided]
         return {tensor.untyped_storage() for tensor in tensors if not is_transformed(tensor)}
+
+    def memory(self, nodes: Iterable[Node]) -> set[torch.UntypedStorage]:
+        """The memory that the values of several nodes lie in."""
+        return set().union(*map(self.storages, nodes))
 
     def numel(self, node: Node) -> int:
         """Elements of the node's value as captured, added up where it is a tuple."""

@@ -195,14 +195,14 @@ def _check_writes(
     before it is written. What others write to its values they write to the loop's results, when all else is read.
     """
     inside, order = set(nodes), reader.order
-    foreign = set().union(*map(reader.storages, live_ins))
-    own = set().union(*map(reader.storages, inside)) - foreign
-    kept = set().union(*map(reader.storages, returned))
+    foreign = reader.memory(live_ins)
+    own = reader.memory(inside) - foreign
+    kept = reader.memory(returned)
     read, seen, changed = (set[torch.UntypedStorage]() for _ in range(3))
     node, end = min(before, nodes[0], key=order.__getitem__), max(order[before], order[nodes[-1]])
     while order.get(node, end + 1) <= end:
-        operands = set().union(*map(reader.storages, node.all_input_nodes))
-        written = set().union(*map(reader.storages, written_by(node)))
+        operands = reader.memory(node.all_input_nodes)
+        written = reader.memory(written_by(node))
         if node in inside:
             wrong = written & (foreign | seen) or operands & changed
             read |= operands
@@ -222,7 +222,7 @@ def _forbid_writes_to_shared(reader: Reader, outputs: Sequence[Node], nodes: Seq
     each = [reader.storages(node) for node in outputs]
     shared = {memory for number, some in enumerate(each) for other in each[:number] for memory in some & other}
     for node in reader.owner.graph.nodes if shared else ():
-        written = set().union(*map(reader.storages, written_by(node)))
+        written = reader.memory(written_by(node))
         if node not in inside and reader.order[node] > reader.order[nodes[0]] and not shared.isdisjoint(written):
             raise Refusal(Reason.MUTATION, node, f"{op_name(node)} writes to memory that two results share")
 
@@ -236,10 +236,10 @@ def forbid_late_writes(reader: Reader, region: Region, *, recomputes: bool) -> N
         recomputes: whether all that it has read is read again. Else only what is written through `.data` matters: eager
             execution, which may have saved it, computes gradients with the new value.
     """
-    memory = set().union(*map(reader.storages, region.live_ins))
+    memory = reader.memory(region.live_ins)
     end = max(reader.order[region.before], reader.order[region.last])
     for node in reader.owner.graph.nodes:
-        written = set().union(*map(reader.storages, written_by(node))) if reader.order[node] > end else ()
+        written = reader.memory(written_by(node)) if reader.order[node] > end else ()
         if not memory.isdisjoint(written) and (recomputes or writes_data(reader, node)):
             text = f"{op_name(node)} writes to what the backward of the region at {region.name} reads again"
             raise Refusal(Reason.MUTATION, node, text)
@@ -252,7 +252,7 @@ def _check_saved(reader: Reader, nodes: Sequence[Node]) -> None:
     """
     hidden = [node for node in nodes if writes_data(reader, node)]
     for write in hidden:
-        memory = set().union(*map(reader.storages, written_by(write)))
+        memory = reader.memory(written_by(write))
         for node in reader.owner.graph.nodes:
             if reader.order[node] >= reader.order[write]:
                 break

@@ -33,7 +33,7 @@ def _is_seen(reader: Reader, write: Node, inside: set[Node]) -> bool:
 
     What is written when all of the region has been read is written to the loop's result, as to any value.
     """
-    memory = set().union(*map(reader.storages, written_by(write)))
+    memory = reader.memory(written_by(write))
     given = read = 0
     for node in inside:
         later = reader.order[node] > reader.order[write]

@@ -142,6 +142,7 @@ def made(program: Any) -> Any:
     return program() if isinstance(program, type) else program
 
 
+@torch._functorch.config.patch(donated_buffer=False)  # else no graph can be kept for another backward
 def compare(
     program: Any,
     inputs: Any,
@@ -157,20 +158,6 @@ def compare(
         DifferentError: a result differs, or a report holds an internal error, or a loop that `verify` found to differ.
     """
     torch._dynamo.reset()
-    with torch._functorch.config.patch(donated_buffer=False):  # else no graph can be kept for another backward
-        return compared(program, inputs, calls, compiling, backward, how, relative)
-
-
-def compared(
-    program: Any,
-    inputs: Any,
-    calls: int,
-    compiling: dict[str, Any],
-    backward: str,
-    how: str,
-    relative: float,
-) -> int:
-    """As `compare`, in the process as it is."""
     before = {id(report): report for report in mst_fx.reports()}
     fn, twin = made(program), made(program)
     compiled = torch.compile(fn, **compiling)
