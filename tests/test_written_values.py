@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from beside import beside_eager, leaf
+from torch.utils.checkpoint import checkpoint
 
 
 def reports_of(program, *shapes, inputs=None, **options):
@@ -371,3 +372,56 @@ def test_tokens_that_are_written_into_memory_made_for_them():
         return mlp(tokens, up, down)
 
     reports_of(program, *MLP)
+
+
+def recomputed(function, *args):
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+def with_statistics(x, up, down, mean):
+    y = mlp(x + mean, up, down)
+    return recomputed(lambda y: F.batch_norm(y.flatten(0, 1), mean, mean.exp(), training=True), y)
+
+
+def with_a_counter(x, up, down, count):
+    y = mlp(x + count, up, down)
+
+    def block(y):
+        count.add_(1)
+        return y.tanh()
+
+    return y + recomputed(block, x)
+
+
+@pytest.mark.parametrize("program", [with_statistics, with_a_counter], ids=lambda program: program.__name__)
+def test_a_checkpointed_block_writes_to_what_a_region_in_front_of_it_reads(program):
+    def inputs(_):
+        return [*(leaf(*shape) for shape in MLP), torch.ones(4, dtype=torch.float64)]
+
+    reports_of(program, inputs=inputs, inner="aot_eager")
+
+
+def in_a_block(x, up, down, bias):
+    y = recomputed(lambda x: (x @ up + bias).tanh() @ down, x)
+    with torch.no_grad():
+        bias.add_(1)
+    return y
+
+
+def in_a_block_of_a_block(x, up, down, bias):
+    y = recomputed(lambda x: recomputed(lambda x: (x @ up + bias).tanh() @ down, x) * 2, x)
+    with torch.no_grad():
+        bias.add_(1)
+    return y
+
+
+@pytest.mark.parametrize("program", [in_a_block, in_a_block_of_a_block], ids=lambda program: program.__name__)
+def test_what_a_checkpointed_block_reads_is_written_behind_it(program):
+    """Eager execution saves no bias; a loop in the block would read it again."""
+
+    def inputs(_):
+        return [*(leaf(*shape) for shape in MLP), leaf(16)]
+
+    (refusal,) = reports_of(program, inputs=inputs, inner="aot_eager").refusals
+    assert refusal.reason == "MUTATION"
+    assert "Tensor.add_" in refusal.text

@@ -6,6 +6,7 @@ Private torch API: fake tensors, and those of torch.func's transforms. Run on to
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,6 +30,28 @@ def is_fake(value: torch.Tensor) -> bool:
 def is_transformed(value: torch.Tensor) -> bool:
     """Whether a value lives inside of a vmap, or another transform of torch.func, that was captured step by step."""
     return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def tensors_of(node: Node) -> list[torch.Tensor]:
+    """The tensors that a node produced when it was captured, one or several."""
+    value = fake_value(node)
+    return [x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, torch.Tensor)]
+
+
+def storages_of(node: Node) -> set[torch.UntypedStorage]:
+    """The memory that the node's value lies in, as captured; none inside a transform."""
+    tensors = [tensor for tensor in tensors_of(node) if tensor.layout == torch.strided]
+    return {tensor.untyped_storage() for tensor in tensors if not is_transformed(tensor)}
+
+
+def storages_of_all(nodes: Iterable[Node]) -> set[torch.UntypedStorage]:
+    """The memory that the values of several nodes lie in."""
+    return set().union(*map(storages_of, nodes))
+
+
+def is_view(node: Node) -> bool:
+    """Whether the node's value lies in the memory of its operands."""
+    return bool(storages_of(node)) and storages_of(node) <= storages_of_all(node.all_input_nodes)
 
 
 def is_sharded(value: object) -> bool:

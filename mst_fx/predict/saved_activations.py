@@ -16,9 +16,9 @@ from torch.fx import Node
 
 from mst_fx.core.aten_ops import BILINEAR, LINEAR, LOOK_UPS, is_recomputed
 from mst_fx.core.sizes import hint
-from mst_fx.core.values import HALF, bytes_of, has_gradient
+from mst_fx.core.values import HALF, bytes_of, has_gradient, is_view, tensors_of
 from mst_fx.ops.overwritten import overwritten
-from mst_fx.recognise.reader import Reader, tensors_of
+from mst_fx.recognise.reader import Reader
 
 aten = torch.ops.aten
 
@@ -47,7 +47,7 @@ def saved_values(reader: Reader, regions: Mapping[Node, int], blocks: Container[
     saved: set[Node] = set()
     for node in filter(_makes, reader.owner.graph.nodes):
         behind = frozenset().union(*(sources.get(operand, frozenset()) for operand in node.all_input_nodes))
-        if reader.is_view(node):
+        if is_view(node):
             sources[node] = behind
         elif node in regions or node in blocks or needs[node] is Need.MEMORY or _is_dear(reader, node):
             sources[node] = frozenset([node])
@@ -64,13 +64,13 @@ def _needs(reader: Reader, regions: Mapping[Node, int], blocks: Container[Node])
     for node in filter(_makes, reversed(reader.owner.graph.nodes)):
         if node in blocks:
             continue
-        is_view = reader.is_view(node)
-        if not (is_view or node in regions or reader.multiplies(node)) and _is_dear(reader, node):
+        views = is_view(node)
+        if not (views or node in regions or reader.multiplies(node)) and _is_dear(reader, node):
             needs[node] = Need.MEMORY  # attention's backward reads its result
         for operand in node.all_input_nodes:
             if node in regions:
                 need = Need.NOTHING if regions.get(operand) == regions[node] else Need.MEMORY
-            elif is_view:
+            elif views:
                 need = needs[node]
             else:
                 need = _needed(reader, node, operand)

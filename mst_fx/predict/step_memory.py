@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.core.sizes import hint
-from mst_fx.core.values import bytes_of, fake_value
+from mst_fx.core.values import bytes_of, fake_value, storages_of_all
 from mst_fx.predict.saved_activations import activation_bytes, passing_bytes, saved_values
 from mst_fx.recognise.reader import Reader
 
@@ -183,7 +183,7 @@ def returned_bytes(reader: Reader) -> int:
 
 
 def _storage_bytes(reader: Reader, nodes: Sequence[Node]) -> int:
-    storages = reader.memory(nodes)
+    storages = storages_of_all(nodes)
     return sum(hint(storage.nbytes()) for storage in storages)
 
 

@@ -7,10 +7,10 @@ from collections.abc import Hashable
 from torch.fx import GraphModule, Node
 
 from mst_fx.capture.decomposed import Opened
-from mst_fx.recognise.effects import writes, written_by
-from mst_fx.recognise.reader import Reader, tensors_of
+from mst_fx.core.values import storages_of, tensors_of
+from mst_fx.recognise.effects import writes, writes_data
+from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.rebuild import rebuilt
-from mst_fx.recognise.region import writes_data
 
 
 def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None]) -> Reader:
@@ -23,15 +23,15 @@ def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None]) -> 
     reader, dead = Reader(gm, known), set[Node]()
     if not any(_is_unread(node, dead) for node in gm.graph.nodes):
         return reader
-    read = set().union(*(reader.storages(node) for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")))
+    read = set().union(*(storages_of(node) for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")))
     for node in reversed(gm.graph.nodes):
-        written = [reader.storages(target) for target in written_by(node)]
+        written = [storages_of(target) for target in reader.written_by(node)]
         lost = all(storages and storages.isdisjoint(read) for storages in written)
-        lost &= not writes_data(reader, node)  # backward may read what an op has saved
+        lost &= not writes_data(node)  # backward may read what an op has saved
         if _is_unread(node, dead) and lost and reader.is_known(node):
             dead.add(node)
         else:
-            read.update(*map(reader.storages, node.all_input_nodes))
+            read.update(*map(storages_of, node.all_input_nodes))
     return Reader(rebuilt(gm, [], dead=dead), known) if dead else reader
 
 

@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+from mst_fx.core.values import has_gradient, is_view, storages_of, storages_of_all
 
 _OPERATORS = (
     "add",
@@ -46,7 +49,39 @@ def written_by(node: Node) -> tuple[Node, ...]:
     """The operands that a torch-level node writes to."""
     found: list[Node] = []
     map_arg(tuple(_written(node)), found.append)
+    for subgraph in subgraphs_of(node):
+        written = storages_of_all(target for inner in subgraph.graph.nodes for target in written_by(inner))
+        found += [operand for given, operand in handed(node, subgraph) if not written.isdisjoint(storages_of(given))]
     return tuple(dict.fromkeys(found))
+
+
+def sends_back(node: Node) -> bool:
+    """Whether a gradient may come back from a reader: from its value, or from what it writes to (`out[0] = value`)."""
+    return any(map(has_gradient, (node, *written_by(node))))
+
+
+def writes_data(node: Node) -> bool:
+    """Whether a node writes to what `.data` gave, or to a view of it; or its subgraph does."""
+    for target in written_by(node):
+        while target.all_input_nodes and is_view(target):
+            if getattr(target.target, "__name__", "") == "_get_data_attr":
+                return True
+            target = target.all_input_nodes[0]
+    return any(writes_data(inner) for subgraph in subgraphs_of(node) for inner in subgraph.graph.nodes)
+
+
+def subgraphs_of(node: Node) -> list[GraphModule]:
+    """The subgraphs that a higher-order operator runs."""
+    owner, held = node.graph.owning_module, [operand for operand in node.all_input_nodes if operand.op == "get_attr"]
+    modules = [getattr(owner, str(operand.target), None) for operand in held]
+    return [module for module in modules if isinstance(module, GraphModule)]
+
+
+def handed(caller: Node, subgraph: GraphModule) -> list[tuple[Node, Node]]:
+    """The placeholders of a subgraph, each with the operand that its caller hands to it, which are the last ones."""
+    placeholders = subgraph.graph.find_nodes(op="placeholder")
+    pairs = zip(reversed(placeholders), reversed(tree_leaves(caller.args)), strict=False)
+    return [(given, operand) for given, operand in pairs if isinstance(operand, Node)]
 
 
 def _written(node: Node) -> Iterator[Any]:

@@ -21,7 +21,7 @@ from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import is_size
-from mst_fx.core.values import fake_value, has_gradient
+from mst_fx.core.values import fake_value, has_gradient, is_view
 from mst_fx.recognise.effects import written_by
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close, needs_gradient, with_parts
@@ -241,7 +241,7 @@ def _behind_returned(
     for node in sorted(nodes, key=reader.order.__getitem__):
         operands = set(node.all_input_nodes)
         if node not in given and not operands.isdisjoint(given | dependent):
-            (given if operands <= given and reader.is_view(node) else dependent).add(node)
+            (given if operands <= given and is_view(node) else dependent).add(node)
     streams = [o for node in dependent for o in node.all_input_nodes if o in given]
     return [(frozenset(dependent), max(streams, key=reader.numel))] if streams else []
 

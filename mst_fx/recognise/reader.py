@@ -7,7 +7,7 @@ contractions, and a custom activation of ten nodes is ten elementwise nodes. No 
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -31,7 +31,7 @@ from mst_fx.core.modes import modes_of
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint, is_size
-from mst_fx.core.values import fake_value, is_sharded, is_transformed
+from mst_fx.core.values import fake_value, is_sharded, is_transformed, tensors_of
 from mst_fx.placement.propagate import forbid_effects, forbid_unruled
 from mst_fx.placement.rules.contraction import factors
 from mst_fx.recognise.effects import writes, written_by
@@ -61,7 +61,14 @@ class Reader:
         self.order = {node: position for position, node in enumerate(owner.graph.nodes)}
         self.modes = modes_of(owner.graph)
         self.remembered: dict[Any, Any] = {}  # by other stages, about nodes of this graph
+        self._written: dict[Node, tuple[Node, ...]] = {}
         self._opened = self._open_all({} if known is None else known)
+
+    def written_by(self, node: Node) -> tuple[Node, ...]:
+        """The operands that a node writes to."""
+        if node not in self._written:
+            self._written[node] = written_by(node)
+        return self._written[node]
 
     def opened(self, node: Node) -> Opened | None:
         """What one node opens into; None where it cannot be opened (no fake values, a data-dependent op, ...)."""
@@ -203,11 +210,6 @@ class Reader:
         """The operands that are tensors, or tuples of them; no sizes, no subgraphs."""
         return [operand for operand in node.all_input_nodes if tensors_of(operand)]
 
-    def is_view(self, node: Node) -> bool:
-        """Whether the node's value lies in the memory of its operands."""
-        operands = set().union(*map(self.storages, node.all_input_nodes))
-        return bool(self.storages(node)) and self.storages(node) <= operands
-
     def multiplies(self, node: Node) -> bool:
         """Whether the node opens into a matrix product of any kind, as attention does."""
         return self.does(node, CONTRACTIONS)
@@ -244,24 +246,9 @@ class Reader:
         ops = opened.ops if opened is not None else ()
         return opened is not None and not any(is_random(op.target) for op in ops)
 
-    def storages(self, node: Node) -> set[torch.UntypedStorage]:
-        """The memory that the node's value lies in, as captured; none inside a transform."""
-        tensors = [tensor for tensor in tensors_of(node) if tensor.layout == torch.strided]
-        return {tensor.untyped_storage() for tensor in tensors if not is_transformed(tensor)}
-
-    def memory(self, nodes: Iterable[Node]) -> set[torch.UntypedStorage]:
-        """The memory that the values of several nodes lie in."""
-        return set().union(*map(self.storages, nodes))
-
     def numel(self, node: Node) -> int:
         """Elements of the node's value as captured, added up where it is a tuple."""
         return sum(prod(map(hint, tensor.shape)) for tensor in tensors_of(node))
-
-
-def tensors_of(node: Node) -> list[torch.Tensor]:
-    """The tensors that a node produced when it was captured, one or several."""
-    value = fake_value(node)
-    return [x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, torch.Tensor)]
 
 
 def _reshapes_in_place(node: Node) -> bool:

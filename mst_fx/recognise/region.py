@@ -8,7 +8,7 @@ Terms
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,9 @@ from mst_fx.core.provenance import module_path, op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data
 from mst_fx.core.values import fake_value, has_gradient
-from mst_fx.recognise.effects import writes, written_by
+from mst_fx.recognise.effects import sends_back
 from mst_fx.recognise.reader import Reader, works_on_shards
+from mst_fx.recognise.write_checks import forbid_writes_between, forbid_writes_to_saved, forbid_writes_to_shared
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ def close(
             raise Refusal(Reason.UNKNOWN_OP, user, text)
     before, early = _place(reader, ordered, outputs, live_ins)
     moved = {operand for node in early for operand in (node, *node.all_input_nodes)}
-    _check_writes(reader, ordered, {*live_ins, *moved}, before, returned)
-    _check_saved(reader, ordered)
-    _forbid_writes_to_shared(reader, outputs, ordered)
+    forbid_writes_between(reader, ordered, {*live_ins, *moved}, before, returned)
+    forbid_writes_to_saved(reader, ordered)
+    forbid_writes_to_shared(reader, ordered, outputs)
     modes = {node: reader.modes[node] for node in ordered}
     return Region(reader.owner, ordered, outputs, live_ins, stream, before, early, modes, returned, smaller, front)
 
@@ -115,12 +116,7 @@ def close(
 def needs_gradient(node: Node, inside: Collection[Node]) -> bool:
     """Whether what reads the value outside can send a gradient back."""
     readers = (user for user in node.users if user not in inside)
-    return has_gradient(node) and any(user.op == "output" or _sends_back(user) for user in readers)
-
-
-def _sends_back(reader: Node) -> bool:
-    """Whether a gradient may come back from a reader: from its value, or from what it writes to (`out[0] = value`)."""
-    return any(map(has_gradient, (reader, *written_by(reader))))
+    return has_gradient(node) and any(user.op == "output" or sends_back(user) for user in readers)
 
 
 def with_parts(nodes: Collection[Node]) -> set[Node]:
@@ -184,90 +180,3 @@ def _made_after(
             raise Refusal(Reason.NOT_CONVEX, first_reader, text)
         moved.append(node)
     return tuple(sorted(moved, key=reader.order.__getitem__))
-
-
-def _check_writes(
-    reader: Reader, nodes: Sequence[Node], live_ins: Collection[Node], before: Node, returned: Collection[Node]
-) -> None:
-    """The region runs in one place: nothing may change what it reads between there and where it read it before.
-
-    Nor may it change what others read: neither what it reads itself, nor a value of its own that has been read outside
-    before it is written. What others write to its values they write to the loop's results, when all else is read.
-    """
-    inside, order = set(nodes), reader.order
-    foreign = reader.memory(live_ins)
-    own = reader.memory(inside) - foreign
-    kept = reader.memory(returned)
-    read, seen, changed = (set[torch.UntypedStorage]() for _ in range(3))
-    node, end = min(before, nodes[0], key=order.__getitem__), max(order[before], order[nodes[-1]])
-    while order.get(node, end + 1) <= end:
-        operands = reader.memory(node.all_input_nodes)
-        written = reader.memory(written_by(node))
-        if node in inside:
-            wrong = written & (foreign | seen) or operands & changed
-            read |= operands
-        else:
-            wrong = written & (foreign if order[node] >= order[before] else foreign & read) or written & kept
-            changed |= written & own
-            seen |= operands & own if writes(node) else operands & own - reader.storages(node)
-        if wrong:
-            does = "writes to its operand" if written else "reads what has been written to outside of the region"
-            raise Refusal(Reason.MUTATION, node, f"{op_name(node)} {does}")
-        node = node.next
-
-
-def _forbid_writes_to_shared(reader: Reader, outputs: Sequence[Node], nodes: Sequence[Node]) -> None:
-    """Raise a refusal for a write to memory that two results have in common: each result of a loop has its own."""
-    inside = set(nodes)
-    each = [reader.storages(node) for node in outputs]
-    shared = {memory for number, some in enumerate(each) for other in each[:number] for memory in some & other}
-    for node in reader.owner.graph.nodes if shared else ():
-        written = reader.memory(written_by(node))
-        if node not in inside and reader.order[node] > reader.order[nodes[0]] and not shared.isdisjoint(written):
-            raise Refusal(Reason.MUTATION, node, f"{op_name(node)} writes to memory that two results share")
-
-
-def forbid_late_writes(reader: Reader, region: Region, *, recomputes: bool) -> None:
-    """Raise a refusal for a write, behind the region, to what its backward reads.
-
-    Args:
-        reader: of the graph.
-        region: has gradients.
-        recomputes: whether all that it has read is read again. Else only what is written through `.data` matters: eager
-            execution, which may have saved it, computes gradients with the new value.
-    """
-    memory = reader.memory(region.live_ins)
-    end = max(reader.order[region.before], reader.order[region.last])
-    for node in reader.owner.graph.nodes:
-        written = reader.memory(written_by(node)) if reader.order[node] > end else ()
-        if not memory.isdisjoint(written) and (recomputes or writes_data(reader, node)):
-            text = f"{op_name(node)} writes to what the backward of the region at {region.name} reads again"
-            raise Refusal(Reason.MUTATION, node, text)
-
-
-def _check_saved(reader: Reader, nodes: Sequence[Node]) -> None:
-    """Nothing may be written through `.data` that an earlier op may have saved: its backward would read the new value.
-
-    Of any other write that autograd does not see, eager execution tells that the saved value has changed.
-    """
-    hidden = [node for node in nodes if writes_data(reader, node)]
-    for write in hidden:
-        memory = reader.memory(written_by(write))
-        for node in reader.owner.graph.nodes:
-            if reader.order[node] >= reader.order[write]:
-                break
-            reads = any(not memory.isdisjoint(reader.storages(o)) for o in node.all_input_nodes)
-            saves = writes(node) or memory.isdisjoint(reader.storages(node))  # a view saves nothing
-            if reads and saves and reader.modes[node].grad and _sends_back(node):
-                text = f"{op_name(write)} writes through .data to what {op_name(node)} may have saved for backward"
-                raise Refusal(Reason.MUTATION, write, text)
-
-
-def writes_data(reader: Reader, node: Node) -> bool:
-    """Whether a node writes to what `.data` gave, or to a view of it."""
-    for target in written_by(node):
-        while target.all_input_nodes and reader.is_view(target):
-            if getattr(target.target, "__name__", "") == "_get_data_attr":
-                return True
-            target = target.all_input_nodes[0]
-    return False

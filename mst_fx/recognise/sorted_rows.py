@@ -12,17 +12,18 @@ from torch.fx import Node
 
 from mst_fx.core.aten_ops import SORTS
 from mst_fx.core.graph_walk import ancestors, descendants
-from mst_fx.core.values import fake_value
-from mst_fx.recognise.effects import written_by
+from mst_fx.core.values import fake_value, storages_of, storages_of_all
 from mst_fx.recognise.reader import Reader
 
 
 def company(reader: Reader, inside: set[Node]) -> list[Node]:
     """Nodes outside that have to come in: what stands in between, what writes, and what was made to be written."""
     users = dict.fromkeys(user for node in inside for user in node.users if user not in inside)
-    writers = [user for user in users if not inside.isdisjoint(written_by(user)) and _is_seen(reader, user, inside)]
+    writers = [
+        user for user in users if not inside.isdisjoint(reader.written_by(user)) and _is_seen(reader, user, inside)
+    ]
     fills = [o for node in inside for o in node.all_input_nodes if o not in inside and reader.fills(o)]
-    written = [o for o in fills if inside.issuperset(o.users) or any(o in written_by(user) for user in o.users)]
+    written = [o for o in fills if inside.issuperset(o.users) or any(o in reader.written_by(user) for user in o.users)]
     dependent = descendants(inside)
     between = [o for node in inside for o in node.all_input_nodes if o in dependent and o not in inside]
     return between + writers + written
@@ -33,13 +34,13 @@ def _is_seen(reader: Reader, write: Node, inside: set[Node]) -> bool:
 
     What is written when all of the region has been read is written to the loop's result, as to any value.
     """
-    memory = reader.memory(written_by(write))
+    memory = storages_of_all(reader.written_by(write))
     given = read = 0
     for node in inside:
         later = reader.order[node] > reader.order[write]
         foreign = [o for o in node.all_input_nodes if later or o not in inside]
-        read += any(not memory.isdisjoint(reader.storages(operand)) for operand in foreign)
-        given += not memory.isdisjoint(reader.storages(node)) and not inside.issuperset(node.users)
+        read += any(not memory.isdisjoint(storages_of(operand)) for operand in foreign)
+        given += not memory.isdisjoint(storages_of(node)) and not inside.issuperset(node.users)
     return read > 0 or given > 1
 
 

@@ -33,7 +33,8 @@ from mst_fx.recognise.norm_in_front import with_front
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader, works_on_shards
 from mst_fx.recognise.rebuild import Edit, nodes_of, rebuilt
-from mst_fx.recognise.region import Region, forbid_late_writes
+from mst_fx.recognise.region import Region
+from mst_fx.recognise.write_checks import forbid_late_writes
 from mst_fx.report.entries import cut_head, dropped
 from mst_fx.report.report import Report, refused
 from mst_fx.survey.surveyed import TOP, Around, Site, Surveyed
@@ -71,11 +72,12 @@ class Surveyor:
         sites: list[Site] = []
         discovered = discover(reader, self.patterns, strict=self.config.strict)
         taken = {node for found in discovered if isinstance(found.outcome, Region) for node in found.outcome.nodes}
+        graph = _Graph(reader, around, taken, sizes)
         for found in discovered:
             try:
                 if isinstance(found.outcome, Refusal):
                     raise found.outcome
-                region, work = self._best_part(reader, found.outcome, taken, sizes)
+                region, work = self._best_part(graph, found.outcome)
                 sites.append(Site(found.pattern, region, work, around))
             except Refusal as refusal:
                 report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
@@ -83,7 +85,7 @@ class Surveyor:
                 assert isinstance(found.outcome, Region)
                 report = report.joined(Report(refusals=(refused(found.pattern, self._fault(error, found.outcome)),)))
         children = {
-            child.name: (self.survey(child.module, around.inside(child)), child.callers)
+            child.name: (self.survey(child.module, around.inside(reader, child)), child.callers)
             for child in nested(reader.owner)
         }
         return Surveyed(reader, tuple(sites), report, children, around, sizes)
@@ -124,9 +126,7 @@ class Surveyor:
         varies = any(map(is_symbolic, fake_value(head.region.stream).shape))
         return head.bytes_before >= self.config.least_bytes or (varies and self.config.min_bytes is None)
 
-    def _best_part(
-        self, reader: Reader, region: Region, taken: Collection[Node], sizes: tuple[Any, ...]
-    ) -> tuple[Region, Work]:
+    def _best_part(self, graph: _Graph, region: Region) -> tuple[Region, Work]:
         """The largest part that can be looped; where large values are returned, the one that leaves the fewest bytes.
 
         Raises:
@@ -137,8 +137,8 @@ class Surveyor:
         part: Region | None = region
         while part is not None and (part.returned or not parts):
             try:
-                front = self._with_front(reader, part, taken, sizes)
-                parts.append(front or (part, self._analysed(reader, part, sizes)))
+                front = self._with_front(graph, part)
+                parts.append(front or (part, self._analysed(graph, part)))
             except Refusal as error:
                 refusal = refusal or error
             part = part.smaller
@@ -147,25 +147,24 @@ class Surveyor:
             raise refusal
         return min(parts, key=lambda part: written_after(part[1], self._lengths(*part).chunk))
 
-    def _with_front(
-        self, reader: Reader, region: Region, taken: Collection[Node], sizes: tuple[Any, ...]
-    ) -> tuple[Region, Work] | None:
+    def _with_front(self, graph: _Graph, region: Region) -> tuple[Region, Work] | None:
         """The region and what stands in front of it, if its tokens stay apart there, too: the longest axis is split."""
-        whole = with_front(reader, region, taken)
+        whole = with_front(graph.reader, region, graph.taken)
         if whole is None:
             return None
         try:
-            work = self._analysed(reader, whole, sizes)
+            work = self._analysed(graph, whole)
         except Refusal:
             return None
         longest = max(map(hint, fake_value(whole.stream).shape[:-1]), default=0)
         return (whole, work) if hint(work.stages.length) >= longest else None
 
-    def _analysed(self, reader: Reader, region: Region, sizes: tuple[Any, ...]) -> Work:
+    def _analysed(self, graph: _Graph, region: Region) -> Work:
         try:
-            work = analysed(region, self.config, self._works, self.marked, sizes)
+            work = analysed(region, self.config, self._works, self.marked, graph.sizes)
             if work.backward != "none":
-                forbid_late_writes(reader, region, recomputes=work.backward == "recompute")
+                recomputes = work.backward == "recompute"
+                forbid_late_writes(graph.reader, region, graph.around.overwritten, recomputes=recomputes)
             return work
         except Refusal:
             raise
@@ -225,6 +224,23 @@ class Surveyor:
         if key not in self._memories:
             self._memories[key] = memory_of(work, self.call(work, lengths))
         return self._memories[key]
+
+
+@dataclass(frozen=True, eq=False)
+class _Graph:
+    """What a survey knows of a graph before it looks at its regions.
+
+    Attributes:
+        reader: of it.
+        around: what stands around it.
+        taken: the nodes of its regions.
+        sizes: that its early cuts need fixed.
+    """
+
+    reader: Reader
+    around: Around
+    taken: Collection[Node]
+    sizes: tuple[Any, ...]
 
 
 def _apart(heads: Sequence[CutHead]) -> list[CutHead]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -17,6 +17,7 @@ from mst_fx.predict.time import Device, device_of
 from mst_fx.recognise.discover import Nested
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region
+from mst_fx.recognise.write_checks import Overwritten, written_when_run
 from mst_fx.report.report import Report, refused
 
 
@@ -28,14 +29,17 @@ class Around:
         repeated: whether it is in a block that is computed again for backward in any case.
         kept: whether the results of its loops are kept nevertheless. In a row of checkpointed blocks each keeps what it
             is given; what the last one gives is computed again for its readers, a whole loop for one tensor.
+        overwritten: what graphs around it write to when it has run.
     """
 
     repeated: bool = False
     kept: bool = False
+    overwritten: Overwritten = field(default_factory=dict)
 
-    def inside(self, child: Nested) -> Around:
-        """The same for a subgraph."""
-        return Around(self.repeated or child.repeated, self.kept or child.last)
+    def inside(self, reader: Reader, child: Nested) -> Around:
+        """The same for a subgraph of a graph."""
+        overwritten = written_when_run(reader, child, self.overwritten)
+        return Around(self.repeated or child.repeated, self.kept or child.last, overwritten)
 
 
 TOP = Around()

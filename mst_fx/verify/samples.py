@@ -179,10 +179,10 @@ def widened(value: torch.Tensor, captured: torch.Tensor) -> torch.Tensor:
     return value.double() if value.is_floating_point() else value
 
 
-def nudged(value: torch.Tensor, captured: torch.Tensor, eps: float) -> torch.Tensor:
+def nudged(value: torch.Tensor, captured: torch.Tensor, eps: float, seed: int) -> torch.Tensor:
     """On the program's device; a float differs by about `eps` of itself."""
     if value.is_floating_point():
-        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         value = (value.double() * (1 + eps * noise)).to(value.dtype)
     return value.to(captured.device)
 

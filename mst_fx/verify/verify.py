@@ -2,9 +2,10 @@
 
 The loop that is run is the one that is compiled, put into a graph by the same code; the region and the numbers are
 those of `excerpt` and `samples`. The measure is the program itself: against its own nodes in float64, the loop may be
-as wrong as these are in the program's dtypes, and by a rounding more. Where it is not, the program runs once more on
-numbers that differ in their last bit: a value that is all cancellation, or a choice between two that are as good,
-changes as much then, and is no fault. In half precision a second set of numbers has to show the fault, too.
+as wrong as these are in the program's dtypes, and by a rounding more. Where it is not, the program runs again on
+numbers that differ in their last bit, `NUDGES` times: a value that is all cancellation, or a choice between two that
+are as good, changes as much then, and is no fault. In half precision a second set of numbers has to show the fault,
+too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ SMALL = 1e-6
 """A value smaller than so much of the largest is as good as zero."""
 FACTOR = 4
 """The loop's error may be so many times that of eager, or of numbers that differ in their last bit."""
+NUDGES = 4
+"""Runs on such numbers: one of them may happen to change little, where a value is a single number."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +135,11 @@ def _fault(found: Excerpt, looped: GraphModule, seed: int) -> str:
     errors = [max(pair) for pair in zip(*(_errors(truth, eager, ours) for ours in made), strict=True)]
     if all(error <= most for error, most in zip(errors, allowed, strict=True)):
         return ""
-    nudge = partial(nudged, eps=torch.finfo(coarse).eps)
-    (other,) = outcomes(program, placed(found, samples, nudge), samples.upstream)
-    own = [max(pair) for pair in zip(_errors(truth, eager, eager), _errors(truth, eager, other), strict=True)]
+    others = [eager]
+    for number in range(NUDGES):
+        nudge = partial(nudged, eps=torch.finfo(coarse).eps, seed=number)
+        others += outcomes(program, placed(found, samples, nudge), samples.upstream)
+    own = [max(each) for each in zip(*(_errors(truth, eager, other) for other in others), strict=True)]
     wrong = [
         f"{name} by {error:.1e} (eager by {least:.1e})"
         for name, error, least in zip(names, errors, own, strict=True)

@@ -1,0 +1,127 @@
+"""Writes around a region that one loop in its place would change the meaning of.
+
+The program reads and writes in the order of its lines. A loop reads all that the region reads at once, in one place of
+the graph, reads it again in backward, and gives results that lie in memory of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch.fx import Node
+
+from mst_fx.core.provenance import op_name
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.values import storages_of, storages_of_all
+from mst_fx.recognise.effects import handed, sends_back, writes_data
+from mst_fx.recognise.reader import Reader
+
+if TYPE_CHECKING:
+    from mst_fx.recognise.discover import Nested
+    from mst_fx.recognise.region import Region
+
+Overwritten: TypeAlias = Mapping[torch.UntypedStorage, Node]
+"""Memory, as captured, and a node that writes to it."""
+
+
+def forbid_writes_between(
+    reader: Reader, nodes: Sequence[Node], live_ins: Collection[Node], before: Node, returned: Collection[Node]
+) -> None:
+    """The region runs in one place: nothing may change what it reads between there and where it read it before.
+
+    Nor may it change what others read: neither what it reads itself, nor a value of its own that has been read outside
+    before it is written. What others write to its values they write to the loop's results, when all else is read.
+    """
+    inside, order = set(nodes), reader.order
+    foreign = storages_of_all(live_ins)
+    own = storages_of_all(inside) - foreign
+    kept = storages_of_all(returned)
+    read, seen, changed = (set[torch.UntypedStorage]() for _ in range(3))
+    node, end = min(before, nodes[0], key=order.__getitem__), max(order[before], order[nodes[-1]])
+    while order.get(node, end + 1) <= end:
+        operands = storages_of_all(node.all_input_nodes)
+        written = storages_of_all(reader.written_by(node))
+        if node in inside:
+            wrong = written & (foreign | seen) or operands & changed
+            read |= operands
+        else:
+            wrong = written & (foreign if order[node] >= order[before] else foreign & read) or written & kept
+            changed |= written & own
+            seen |= operands & own if reader.written_by(node) else operands & own - storages_of(node)
+        if wrong:
+            does = "writes to its operand" if written else "reads what has been written to outside of the region"
+            raise Refusal(Reason.MUTATION, node, f"{op_name(node)} {does}")
+        node = node.next
+
+
+def forbid_writes_to_shared(reader: Reader, nodes: Sequence[Node], outputs: Sequence[Node]) -> None:
+    """Raise a refusal for a write to memory that two results have in common: each result of a loop has its own."""
+    inside = set(nodes)
+    each = [storages_of(node) for node in outputs]
+    shared = {memory for number, some in enumerate(each) for other in each[:number] for memory in some & other}
+    for node in reader.owner.graph.nodes if shared else ():
+        written = storages_of_all(reader.written_by(node))
+        if node not in inside and reader.order[node] > reader.order[nodes[0]] and not shared.isdisjoint(written):
+            raise Refusal(Reason.MUTATION, node, f"{op_name(node)} writes to memory that two results share")
+
+
+def forbid_late_writes(reader: Reader, region: Region, around: Overwritten, *, recomputes: bool) -> None:
+    """Raise a refusal for a write, behind the region, to what its backward reads.
+
+    Args:
+        reader: of the graph.
+        region: has gradients.
+        around: what the graphs around this one write to when it has run.
+        recomputes: whether all that it has read is read again. Else only what is written through `.data` matters: eager
+            execution, which may have saved it, computes gradients with the new value.
+    """
+    end = max(reader.order[region.before], reader.order[region.last])
+    later = {**around, **written_behind(reader, end)}
+    for memory in storages_of_all(region.live_ins) & later.keys():
+        node = later[memory]
+        if recomputes or writes_data(node):
+            text = f"{op_name(node)} writes to what the backward of the region at {region.name} reads again"
+            raise Refusal(Reason.MUTATION, node, text)
+
+
+def written_behind(reader: Reader, position: int) -> Overwritten:
+    """The memory that nodes of a graph write to behind a position of its order, and the last node that does."""
+    nodes = (node for node in reader.owner.graph.nodes if reader.order[node] > position)
+    return {memory: node for node in nodes for memory in storages_of_all(reader.written_by(node))}
+
+
+def written_when_run(reader: Reader, child: Nested, around: Overwritten) -> Overwritten:
+    """What `forbid_late_writes` needs to know of a subgraph: its own names of the memory that is written to later.
+
+    Args:
+        reader: of the graph that runs the subgraph.
+        child: the subgraph.
+        around: the same for the graph itself.
+    """
+    found: dict[torch.UntypedStorage, Node] = {}
+    for caller in child.callers:
+        later = {**around, **written_behind(reader, reader.order[caller])}
+        for given, operand in handed(caller, child.module) if later else ():
+            for memory in storages_of(operand) & later.keys():
+                found.update(dict.fromkeys(storages_of(given), later[memory]))
+    return found
+
+
+def forbid_writes_to_saved(reader: Reader, nodes: Sequence[Node]) -> None:
+    """Nothing may be written through `.data` that an earlier op may have saved: its backward would read the new value.
+
+    Of any other write that autograd does not see, eager execution tells that the saved value has changed.
+    """
+    hidden = [node for node in nodes if writes_data(node)]
+    for write in hidden:
+        memory = storages_of_all(reader.written_by(write))
+        for node in reader.owner.graph.nodes:
+            if reader.order[node] >= reader.order[write]:
+                break
+            reads = any(not memory.isdisjoint(storages_of(o)) for o in node.all_input_nodes)
+            saves = reader.written_by(node) or memory.isdisjoint(storages_of(node))  # a view saves nothing
+            if reads and saves and reader.modes[node].grad and sends_back(node):
+                text = f"{op_name(write)} writes through .data to what {op_name(node)} may have saved for backward"
+                raise Refusal(Reason.MUTATION, write, text)
