@@ -10,6 +10,7 @@ import losses
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from beside import beside_eager
 from graphs import captured, rewritten
 from losses import CROSS_ENTROPY, DISTILLATION, HEADS, PER_TOKEN, REINFORCEMENT, RETURNED, SHIFTED, B, D, T, V
 from memory_probe import peak_bytes, saved_bytes
@@ -226,6 +227,14 @@ def test_backward_of_a_picked_class_scatters_nothing(name):
     ops = {node.target for node in gm.mini_sequence_backward_0.graph.nodes}
     assert torch.ops.aten.nll_loss_backward.default in ops
     assert torch.ops.aten.scatter_add.default not in ops
+
+
+def test_a_class_is_picked_by_a_short_integer():
+    def program(x, w, y):
+        return -F.linear(x, w).log_softmax(-1).gather(-1, y.int().unsqueeze(-1)).mean()
+
+    (report,) = beside_eager(program, lambda _: inputs())
+    assert len(report.regions) == 1
 
 
 def test_a_gradient_scaler_reaches_half_precision():

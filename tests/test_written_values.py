@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -129,9 +131,18 @@ def statistics(x, up, down, b):
     return mlp(x, up, down)
 
 
+def observed(x, up, down, b):
+    """Training for quantisation: the range and the scale that were seen are arguments far from the first."""
+    on, zero = torch.ones(1, dtype=torch.long), torch.zeros(1, dtype=torch.int32)
+    low, high, scale = torch.zeros(1), torch.zeros(1), torch.ones(1)
+    h = (x @ up) * scale
+    torch.fused_moving_avg_obs_fake_quant(x.detach().float(), on, on, low, high, scale, zero, 0.1, 0, 255, -1)
+    return (h * scale).tanh() @ down, high
+
+
 @pytest.mark.parametrize(
     "program",
-    [foreach, foreach_inside, by_keyword, operand_by_keyword, sorted_into, statistics],
+    [foreach, foreach_inside, by_keyword, operand_by_keyword, sorted_into, statistics, observed],
     ids=lambda program: program.__name__,
 )
 def test_writes_of_every_kind_are_seen(program):
@@ -349,6 +360,18 @@ def by_its_dunder(x, up, down, m):
 @pytest.mark.parametrize("program", [shifted_right, by_its_dunder], ids=lambda program: program.__name__)
 def test_operators_in_place(program):
     reports_of(program, inputs=lambda _: [*(leaf(*shape) for shape in MLP), torch.full((3, 7, 1), 8)])
+
+
+@pytest.mark.parametrize("join", [operator.and_, operator.or_], ids=lambda join: join.__name__)
+def test_operators_whose_names_end_as_those_in_place_write_nothing(join):
+    def program(x, up, down, known):
+        h = x @ up
+        return (h * join(known, h > 0)) @ down
+
+    def inputs(_):
+        return [*(leaf(*shape) for shape in MLP), torch.arange(16) % 3 == 0]
+
+    assert len(reports_of(program, inputs=inputs).regions) == 1
 
 
 @pytest.mark.parametrize("function", [torch.batch_norm, torch.ops.aten.batch_norm.default], ids=["torch", "aten"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable
+from collections.abc import Container, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from mst_fx.capture.fixed_sizes import as_if_fixed, equal, fix_all, fixed_by, fo
 from mst_fx.capture.lower import apart, lower
 from mst_fx.capture.scalar_operands import as_tensors
 from mst_fx.core.config import Config
+from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.values import fake_value
 from mst_fx.placement.partition import Numbers, Stages, cut
@@ -132,6 +133,7 @@ def _analysed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Co
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     stages = cut(lowered, placeholders[stream])
     needs_grad = _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True)))
+    _forbid_complex(region, needs_grad)
     wanted = tuple(i for i, node in enumerate(stages.operands) if needs_grad[node])
     wanted, differentiable = _gradients(region, stages, wanted, config)
     backward = _backward(stages, differentiable)
@@ -140,11 +142,11 @@ def _analysed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Co
 
 
 def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool]:
-    """Which values before the loop need a gradient: floating-point ones that depend on a live-in that does."""
+    """Which values need a gradient: those of numbers that have one, and that depend on a live-in that does."""
     needs: dict[Node, bool] = {}
     for node in stages.graph.nodes:
         value = node.meta.get("val")
-        floating = value is not None and hasattr(value, "is_floating_point") and value.is_floating_point()
+        floating = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
         if node.target == torch.ops.aten.detach.default:
             needs[node] = False
         elif node in live_in_of:
@@ -152,6 +154,18 @@ def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool
         else:
             needs[node] = floating and any(needs[operand] for operand in node.all_input_nodes)
     return needs
+
+
+def _forbid_complex(region: Region, needs_grad: Mapping[Node, bool]) -> None:
+    """Raise a refusal for gradients of complex numbers, and for views that conjugate or negate what they read."""
+    for live_in in region.live_ins:
+        value = fake_value(live_in)
+        if isinstance(value, torch.Tensor) and (value.is_conj() or value.is_neg()):
+            raise Refusal(Reason.COMPLEX, live_in, f"{op_name(live_in)} gives a view of complex numbers")
+    if any(needs_gradient(node, set(region.nodes)) for node in region.outputs):
+        for node, needs in needs_grad.items():
+            if needs and node.meta["val"].is_complex():
+                raise Refusal(Reason.COMPLEX, node, f"{node.name} is complex and needs a gradient")
 
 
 def _kept(region: Region, stages: Stages, differentiable: tuple[int, ...]) -> tuple[int, ...]:

@@ -135,7 +135,7 @@ def _open_gather(x: torch.Tensor, dim: int, index: torch.Tensor, *, sparse_grad:
     last = x.dim() > 1 and dim % x.dim() == x.dim() - 1
     if not last or list(index.shape) != [*rows, 1] or not x.is_floating_point():
         return NotImplemented
-    scores, target = x.reshape(-1, x.shape[-1]), index.reshape(-1)
+    scores, target = x.reshape(-1, x.shape[-1]), index.reshape(-1).long()
     picked = -aten.nll_loss_forward.default(scores, target, None, NONE, NEVER)[0]
     return picked.view(index.shape)
 

@@ -27,6 +27,7 @@ class Reason(Enum):
     SHAPE = "Use lengths above 1; a region of one row has nothing to split."
     DYNAMIC = "Compile with static shapes (dynamic=False) or make only the split dim dynamic."
     DATA_DEPENDENT = "Route tokens without sizes that depend on them: sort them by expert and multiply group by group."
+    COMPLEX = "Compute with real and imaginary parts as tensors of their own."
     NUMBER = "Give the op a tensor, or a number that depends neither on the data nor on the length."
     SHARDED = "Ops on DTensors (tensor parallel) are never looped; those on plain tensors around them are."
     SMALL = "Set min_bytes, or name the module in `modules`, to loop it all the same."

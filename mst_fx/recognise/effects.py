@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -90,11 +91,12 @@ def _written(node: Node) -> Iterator[Any]:
         return
     if "out" in node.kwargs:
         yield node.kwargs["out"]
-    name, schemas = _name(node), _schemas(node.target)
+    name = _name(node)
     first = node.args[0] if node.args else node.kwargs.get("self", node.kwargs.get("input"))
-    for schema in schemas:
+    for schema in _schemas(node):
         yield from _written_by_schema(node, schema)
-    if not schemas and (name.endswith("_") or name in _IN_PLACE_OPERATORS):
+    tells_all = isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    if not tells_all and (name.endswith("_") or name in _IN_PLACE_OPERATORS):
         yield first
     given = _arguments(node, name)
     if given.get("inplace") is True:
@@ -112,16 +114,33 @@ def _name(node: Node) -> str:
         name = node.target._schema.name.partition("::")[2]
     else:
         name = getattr(node.target, "__name__", "")
+        if _is_operator(node.target):
+            name = name.rstrip("_")  # `and_` is no in-place op
     return name[2:-2] if name.startswith("__") and name.endswith("__") else name
 
 
-def _schemas(target: Any) -> list[Any]:
-    """The schemas of an operator, or of all the overloads that it may stand for; none of another function."""
+def _is_operator(target: Any) -> bool:
+    return getattr(target, "__module__", None) in ("_operator", "operator")
+
+
+def _schemas(node: Node) -> list[Any]:
+    """The schemas of an operator, or of all the overloads that it may stand for; none of another function.
+
+    Methods, and functions that torch has written in C++, stand for the operator of their name.
+    """
+    target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         return [target._schema]
+    if node.op == "call_method" or (isinstance(target, BuiltinFunctionType) and not _is_operator(target)):
+        target = _packet(_name(node))
     if isinstance(target, torch._ops.OpOverloadPacket):
         return [getattr(target, overload)._schema for overload in target.overloads()]
     return []
+
+
+@functools.cache
+def _packet(name: str) -> torch._ops.OpOverloadPacket | None:
+    return getattr(torch.ops.aten, name, None)
 
 
 def _written_by_schema(node: Node, schema: Any) -> Iterator[Any]:
@@ -134,7 +153,7 @@ def _written_by_schema(node: Node, schema: Any) -> Iterator[Any]:
 def _arguments(node: Node, name: str) -> dict[str, Any]:
     """The arguments of a function that may write in place, by name, defaults included as far as it tells them."""
     signature = _signature(node.target) if node.op == "call_function" else None
-    if name in _SIDE_EFFECTS and (signature is None or _schemas(node.target)):
+    if name in _SIDE_EFFECTS and (signature is None or _schemas(node)):
         names = [argument.name for argument in getattr(torch.ops.aten, name).default._schema.arguments]
         return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     if signature is None or not ("inplace" in signature.parameters or name in _SIDE_EFFECTS):

@@ -117,12 +117,17 @@ def distance(ours: Any, eager: Any, relative: float) -> float:
         return 0.0 if type(ours) is type(eager) and ours == eager else float("inf")
     if ours.shape != eager.shape or ours.dtype != eager.dtype:
         return float("inf")
-    ours, eager = ours.detach().double(), eager.detach().double()
+    ours, eager = _reals(ours), _reals(eager)
     odd = ~(ours.isfinite() & eager.isfinite())
     if not torch.equal(ours[odd].nan_to_num(7.0), eager[odd].nan_to_num(7.0)):
         return float("inf")
     ours, eager = ours[~odd], eager[~odd]
     return float((ours - eager).norm() / (relative * (eager.norm() + 0.1)))
+
+
+def _reals(x: torch.Tensor) -> torch.Tensor:
+    x = x.detach()
+    return torch.view_as_real(x.resolve_conj()).double() if x.is_complex() else x.double()
 
 
 def only_one_is_none(ours: torch.Tensor | None, eager: torch.Tensor | None) -> bool:

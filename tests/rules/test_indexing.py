@@ -153,6 +153,21 @@ def test_rows_and_their_labels_are_cut_alike(position):
     assert placed(call, Split(1), position) == [Split(1)]
 
 
+def diagonal(x):
+    counted = torch.arange(x.shape[0])
+    return x[counted, counted]
+
+
+def diagonal_of_two_counts(x):
+    return x[torch.arange(x.shape[0]), torch.arange(x.shape[1])]
+
+
+@pytest.mark.parametrize("pick", [diagonal, diagonal_of_two_counts])
+def test_rows_that_are_counted_along_two_dims_are_refused(pick):
+    with pytest.raises(Refusal, match="counts rows of two dims at once"):
+        placed(Call(pick, [values(5, 5)]), Split(0))
+
+
 @pytest.mark.parametrize("count", [lambda: torch.arange(1, 5), lambda: torch.arange(0, 8, 2), lambda: torch.arange(3)])
 def test_what_does_not_count_all_rows_picks_some_of_them(count):
     with pytest.raises(Refusal):

@@ -173,6 +173,8 @@ def _counts_along(index: Node, size: int) -> int | None:
 def _paired(node: Node, flow: Flow, picks: Picks, table: Split) -> Placement:
     """Each row is picked from by the indices of its own."""
     counted = picks.indices[table.dim]
+    if list(picks.indices.values()).count(counted) > 1:
+        raise mixed(node, "counts rows of two dims at once")
     result = table.moved(picks.made(counted, positions_of(node)[counted]))
     for given in picks.indices.values():
         own = picks.aligned(given, result.dim) if given is not counted else None
