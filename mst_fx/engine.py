@@ -22,8 +22,8 @@ from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.sizes import fix, long_lengths
-from mst_fx.core.values import marked_sizes
+from mst_fx.core.sizes import fix, long_lengths, without_guards
+from mst_fx.core.values import marked_sizes, sizes_of
 from mst_fx.plan.chunk_length import Lengths
 from mst_fx.plan.planner import Plan, Plans, make_plans
 from mst_fx.recognise.pattern import Pattern
@@ -71,7 +71,7 @@ class Engine:
     def __init__(self, gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> None:
         self.gm = gm
         self.config = config
-        with _quiet_room():
+        with _quiet_room(), without_guards(sizes_of(gm) if config.strict else ()):
             self.surveyor = Surveyor(config, chosen, marked_sizes(gm))
             self.surveyed = self.surveyor.survey(gm)
             notes = (*left_out(config), *unmatched(config, self.surveyed))

@@ -147,6 +147,38 @@ def test_no_guard_on_the_length_is_ours():
     assert guards[0] == guards[1]
 
 
+def test_tokens_that_experts_choose_are_left_alone_without_a_guard():
+    """As many tokens as there are features: what is asked of two sizes that happen to be equal is no guard."""
+
+    def program(x, router, up, down):
+        tokens = x.flatten(0, -2)
+        weights, chosen = (tokens @ router).softmax(-1).t().topk(tokens.shape[0] // 2, -1)
+        made = torch.bmm(tokens[chosen], up).relu() @ down * weights[..., None]
+        return torch.zeros_like(tokens).index_add(0, chosen.flatten(), made.flatten(0, 1))
+
+    x = torch.randn(2, 3, 3)
+    torch._dynamo.mark_dynamic(x, 1)
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 3), (3, 3, 8), (3, 8, 3))]
+    looped(program, num_chunks=2)(x, *weights)
+    assert [refusal.reason for refusal in mst_fx.reports()[-1].refusals] == ["AXIS_MIXED"]
+
+
+def test_an_op_whose_derivative_asks_for_sizes():
+    compiled = looped(lambda x, up, down: ((x @ up).sgn() * (x @ up).abs().sqrt()) @ down)
+    for length in (20, 37):
+        compiled(torch.randn(2, length, 8), torch.randn(8, 40), torch.randn(40, 8, requires_grad=True)).sum().backward()
+    assert [len(report.regions) for report in mst_fx.reports()[-2:]] == [1, 1]
+
+
+def test_a_head_whose_cut_leaves_nothing():
+    def program(x, head, labels, start):
+        return torch.nn.functional.cross_entropy((x @ head)[:, start:].flatten(0, 1), labels[:, start:].flatten())
+
+    compiled = looped(program, dynamic=True, num_chunks=3)
+    x, head, labels = torch.randn(3, 2, 4), torch.randn(4, 12), torch.randint(0, 12, (3, 2))
+    assert compiled(x, head, labels, 2).isnan()
+
+
 def log_probabilities(x, w, labels):
     """Nobody compares the lengths of the tokens and of the labels: `gather` takes fewer rows than there are."""
     return (x @ w).log_softmax(-1).gather(-1, labels[..., None]).sum()

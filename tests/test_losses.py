@@ -172,6 +172,15 @@ def test_detached_logits_have_no_gradient(name):
     assert peak_bytes(run) < (2.2 if name == "shifted_loss_and_logits" else 1.6) * LOGITS  # joined of two parts
 
 
+def test_a_small_part_of_detached_logits_has_its_gradient():
+    def program(x, w, y):
+        scores = F.linear(x, w).log_softmax(-1)
+        return F.nll_loss(scores.flatten(0, 1), y.flatten()), scores[..., 7]
+
+    (report,) = beside_eager(program, lambda _: inputs(), returned_logits="detach")
+    assert [region.returned_bytes for region in report.regions] == [0]
+
+
 @pytest.mark.parametrize(("name", "inner"), [*RETURNED_WITHIN, ("loss_and_logits", "eager")])
 def test_dropped_logits_never_exist(name, inner):
     fn, tensors = RETURNED[name], inputs()

@@ -101,7 +101,22 @@ def test_results_and_gradients(cut):
     assert max(rows) < B * T
 
 
-@pytest.mark.parametrize("kept", [slice(None, -1), slice(3, -2), slice(4, None), slice(0, 5), slice(-4, None), 5, -1])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        slice(None, -1),
+        slice(3, -2),
+        slice(4, None),
+        slice(0, 5),
+        slice(-4, None),
+        slice(7, -1),
+        slice(-2, -5),
+        slice(-40, 3),
+        slice(-2, 2),
+        5,
+        -1,
+    ],
+)
 def test_returned_results_are_joined_of_both_sides_of_the_cut(kept):
     x, w = (t.double().detach().requires_grad_() for t in tensors((B, T, D), (V, D)))
 

@@ -44,9 +44,17 @@ def dead(x, up, other, down):
     return F.silu(h) @ down
 
 
+def only_its_order(x, up, other, down):
+    return (F.silu(x @ up) * (x @ other).sort(-1)[1].to(x.dtype)) @ down
+
+
+def only_its_best(x, up, other, down):
+    return (F.silu(x @ up) * (x @ other).topk(8)[1].to(x.dtype)) @ down
+
+
 NO_GRADIENT = [
     *(detached_gate, detached_tokens, detached_weight, without_gradient, only_compared),
-    *(only_its_shape, filled_over, dead),
+    *(only_its_shape, only_its_order, only_its_best, filled_over, dead),
 ]
 
 

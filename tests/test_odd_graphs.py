@@ -259,3 +259,23 @@ def test_sizes_that_are_computed_after_a_result_was_read():
 
     reports = beside_eager(program, given, 2, dynamic=True)
     assert [len(report.regions) for report in reports] == [1]
+
+
+def test_integers_that_are_drawn_for_each_value_are_drawn_outside():
+    def program(x, up, down):
+        h = x @ up
+        return (h * torch.randint(0, 2, h.shape)).tanh() @ down
+
+    assert looped_regions(beside_eager(program, mlp_inputs)) == 1
+
+
+def test_ops_on_nested_tensors_are_told_and_left_alone():
+    def program(rows, up, down):
+        tokens = torch.nested.nested_tensor_from_jagged(rows, torch.tensor([0, 3, 8]))
+        made = tokens + F.dropout(F.silu(tokens @ up), 0.0) @ down
+        return made.values() + F.silu(made.values() @ up) @ down
+
+    (report,) = beside_eager(program, lambda _: (leaf(8, 3), leaf(3, 8), leaf(8, 3)))
+    assert len(report.regions) == 1
+    assert [refusal.reason for refusal in report.refusals] == ["NESTED"]
+    assert "works on nested tensors" in report.refusals[0].text

@@ -168,6 +168,35 @@ def test_a_write_inside_of_a_loop(program):
     assert looped_regions(beside_eager(program, given)) == 1
 
 
+def learnt_scale(x, up, down):
+    alias = (x @ up).detach()
+    alias *= down[:, 0]
+    return alias.tanh() @ down
+
+
+def learnt_column(x, up, down):
+    alias = (x @ up).data
+    alias[..., 0] = down[0, 0]
+    return alias.tanh() @ down
+
+
+def bias_of_a_frozen_head(x, head, bias):
+    with torch.no_grad():
+        logits = x @ head
+    logits = logits.detach()
+    logits += bias[:, 0]
+    return F.cross_entropy(logits.flatten(0, 1), torch.arange(15) % 8)
+
+
+@pytest.mark.parametrize(
+    "program", [learnt_scale, learnt_column, bias_of_a_frozen_head], ids=lambda program: program.__name__
+)
+def test_a_detached_view_that_gets_a_gradient_of_its_own(program):
+    (refusal,) = beside_eager(program, given)[0].refusals
+    assert refusal.reason == "MUTATION"
+    assert "writes what has a gradient to a detached view" in refusal.text
+
+
 def result_zeroed(x, up, down):
     y = wide(x, up) @ down
     with torch.no_grad():

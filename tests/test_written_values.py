@@ -397,6 +397,49 @@ def test_tokens_that_are_written_into_memory_made_for_them():
     reports_of(program, *MLP)
 
 
+@torch._dynamo.allow_in_graph
+def counted(count, x):
+    count.add_(1)
+    return x * 2
+
+
+class Counted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, count):
+        count.add_(1)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2, None
+
+
+def allowed_between(x, up, down, count):
+    h = x @ up + count
+    return (h + counted(count, x.detach()).mean() + count).tanh() @ down
+
+
+def allowed_and_unread(x, up, down, count):
+    counted(count, x.detach())
+    return mlp(x, up, down)
+
+
+def by_a_custom_function(x, up, down, count):
+    h = x @ up + count
+    y = Counted.apply(x, count)
+    return (h + count).tanh() @ down + y
+
+
+@pytest.mark.parametrize(
+    "program", [allowed_between, allowed_and_unread, by_a_custom_function], ids=lambda program: program.__name__
+)
+def test_functions_of_the_user_that_write(program):
+    def inputs(_):
+        return [*(leaf(*shape) for shape in MLP), torch.ones(16, dtype=torch.float64)]
+
+    reports_of(program, inputs=inputs, inner="aot_eager")
+
+
 def recomputed(function, *args):
     return checkpoint(function, *args, use_reentrant=False)
 

@@ -204,9 +204,8 @@ def _forbid_missing_derivatives(env: Mapping[Node, Any], sinks: Sequence[torch.T
 
 
 def _cuts_gradients(node: Node) -> bool:
-    """Whether an operand that may need a gradient gets none from the value that is made of it."""
-    values = tree_leaves(node.meta.get("val"))
-    made = any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in values)
+    """Whether an operand that may need a gradient gets none from a value that is made of it: an order has none."""
+    made = all(map(_is_floating, tree_leaves(node.meta.get("val"))))
     reads = any(_is_floating(operand.meta.get("val")) for operand in node.all_input_nodes)
     return reads and (not made or node.target in (overwritten, *WITHOUT_GRADIENT))
 

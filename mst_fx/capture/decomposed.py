@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -32,10 +32,12 @@ class Opened:
     Attributes:
         position_of: for each placeholder which of the node's operands (`all_input_nodes`) it stands for.
         ops: the nodes of the graph but placeholders, in its order.
+        written: the operands that it was seen to write to.
     """
 
     position_of: dict[Node, int]
     ops: tuple[Node, ...]
+    written: frozenset[int] = frozenset()
 
 
 def open_alone(owner: GraphModule, node: Node, result: Node) -> Opened | None:
@@ -58,7 +60,7 @@ def open_alone(owner: GraphModule, node: Node, result: Node) -> Opened | None:
 
 
 def open_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, Opened | None]:
-    """What each of several nodes opens into; none of them may write to an operand.
+    """What each of several nodes opens into; none of them is known to write to an operand.
 
     The trace gives the tensors of one node behind those of another, as many of each as `counts` says: none of a node
     that cannot be traced. One that writes to memory of its own is opened alone, as a whole region is: without the
@@ -67,13 +69,20 @@ def open_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, Opene
     operands = {operand: fake_value(operand) for node in nodes for operand in node.all_input_nodes}
     leaves = {id(leaf): leaf for leaf in tree_leaves(list(operands.values()))}  # a trace tells values by identity
     counts: list[int] = []
+    written: list[frozenset[int]] = []
 
     def run(*values: Any) -> list[Any]:
         given = dict(zip(leaves, values, strict=True))
         env = {operand: tree_map(lambda leaf: given[id(leaf)], value) for operand, value in operands.items()}
-        results = [_tensors(owner, node, env) for node in nodes]
-        counts.extend(map(len, results))
-        return [part for parts in results for part in parts]
+        made: list[torch.Tensor] = []
+        for node in nodes:
+            before = _versions(node, env)
+            results = _tensors(owner, node, env)
+            changed = zip(before, _versions(node, env), strict=True)
+            written.append(frozenset(position for position, (old, new) in enumerate(changed) if old != new))
+            counts.append(len(results))
+            made += results
+        return made
 
     with tracing(list(leaves.values())):
         graph = traced(run, list(leaves.values()), openings(gathers=False)).graph
@@ -81,12 +90,13 @@ def open_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, Opene
     returned: Any = graph.output_node().args[0]
     results = iter(returned)
     opened: dict[Node, Opened | None] = {}
-    for node, count in zip(nodes, counts, strict=True):
+    for node, count, changed in zip(nodes, counts, written, strict=True):
         read = enumerate(map(tree_leaves, map(operands.__getitem__, node.all_input_nodes)))
         position_of = {placeholder_of[id(leaf)]: position for position, parts in read for leaf in parts}
-        opened[node] = _slice(graph, position_of, list(islice(results, count)))
-    written = {operand for op in graph.nodes if mutates(op) for operand in op.all_input_nodes}
-    dirty = [node for node, found in opened.items() if found is not None and not written.isdisjoint(found.ops)]
+        found = _slice(graph, position_of, list(islice(results, count)))
+        opened[node] = replace(found, written=changed) if found is not None and changed else found
+    memory = {operand for op in graph.nodes if mutates(op) for operand in op.all_input_nodes}
+    dirty = [node for node, found in opened.items() if found is not None and not memory.isdisjoint(found.ops)]
     return opened | {node: open_alone(owner, node, node) for node in dirty}
 
 
@@ -98,6 +108,12 @@ def _tensors(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> list[to
         log.debug("mst_fx: %s is not understood: %s", node, error)
         return []
     return [part for part in tree_leaves(value) if isinstance(part, torch.Tensor)]
+
+
+def _versions(node: Node, env: Mapping[Node, Any]) -> list[tuple[int, ...]]:
+    """How often each operand has been written to."""
+    parts = [tree_leaves(env[operand]) for operand in node.all_input_nodes]
+    return [tuple(x._version for x in each if isinstance(x, torch.Tensor)) for each in parts]
 
 
 def _placeholders(graph: Graph) -> list[Node]:

@@ -140,6 +140,11 @@ def _open_gather(x: torch.Tensor, dim: int, index: torch.Tensor, *, sparse_grad:
     return picked.view(index.shape)
 
 
+def _open_sgn(x: torch.Tensor) -> Any:
+    """Of real numbers, the sign: autograd's formula of `sgn` asks for sizes as numbers."""
+    return NotImplemented if x.is_complex() else x.sign()
+
+
 NEVER = -(2**31)
 """An index to ignore that no gather takes."""
 GATHERS: dict[Any, Callable[..., Any]] = {aten.gather.default: _open_gather}
@@ -154,4 +159,5 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.bernoulli.p: _open_bernoulli,
     aten.glu.default: _open_glu,
     aten.rand_like.default: _open_rand_like,
+    aten.sgn.default: _open_sgn,
 }

@@ -25,6 +25,7 @@ from mst_fx.core.sizes import (
     in_terms_of,
     is_symbolic,
     seen_symbols,
+    unguarded,
 )
 
 
@@ -177,6 +178,6 @@ def _with(value: Any, seen: Mapping[Any, Any]) -> Any:
         return value
     mode: Any = value.fake_mode  # type: ignore[attr-defined]
     shape, stride = after[: value.dim()], after[value.dim() :]
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), unguarded():
         fixed = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
     return fixed.requires_grad_(value.requires_grad)

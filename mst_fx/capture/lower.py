@@ -29,7 +29,7 @@ from mst_fx.core.aten_ops import is_mutable
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.graph_modules import layout_free
 from mst_fx.core.modes import Mode
-from mst_fx.core.sizes import any_length, is_symbolic, number
+from mst_fx.core.sizes import any_length, is_symbolic, number, unguarded
 from mst_fx.core.values import fake_value
 from mst_fx.ops.overwritten import WithoutWrites
 
@@ -123,7 +123,7 @@ def tracing(examples: Sequence[Any]) -> Iterator[None]:
             stack.enter_context(modes.pop())
         if any(map(is_symbolic, _sizes(examples))):
             stack.enter_context(enable_python_dispatcher())  # else composite ops ask for sizes of their own
-            stack.enter_context(ShapeEnv().suppress_guards())  # for this thread: what is asked here guards nothing
+            stack.enter_context(unguarded())
         yield
 
 
@@ -141,8 +141,11 @@ def mutates(node: Node) -> bool:
     return is_mutable(node.target)
 
 
-def _sizes(values: Sequence[Any]) -> list[Any]:
-    return [size for value in values for size in (value.shape if isinstance(value, torch.Tensor) else (value,))]
+def _sizes(values: Sequence[Any]) -> Iterator[Any]:
+    """Sizes and strides: rows of a longer value have its length between them."""
+    for value in values:
+        strided = isinstance(value, torch.Tensor) and value.layout == torch.strided
+        yield from (*value.shape, *value.stride()) if strided else (value,)
 
 
 MakeInputs: TypeAlias = Callable[[int], Sequence[torch.Tensor]]

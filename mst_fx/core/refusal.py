@@ -30,6 +30,7 @@ class Reason(Enum):
     COMPLEX = "Compute with real and imaginary parts as tensors of their own."
     NUMBER = "Give the op a tensor, or a number that depends neither on the data nor on the length."
     SHARDED = "Ops on DTensors (tensor parallel) are never looped; those on plain tensors around them are."
+    NESTED = "Ops on nested tensors are never looped; those on plain tensors, such as their `values()`, are."
     SMALL = "Set min_bytes, or name the module in `modules`, to loop it all the same."
     BUDGET = "Allow more memory, or take what the text names."
     DIFFERS = "This is a bug in mst_fx; please report it with the text and this code. verify=True shows it again."

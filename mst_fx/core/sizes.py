@@ -5,8 +5,8 @@ Private torch API: the symbols of sizes and what was seen of them. Run on torch 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -115,6 +115,25 @@ def fix(number: Any) -> None:
 def seen(number: torch.SymFloat) -> float | None:
     """The value that a float had when the graph was captured, None where it depends on the data; adds no guard."""
     return float(number.node.hint) if number.node.has_hint() else None
+
+
+def unguarded() -> AbstractContextManager[None]:
+    """What is asked about sizes in here, by this thread, is answered by those that were seen, and guards nothing."""
+    return ShapeEnv().suppress_guards()
+
+
+@contextmanager
+def without_guards(sizes: Iterable[Any]) -> Iterator[None]:
+    """Nothing in here may ask about sizes so that the answer becomes a guard.
+
+    Raises:
+        AssertionError: something did.
+    """
+    shape_env = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+    before = len(shape_env.guards) if shape_env is not None else 0
+    yield
+    added = [str(guard.expr) for guard in shape_env.guards[before:]] if shape_env is not None else []
+    assert not added, f"guards were added: {', '.join(added)}"
 
 
 def any_length(shape_env: ShapeEnv) -> int:

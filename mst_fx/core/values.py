@@ -6,7 +6,7 @@ Private torch API: fake tensors, and those of torch.func's transforms. Run on to
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -77,6 +77,13 @@ def has_gradient(node: Node) -> bool:
     value = fake_value(node)
     parts = value if isinstance(value, tuple | list) else [value]
     return any(isinstance(part, torch.Tensor) and part.requires_grad for part in parts)
+
+
+def sizes_of(gm: GraphModule) -> Iterator[Any]:
+    """The sizes, and other numbers, that a graph is given."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = fake_value(node)
+        yield from value.shape if isinstance(value, torch.Tensor) else (value,)
 
 
 def marked_sizes(gm: GraphModule) -> frozenset[str]:

@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 
 from torch.fx import Node
 
-from mst_fx.core.sizes import number, sure
+from mst_fx.core.sizes import hint, number, sure
 
 
 def same_shape(a: Sequence[int], b: Sequence[int]) -> bool:
@@ -113,8 +113,8 @@ def through_view(split: Split, before: Sequence[int], after: Sequence[int]) -> S
 
 
 def _is_empty(shape: Sequence[int]) -> bool:
-    """Whether a shape is known to hold nothing: any factors would do."""
-    return any(isinstance(size, int) and size == 0 for size in shape)
+    """Whether a shape held nothing when it was captured: any factors would do, and none can be divided by."""
+    return any(hint(size) == 0 for size in shape)
 
 
 def _refines(part: Split, split: Split) -> bool:

@@ -183,10 +183,15 @@ def forbid_unruled(node: Node) -> None:
 
 def forbid_effects(node: Node) -> None:
     """Raise a refusal for an aten node that draws random numbers or writes to an operand."""
-    if is_random(node.target) and node.target not in DRAWS:
+    if is_random(node.target) and not _draws_a_seed(node):
         raise Refusal(Reason.RANDOM, node, f"{node.target} draws random numbers, which a recompute cannot replay")
     if is_mutable(node.target):
         raise Refusal(Reason.MUTATION, node, f"{node.target} writes to its operand")
+
+
+def _draws_a_seed(node: Node) -> bool:
+    """Whether one number is drawn, for the whole region, as a dropout of ours does."""
+    return node.target in DRAWS and isinstance(node.args[2], Sequence) and len(node.args[2]) == 0
 
 
 def _check_epilogue(node: Node, placements: Mapping[Node, Result], epilogue: Mapping[Node, None]) -> None:

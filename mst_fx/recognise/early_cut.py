@@ -26,7 +26,6 @@ from mst_fx.placement.propagate import Unequal, origins, propagate
 from mst_fx.placement.rules import Demand, Spans, args_of, shape_of
 from mst_fx.placement.rules.view import dim_of
 from mst_fx.placement.run_on_chunk import run_resized
-from mst_fx.recognise.effects import writes
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close
 
@@ -94,7 +93,7 @@ def _chain(reader: Reader, head: Node) -> tuple[list[Node], Node] | None:
         if len(readers) != 1 or returned > 1:
             return None
         (user,) = readers
-        if reader.obstacle(user) is not None or reader.multiplies(user) or writes(user):
+        if reader.obstacle(user) is not None or reader.multiplies(user) or reader.written_by(user):
             return None
         opened = reader.opened(user)
         cuts = opened is not None and any(node.target in CUTS for node in opened.ops)
@@ -188,7 +187,11 @@ def _retraced(
                 env[cut] = kept[source].select(dim_of(cut), 0) if cut.target == aten.select.int else kept[source]
                 for result in set(lowered.graph.output_node().all_input_nodes) & set(path):
                     pieces = [part(env, 0, start)[result]] if start not in (0, None) else []
-                    pieces += [kept[result], *([part(env, end, None)[result]] if end is not None else [])]
+                    pieces.append(kept[result])
+                    if end is not None:
+                        lengths = [placements[result].axis_length(piece.shape) for piece in pieces]
+                        behind = sum(lengths) if len(pieces) > 1 else end  # a cut may end in front of its start
+                        pieces.append(part(env, behind, None)[result])
                     env[result] = torch.cat(pieces, placements[result].dim)
         raise AssertionError("a graph ends in its output")
 

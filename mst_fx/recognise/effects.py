@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from types import BuiltinFunctionType
 from typing import Any
 
@@ -41,6 +41,12 @@ _SIDE_EFFECTS = {
 """Functions that update some of their arguments: the argument that tells whether they do, and those."""
 
 
+DATA = frozenset(["_get_data_attr"])
+"""What gives a view that shares no version with its base: autograd does not notice that it is written."""
+DETACHED = DATA | {"detach"}
+"""What gives a view without a gradient."""
+
+
 def writes(node: Node) -> bool:
     """Whether a torch-level node writes to one of its operands."""
     return bool(written_by(node))
@@ -63,12 +69,18 @@ def sends_back(node: Node) -> bool:
 
 def writes_data(node: Node) -> bool:
     """Whether a node writes to what `.data` gave, or to a view of it; or its subgraph does."""
-    for target in written_by(node):
-        while target.all_input_nodes and is_view(target):
-            if getattr(target.target, "__name__", "") == "_get_data_attr":
-                return True
-            target = target.all_input_nodes[0]
+    if any(lies_behind(target, DATA) for target in written_by(node)):
+        return True
     return any(writes_data(inner) for subgraph in subgraphs_of(node) for inner in subgraph.graph.nodes)
+
+
+def lies_behind(node: Node, names: Container[str]) -> bool:
+    """Whether a value is a view that one of these functions or methods gave, or a view of such a view."""
+    while node.all_input_nodes and is_view(node):
+        if _name(node) in names:
+            return True
+        node = node.all_input_nodes[0]
+    return False
 
 
 def subgraphs_of(node: Node) -> list[GraphModule]:

@@ -22,7 +22,6 @@ from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import is_size
 from mst_fx.core.values import fake_value, has_gradient, is_view
-from mst_fx.recognise.effects import written_by
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close, needs_gradient, with_parts
 from mst_fx.recognise.sorted_rows import company, with_orders
@@ -115,10 +114,14 @@ class _Growing:
         """Who has to come along with a node: readers of a large value, and whoever writes to it."""
         if not self._is_large(node):
             return []
-        writers = [user for user in node.users if node in written_by(user)]
-        leaves = {user for user in node.users if user.op == "output" or only_returns(self.reader, user)}
+        writers = [user for user in node.users if node in self.reader.written_by(user)]
+        leaves = {user for user in node.users if user.op == "output" or self._is_shown(user)}
         self.returned += [node] if leaves else []
         return [user for user in node.users if user not in leaves] + writers
+
+    def _is_shown(self, node: Node) -> bool:
+        """Whether a node gives large values to the caller; a small part of one is a result like others."""
+        return self._is_large(node) and only_returns(self.reader, node)
 
     def _operands(self, node: Node) -> list[Node]:
         """The large operands that come along with a node: made in the loop, in place of being read by it."""

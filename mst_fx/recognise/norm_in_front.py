@@ -18,7 +18,6 @@ from torch.fx import Node
 from mst_fx.core.refusal import Refusal
 from mst_fx.core.values import fake_value
 from mst_fx.placement.placement import same_shape
-from mst_fx.recognise.effects import writes
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close
 
@@ -74,7 +73,7 @@ def _belongs(reader: Reader, node: Node, inside: set[Node]) -> bool:
     if not all(isinstance(fake_value(value), torch.Tensor) for value in (node, *reader.tensor_operands(node))):
         return False  # a tuple, or a part of one
     computes = reader.is_pure(node) and not reader.multiplies(node) and reader.obstacle(node) is None
-    return computes and not any(writes(user) for user in node.users)
+    return computes and not any(reader.written_by(user) for user in node.users)
 
 
 def _is_like(value: Node, stream: Node) -> bool:

@@ -65,9 +65,11 @@ class Reader:
         self._opened = self._open_all({} if known is None else known)
 
     def written_by(self, node: Node) -> tuple[Node, ...]:
-        """The operands that a node writes to."""
+        """The operands that a node writes to, as its name and its schema tell, or as was seen when it was opened."""
         if node not in self._written:
-            self._written[node] = written_by(node)
+            opened = self.opened(node)
+            seen = (node.all_input_nodes[position] for position in opened.written) if opened is not None else ()
+            self._written[node] = tuple(dict.fromkeys((*written_by(node), *seen)))
         return self._written[node]
 
     def opened(self, node: Node) -> Opened | None:
@@ -217,8 +219,8 @@ class Reader:
     def obstacle(self, node: Node) -> Refusal | None:
         """Why a region must not run through this node; None where each of its ops has a placement rule."""
         opened = self.opened(node)
-        if works_on_shards(node):
-            return Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors")
+        if (strange := strange_tensors(node)) is not None:
+            return strange
         if opened is None:
             return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} cannot be opened into aten ops")
         if any(op.op == "get_attr" for op in opened.ops):
@@ -236,7 +238,7 @@ class Reader:
 
     def is_pure(self, node: Node) -> bool:
         """Whether the node does nothing but compute its value: it writes nothing and draws no random numbers."""
-        return not writes(node) and self.is_known(node)
+        return not self.written_by(node) and self.is_known(node)
 
     def is_known(self, node: Node) -> bool:
         """Whether it is known what the node computes, or writes, and that it draws no random numbers."""
@@ -264,14 +266,18 @@ def _can_be_opened(node: Node) -> bool:
     calls = node.op in ("call_function", "call_method", "call_module")
     if not calls or isinstance(node.target, torch._ops.HigherOrderOperator) or _reshapes_in_place(node):
         return False
-    if works_on_shards(node) or any(map(is_transformed, _near(node))):
+    if strange_tensors(node) is not None or any(map(is_transformed, _near(node))):
         return False
     return _result(node) is not None and all(fake_value(operand) is not None for operand in node.all_input_nodes)
 
 
-def works_on_shards(node: Node) -> bool:
-    """Whether a node reads or makes DTensors."""
-    return any(map(is_sharded, _near(node)))
+def strange_tensors(node: Node) -> Refusal | None:
+    """That a node reads or makes DTensors, or nested tensors: no pattern can tell what its ops are."""
+    if any(map(is_sharded, _near(node))):
+        return Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors")
+    if any(x.is_nested for x in _near(node)):
+        return Refusal(Reason.NESTED, node, f"{op_name(node)} works on nested tensors")
+    return None
 
 
 def _near(node: Node) -> list[torch.Tensor]:

@@ -21,8 +21,13 @@ from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data
 from mst_fx.core.values import fake_value, has_gradient
 from mst_fx.recognise.effects import sends_back
-from mst_fx.recognise.reader import Reader, works_on_shards
-from mst_fx.recognise.write_checks import forbid_writes_between, forbid_writes_to_saved, forbid_writes_to_shared
+from mst_fx.recognise.reader import Reader, strange_tensors
+from mst_fx.recognise.write_checks import (
+    forbid_gradients_behind_detach,
+    forbid_writes_between,
+    forbid_writes_to_saved,
+    forbid_writes_to_shared,
+)
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,8 @@ def close(
         last = max(nodes, key=reader.order.__getitem__)
         raise Refusal(Reason.UNREAD, last, f"nobody reads the result of {op_name(last)}")
     for node in ordered:
-        if works_on_shards(node):
-            raise Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors")
+        if (strange := strange_tensors(node)) is not None:
+            raise strange
     for node in outputs:
         if not isinstance(fake_value(node), torch.Tensor):
             raise Refusal(Reason.ESCAPES, node, f"{op_name(node)} gives what is no tensor to the rest of the graph")
@@ -108,6 +113,7 @@ def close(
     moved = {operand for node in early for operand in (node, *node.all_input_nodes)}
     forbid_writes_between(reader, ordered, {*live_ins, *moved}, before, returned)
     forbid_writes_to_saved(reader, ordered)
+    forbid_gradients_behind_detach(reader, ordered)
     forbid_writes_to_shared(reader, ordered, outputs)
     modes = {node: reader.modes[node] for node in ordered}
     return Region(reader.owner, ordered, outputs, live_ins, stream, before, early, modes, returned, smaller, front)

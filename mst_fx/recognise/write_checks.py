@@ -14,8 +14,8 @@ from torch.fx import Node
 
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.values import storages_of, storages_of_all
-from mst_fx.recognise.effects import handed, sends_back, writes_data
+from mst_fx.core.values import has_gradient, storages_of, storages_of_all
+from mst_fx.recognise.effects import DETACHED, handed, lies_behind, sends_back, writes_data
 from mst_fx.recognise.reader import Reader
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ def written_behind(reader: Reader, position: int) -> Overwritten:
 def written_when_run(reader: Reader, child: Nested, around: Overwritten) -> Overwritten:
     """What `forbid_late_writes` needs to know of a subgraph: its own names of the memory that is written to later.
 
+    A subgraph that runs again for backward writes again what it writes.
+
     Args:
         reader: of the graph that runs the subgraph.
         child: the subgraph.
@@ -102,11 +104,21 @@ def written_when_run(reader: Reader, child: Nested, around: Overwritten) -> Over
     """
     found: dict[torch.UntypedStorage, Node] = {}
     for caller in child.callers:
-        later = {**around, **written_behind(reader, reader.order[caller])}
+        later = {**around, **written_behind(reader, reader.order[caller] - child.repeated)}
         for given, operand in handed(caller, child.module) if later else ():
             for memory in storages_of(operand) & later.keys():
                 found.update(dict.fromkeys(storages_of(given), later[memory]))
     return found
+
+
+def forbid_gradients_behind_detach(reader: Reader, nodes: Sequence[Node]) -> None:
+    """Raise a refusal for a write to a detached view that gives it a gradient of its own, apart from its base's."""
+    for node in nodes:
+        for target in reader.written_by(node) if reader.modes[node].grad else ():
+            others = (operand for operand in node.all_input_nodes if operand is not target)
+            if lies_behind(target, DETACHED) and any(map(has_gradient, others)):
+                text = f"{op_name(node)} writes what has a gradient to a detached view"
+                raise Refusal(Reason.MUTATION, node, text)
 
 
 def forbid_writes_to_saved(reader: Reader, nodes: Sequence[Node]) -> None:

@@ -17,8 +17,8 @@ from mst_fx.bodies.work import Work, analysed
 from mst_fx.capture.decomposed import Opened
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
-from mst_fx.core.provenance import module_path, op_name
-from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.provenance import module_path
+from mst_fx.core.refusal import Refusal
 from mst_fx.core.sizes import hint, is_symbolic
 from mst_fx.core.values import fake_value, has_gradient
 from mst_fx.plan.chunk_length import Lengths, default_lengths
@@ -31,7 +31,7 @@ from mst_fx.recognise.discover import discover, nested
 from mst_fx.recognise.early_cut import CutHead, cut_heads
 from mst_fx.recognise.norm_in_front import with_front
 from mst_fx.recognise.pattern import Pattern
-from mst_fx.recognise.reader import Reader, works_on_shards
+from mst_fx.recognise.reader import Reader, strange_tensors
 from mst_fx.recognise.rebuild import Edit, nodes_of, rebuilt
 from mst_fx.recognise.region import Region
 from mst_fx.recognise.write_checks import forbid_late_writes
@@ -68,7 +68,7 @@ class Surveyor:
         if self.config.returned_logits == "drop":
             reader, report = self._without_logits(reader)
         reader, cuts, sizes = self._cut_early(reader)
-        report = report.joined(cuts).joined(_sharded(reader))
+        report = report.joined(cuts).joined(_strange(reader))
         sites: list[Site] = []
         discovered = discover(reader, self.patterns, strict=self.config.strict)
         taken = {node for found in discovered if isinstance(found.outcome, Region) for node in found.outcome.nodes}
@@ -254,13 +254,16 @@ def _apart(heads: Sequence[CutHead]) -> list[CutHead]:
     return chosen
 
 
-def _sharded(reader: Reader) -> Report:
-    """A word about ops on DTensors: patterns cannot tell what they are."""
-    nodes = [node for node in reader.owner.graph.nodes if node.op.startswith("call_") and works_on_shards(node)]
-    if not nodes:
-        return Report()
-    text = f"{op_name(nodes[0])} works on DTensors, as {len(nodes)} op(s) of the graph do"
-    return Report(refusals=(refused("all", Refusal(Reason.SHARDED, nodes[0], text)),))
+def _strange(reader: Reader) -> Report:
+    """A word about ops on DTensors and nested tensors: the first of each kind."""
+    nodes = [node for node in reader.owner.graph.nodes if node.op.startswith("call_")]
+    found = [strange for strange in map(strange_tensors, nodes) if strange is not None]
+    first = {strange.reason: strange for strange in reversed(found)}
+    told = []
+    for reason, strange in first.items():
+        count = sum(other.reason == reason for other in found)
+        told.append(Refusal(reason, strange.node, f"{strange.text}, as {count} op(s) of the graph do"))
+    return Report(refusals=tuple(refused("all", refusal) for refusal in told))
 
 
 def _has_loss(region: Region) -> bool:

@@ -40,13 +40,13 @@ class Outcome:
 
 def check(program: Program, inner: str) -> Outcome:
     """Compile a program with mst_fx, run it beside eager, and, if it fails, without mst_fx."""
-    failed = attempt(program, program.compiling(inner))
+    compiling = program.compiling(inner)
+    failed = attempt(program, compiling)
     if failed.kind == OK:
         return failed
     absent = failed.signature == ABSENT and inner == "eager"  # zeros for none are AOTAutograd's, if it gets that far
-    plain = attempt(
-        program, {"backend": "aot_eager" if absent else inner, "dynamic": program.compiling(inner)["dynamic"]}
-    )
+    compiling.pop("options")
+    plain = attempt(program, {**compiling, "backend": "aot_eager" if absent else inner})
     if plain.kind != OK and (absent or plain.said == failed.said):
         return Outcome(TORCH, plain.signature, plain.detail)
     if failed.signature.startswith("wrong") and unstable(program):

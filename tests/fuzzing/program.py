@@ -99,7 +99,10 @@ class Program:
         options = {"min_bytes": 0, "strict": True, "inner": inner, **self.options}
         if inner != "eager":  # `verify` is about the loops, whatever compiles them
             options.pop("verify", None)
-        return {"backend": "mst_fx", "dynamic": dynamic, "options": options}
+        compiling = {"backend": "mst_fx", "dynamic": dynamic, "options": options}
+        if any(".data" in step.text for step in self.steps):  # a write through it must stand in the graph of its region
+            compiling["fullgraph"] = True
+        return compiling
 
     def text(self) -> str:
         """The function, or module, and its inputs."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from mst_fx.core.aten_ops import GROUPED_PRODUCTS, PRODUCTS, PRODUCTS_PLUS
+from mst_fx.core.sizes import sure
 from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.placement.rules.registry import Demand, Flow, args_of, back, mixed, rule, shape_of
 
@@ -34,7 +35,7 @@ def product_plus(node: Node, flow: Flow) -> Placement:
     if isinstance(result, Split):
         shape = shape_of(bias)
         dim = result.dim - len(shape_of(node)) + len(shape)
-        expected = result.moved(dim) if dim >= 0 and shape[dim] != 1 else WHOLE
+        expected = result.moved(dim) if dim >= 0 and not sure(shape[dim] == 1) else WHOLE
     if flow.of(bias) == WHOLE and isinstance(expected, Split):
         raise Demand(_node(bias), expected)
     if flow.of(bias) != expected:
@@ -55,7 +56,7 @@ def product_back(node: Node, split: Split) -> dict[Node, Split]:
     if len(args_of(node)) == 3:
         bias = _node(args_of(node)[0])
         dim = split.dim - rank + len(shape_of(bias))
-        if dim >= 0 and shape_of(bias)[dim] != 1:
+        if dim >= 0 and not sure(shape_of(bias)[dim] == 1):
             demands[bias] = split.moved(dim)
     return demands
 

@@ -9,8 +9,8 @@ import torch
 from torch.fx import Node
 
 from mst_fx.core.aten_ops import GATHERS, RANGES, RESHAPES
-from mst_fx.core.sizes import number, sure
-from mst_fx.placement.placement import WHOLE, Placement, Split
+from mst_fx.core.sizes import hint, number, sure
+from mst_fx.placement.placement import WHOLE, Placement, Split, same_shape
 from mst_fx.placement.rules.registry import Demand, Flow, args_of, argument, back, mixed, rule, shape_of
 
 aten = torch.ops.aten
@@ -230,11 +230,11 @@ def index_back(node: Node, split: Split) -> dict[Node, Split]:
 
 def _rows_of(node: Node, table: Placement, source: Any, rows: Any, picked: Placement) -> Exception:
     """What to raise where rows are picked from the split dim: only an order of the rows may do so."""
-    single = len(shape_of(rows)) == 1 or (bool(shape_of(rows)) and shape_of(rows)[1:] == shape_of(source)[1:])
+    single = len(shape_of(rows)) == 1 or (bool(shape_of(rows)) and same_shape(shape_of(rows)[1:], shape_of(source)[1:]))
     alone = node.target in GATHERS or len(argument(node, "indices")) == 1
     if isinstance(table, Split) and table.dim == 0 and picked == WHOLE and single and alone:
         picks, tokens = shape_of(rows)[0], shape_of(source)[0]
-        each = number(picks // tokens)
+        each = number(picks // tokens) if hint(tokens) else None
         if each and sure(picks % tokens == 0):
             return Demand(rows, Split(0, table.outer, table.inner * each))
     return mixed(node, "picks rows of the split dim")

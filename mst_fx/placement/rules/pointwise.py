@@ -7,6 +7,7 @@ from torch.fx import Node
 
 from mst_fx.core.aten_ops import COPIES, UNTAGGED_POINTWISE
 from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.sizes import sure
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.placement.placement import WHOLE, Placement, Split
 from mst_fx.placement.rules.registry import Demand, Flow, back, mixed, rule, shape_of
@@ -32,7 +33,7 @@ def aligned(node: Node, split: Split) -> dict[Node, Split]:
     demands = {}
     for operand in node.all_input_nodes:
         dim = split.dim - len(shape) + len(shape_of(operand))
-        if dim >= 0 and shape_of(operand)[dim] == shape[split.dim]:
+        if dim >= 0 and sure(shape_of(operand)[dim] == shape[split.dim]):
             demands[operand] = split.moved(dim)
     if not demands:
         raise mixed(node, "is needed split, but its operands are whole")
@@ -57,5 +58,5 @@ def demand_aligned(node: Node, flow: Flow, split: Split, rank: int) -> None:
     for operand in node.all_input_nodes:
         shape = shape_of(operand)
         dim = split.dim - rank + len(shape)
-        if not isinstance(flow.of(operand), Split) and dim >= 0 and shape[dim] != 1:
+        if not isinstance(flow.of(operand), Split) and dim >= 0 and not sure(shape[dim] == 1):
             raise Demand(operand, split.moved(dim))

@@ -31,7 +31,7 @@ from mst_fx.core.aten_ops import (
 )
 from mst_fx.core.sizes import sure
 from mst_fx.ops.overwritten import overwritten
-from mst_fx.placement.placement import WHOLE, Placement, Routed, Split
+from mst_fx.placement.placement import WHOLE, Placement, Routed, Split, same_shape
 from mst_fx.placement.rules.registry import Demand, Flow, Result, args_of, argument, mixed, rule, rule_for, shape_of
 
 aten = torch.ops.aten
@@ -224,7 +224,7 @@ def _row_pick(node: Node) -> tuple[Node, Node]:
     """Operand and index of a pick along dim 0."""
     if node.target == aten.gather.default:
         source, dim, index = args_of(node)[:3]
-        same = dim == 0 and shape_of(source)[1:] == shape_of(index)[1:]
+        same = dim == 0 and same_shape(shape_of(source)[1:], shape_of(index)[1:])
     elif node.target == aten.index_select.default:
         source, dim, index = args_of(node)[:3]
         same = dim == 0
@@ -243,7 +243,7 @@ def _row_add(node: Node) -> tuple[Node, Node, Any]:
         index, rows = indices[0], len(indices) == 1 and len(shape_of(indices[0])) == 1
     else:
         target, dim, index, source = args_of(node)[:4]
-        rows = dim == 0 and (node.target == aten.index_add.default or shape_of(index) == shape_of(source))
+        rows = dim == 0 and (node.target == aten.index_add.default or same_shape(shape_of(index), shape_of(source)))
     if not rows or not isinstance(index, Node):
         raise mixed(node, "writes along another dim than that of the rows")
     return target, index, source
@@ -255,7 +255,7 @@ def _accumulates(node: Node) -> bool:
 
 def _counts_up(node: Node, shape: tuple[int, ...]) -> bool:
     """Whether a value is 0, 1, 2, ... of this shape."""
-    return node.target == aten.arange.default and shape_of(node) == shape
+    return node.target == aten.arange.default and same_shape(shape_of(node), shape)
 
 
 def _is_tensor(node: Node) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch.fx import Node
 
 from mst_fx.core.aten_ops import DIAGONALS, JOINS, PERMUTES, RESHAPES, SELECTS, SLICES, TILES
-from mst_fx.placement.placement import WHOLE, Placement, Split, refinements, through_view
+from mst_fx.core.sizes import sure
+from mst_fx.placement.placement import WHOLE, Placement, Split, refinements, same_shape, through_view
 from mst_fx.placement.rules.registry import (
     Demand,
     Flow,
@@ -74,7 +75,7 @@ def expand_back(node: Node, split: Split) -> dict[Node, Split]:
     """A dim that the operand lacks, or has with size 1, is repeated to any length."""
     operand = operand_of(node)
     dim = split.dim - len(shape_of(node)) + len(shape_of(operand))
-    repeated = dim < 0 or shape_of(operand)[dim] != shape_of(node)[split.dim]
+    repeated = dim < 0 or (sure(shape_of(operand)[dim] == 1) and not sure(shape_of(node)[split.dim] == 1))
     return {} if repeated else {operand: split.moved(dim)}
 
 
@@ -95,7 +96,7 @@ def cut(node: Node, flow: Flow) -> Result:
     dim = dim_of(node)
     pieces = node.meta["val"]
     if isinstance(split, Split) and split.dim == dim:
-        if isinstance(pieces, torch.Tensor) and pieces.shape == shape_of(args_of(node)[0]):
+        if isinstance(pieces, torch.Tensor) and same_shape(pieces.shape, shape_of(args_of(node)[0])):
             return split
         raise mixed(node, "cuts the split dim")
     return split if isinstance(pieces, torch.Tensor) else (split,) * len(pieces)

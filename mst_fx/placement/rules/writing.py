@@ -64,7 +64,7 @@ def put(node: Node, flow: Flow) -> Placement:
     if lies is None:
         raise mixed(node, "writes along the split dim")
     own = lies - added
-    written = {values: split.moved(own)} if own >= 0 and shape_of(values)[own] != 1 else {}
+    written = {values: split.moved(own)} if own >= 0 and not sure(shape_of(values)[own] == 1) else {}
     if not written and brought != WHOLE:
         raise mixed(node, "joins values that are split differently")
     return _alike(node, flow, split, {value: split, **written})
