@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule
 
+from mst_fx.core.clean_room import modes_given_back
 from mst_fx.core.config import Config
 from mst_fx.core.faults import PASSING, refusal_for, words_of
 from mst_fx.core.refusal import Reason, Refusal
@@ -125,7 +126,8 @@ def _compiled(engine: Engine, compile_graph: Compile, inputs: Sequence[Any]) -> 
         refusal = refusal_for(error, None, "the pass failed", strict=engine.config.strict)
         return compile_graph(engine.gm, inputs), Report(refusals=(refused("all", refusal),))
     try:
-        return compile_graph(rewritten.module, inputs), rewritten.report
+        with modes_given_back():
+            return compile_graph(rewritten.module, inputs), rewritten.report
     except PASSING:
         raise
     except Exception as error:
@@ -151,7 +153,8 @@ def _compiled_in_part(
         tried = {other: why for other, why in left.items() if other is not work}
         try:
             attempt = engine.rewritten(tried)
-            compiled, report, left = compile_graph(attempt.module, inputs), attempt.report, tried
+            with modes_given_back():
+                compiled, report, left = compile_graph(attempt.module, inputs), attempt.report, tried
         except PASSING:
             raise
         except Exception as failure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -397,6 +398,25 @@ def test_tokens_that_are_written_into_memory_made_for_them():
     reports_of(program, *MLP)
 
 
+def filled_by_numpy(x, up, down, count):
+    h = x @ up + count
+    count.numpy().fill(2.0)
+    return (h + count).tanh() @ down
+
+
+def added_by_numpy(x, up, down, count):
+    h = x @ up + count
+    array = count.numpy()
+    np.add(array, 1.0, array)
+    return (h + count).tanh() @ down
+
+
+def put_by_numpy(x, up, down, count):
+    h = x @ up + count
+    count.numpy().put([0, 1], [3.0, 4.0])
+    return (h + count).tanh() @ down
+
+
 @torch._dynamo.allow_in_graph
 def counted(count, x):
     count.add_(1)
@@ -431,9 +451,14 @@ def by_a_custom_function(x, up, down, count):
 
 
 @pytest.mark.parametrize(
-    "program", [allowed_between, allowed_and_unread, by_a_custom_function], ids=lambda program: program.__name__
+    "program",
+    [
+        *(allowed_between, allowed_and_unread, by_a_custom_function),
+        *(filled_by_numpy, added_by_numpy, put_by_numpy),
+    ],
+    ids=lambda program: program.__name__,
 )
-def test_functions_of_the_user_that_write(program):
+def test_functions_that_no_schema_tells_of(program):
     def inputs(_):
         return [*(leaf(*shape) for shape in MLP), torch.ones(16, dtype=torch.float64)]
 

@@ -33,11 +33,13 @@ class Opened:
         position_of: for each placeholder which of the node's operands (`all_input_nodes`) it stands for.
         ops: the nodes of the graph but placeholders, in its order.
         written: the operands that it was seen to write to.
+        understood: False where nothing else is known of it.
     """
 
     position_of: dict[Node, int]
     ops: tuple[Node, ...]
     written: frozenset[int] = frozenset()
+    understood: bool = True
 
 
 def open_alone(owner: GraphModule, node: Node, result: Node) -> Opened | None:
@@ -76,12 +78,10 @@ def open_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, Opene
         env = {operand: tree_map(lambda leaf: given[id(leaf)], value) for operand, value in operands.items()}
         made: list[torch.Tensor] = []
         for node in nodes:
-            before = _versions(node, env)
-            results = _tensors(owner, node, env)
-            changed = zip(before, _versions(node, env), strict=True)
-            written.append(frozenset(position for position, (old, new) in enumerate(changed) if old != new))
-            counts.append(len(results))
-            made += results
+            tensors, changed = _run(owner, node, env)
+            counts.append(len(tensors))
+            written.append(changed)
+            made += tensors
         return made
 
     with tracing(list(leaves.values())):
@@ -94,26 +94,48 @@ def open_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, Opene
         read = enumerate(map(tree_leaves, map(operands.__getitem__, node.all_input_nodes)))
         position_of = {placeholder_of[id(leaf)]: position for position, parts in read for leaf in parts}
         found = _slice(graph, position_of, list(islice(results, count)))
-        opened[node] = replace(found, written=changed) if found is not None and changed else found
-    memory = {operand for op in graph.nodes if mutates(op) for operand in op.all_input_nodes}
-    dirty = [node for node, found in opened.items() if found is not None and not memory.isdisjoint(found.ops)]
-    return opened | {node: open_alone(owner, node, node) for node in dirty}
+        if changed:
+            found = replace(found or Opened(position_of, (), understood=False), written=changed)
+        opened[node] = found
+    return opened | _without_writes(owner, graph, opened)
 
 
-def _tensors(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> list[torch.Tensor]:
-    """What one node gives; nothing where it cannot be traced: the user's op may do anything."""
+def _run(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> tuple[Sequence[torch.Tensor], frozenset[int]]:
+    """The tensors that one node gives, and the operands that it has written to.
+
+    Nothing is given where it cannot be traced, as the user's op may do anything; it may have written to all of them.
+    """
+
+    def versions() -> list[tuple[int, ...]]:
+        parts = [tree_leaves(env[operand]) for operand in node.all_input_nodes]
+        return [tuple(x._version for x in each if isinstance(x, torch.Tensor)) for each in parts]
+
+    before, unknown, tensors = versions(), False, list[torch.Tensor]()
     try:
         value = execute(owner, node, env)
+        tensors = [part for part in tree_leaves(value) if isinstance(part, torch.Tensor)]
     except Exception as error:
         log.debug("mst_fx: %s is not understood: %s", node, error)
-        return []
-    return [part for part in tree_leaves(value) if isinstance(part, torch.Tensor)]
+        unknown = _may_write(node)
+    changes = enumerate(zip(before, versions(), strict=True))
+    return tensors, frozenset(position for position, (old, new) in changes if unknown or old != new)
 
 
-def _versions(node: Node, env: Mapping[Node, Any]) -> list[tuple[int, ...]]:
-    """How often each operand has been written to."""
-    parts = [tree_leaves(env[operand]) for operand in node.all_input_nodes]
-    return [tuple(x._version for x in each if isinstance(x, torch.Tensor)) for each in parts]
+def _may_write(node: Node) -> bool:
+    """Whether neither a schema nor a name tells what a function writes to: the user's own, and those of NumPy."""
+    module = getattr(node.target, "__module__", None) or ""
+    return node.op == "call_function" and (not module.startswith("torch") or module.startswith("torch._dynamo"))
+
+
+def _without_writes(owner: GraphModule, graph: Graph, opened: Mapping[Node, Opened | None]) -> dict[Node, Opened]:
+    """What nodes open into that write to memory of their own, each opened anew by itself."""
+    memory = {operand for op in graph.nodes if mutates(op) for operand in op.all_input_nodes}
+    found = {}
+    for node, dirty in opened.items():
+        if dirty is not None and not memory.isdisjoint(dirty.ops):
+            alone = open_alone(owner, node, node) or replace(dirty, understood=False)
+            found[node] = replace(alone, written=dirty.written)
+    return found
 
 
 def _placeholders(graph: Graph) -> list[Node]:

@@ -43,6 +43,14 @@ def clean_room() -> Iterator[None]:
 
 
 @contextmanager
+def modes_given_back() -> Iterator[None]:
+    """A compile that fails half-way in a block of inference mode, or of no_grad, leaves none of it behind."""
+    recorded = torch.is_grad_enabled()
+    with torch.inference_mode(torch.is_inference_mode_enabled()), torch.set_grad_enabled(recorded):
+        yield
+
+
+@contextmanager
 def _without_function_modes() -> Iterator[None]:
     """A mode of the user's is applied by Dynamo while it captures."""
     modes = [torch.overrides._pop_mode() for _ in range(torch._C._len_torch_function_stack())]

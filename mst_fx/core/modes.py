@@ -15,21 +15,34 @@ class Mode:
     """What is in force when a node runs, as far as the graph itself says.
 
     Attributes:
-        grad: False inside the graph's own no_grad blocks.
+        grad: False inside the graph's own no_grad blocks, and in those of inference mode.
         autocast: arguments of the open autocast blocks, outermost first.
+        inference: whether inference mode is on.
     """
 
     grad: bool = True
     autocast: tuple[tuple[object, ...], ...] = ()
+    inference: bool = False
 
 
-def modes_of(graph: Graph) -> dict[Node, Mode]:
-    """The mode at every node."""
+TOP = Mode()
+
+
+def modes_of(graph: Graph, outer: Mode = TOP) -> dict[Node, Mode]:
+    """The mode at every node.
+
+    Args:
+        graph: of a module or of a subgraph.
+        outer: the mode that it runs in.
+    """
     modes: dict[Node, Mode] = {}
-    grad = True
+    grad = outer.grad
     blocks: list[tuple[Node, tuple[object, ...]]] = []
+    inference: dict[Node, bool] = {}
     for node in graph.nodes:
-        modes[node] = Mode(grad, tuple(arguments for _, arguments in blocks))
+        autocast = (*outer.autocast, *(arguments for _, arguments in blocks))
+        infers = next(reversed(inference.values()), outer.inference)
+        modes[node] = Mode(grad and not infers, autocast, infers)
         name = getattr(node.target, "__name__", "")
         if name == "_set_grad_enabled":
             grad = bool(node.args[0])
@@ -37,4 +50,8 @@ def modes_of(graph: Graph) -> dict[Node, Mode]:
             blocks.append((node, tuple(node.args)))
         elif name == "_exit_autocast":
             blocks = [block for block in blocks if block[0] is not node.args[0]]
+        elif name == "_enter_inference_mode":
+            inference[node] = bool(node.args[0])
+        elif name == "_exit_inference_mode":
+            inference.pop(node.args[0], None)
     return modes

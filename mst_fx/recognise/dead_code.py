@@ -7,20 +7,22 @@ from collections.abc import Hashable
 from torch.fx import GraphModule, Node
 
 from mst_fx.capture.decomposed import Opened
+from mst_fx.core.modes import Mode
 from mst_fx.core.values import storages_of, tensors_of
 from mst_fx.recognise.effects import writes, writes_data
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.rebuild import rebuilt
 
 
-def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None]) -> Reader:
+def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None], outer: Mode) -> Reader:
     """A reader of the graph without the values, and the writes, that nobody reads and that do nothing else.
 
     Args:
         gm: stays as it is; it is what is read where all of it is of use.
         known: what was opened before, as for `Reader`.
+        outer: the mode that the graph runs in.
     """
-    reader, dead = Reader(gm, known), set[Node]()
+    reader, dead = Reader(gm, known, outer), set[Node]()
     if not any(_is_unread(node, dead) for node in gm.graph.nodes):
         return reader
     read = set().union(*(storages_of(node) for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")))
@@ -32,7 +34,7 @@ def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None]) -> 
             dead.add(node)
         else:
             read.update(*map(storages_of, node.all_input_nodes))
-    return Reader(rebuilt(gm, [], dead=dead), known) if dead else reader
+    return Reader(rebuilt(gm, [], dead=dead), known, outer) if dead else reader
 
 
 def _is_unread(node: Node, dead: set[Node]) -> bool:

@@ -95,13 +95,15 @@ def nested(owner: GraphModule) -> Iterator[Nested]:
     """The subgraphs that run as if they stood in the graph around them, gradients included."""
     repeated = [node for node in owner.graph.nodes if str(node.target) in REPEATED]
     last = repeated[-1] if len(repeated) > 1 and any(_readers(repeated[-1])) else None
+    callers_of: dict[str, list[Node]] = {}
     for node in owner.graph.nodes:
-        if node.op == "get_attr" and "." not in str(node.target):
-            child = getattr(owner, str(node.target), None)
-            callers = tuple(node.users)
-            if isinstance(child, GraphModule) and all(str(caller.target) in ENTERED for caller in callers):
-                is_repeated = not set(callers).isdisjoint(repeated)
-                yield Nested(str(node.target), child, callers, is_repeated, last in callers)
+        if node.op == "get_attr":
+            callers_of.setdefault(str(node.target), []).extend(node.users)
+    for name, callers in callers_of.items():
+        child = getattr(owner, name, None)
+        if isinstance(child, GraphModule) and callers and all(str(caller.target) in ENTERED for caller in callers):
+            is_repeated = not set(callers).isdisjoint(repeated)
+            yield Nested(name, child, tuple(callers), is_repeated, last in callers)
 
 
 def _readers(caller: Node) -> Iterator[Node]:

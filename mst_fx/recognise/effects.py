@@ -104,6 +104,8 @@ def _written(node: Node) -> Iterator[Any]:
     if "out" in node.kwargs:
         yield node.kwargs["out"]
     name = _name(node)
+    if name == "triton_kernel_wrapper_mutation":
+        yield [*node.all_input_nodes]
     first = node.args[0] if node.args else node.kwargs.get("self", node.kwargs.get("input"))
     for schema in _schemas(node):
         yield from _written_by_schema(node, schema)

@@ -27,7 +27,7 @@ from mst_fx.core.aten_ops import (
     is_random,
 )
 from mst_fx.core.graph_walk import walk
-from mst_fx.core.modes import modes_of
+from mst_fx.core.modes import TOP, Mode, modes_of
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint, is_size
@@ -54,12 +54,16 @@ class Reader:
         owner: holds the graph.
         known: what was opened before, in this graph or another one of the same compile: a node like an earlier one
             costs nothing.
+        outer: the mode that the graph runs in.
     """
 
-    def __init__(self, owner: GraphModule, known: dict[Hashable, Opened | None] | None = None) -> None:
+    def __init__(
+        self, owner: GraphModule, known: dict[Hashable, Opened | None] | None = None, outer: Mode = TOP
+    ) -> None:
         self.owner = owner
+        self.outer = outer
         self.order = {node: position for position, node in enumerate(owner.graph.nodes)}
-        self.modes = modes_of(owner.graph)
+        self.modes = modes_of(owner.graph, outer)
         self.remembered: dict[Any, Any] = {}  # by other stages, about nodes of this graph
         self._written: dict[Node, tuple[Node, ...]] = {}
         self._opened = self._open_all({} if known is None else known)
@@ -67,14 +71,15 @@ class Reader:
     def written_by(self, node: Node) -> tuple[Node, ...]:
         """The operands that a node writes to, as its name and its schema tell, or as was seen when it was opened."""
         if node not in self._written:
-            opened = self.opened(node)
+            opened = self._opened.get(node)
             seen = (node.all_input_nodes[position] for position in opened.written) if opened is not None else ()
             self._written[node] = tuple(dict.fromkeys((*written_by(node), *seen)))
         return self._written[node]
 
     def opened(self, node: Node) -> Opened | None:
         """What one node opens into; None where it cannot be opened (no fake values, a data-dependent op, ...)."""
-        return self._opened.get(node)
+        found = self._opened.get(node)
+        return found if found is not None and found.understood else None
 
     def _open_all(self, known: dict[Hashable, Opened | None]) -> dict[Node, Opened | None]:
         """Open one node of each kind that is not known."""
@@ -268,7 +273,8 @@ def _can_be_opened(node: Node) -> bool:
         return False
     if strange_tensors(node) is not None or any(map(is_transformed, _near(node))):
         return False
-    return _result(node) is not None and all(fake_value(operand) is not None for operand in node.all_input_nodes)
+    has_values = all(fake_value(operand) is not None for operand in node.all_input_nodes)
+    return has_values and any(map(tensors_of, (node, *node.all_input_nodes)))
 
 
 def strange_tensors(node: Node) -> Refusal | None:

@@ -158,7 +158,11 @@ def _place(
     first_reader = min([nodes[-1], *readers], key=reader.order.__getitem__)
     grad = any(reader.modes[node].grad for node in nodes)
     place = first_reader
-    while reader.modes[place].grad != grad or reader.modes[place].autocast not in ((), reader.modes[nodes[0]].autocast):
+
+    def is_foreign(mode: Mode) -> bool:  # a loop cannot be traced in inference mode
+        return mode.grad != grad or mode.inference or mode.autocast not in ((), reader.modes[nodes[0]].autocast)
+
+    while is_foreign(reader.modes[place]):
         place = place.prev
         if place not in reader.modes:
             text = f"{op_name(first_reader)} stands in another mode than the region"

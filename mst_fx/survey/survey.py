@@ -64,7 +64,7 @@ class Surveyor:
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
         """Find the regions of a graph as captured, and of its subgraphs."""
-        reader, report = without_dead_code(gm, self._opened), Report()
+        reader, report = without_dead_code(gm, self._opened, around.mode), Report()
         if self.config.returned_logits == "drop":
             reader, report = self._without_logits(reader)
         reader, cuts, sizes = self._cut_early(reader)
@@ -84,10 +84,12 @@ class Surveyor:
             except Exception as error:
                 assert isinstance(found.outcome, Region)
                 report = report.joined(Report(refusals=(refused(found.pattern, self._fault(error, found.outcome)),)))
-        children = {
-            child.name: (self.survey(child.module, around.inside(reader, child)), child.callers)
-            for child in nested(reader.owner)
-        }
+        children: dict[str, tuple[Surveyed, tuple[Node, ...]]] = {}
+        for child in nested(reader.owner):
+            try:
+                children[child.name] = (self.survey(child.module, around.inside(reader, child)), child.callers)
+            except Refusal as refusal:
+                report = report.joined(Report(refusals=(refused("all", refusal),)))
         return Surveyed(reader, tuple(sites), report, children, around, sizes)
 
     def _without_logits(self, reader: Reader) -> tuple[Reader, Report]:
@@ -100,10 +102,11 @@ class Surveyor:
         training = (region for region in regions if _has_loss(region))
         leaving = dict.fromkeys(node for region in training for node in _leaving(reader, region))
         report = Report(dropped=tuple(map(dropped, leaving)))
-        return (self._read(rebuilt(reader.owner, [], dropped=leaving)) if leaving else reader), report
+        return (self._changed(reader, rebuilt(reader.owner, [], dropped=leaving)) if leaving else reader), report
 
-    def _read(self, gm: GraphModule) -> Reader:
-        return Reader(gm, self._opened)
+    def _changed(self, reader: Reader, gm: GraphModule) -> Reader:
+        """A reader of another graph in place of the one that was read."""
+        return Reader(gm, self._opened, reader.outer)
 
     def _cut_early(self, reader: Reader) -> tuple[Reader, Report, tuple[Any, ...]]:
         """A reader of the graph in which heads project only the tokens that are read, and the sizes fixed in it."""
@@ -119,7 +122,7 @@ class Surveyor:
             report = report.joined(Report(cuts=tuple(map(cut_head, found))))
             makes = [partial(nodes_of, region=head.region, lowered=head.cut_first) for head in found]
             edits = [Edit(head.region, make) for head, make in zip(found, makes, strict=True)]
-            reader = self._read(rebuilt(reader.owner, edits))
+            reader = self._changed(reader, rebuilt(reader.owner, edits))
 
     def _is_worth_cutting(self, head: CutHead) -> bool:
         """Whether the projection makes much, or may at another length: a cut costs nothing."""

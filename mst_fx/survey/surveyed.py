@@ -11,7 +11,9 @@ import torch
 from torch.fx import Node
 
 from mst_fx.bodies.work import Work
-from mst_fx.core.refusal import Refusal
+from mst_fx.core.modes import TOP as TOP_MODE
+from mst_fx.core.modes import Mode
+from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.predict.step_memory import Segment, Timeline, resident_bytes, returned_bytes, segments_of
 from mst_fx.predict.time import Device, device_of
 from mst_fx.recognise.discover import Nested
@@ -30,16 +32,26 @@ class Around:
         kept: whether the results of its loops are kept nevertheless. In a row of checkpointed blocks each keeps what it
             is given; what the last one gives is computed again for its readers, a whole loop for one tensor.
         overwritten: what graphs around it write to when it has run.
+        mode: that it runs in.
     """
 
     repeated: bool = False
     kept: bool = False
     overwritten: Overwritten = field(default_factory=dict)
+    mode: Mode = TOP_MODE
 
     def inside(self, reader: Reader, child: Nested) -> Around:
-        """The same for a subgraph of a graph."""
+        """The same for a subgraph of a graph.
+
+        Raises:
+            Refusal: the subgraph runs in several modes.
+        """
+        first, *others = child.callers
+        for other in others:
+            if reader.modes[other] != reader.modes[first]:
+                raise Refusal(Reason.GRAD_MODE, other, f"{child.name} runs in several modes")
         overwritten = written_when_run(reader, child, self.overwritten)
-        return Around(self.repeated or child.repeated, self.kept or child.last, overwritten)
+        return Around(self.repeated or child.repeated, self.kept or child.last, overwritten, reader.modes[first])
 
 
 TOP = Around()

@@ -1,0 +1,122 @@
+"""Blocks of autocast, no_grad and inference mode in a program: around checkpointed blocks, around parts of regions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from beside import beside_eager, leaf
+from torch.utils.checkpoint import checkpoint
+
+import mst_fx
+
+INNER = ["eager", "aot_eager"]
+
+
+def half(*, enabled=True):
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+def mlp(x, up, down):
+    return (x @ up).tanh() @ down
+
+
+def recomputed(x, up, down):
+    return checkpoint(mlp, x, up, down, use_reentrant=False)
+
+
+def around(x, up, down):
+    with half():
+        return recomputed(x, up, down)
+
+
+def around_one_of_two(x, up, down):
+    with half():
+        first = recomputed(x, up, down)
+    return first, recomputed(x, up, down)
+
+
+def switched_off_around(x, up, down):
+    with half():
+        wide = x @ up
+        with half(enabled=False):
+            return recomputed(x, up, down), wide
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize(
+    "program", [around, around_one_of_two, switched_off_around], ids=lambda program: program.__name__
+)
+def test_autocast_around_a_checkpointed_block(program, inner):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    given = [torch.randn(shape, requires_grad=True) for shape in ((3, 40, 8), (8, 32), (32, 8))]
+    options = {"min_bytes": 0, "num_chunks": 3, "strict": True, "inner": inner}
+    expected, made = program(*given), torch.compile(program, backend="mst_fx", options=options)(*given)
+    assert len(mst_fx.reports()[-1].regions) == 1 + (program is around_one_of_two)
+    for ours, eager in zip(*((y if isinstance(y, tuple) else (y,)) for y in (made, expected)), strict=True):
+        assert ours.dtype == eager.dtype
+        torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-2)
+        grads = [torch.autograd.grad(y.float().square().sum(), given[:2], retain_graph=True) for y in (ours, eager)]
+        for mine, truth in zip(*grads, strict=True):
+            assert float((mine - truth).norm() / truth.norm()) < 0.02
+
+
+def without_gradients_around(x, up, down):
+    with torch.no_grad():
+        target = recomputed(x, up, down)
+    return (recomputed(x, up, down) - target * 2).square().sum()
+
+
+def measured(x, up, down):
+    logits = x @ up
+    with torch.inference_mode():
+        best = (logits.argmax(-1) == 3).double().mean()
+    return F.cross_entropy(logits.flatten(0, 1), torch.arange(21) % 16), best
+
+
+def teacher(x, up, down):
+    with torch.inference_mode():
+        target = (x @ up).softmax(-1)
+    return F.kl_div((x @ (up * 2)).log_softmax(-1), target.clone(), reduction="sum") + down.sum()
+
+
+def half_a_region(x, up, down):
+    with torch.inference_mode():
+        h = x @ up
+    return h.clone().tanh() @ down
+
+
+def beside_a_region(x, up, down):
+    with torch.inference_mode():
+        target = mlp(x, up, down)
+    return mlp(x, up, down) + target
+
+
+def alone(x, up, down):
+    with torch.inference_mode():
+        target = mlp(x, up, down)
+    return x * 2 + target + down.sum()
+
+
+def decorated(x, up, down):
+    @torch.inference_mode()
+    def entropy(logits):
+        return torch.special.entr(logits.softmax(-1)).sum(-1).mean()
+
+    logits = x @ up
+    return F.cross_entropy(logits.flatten(0, 1), torch.arange(21) % 16), entropy(logits)
+
+
+PROGRAMS = [without_gradients_around, measured, teacher, half_a_region, beside_a_region, alone, decorated]
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_no_gradient_comes_from_blocks_without(program, inner):
+    def inputs(_):
+        return [leaf(3, 7, 4), leaf(4, 16), leaf(16, 4)]
+
+    (report,) = beside_eager(program, inputs, inner=inner)
+    assert {refusal.reason for refusal in report.refusals} <= {"GRAD_MODE"}
+    assert len(report.regions) == {without_gradients_around: 2, alone: 0}.get(program, 1)
