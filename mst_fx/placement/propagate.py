@@ -24,7 +24,18 @@ from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data, hint, is_size, sure
 from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split
-from mst_fx.placement.rules import Demand, Result, args_of, demands_of, is_linear, mixed, route, rule_for, shape_of
+from mst_fx.placement.rules import (
+    Demand,
+    Result,
+    args_of,
+    argument,
+    demands_of,
+    is_linear,
+    mixed,
+    route,
+    rule_for,
+    shape_of,
+)
 
 
 @dataclass(frozen=True)
@@ -191,7 +202,7 @@ def forbid_effects(node: Node) -> None:
 
 def _draws_a_seed(node: Node) -> bool:
     """Whether one number is drawn, for the whole region, as a dropout of ours does."""
-    return node.target in DRAWS and isinstance(node.args[2], Sequence) and len(node.args[2]) == 0
+    return node.target in DRAWS and argument(node, "size") in ([], ())
 
 
 def _check_epilogue(node: Node, placements: Mapping[Node, Result], epilogue: Mapping[Node, None]) -> None:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from mst_fx.core.values import has_gradient, is_view, storages_of, storages_of_all
+from mst_fx.core.values import fake_value, has_gradient, is_view, storages_of, storages_of_all
 
 _OPERATORS = (
     "add",
@@ -161,7 +161,13 @@ def _written_by_schema(node: Node, schema: Any) -> Iterator[Any]:
     for position, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             positional = node.args[position] if position < len(node.args) and not argument.kwarg_only else None
-            yield node.kwargs.get(argument.name, positional)
+            given = node.kwargs.get(argument.name, positional)
+            if isinstance(argument.type, torch.ListType) == _is_list(given):  # `sort` of a list is in place
+                yield given
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(fake_value(given) if isinstance(given, Node) else given, list | tuple)
 
 
 def _arguments(node: Node, name: str) -> dict[str, Any]:
