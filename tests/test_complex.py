@@ -48,6 +48,17 @@ def test_views_that_change_what_they_read(program):
     assert [refusal.reason for refusal in report.refusals] == ["COMPLEX"]
 
 
+def test_a_second_region_that_reads_such_a_view():
+    def program(x, up, down):
+        return (x @ up).tanh() @ down + (x @ torch._neg_view(up)).tanh().exp() @ down + (x @ up * 2).tanh() @ down
+
+    def inputs(_):
+        return [leaf(3, 7, 4), leaf(4, 16).detach(), leaf(16, 4)]
+
+    (report,) = beside_eager(program, inputs)
+    assert [refusal.reason for refusal in report.refusals] == ["COMPLEX"]
+
+
 def test_complex_numbers_without_gradient_are_looped():
     def inputs(_):
         return [x.detach() for x in (leaf(3, 7, 4), leaf(4, 16), leaf(16, 4), numbers(16))]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from beside import beside_eager, leaf
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
@@ -120,3 +121,45 @@ def test_no_gradient_comes_from_blocks_without(program, inner):
     (report,) = beside_eager(program, inputs, inner=inner)
     assert {refusal.reason for refusal in report.refusals} <= {"GRAD_MODE"}
     assert len(report.regions) == {without_gradients_around: 2, alone: 0}.get(program, 1)
+
+
+def forward_mode(x, up, down):
+    with forward_ad.dual_level():
+        pair = forward_ad.make_dual(x, x.detach() * 2)
+        made = mlp(pair, up, down)
+        tangent = forward_ad.unpack_dual(made).tangent
+    return mlp(x, up, down), tangent.detach()
+
+
+def test_forward_mode_is_left_alone():
+    def inputs(_):
+        return [leaf(3, 7, 4), leaf(4, 16), leaf(16, 4)]
+
+    (report,) = beside_eager(forward_mode, inputs, inner="aot_eager")
+    assert len(report.regions) == 1
+    assert [refusal.reason for refusal in report.refusals] == ["GRAD_MODE"]
+    assert "forward mode" in report.refusals[0].text
+
+
+def penalty(x, up, down):
+    y = mlp(x, up, down)
+    (grad,) = torch.autograd.grad(y.sum(), (x,), create_graph=True)
+    return y, (grad.norm(dim=-1) - 1).square()
+
+
+def step(x, up, down):
+    loss = mlp(x, up, down).square().sum()
+    return x - torch.autograd.grad(loss, (x,))[0], mlp(x * 2, up, down)
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="torch cannot capture it")
+@pytest.mark.parametrize("program", [penalty, step], ids=lambda program: program.__name__)
+def test_gradients_within_the_program_are_left_alone(program):
+    def inputs(_):
+        return [leaf(3, 7, 4), leaf(4, 16), leaf(16, 4)]
+
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        (report,) = beside_eager(program, inputs, inner="aot_eager")
+    assert len(report.regions) == (program is step)
+    assert [refusal.reason for refusal in report.refusals] == ["GRAD_MODE"]
+    assert "is differentiated within the graph" in report.refusals[0].text

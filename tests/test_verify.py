@@ -288,6 +288,15 @@ def test_a_fault_shows_at_small_sizes(monkeypatch):
     assert [refusal.reason for refusal in report.refusals] == ["DIFFERS"]
 
 
+def test_right_where_returned_logits_are_detached():
+    def fn(x, w, labels):
+        logits = x @ w
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+    inputs = [*tensors((2, 37, D), (D, V)), torch.randint(0, V, (2, 37))]
+    assert_verified(report_of(fn, *inputs, returned_logits="detach"), regions=1)
+
+
 def test_tells_what_it_could_not_run():
     fn = partial(swiglu, view=(112, 128))
     graph = captured_unrun(fn, empty(2, 8192, 4096), empty(4096, 28672), empty(14336, 4096))

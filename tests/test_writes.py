@@ -188,8 +188,17 @@ def bias_of_a_frozen_head(x, head, bias):
     return F.cross_entropy(logits.flatten(0, 1), torch.arange(15) % 8)
 
 
+def one_of_several_views(x, up, down):
+    h = x @ up
+    _, alias = torch.broadcast_tensors(down[:, 0].expand_as(h), h.detach())
+    alias.mul_(down[:, 1])
+    return alias.tanh() @ down
+
+
 @pytest.mark.parametrize(
-    "program", [learnt_scale, learnt_column, bias_of_a_frozen_head], ids=lambda program: program.__name__
+    "program",
+    [learnt_scale, learnt_column, bias_of_a_frozen_head, one_of_several_views],
+    ids=lambda program: program.__name__,
 )
 def test_a_detached_view_that_gets_a_gradient_of_its_own(program):
     (refusal,) = beside_eager(program, given)[0].refusals

@@ -240,13 +240,15 @@ def test_a_metric_without_gradients_in_front_of_the_loss():
     assert len(reports_of(program, inputs=inputs).regions) == 1
 
 
-def test_second_derivatives_raise_an_error():
+@pytest.mark.parametrize("outside", [torch.sum, lambda y: y.square().sum()], ids=["sum", "squares"])
+@pytest.mark.parametrize("program", [lambda x, w: F.linear(x, w).logsumexp(-1).sum(), lambda x, w: mlp(x, w.t(), w)])
+def test_second_derivatives_raise_an_error(program, outside):
+    """At once: what reads the gradient need not lead back to the loop, as where its upstream gradient is a constant."""
     x, head = (leaf(*shape) for shape in HEAD)
-    options = {"min_bytes": 0, "num_chunks": 3, "inner": "eager"}
-    compiled = torch.compile(lambda x, head: F.linear(x, head).logsumexp(-1).sum(), backend="mst_fx", options=options)
-    (gradient,) = torch.autograd.grad(compiled(x, head), x, create_graph=True)
+    options = {"min_bytes": 0, "num_chunks": 3, "inner": "eager", "strict": True}
+    loss = outside(torch.compile(program, backend="mst_fx", options=options)(x, head))
     with pytest.raises(RuntimeError, match="once more"):
-        gradient.square().sum().backward()
+        torch.autograd.grad(loss, x, create_graph=True)
 
 
 def slots(x, up, down):
@@ -398,6 +400,26 @@ def test_tokens_that_are_written_into_memory_made_for_them():
     reports_of(program, *MLP)
 
 
+class Scaled(torch.autograd.Function):
+    """Its backward, which runs before that of what is in front of it, notes how large gradients are."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(x, weight)
+        ctx.scale = scale
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        ctx.scale.data.copy_(grad.abs().amax())
+        return grad * weight, grad * x, None
+
+
+def by_its_backward(x, up, down, count):
+    return Scaled.apply((x @ up + count).tanh() @ down, down[0], count)
+
+
 def filled_by_numpy(x, up, down, count):
     h = x @ up + count
     count.numpy().fill(2.0)
@@ -423,6 +445,12 @@ def counted(count, x):
     return x * 2
 
 
+@torch._dynamo.allow_in_graph
+def counted_in_data(count, x):
+    count.data.add_(1)
+    return x * 2
+
+
 class Counted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, count):
@@ -444,6 +472,11 @@ def allowed_and_unread(x, up, down, count):
     return mlp(x, up, down)
 
 
+def allowed_and_hidden(x, up, down, count):
+    h = x @ up + count
+    return (h + counted_in_data(count, x.detach()).mean() + count).tanh() @ down
+
+
 def by_a_custom_function(x, up, down, count):
     h = x @ up + count
     y = Counted.apply(x, count)
@@ -453,8 +486,8 @@ def by_a_custom_function(x, up, down, count):
 @pytest.mark.parametrize(
     "program",
     [
-        *(allowed_between, allowed_and_unread, by_a_custom_function),
-        *(filled_by_numpy, added_by_numpy, put_by_numpy),
+        *(allowed_between, allowed_and_unread, allowed_and_hidden, by_a_custom_function),
+        *(by_its_backward, filled_by_numpy, added_by_numpy, put_by_numpy),
     ],
     ids=lambda program: program.__name__,
 )

@@ -2,22 +2,27 @@
 
 A trace costs milliseconds, one op in it a fraction of one: so all nodes are traced together, yet apart from each other,
 each on the values that were captured.
+
+Private torch API: dispatch modes, versions of values. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mst_fx.capture.decompositions import openings
 from mst_fx.capture.lower import execute, lower, mutates, traced, tracing
+from mst_fx.core.aten_ops import is_mutable
 from mst_fx.core.graph_walk import ancestors, in_order
 from mst_fx.core.modes import Mode
 from mst_fx.core.values import fake_value
@@ -111,14 +116,28 @@ def _run(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> tuple[Seque
         return [tuple(x._version for x in each if isinstance(x, torch.Tensor)) for each in parts]
 
     before, unknown, tensors = versions(), False, list[torch.Tensor]()
+    watch = _Writes()
     try:
-        value = execute(owner, node, env)
+        with watch if _may_write(node) else nullcontext():
+            value = execute(owner, node, env)
         tensors = [part for part in tree_leaves(value) if isinstance(part, torch.Tensor)]
+        unknown = watch.seen  # through `.data` no version changes
     except Exception as error:
         log.debug("mst_fx: %s is not understood: %s", node, error)
         unknown = _may_write(node)
     changes = enumerate(zip(before, versions(), strict=True))
     return tensors, frozenset(position for position, (old, new) in changes if unknown or old != new)
+
+
+class _Writes(TorchDispatchMode):
+    """Notices ops that write to an operand."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op."""
+        self.seen |= is_mutable(func)
+        return func(*args, **(kwargs or {}))
 
 
 def _may_write(node: Node) -> bool:

@@ -55,7 +55,8 @@ def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
     if isinstance(value, Node):
         return (Node, number[value]) if number and value in number else like(fake_value(value))
     if isinstance(value, torch.Tensor):
-        return (tuple(map(like, value.shape)), tuple(map(like, value.stride())), value.dtype, value.device)
+        lazy = (value.is_conj(), value.is_neg())
+        return (tuple(map(like, value.shape)), tuple(map(like, value.stride())), value.dtype, value.device, lazy)
     if isinstance(value, (tuple, list)):
         return tuple(like(part, number) for part in value)
     if isinstance(value, dict):

@@ -18,11 +18,13 @@ class Mode:
         grad: False inside the graph's own no_grad blocks, and in those of inference mode.
         autocast: arguments of the open autocast blocks, outermost first.
         inference: whether inference mode is on.
+        dual: whether a level of forward-mode AD is open.
     """
 
     grad: bool = True
     autocast: tuple[tuple[object, ...], ...] = ()
     inference: bool = False
+    dual: bool = False
 
 
 TOP = Mode()
@@ -39,10 +41,11 @@ def modes_of(graph: Graph, outer: Mode = TOP) -> dict[Node, Mode]:
     grad = outer.grad
     blocks: list[tuple[Node, tuple[object, ...]]] = []
     inference: dict[Node, bool] = {}
+    levels = int(outer.dual)
     for node in graph.nodes:
         autocast = (*outer.autocast, *(arguments for _, arguments in blocks))
         infers = next(reversed(inference.values()), outer.inference)
-        modes[node] = Mode(grad and not infers, autocast, infers)
+        modes[node] = Mode(grad and not infers, autocast, infers, levels > 0)
         name = getattr(node.target, "__name__", "")
         if name == "_set_grad_enabled":
             grad = bool(node.args[0])
@@ -54,4 +57,8 @@ def modes_of(graph: Graph, outer: Mode = TOP) -> dict[Node, Mode]:
             inference[node] = bool(node.args[0])
         elif name == "_exit_inference_mode":
             inference.pop(node.args[0], None)
+        elif name == "_enter_dual_level":
+            levels += 1
+        elif name == "_exit_dual_level":
+            levels -= 1
     return modes

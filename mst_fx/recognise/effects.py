@@ -9,10 +9,11 @@ from types import BuiltinFunctionType
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from mst_fx.core.graph_walk import walk
 from mst_fx.core.values import fake_value, has_gradient, is_view, storages_of, storages_of_all
 
 _OPERATORS = (
@@ -57,14 +58,29 @@ def written_by(node: Node) -> tuple[Node, ...]:
     found: list[Node] = []
     map_arg(tuple(_written(node)), found.append)
     for subgraph in subgraphs_of(node):
-        written = storages_of_all(target for inner in subgraph.graph.nodes for target in written_by(inner))
-        found += [operand for given, operand in handed(node, subgraph) if not written.isdisjoint(storages_of(given))]
+        found += _written_in(node, subgraph)
     return tuple(dict.fromkeys(found))
+
+
+def _written_in(caller: Node, subgraph: GraphModule) -> list[Node]:
+    """The operands of a higher-order operator that its subgraph writes to; all, where it is not known which it has."""
+    written = storages_of_all(target for inner in subgraph.graph.nodes for target in written_by(inner))
+    if written.isdisjoint(storages_of_all(subgraph.graph.find_nodes(op="placeholder"))):
+        return []
+    pairs = handed(caller, subgraph)
+    if any(storages_of(given) != storages_of(operand) for given, operand in pairs):
+        return caller.all_input_nodes  # the backward of a custom function has what its forward has saved
+    return [operand for given, operand in pairs if not written.isdisjoint(storages_of(given))]
 
 
 def sends_back(node: Node) -> bool:
     """Whether a gradient may come back from a reader: from its value, or from what it writes to (`out[0] = value`)."""
     return any(map(has_gradient, (node, *written_by(node))))
+
+
+def gradients_in(graph: Graph) -> list[Node]:
+    """The nodes that differentiate a part of the graph itself (`torch.autograd.grad` within the compiled function)."""
+    return [node for node in graph.nodes if node.target is torch.autograd.grad]
 
 
 def writes_data(node: Node) -> bool:
@@ -76,11 +92,12 @@ def writes_data(node: Node) -> bool:
 
 def lies_behind(node: Node, names: Container[str]) -> bool:
     """Whether a value is a view that one of these functions or methods gave, or a view of such a view."""
-    while node.all_input_nodes and is_view(node):
-        if _name(node) in names:
-            return True
-        node = node.all_input_nodes[0]
-    return False
+
+    def viewed(view: Node) -> list[Node]:
+        memory = storages_of(view) if is_view(view) else set()
+        return [operand for operand in view.all_input_nodes if not memory.isdisjoint(storages_of(operand))]
+
+    return any(is_view(view) and _name(view) in names for view in walk([node], viewed))
 
 
 def subgraphs_of(node: Node) -> list[GraphModule]:

@@ -26,7 +26,7 @@ from mst_fx.core.aten_ops import (
     VIEWS_AND_CASTS,
     is_random,
 )
-from mst_fx.core.graph_walk import walk
+from mst_fx.core.graph_walk import ancestors, walk
 from mst_fx.core.modes import TOP, Mode, modes_of
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
@@ -34,7 +34,7 @@ from mst_fx.core.sizes import hint, is_size
 from mst_fx.core.values import fake_value, is_sharded, is_transformed, tensors_of
 from mst_fx.placement.propagate import forbid_effects, forbid_unruled
 from mst_fx.placement.rules.contraction import factors
-from mst_fx.recognise.effects import writes, written_by
+from mst_fx.recognise.effects import gradients_in, writes, written_by
 
 aten = torch.ops.aten
 
@@ -65,6 +65,7 @@ class Reader:
         self.order = {node: position for position, node in enumerate(owner.graph.nodes)}
         self.modes = modes_of(owner.graph, outer)
         self.remembered: dict[Any, Any] = {}  # by other stages, about nodes of this graph
+        self.differentiated = ancestors(gradients_in(owner.graph))
         self._written: dict[Node, tuple[Node, ...]] = {}
         self._opened = self._open_all({} if known is None else known)
 

@@ -109,6 +109,7 @@ def close(
             (user, *_) = (user for user in node.users if user in inside)
             text = f"{op_name(user)} reads several values at once, which {op_name(node)} makes outside of the region"
             raise Refusal(Reason.UNKNOWN_OP, user, text)
+    _check_derivatives(reader, ordered)
     before, early = _place(reader, ordered, outputs, live_ins)
     moved = {operand for node in early for operand in (node, *node.all_input_nodes)}
     forbid_writes_between(reader, ordered, {*live_ins, *moved}, before, returned)
@@ -117,6 +118,16 @@ def close(
     forbid_writes_to_shared(reader, ordered, outputs)
     modes = {node: reader.modes[node] for node in ordered}
     return Region(reader.owner, ordered, outputs, live_ins, stream, before, early, modes, returned, smaller, front)
+
+
+def _check_derivatives(reader: Reader, nodes: Iterable[Node]) -> None:
+    """A loop has one kind of derivative, in the backward of the whole graph."""
+    for node in nodes:
+        if reader.modes[node].dual:
+            raise Refusal(Reason.GRAD_MODE, node, f"{op_name(node)} is differentiated in forward mode")
+    ends = [node for node in nodes if node in reader.differentiated]
+    if ends:
+        raise Refusal(Reason.GRAD_MODE, ends[-1], f"{op_name(ends[-1])} is differentiated within the graph")
 
 
 def needs_gradient(node: Node, inside: Collection[Node]) -> bool:
@@ -159,8 +170,9 @@ def _place(
     grad = any(reader.modes[node].grad for node in nodes)
     place = first_reader
 
-    def is_foreign(mode: Mode) -> bool:  # a loop cannot be traced in inference mode
-        return mode.grad != grad or mode.inference or mode.autocast not in ((), reader.modes[nodes[0]].autocast)
+    def is_foreign(mode: Mode) -> bool:  # a loop cannot be traced in inference mode, and has no forward-mode formula
+        autocast = ((), reader.modes[nodes[0]].autocast)
+        return mode.grad != grad or mode.inference or mode.dual or mode.autocast not in autocast
 
     while is_foreign(reader.modes[place]):
         place = place.prev

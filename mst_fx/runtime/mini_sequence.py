@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.runtime.loop_operator import mini_sequence_loop, results_kept
@@ -86,10 +85,10 @@ class _Recompute(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         spec: CallSpec = ctx.spec
         upstream = [tangents[i] for i in spec.differentiable]
+        _forbid_second_derivatives()
         with without_autocast():
             grads = mini_sequence_loop(*ctx.bodies, spec.backward_spec, *upstream, *ctx.saved_tensors)
         return (None, None, *_placed(spec, grads, ctx.count))
@@ -108,27 +107,20 @@ class _GradientsInForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        factor, again = tangents[ctx.spec.differentiable[0]], torch.is_grad_enabled()
-        with torch.no_grad():
-            pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-            grads = tuple(_scaled(grad, factor, dtype) for grad, dtype in pairs)
-        grads = tuple(map(_once, grads)) if again else grads
+        factor = tangents[ctx.spec.differentiable[0]]
+        _forbid_second_derivatives()
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        grads = tuple(_scaled(grad, factor, dtype) for grad, dtype in pairs)
         return (None, None, None, *_placed(ctx.spec, grads, ctx.count))
 
 
-def _once(grad: torch.Tensor) -> torch.Tensor:
-    """A gradient that raises an error where it is differentiated: its own derivative was not made in the forward."""
-    return _Once.apply(grad, torch.zeros((), requires_grad=True))
+def _forbid_second_derivatives() -> None:
+    """Raise an error where gradients shall be differentiated (`create_graph=True`): no body computes that.
 
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, grad: torch.Tensor, differentiable: torch.Tensor) -> torch.Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        raise RuntimeError("mst_fx: gradients of a loop cannot be differentiated once more")
+    It is raised at once: a gradient that is only returned reaches nothing that could raise it later.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("mst_fx: gradients of a loop cannot be differentiated once more (create_graph=True)")
 
 
 def _scaled(grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -6,12 +6,13 @@ number of classes, and may be the one to ignore. `KINDS` are tried until the pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any, TypeAlias
 
 import torch
+from torch.fx import Node
 
 from mst_fx.core.sizes import seen
 from mst_fx.core.values import fake_value
@@ -53,8 +54,15 @@ class Samples:
     upstream: tuple[torch.Tensor | None, ...]
 
 
-def draw(excerpt: Excerpt, kind: Kind, seed: int) -> Samples:
-    """Draw them."""
+def draw(excerpt: Excerpt, kind: Kind, seed: int, detached: Container[Node]) -> Samples:
+    """Draw them.
+
+    Args:
+        excerpt: of the region.
+        kind: of numbers.
+        seed: of the generator.
+        detached: outputs that get no gradient.
+    """
     region, stages = excerpt.region, excerpt.work.stages
     placeholders = [node for node in stages.graph.nodes if node.op == "placeholder"]
     tokens = [isinstance(stages.placements.of.get(node), Split) for node in placeholders]
@@ -68,7 +76,7 @@ def draw(excerpt: Excerpt, kind: Kind, seed: int) -> Samples:
     inside = set(region.nodes)
     upstream = [
         drawing.floats(shape_in(excerpt, fake_value(node)), fake_value(node).dtype)
-        if needs_gradient(node, inside)
+        if needs_gradient(node, inside) and node not in detached
         else None
         for node in region.outputs
     ]

@@ -10,12 +10,13 @@ too.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
 from math import inf
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from mst_fx.bodies.call import Call, assembled
 from mst_fx.bodies.splice import Replacement, loop
@@ -80,9 +81,10 @@ def _verified(region: Region, work: Work, call: Call, config: Config) -> Verifie
     found = excerpt(region, work, config)
     if isinstance(found, str):
         return Verified(False, found)
-    looped = _looped(found, call if found.work is work else None, config)
+    detached = found.region.returned if config.returned_logits == "detach" else ()
+    looped = _looped(found, call if found.work is work else None, config, detached)
     for seed in range(1 if lowest_precision(found) in ROUNDING else 2):
-        fault = _fault(found, looped, seed)
+        fault = _fault(found, looped, seed, detached)
         if not fault:
             return Verified(True, found.sizes)
     raise Refusal(Reason.DIFFERS, region.last, f"on random numbers of {found.sizes}, its loop differs: {fault}")
@@ -94,12 +96,11 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, int | float | torch.SymInt | torch.SymFloat)
 
 
-def _looped(found: Excerpt, call: Call | None, config: Config) -> GraphModule:
+def _looped(found: Excerpt, call: Call | None, config: Config, detached: tuple[Node, ...]) -> GraphModule:
     """The excerpt's graph with its loop: the one that is compiled, if it has several mini-sequences at this length."""
     if call is None or _longest(call) >= found.length:
         chunk = max(1, (found.length - 1) // 2)  # two, and mostly a ragged one
         call = assembled(found.work, chunk, chunk, config.accumulate)
-    detached = found.region.returned if config.returned_logits == "detach" else ()
     replacement = Replacement(found.region, found.work.stages, call)
     return rebuilt(found.region.owner, [Edit(found.region, partial(loop, replacement=replacement), detached)])
 
@@ -109,14 +110,14 @@ def _longest(call: Call) -> int:
     return max(spec[1] for spec in (call.spec.forward_spec, call.spec.backward_spec) if spec)
 
 
-def _fault(found: Excerpt, looped: GraphModule, seed: int) -> str:
+def _fault(found: Excerpt, looped: GraphModule, seed: int, detached: Container[Node]) -> str:
     """What differs and by how much, "" for nothing.
 
     Raises:
         Exception: the program cannot compute with any kind of numbers.
     """
     program = as_captured(found)
-    samples, truth = _truth(found, program, seed)
+    samples, truth = _truth(found, program, seed, detached)
     (eager,) = outcomes(program, placed(found, samples, as_given), samples.upstream)
     try:
         made = outcomes(as_looped(looped), placed(found, samples, as_given), samples.upstream, layouts=2)
@@ -158,12 +159,12 @@ def _told(shape: torch.Size, dtype: torch.dtype) -> str:
     return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
 
 
-def _truth(found: Excerpt, program: Program, seed: int) -> tuple[Samples, Outcome]:
+def _truth(found: Excerpt, program: Program, seed: int, detached: Container[Node]) -> tuple[Samples, Outcome]:
     """Numbers that the program can compute with, finite ones if there are, and what it makes of them in float64."""
     failure: Exception = ArithmeticError("no value is finite")
     usable: list[tuple[Samples, Outcome]] = []
     for kind in KINDS:
-        samples = draw(found, kind, seed)
+        samples = draw(found, kind, seed, detached)
         try:
             with Widened():
                 (truth,) = outcomes(program, placed(found, samples, widened), samples.upstream)
