@@ -157,20 +157,8 @@ def _moved(lowered: GraphModule, stream: int, examples: list[Any]) -> Iterator[G
 def _retraced(
     lowered: GraphModule, cut: Node, sources: Mapping[Node, Split], placements: Mapping[Node, Any], examples: list[Any]
 ) -> GraphModule:
-    """Trace the graph once more: what leads to the cut runs on the positions that it keeps.
-
-    A value on the way that is returned is put together of what the cut keeps and what it leaves.
-    """
-    source = args_of(cut)[0]
-    path = between(sources, source)
-
-    def part(env: Mapping[Node, Any], start: Any, end: Any) -> dict[Node, Any]:
-        short = {node: _positions(env[node], split, start, end) for node, split in sources.items()}
-        node, split = next(iter(sources.items()))
-        length = short[node].shape[split.dim] // split.outer
-        for node in path:
-            short[node] = run_resized(node, placements[node], length, {**env, **short})
-        return short
+    """Trace the graph once more: what leads to the cut runs on the positions that it keeps."""
+    way = _Way(cut, sources, placements, frozenset(lowered.graph.output_node().all_input_nodes))
 
     def run(*values: Any) -> Any:
         env: dict[Node, Any] = {}
@@ -179,26 +167,62 @@ def _retraced(
             if node.op == "output":
                 return [env[result] for result in node.args[0]]
             with set_current_meta(node):
-                if node is not cut:
+                if node is cut:
+                    env.update(way.cut_first(env))
+                else:
                     env[node] = next(given) if node.op == "placeholder" else execute(lowered, node, env)
-                    continue
-                start, end = _bounds(cut, env)
-                kept = part(env, start, end)
-                env[cut] = kept[source].select(dim_of(cut), 0) if cut.target == aten.select.int else kept[source]
-                for result in set(lowered.graph.output_node().all_input_nodes) & set(path):
-                    pieces = [part(env, 0, start)[result]] if start not in (0, None) else []
-                    pieces.append(kept[result])
-                    if end is not None:
-                        lengths = [placements[result].axis_length(piece.shape) for piece in pieces]
-                        behind = sum(lengths) if len(pieces) > 1 else end  # a cut may end in front of its start
-                        pieces.append(part(env, behind, None)[result])
-                    env[result] = torch.cat(pieces, placements[result].dim)
         raise AssertionError("a graph ends in its output")
 
     with tracing(examples), without_autocast():
         moved = traced(run, examples)
     moved.graph.eliminate_dead_code()
     return moved
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What leads to a cut.
+
+    Attributes:
+        cut: of the last value on the way.
+        sources: that the way begins with, and how each lies along the axis.
+        placements: of the nodes on the way.
+        returned: what the graph gives back.
+    """
+
+    cut: Node
+    sources: Mapping[Node, Split]
+    placements: Mapping[Node, Any]
+    returned: Container[Node]
+
+    def cut_first(self, env: Mapping[Node, Any]) -> dict[Node, Any]:
+        """The value of the cut, and of what is on the way and returned: that is put together of three parts.
+
+        The positions in front of the cut, those that it keeps, and those behind: each position lies in one of them,
+        wherever the cut begins and ends.
+        """
+        source, (start, end) = args_of(self.cut)[0], _bounds(self.cut, env)
+        kept = self._part(env, start, end)
+        value = kept[source].select(dim_of(self.cut), 0) if self.cut.target == aten.select.int else kept[source]
+        whole = {}
+        for node in between(self.sources, source):
+            if node in self.returned:
+                pieces = [self._part(env, 0, start)[node]] if start not in (0, None) else []
+                pieces.append(kept[node])
+                if end is not None:  # a cut may end in front of its start
+                    done = sum(self.placements[node].axis_length(piece.shape) for piece in pieces)
+                    pieces.append(self._part(env, done if len(pieces) > 1 else end, None)[node])
+                whole[node] = torch.cat(pieces, self.placements[node].dim)
+        return {self.cut: value, **whole}
+
+    def _part(self, env: Mapping[Node, Any], start: Any, end: Any) -> dict[Node, Any]:
+        """The values on the way, of the positions [start, end) of the axis."""
+        short = {node: _positions(env[node], split, start, end) for node, split in self.sources.items()}
+        node, split = next(iter(self.sources.items()))
+        length = short[node].shape[split.dim] // split.outer
+        for node in between(self.sources, args_of(self.cut)[0]):
+            short[node] = run_resized(node, self.placements[node], length, {**env, **short})
+        return short
 
 
 def _bounds(cut: Node, env: Mapping[Node, Any]) -> tuple[Any, Any]:
