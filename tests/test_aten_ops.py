@@ -49,6 +49,9 @@ FUSED_WITHOUT_A_KERNEL = {
         "a scan like cumsum, which is unfused: no kernel on a CPU",
     ),
     aten.index_reduce.default: "opened before it is lowered, and a call of ATen where that is not done",
+    **dict.fromkeys(
+        (aten.median.default, aten.median.dim, aten.kthvalue.default, aten.mode.default), "a call of ATen before 2.13"
+    ),
     aten.nanmedian.default: "a call of ATen",
     aten.nanmedian.dim: "a call of ATen",
     aten._adaptive_avg_pool3d.default: "a call of ATen",
@@ -180,7 +183,8 @@ def saved_by(op) -> list[torch.Tensor] | None:
                 results = tree_leaves(op(*args, **kwargs))
             except RuntimeError:
                 continue  # it does not run with a gradient for this dtype or option
-        calls += any(isinstance(x, torch.Tensor) and x.requires_grad for x in results)
+        histories = [x.grad_fn for x in results if isinstance(x, torch.Tensor) and x.grad_fn is not None]
+        calls += any(not history.name().endswith("NotImplemented") for history in histories)
     return [x for x in saved if x.is_floating_point() and x.numel()] if calls else None
 
 

@@ -205,9 +205,8 @@ def test_retain_graph_gives_the_same_gradients_twice(inner):
 def test_second_derivative_is_an_error_not_a_wrong_number():
     model = MlpLM().double()
     loss = looped(model, inner="eager")(*tokens(2))
-    grads = torch.autograd.grad(loss, list(model.mlp.parameters()), create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate"):
-        sum(grad.sum() for grad in grads).backward()
+    with pytest.raises(RuntimeError, match="differentiated once more"):
+        torch.autograd.grad(loss, list(model.mlp.parameters()), create_graph=True)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

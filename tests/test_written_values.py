@@ -549,3 +549,99 @@ def test_what_a_checkpointed_block_reads_is_written_behind_it(program):
     (refusal,) = reports_of(program, inputs=inputs, inner="aot_eager").refusals
     assert refusal.reason == "MUTATION"
     assert "Tensor.add_" in refusal.text
+
+
+def binary_gate(x, up, down):
+    gate = torch.sigmoid(x @ up)
+    gate.data.round_()
+    return (gate * (x @ up)) @ down
+
+
+def masked_column(x, up, down):
+    h = F.relu(x @ up)
+    h.data[..., 0] = 0
+    return h @ down
+
+
+def floored(x, head, _):
+    scores = F.linear(x, head).log_softmax(-1)
+    scores.data.clamp_(min=-2)
+    return F.nll_loss(scores.flatten(0, 1), torch.arange(21))
+
+
+def capped_behind(x, head, _):
+    sums = F.linear(x, head).logsumexp(-1)
+    sums.data.clamp_(max=2.0)
+    return (sums * torch.arange(7)).sum()
+
+
+def squared_inside(x, head, _):
+    sums = F.linear(x, head).logsumexp(-1)
+    loss = sums.square().sum()
+    sums.data.mul_(2)
+    return loss
+
+
+@pytest.mark.parametrize(
+    "program",
+    [binary_gate, masked_column, floored, capped_behind, squared_inside],
+    ids=lambda program: program.__name__,
+)
+def test_results_that_their_own_backward_reads_are_written_through_data(program):
+    shapes = MLP if program in (binary_gate, masked_column) else (*HEAD, (1,))
+    (refusal,) = reports_of(program, *shapes).refusals
+    assert refusal.reason == "MUTATION"
+
+
+def norm_under_no_grad(x, up, down):
+    h = F.layer_norm(x @ up, (16,))
+    with torch.no_grad():
+        h.mul_(2)
+    return h.tanh() @ down
+
+
+def norm_in_data(x, up, down):
+    h = F.group_norm((x @ up).flatten(0, 1), 4)
+    h.detach().clamp_(-1, 1)
+    return h.tanh() @ down
+
+
+def one_of_two_outs(x, up, down):
+    h = x @ up
+    with torch.no_grad():
+        torch.sort(h * 2, -1, out=(h, torch.zeros(h.shape, dtype=torch.long)))
+    return h.tanh() @ down
+
+
+@pytest.mark.parametrize("program", [norm_under_no_grad, norm_in_data, one_of_two_outs], ids=lambda p: p.__name__)
+def test_one_of_several_results_is_written_without_a_gradient(program):
+    report = reports_of(program, *MLP, inner="aot_eager")
+    assert {refusal.reason for refusal in report.refusals} <= {"MUTATION"}
+
+
+def wide_view(x, head):
+    logits = F.linear(x, head)
+    return logits.logsumexp(-1), logits, logits[:, :4]
+
+
+def last_tokens(x, head):
+    logits = F.linear(x, head)
+    return logits, logits[:, -1]
+
+
+def small_view(x, head):
+    scores = F.linear(x, head).log_softmax(-1)
+    return scores.exp().sum(), scores, scores[..., 7]
+
+
+@pytest.mark.parametrize("program", [wide_view, last_tokens, small_view], ids=lambda program: program.__name__)
+def test_results_that_share_memory_share_it_outside(program):
+    """The caller writes to one of them, and finds it in the other."""
+    torch._dynamo.reset()
+    options = {"min_bytes": 0, "num_chunks": 3, "inner": "eager", "strict": True}
+    x, head = (leaf(*shape).detach() for shape in HEAD)
+    results = program(x, head), torch.compile(program, backend="mst_fx", options=options)(x, head)
+    for *_, view in results:
+        view.fill_(7.0)
+    for eager, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mst_fx.core.sizes import hint
 
@@ -58,6 +59,11 @@ def is_sharded(value: object) -> bool:
     """Whether a value is a DTensor: its ops communicate, and keep what they saw for the whole process."""
     distributed = sys.modules.get("torch.distributed.tensor")  # nobody has made one where nobody has loaded it
     return distributed is not None and isinstance(value, distributed.DTensor)
+
+
+def is_wrapper(value: torch.Tensor) -> bool:
+    """Whether a value is made of other tensors, as nested and quantised ones are."""
+    return is_traceable_wrapper_subclass(value)
 
 
 def bytes_of(value: torch.Tensor) -> int:

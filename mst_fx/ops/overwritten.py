@@ -12,7 +12,7 @@ import operator
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node, map_arg
 
 aten = torch.ops.aten
 
@@ -44,35 +44,39 @@ class WithoutWrites(Interpreter):
 
     def run_node(self, node: Node) -> Any:
         """As the base class does; what lies behind a detach keeps its gradient when it is written."""
-        memory = _behind_detach(node)
-        value = self.env[memory] if memory is not None else None
-        if value is None or not value.is_floating_point():
-            return super().run_node(node)
-        before = value.clone()
+        values = [self.env[owner] for owner in map(_behind_detach, _written(node)) if owner is not None]
+        hidden = [value for value in values if value.is_floating_point()]
+        before = [value.clone() for value in hidden]
         result = super().run_node(node)
-        value.copy_(overwritten(before, value))
+        for value, old in zip(hidden, before, strict=True):
+            value.copy_(overwritten(old, value))
         return result
 
 
-def _behind_detach(node: Node) -> Node | None:
-    """What owns the memory that a node writes to, if a detach stands in between; else None."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return None
-    written: Any = node.args[0] if node.args else node.kwargs.get("self")
-    for declared, given in zip(node.target._schema.arguments, node.args, strict=False):
+def _written(node: Node) -> list[Node]:
+    """The operands that an aten node writes to."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    found: list[Node] = []
+    for position, declared in enumerate(node.target._schema.arguments):
         if declared.alias_info is not None and declared.alias_info.is_write:
-            written = given
-    written = node.kwargs.get("out", written)
+            given = node.args[position] if position < len(node.args) else node.kwargs.get(declared.name)
+            map_arg(given, found.append)
+    return found
+
+
+def _behind_detach(node: Node) -> Node | None:
+    """What owns the memory that a value lies in, if a detach stands in between; else None."""
     detached = False
-    while isinstance(written, Node) and _shares_memory(written):
-        detached |= written.target == aten.detach.default
-        written = written.args[0]
-    return written if detached and isinstance(written, Node) else None
+    while _shares_memory(node):
+        detached |= node.target == aten.detach.default
+        node = node.all_input_nodes[0]
+    return node if detached else None
 
 
 def _shares_memory(node: Node) -> bool:
-    """Whether a node's value lies in the memory of its first operand."""
+    """Whether a node's value lies in the memory of its first operand; of several results, each in that of its own."""
     if node.target is operator.getitem:
-        return True
+        return _shares_memory(node.all_input_nodes[0])
     returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
     return any(returned.alias_info is not None for returned in returns)

@@ -26,6 +26,7 @@ from mst_fx.placement.propagate import Unequal, origins, propagate
 from mst_fx.placement.rules import Demand, Spans, args_of, shape_of
 from mst_fx.placement.rules.view import dim_of
 from mst_fx.placement.run_on_chunk import run_resized
+from mst_fx.recognise.effects import leaves
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close
 
@@ -99,7 +100,8 @@ def _chain(reader: Reader, head: Node) -> tuple[list[Node], Node] | None:
         cuts = opened is not None and any(node.target in CUTS for node in opened.ops)
         nodes.append(user)
         if cuts and reader.numel(user) < reader.numel(nodes[-2]):
-            return nodes, contraction.activation
+            shares = returned and leaves(user)  # whoever gets both may write to one, and finds it in the other
+            return None if shares else (nodes, contraction.activation)
 
 
 def _cut_first(region: Region, examples: list[Any]) -> GraphModule | None:

@@ -64,11 +64,13 @@ def written_by(node: Node) -> tuple[Node, ...]:
 
 def _written_in(caller: Node, subgraph: GraphModule) -> list[Node]:
     """The operands of a higher-order operator that its subgraph writes to; all, where it is not known which it has."""
-    written = storages_of_all(target for inner in subgraph.graph.nodes for target in written_by(inner))
-    if written.isdisjoint(storages_of_all(subgraph.graph.find_nodes(op="placeholder"))):
+    targets = [target for inner in subgraph.graph.nodes for target in written_by(inner)]
+    written, placeholders = storages_of_all(targets), subgraph.graph.find_nodes(op="placeholder")
+    is_known = all(fake_value(given) is not None for given in placeholders)
+    if not targets or (is_known and written.isdisjoint(storages_of_all(placeholders))):
         return []
     pairs = handed(caller, subgraph)
-    if any(storages_of(given) != storages_of(operand) for given, operand in pairs):
+    if not is_known or any(storages_of(given) != storages_of(operand) for given, operand in pairs):
         return caller.all_input_nodes  # the backward of a custom function has what its forward has saved
     return [operand for given, operand in pairs if not written.isdisjoint(storages_of(given))]
 
@@ -88,6 +90,15 @@ def writes_data(node: Node) -> bool:
     if any(lies_behind(target, DATA) for target in written_by(node)):
         return True
     return any(writes_data(inner) for subgraph in subgraphs_of(node) for inner in subgraph.graph.nodes)
+
+
+def leaves(node: Node, without: Node | None = None) -> bool:
+    """Whether the caller of the graph gets a value, or a view of it other than by way of `without`."""
+
+    def views(base: Node) -> list[Node]:
+        return [user for user in base.users if user is not without and (user.op == "output" or is_view(user))]
+
+    return any(reached.op == "output" for reached in walk([node], views))
 
 
 def lies_behind(node: Node, names: Container[str]) -> bool:

@@ -31,7 +31,7 @@ from mst_fx.core.modes import TOP, Mode, modes_of
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint, is_size
-from mst_fx.core.values import fake_value, is_sharded, is_transformed, tensors_of
+from mst_fx.core.values import fake_value, is_sharded, is_transformed, is_wrapper, tensors_of
 from mst_fx.placement.propagate import forbid_effects, forbid_unruled
 from mst_fx.placement.rules.contraction import factors
 from mst_fx.recognise.effects import gradients_in, writes, written_by
@@ -279,11 +279,12 @@ def _can_be_opened(node: Node) -> bool:
 
 
 def strange_tensors(node: Node) -> Refusal | None:
-    """That a node reads or makes DTensors, or nested tensors: no pattern can tell what its ops are."""
+    """That a node reads or makes DTensors, or other tensors of tensors: no pattern can tell what its ops are."""
     if any(map(is_sharded, _near(node))):
         return Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors")
-    if any(x.is_nested for x in _near(node)):
-        return Refusal(Reason.NESTED, node, f"{op_name(node)} works on nested tensors")
+    for value in _near(node):
+        if value.is_nested or is_wrapper(value):
+            return Refusal(Reason.SUBCLASS, node, f"{op_name(node)} works on values of {type(value).__name__}")
     return None
 
 

@@ -8,7 +8,7 @@ Terms
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,8 @@ from mst_fx.core.modes import Mode
 from mst_fx.core.provenance import module_path, op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data
-from mst_fx.core.values import fake_value, has_gradient
-from mst_fx.recognise.effects import sends_back
+from mst_fx.core.values import fake_value, has_gradient, is_view, storages_of
+from mst_fx.recognise.effects import leaves, sends_back
 from mst_fx.recognise.reader import Reader, strange_tensors
 from mst_fx.recognise.write_checks import (
     forbid_gradients_behind_detach,
@@ -86,6 +86,7 @@ def close(
             and in front of all readers, or memory that the nodes read or make is written to in between.
     """
     inside = _without_foreign_parts(with_parts(nodes))
+    inside = _without_shown_views(sorted(inside, key=reader.order.__getitem__))
     ordered = tuple(sorted(inside, key=reader.order.__getitem__))
     outputs = tuple(node for node in ordered if not inside.issuperset(node.users))
     if not outputs:
@@ -149,6 +150,21 @@ def _parts(node: Node) -> list[Node]:
 def _without_foreign_parts(nodes: set[Node]) -> set[Node]:
     """The nodes but the parts of tuples that are made outside: the region reads these, each by itself."""
     return {n for n in nodes if n.target is not operator.getitem or _is_part_inside(n, nodes)}
+
+
+def _without_shown_views(nodes: Sequence[Node]) -> set[Node]:
+    """The nodes but views that the graph's caller gets beside what they are views of.
+
+    Who writes to one of them finds it in the other: they are made of the loop's result, as they were of the region's.
+    """
+    inside = set(nodes)
+    for node in reversed(nodes):
+        if is_view(node) and leaves(node) and inside.isdisjoint(node.users):
+            memory = storages_of(node)
+            beside = (other for other in inside - {node} if not memory.isdisjoint(storages_of(other)))
+            if any(leaves(other, without=node) for other in beside):
+                inside.remove(node)
+    return inside
 
 
 def _is_part_inside(part: Node, nodes: Collection[Node]) -> bool:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch.fx import Node
 
+from mst_fx.core.aten_ops import BILINEAR
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.values import has_gradient, storages_of, storages_of_all
-from mst_fx.recognise.effects import DETACHED, handed, lies_behind, sends_back, writes_data
+from mst_fx.core.values import has_gradient, is_view, storages_of, storages_of_all
+from mst_fx.recognise.effects import DETACHED, handed, leaves, lies_behind, sends_back, writes_data
 from mst_fx.recognise.reader import Reader
 
 if TYPE_CHECKING:
@@ -57,10 +58,18 @@ def forbid_writes_between(
 
 
 def forbid_writes_to_shared(reader: Reader, nodes: Sequence[Node], outputs: Sequence[Node]) -> None:
-    """Raise a refusal for a write to memory that two results have in common: each result of a loop has its own."""
+    """Raise a refusal for a write to memory that two results have in common: each result of a loop has its own.
+
+    Where the graph's caller gets both, the caller may write.
+    """
     inside = set(nodes)
     each = [storages_of(node) for node in outputs]
     shared = {memory for number, some in enumerate(each) for other in each[:number] for memory in some & other}
+    for memory in shared:
+        shown = [node for node in outputs if memory in storages_of(node) and leaves(node)]
+        if len(shown) > 1:
+            text = f"{op_name(shown[-1])} gives a view that leaves the graph beside what it views"
+            raise Refusal(Reason.MUTATION, shown[-1], text)
     for node in reader.owner.graph.nodes if shared else ():
         written = storages_of_all(reader.written_by(node))
         if node not in inside and reader.order[node] > reader.order[nodes[0]] and not shared.isdisjoint(written):
@@ -124,16 +133,26 @@ def forbid_gradients_behind_detach(reader: Reader, nodes: Sequence[Node]) -> Non
 def forbid_writes_to_saved(reader: Reader, nodes: Sequence[Node]) -> None:
     """Nothing may be written through `.data` that an earlier op may have saved: its backward would read the new value.
 
-    Of any other write that autograd does not see, eager execution tells that the saved value has changed.
+    Neither may the region write so to what any op has saved, nor may others to what the region's ops have. Of any other
+    write that autograd does not see, eager execution tells that the saved value has changed.
     """
-    hidden = [node for node in nodes if writes_data(node)]
-    for write in hidden:
-        memory = storages_of_all(reader.written_by(write))
-        for node in reader.owner.graph.nodes:
-            if reader.order[node] >= reader.order[write]:
-                break
-            reads = any(not memory.isdisjoint(storages_of(o)) for o in node.all_input_nodes)
-            saves = reader.written_by(node) or memory.isdisjoint(storages_of(node))  # a view saves nothing
-            if reads and saves and reader.modes[node].grad and sends_back(node):
+    inside = set(nodes)
+    given = storages_of_all(operand for node in nodes for operand in node.all_input_nodes if operand not in inside)
+    for write in filter(writes_data, reader.owner.graph.nodes):
+        memory = storages_of_all(reader.written_by(write)) - (set() if write in inside else given)
+        for node in reader.owner.graph.nodes if write in inside else nodes:
+            if reader.order[node] < reader.order[write] and _may_have_saved(reader, node, memory):
                 text = f"{op_name(write)} writes through .data to what {op_name(node)} may have saved for backward"
                 raise Refusal(Reason.MUTATION, write, text)
+
+
+def _may_have_saved(reader: Reader, node: Node, memory: Collection[torch.UntypedStorage]) -> bool:
+    """Whether the backward of a node may read memory: its operands, or its result where it is more than a product."""
+    if not (reader.modes[node].grad and sends_back(node)):
+        return False
+    reads = any(not storages_of(operand).isdisjoint(memory) for operand in node.all_input_nodes)
+    makes = not storages_of(node).isdisjoint(memory)
+    if reader.written_by(node):
+        return reads
+    ops = reader.ops(node)
+    return (reads and not makes) or (makes and not is_view(node) and (ops is None or not ops <= BILINEAR))
