@@ -118,11 +118,8 @@ def test_no_gradient_comes_from_blocks_without(program, inner):
     def inputs(_):
         return [leaf(3, 7, 4), leaf(4, 16), leaf(16, 4)]
 
-    if program in (beside_a_region, alone) and inner == "aot_eager":
-        try:
-            torch.compile(program, backend=inner)(*inputs(0))
-        except Exception:
-            pytest.skip("torch 2.11 does not compile it")
+    if program in (beside_a_region, alone) and inner == "aot_eager" and torch.__version__ < "2.12":
+        pytest.skip("AOTAutograd does not compile it, and leaves the process in a state that no later compile works in")
     (report,) = beside_eager(program, inputs, inner=inner)
     assert {refusal.reason for refusal in report.refusals} <= {"GRAD_MODE"}
     assert len(report.regions) == {without_gradients_around: 2, alone: 0}.get(program, 1)
