@@ -34,7 +34,10 @@ def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None], out
             dead.add(node)
         else:
             read.update(*map(storages_of, node.all_input_nodes))
-    return Reader(rebuilt(gm, [], dead=dead), known, outer) if dead else reader
+    reads = (tensor for node in dead for operand in node.all_input_nodes for tensor in tensors_of(operand))
+    if not any(tensor.is_floating_point() for tensor in reads):
+        return reader  # none of them stands in a region's way: not worth a copy
+    return Reader(rebuilt(gm, [], dead=dead), known, outer)
 
 
 def _is_unread(node: Node, dead: set[Node]) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Container, Iterator
 from types import BuiltinFunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -113,6 +114,8 @@ def lies_behind(node: Node, names: Container[str]) -> bool:
 
 def subgraphs_of(node: Node) -> list[GraphModule]:
     """The subgraphs that a higher-order operator runs."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return []
     owner, held = node.graph.owning_module, [operand for operand in node.all_input_nodes if operand.op == "get_attr"]
     modules = [getattr(owner, str(operand.target), None) for operand in held]
     return [module for module in modules if isinstance(module, GraphModule)]
@@ -135,9 +138,12 @@ def _written(node: Node) -> Iterator[Any]:
     if name == "triton_kernel_wrapper_mutation":
         yield [*node.all_input_nodes]
     first = node.args[0] if node.args else node.kwargs.get("self", node.kwargs.get("input"))
-    for schema in _schemas(node):
-        yield from _written_by_schema(node, schema)
-    tells_all = isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    for argument in _mutable_arguments(_operator(node)):
+        positional = node.args[argument.position] if argument.position < len(node.args) else None
+        value = node.kwargs.get(argument.name, positional)
+        if argument.is_list == _is_list(value):  # `sort` of a list is in place
+            yield value
+    tells_all = isinstance(node.target, _OPERATORS_OF_TORCH)
     if not tells_all and (name.endswith("_") or name in _IN_PLACE_OPERATORS):
         yield first
     given = _arguments(node, name)
@@ -165,33 +171,39 @@ def _is_operator(target: Any) -> bool:
     return getattr(target, "__module__", None) in ("_operator", "operator")
 
 
-def _schemas(node: Node) -> list[Any]:
-    """The schemas of an operator, or of all the overloads that it may stand for; none of another function.
+class _Mutable(NamedTuple):
+    """An argument that an operator writes to; one that is given by name alone has a position behind all others."""
 
-    Methods, and functions that torch has written in C++, stand for the operator of their name.
-    """
+    position: int
+    name: str
+    is_list: bool
+
+
+_OPERATORS_OF_TORCH = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+
+
+def _operator(node: Node) -> Any:
+    """The operator that a node calls; methods, and functions of torch written in C++, stand for that of their name."""
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return [target._schema]
     if node.op == "call_method" or (isinstance(target, BuiltinFunctionType) and not _is_operator(target)):
-        target = _packet(_name(node))
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return [getattr(target, overload)._schema for overload in target.overloads()]
-    return []
+        target = getattr(torch.ops.aten, _name(node), None)
+    return target if isinstance(target, _OPERATORS_OF_TORCH) else None
 
 
 @functools.cache
-def _packet(name: str) -> torch._ops.OpOverloadPacket | None:
-    return getattr(torch.ops.aten, name, None)
-
-
-def _written_by_schema(node: Node, schema: Any) -> Iterator[Any]:
-    for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            positional = node.args[position] if position < len(node.args) and not argument.kwarg_only else None
-            given = node.kwargs.get(argument.name, positional)
-            if isinstance(argument.type, torch.ListType) == _is_list(given):  # `sort` of a list is in place
-                yield given
+def _mutable_arguments(called: Any) -> tuple[_Mutable, ...]:
+    """Those of an operator, or of all its overloads; none of None."""
+    if called is None:
+        return ()
+    is_packet = isinstance(called, torch._ops.OpOverloadPacket)
+    overloads = [getattr(called, name) for name in called.overloads()] if is_packet else [called]
+    found: dict[_Mutable, None] = {}
+    for overload in overloads:
+        for position, argument in enumerate(overload._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                place = sys.maxsize if argument.kwarg_only else position
+                found[_Mutable(place, argument.name, isinstance(argument.type, torch.ListType))] = None
+    return tuple(found)
 
 
 def _is_list(given: Any) -> bool:
@@ -201,7 +213,7 @@ def _is_list(given: Any) -> bool:
 def _arguments(node: Node, name: str) -> dict[str, Any]:
     """The arguments of a function that may write in place, by name, defaults included as far as it tells them."""
     signature = _signature(node.target) if node.op == "call_function" else None
-    if name in _SIDE_EFFECTS and (signature is None or _schemas(node)):
+    if name in _SIDE_EFFECTS and (signature is None or _operator(node) is not None):
         names = [argument.name for argument in getattr(torch.ops.aten, name).default._schema.arguments]
         return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     if signature is None or not ("inplace" in signature.parameters or name in _SIDE_EFFECTS):

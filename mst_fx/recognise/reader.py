@@ -6,6 +6,7 @@ contractions, and a custom activation of ten nodes is ten elementwise nodes. No 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -31,10 +32,10 @@ from mst_fx.core.modes import TOP, Mode, modes_of
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint, is_size
-from mst_fx.core.values import fake_value, is_sharded, is_transformed, is_wrapper, tensors_of
+from mst_fx.core.values import fake_value, is_fake, is_sharded, is_transformed, is_wrapper, tensors_of
 from mst_fx.placement.propagate import forbid_effects, forbid_unruled
 from mst_fx.placement.rules.contraction import factors
-from mst_fx.recognise.effects import gradients_in, writes, written_by
+from mst_fx.recognise.effects import gradients_in, writes, writes_data, written_by
 
 aten = torch.ops.aten
 
@@ -76,6 +77,11 @@ class Reader:
             seen = (node.all_input_nodes[position] for position in opened.written) if opened is not None else ()
             self._written[node] = tuple(dict.fromkeys((*written_by(node), *seen)))
         return self._written[node]
+
+    @functools.cached_property
+    def data_writes(self) -> list[Node]:
+        """The nodes that write to memory through `.data`."""
+        return [node for node in self.owner.graph.nodes if self.written_by(node) and writes_data(node)]
 
     def opened(self, node: Node) -> Opened | None:
         """What one node opens into; None where it cannot be opened (no fake values, a data-dependent op, ...)."""
@@ -280,9 +286,10 @@ def _can_be_opened(node: Node) -> bool:
 
 def strange_tensors(node: Node) -> Refusal | None:
     """That a node reads or makes DTensors, or other tensors of tensors: no pattern can tell what its ops are."""
-    if any(map(is_sharded, _near(node))):
+    values = [value for value in _near(node) if not is_fake(value)]
+    if any(map(is_sharded, values)):
         return Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors")
-    for value in _near(node):
+    for value in values:
         if value.is_nested or is_wrapper(value):
             return Refusal(Reason.SUBCLASS, node, f"{op_name(node)} works on values of {type(value).__name__}")
     return None

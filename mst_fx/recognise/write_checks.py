@@ -138,7 +138,7 @@ def forbid_writes_to_saved(reader: Reader, nodes: Sequence[Node]) -> None:
     """
     inside = set(nodes)
     given = storages_of_all(operand for node in nodes for operand in node.all_input_nodes if operand not in inside)
-    for write in filter(writes_data, reader.owner.graph.nodes):
+    for write in reader.data_writes:
         memory = storages_of_all(reader.written_by(write)) - (set() if write in inside else given)
         for node in reader.owner.graph.nodes if write in inside else nodes:
             if reader.order[node] < reader.order[write] and _may_have_saved(reader, node, memory):
