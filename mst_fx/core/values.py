@@ -52,7 +52,8 @@ def storages_of_all(nodes: Iterable[Node]) -> set[torch.UntypedStorage]:
 
 def is_view(node: Node) -> bool:
     """Whether the node's value lies in the memory of its operands."""
-    return bool(storages_of(node)) and storages_of(node) <= storages_of_all(node.all_input_nodes)
+    own = storages_of(node)
+    return bool(own) and own <= storages_of_all(node.all_input_nodes)
 
 
 def is_sharded(value: object) -> bool:
@@ -80,9 +81,7 @@ def bytes_made(node: Node) -> int:
 
 def has_gradient(node: Node) -> bool:
     """Whether the value needed a gradient when it was captured; of several values, whether one did."""
-    value = fake_value(node)
-    parts = value if isinstance(value, tuple | list) else [value]
-    return any(isinstance(part, torch.Tensor) and part.requires_grad for part in parts)
+    return any(part.requires_grad for part in tensors_of(node))
 
 
 def sizes_of(gm: GraphModule) -> Iterator[Any]:

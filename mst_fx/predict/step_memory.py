@@ -174,15 +174,15 @@ def segments_of(
 
 def resident_bytes(reader: Reader) -> int:
     """Bytes of the graph's inputs, shared memory counted once."""
-    return _storage_bytes(reader, _inputs(reader))
+    return _storage_bytes(_inputs(reader))
 
 
 def returned_bytes(reader: Reader) -> int:
     """Bytes of the graph's results, shared memory counted once."""
-    return _storage_bytes(reader, reader.owner.graph.output_node().all_input_nodes)
+    return _storage_bytes(reader.owner.graph.output_node().all_input_nodes)
 
 
-def _storage_bytes(reader: Reader, nodes: Sequence[Node]) -> int:
+def _storage_bytes(nodes: Sequence[Node]) -> int:
     storages = storages_of_all(nodes)
     return sum(hint(storage.nbytes()) for storage in storages)
 

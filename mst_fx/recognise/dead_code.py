@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from mst_fx.capture.decomposed import Opened
 from mst_fx.core.modes import Mode
 from mst_fx.core.values import storages_of, tensors_of
-from mst_fx.recognise.effects import writes, writes_data
+from mst_fx.recognise.effects import writes
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.rebuild import rebuilt
 
@@ -29,7 +29,7 @@ def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None], out
     for node in reversed(gm.graph.nodes):
         written = [storages_of(target) for target in reader.written_by(node)]
         lost = all(storages and storages.isdisjoint(read) for storages in written)
-        lost &= not writes_data(node)  # backward may read what an op has saved
+        lost &= node not in reader.data_writes  # backward may read what an op has saved
         if _is_unread(node, dead) and lost and reader.is_known(node):
             dead.add(node)
         else:
