@@ -22,7 +22,7 @@ from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.sizes import fix, long_lengths, without_guards
+from mst_fx.core.sizes import Hint, fix, hint, long_hint, without_guards
 from mst_fx.core.values import marked_sizes, sizes_of
 from mst_fx.plan.chunk_length import Lengths
 from mst_fx.plan.planner import Plan, Plans, make_plans
@@ -106,10 +106,11 @@ class Engine:
         report = replace(_with_budget(report, plans), peak=plans.peak, peak_whole=plans.peak_whole)
         return Rewritten(module or self.gm, report, tuple(site for site, plan in of_site.items() if plan.lengths))
 
-    def _planned(self, surveyed: Surveyed, due: Container[Site] = ()) -> Plans:
-        """The decisions for all regions of a graph."""
-        offers = [self._for(site, partial(self.surveyor.offer, site, due=site in due)) for site in surveyed.all_sites()]
-        return make_plans(offers, timeline_of(surveyed), device_of_graph(surveyed), self.config)
+    def _planned(self, surveyed: Surveyed, at: Hint = hint, due: Container[Site] = ()) -> Plans:
+        """The decisions for all regions of a graph, if it has the lengths that `at` tells."""
+        sites = list(surveyed.all_sites())
+        offers = [self._for(site, partial(self.surveyor.offer, site, at, due=site in due)) for site in sites]
+        return make_plans(offers, timeline_of(surveyed, at), device_of_graph(surveyed), self.config)
 
     def _due(self, surveyed: Surveyed) -> set[Site]:
         """What is looped for lengths that may come, however short the captured one: loops that compute nothing again.
@@ -120,8 +121,7 @@ class Engine:
         varying = {site for site in surveyed.all_sites() if site.work.stages.dynamic and not site.recomputes}
         if not varying or self.config.min_bytes is not None:
             return set()
-        with long_lengths():
-            plans = self._planned(surveyed)
+        plans = self._planned(surveyed, long_hint)
         return {site for site, plan in zip(surveyed.all_sites(), plans.of, strict=True) if plan.lengths} & varying
 
     def _spliced(self, surveyed: Surveyed, plans: Mapping[Site, Plan]) -> tuple[GraphModule | None, Report]:

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mst_fx.core.config import Wish
-from mst_fx.plan.chunk_length import ALIGNMENT, MAX_ROWS, MIN_ROWS, NEAR, default_lengths, longer, shorter
+from mst_fx.plan.chunk_length import (
+    ALIGNMENT,
+    MAX_ROWS,
+    MIN_ROWS,
+    NEAR,
+    Terms,
+    default_lengths,
+    longer,
+    shorter,
+    terms_of,
+)
 from mst_fx.predict.extent import Extent
 
 H, F, V = 4096, 14336, 128256
@@ -55,7 +65,7 @@ def test_chunks_of_a_float32_sum_fill_what_its_cast_will_take(hidden, classes):
 @given(st.integers(1, 300_000), st.sampled_from([MLP, HEAD]))
 def test_longer_chunks_are_about_twice_as_long_and_never_the_only_ones(length, extent):
     lengths = default_lengths(replace(extent, length=length), Wish(), "float32", recomputes=True)
-    double = longer(replace(extent, length=length), Wish(), lengths)
+    double = longer(Terms(replace(extent, length=length), Wish(), lengths), lengths)
     chunks = -(-length // lengths.chunk)
     if double is None:
         assert chunks <= 2 or length % lengths.chunk == 0
@@ -69,12 +79,13 @@ def test_longer_chunks_are_about_twice_as_long_and_never_the_only_ones(length, e
 def test_longer_chunks_of_lengths_in_use():
     for length, chunk in ((8192, None), (12288, 6144), (16384, 8192), (20480, None), (65536, 8192), (131072, 8192)):
         extent = replace(MLP, length=length)
-        double = longer(extent, Wish(), default_lengths(extent, Wish(), "float32", recomputes=True))
+        terms = terms_of(extent, Wish(), "float32", recomputes=True)
+        double = longer(terms, terms.lengths)
         assert (double and double.chunk) == chunk
 
 
 @pytest.mark.parametrize("wish", [Wish(chunk_tokens=4096), Wish(num_chunks=16)])
 def test_what_the_user_has_fixed_stays(wish):
     lengths = default_lengths(MLP, wish, "float32", recomputes=True)
-    assert longer(MLP, wish, lengths) is None
-    assert shorter(MLP, wish, lengths) is None
+    assert longer(Terms(MLP, wish, lengths), lengths) is None
+    assert shorter(Terms(MLP, wish, lengths), lengths) is None

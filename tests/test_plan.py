@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,10 +11,12 @@ from hypothesis import strategies as st
 
 from mst_fx.core.config import Config, Wish
 from mst_fx.core.readable import readable
-from mst_fx.plan.chunk_length import default_lengths
-from mst_fx.plan.planner import LENT_SHARE, Offer, held, make_plans
+from mst_fx.plan.chunk_length import default_lengths, terms_of
+from mst_fx.plan.planner import LENT_SHARE, Offer, Plans, held
+from mst_fx.plan.planner import make_plans as make_plans_of
 from mst_fx.predict.extent import Extent
-from mst_fx.predict.region_memory import Footprint, RegionMemory
+from mst_fx.predict.footprint import Footprint
+from mst_fx.predict.region_memory import RegionMemory
 from mst_fx.predict.step_memory import Held, Segment, Timeline
 from mst_fx.predict.time import Device, RegionCost
 
@@ -22,7 +25,30 @@ DEVICE = Device("cuda", 80 * GIB, 7e11, 4e9)
 WIDTH, FFN, VOCAB = 4096, 14336, 128256
 
 
-def mlp(length: int, module: str = "mlp", *, repeated: bool = False) -> Offer:
+@dataclass(frozen=True)
+class InModule(Offer):
+    """A region of a module."""
+
+    module: str = ""
+
+
+def offered(module: str, extent: Extent, *numbers: Any, **kinds: bool) -> InModule:
+    """A region of which the user has said nothing."""
+    terms = terms_of(extent, Wish(), "float32", recomputes=not kinds["free"])
+    return InModule(terms, *numbers, **kinds, module=module)
+
+
+def make_plans(offers: list[InModule], timeline: Timeline, device: Device, config: Config) -> Plans:
+    """The plans of regions, with what the user has said of their modules."""
+    said = [
+        terms_of(offer.extent, config.wish_for([offer.module]), config.accumulate, recomputes=not offer.free)
+        for offer in offers
+    ]
+    offers = [replace(offer, terms=terms) for offer, terms in zip(offers, said, strict=True)]
+    return make_plans_of(offers, timeline, device, config)
+
+
+def mlp(length: int, module: str = "mlp", *, repeated: bool = False) -> InModule:
     """SwiGLU of Llama-3-8B in bfloat16: six wide values in backward, two kept."""
     wide, stream, weights = length * FFN * 2, length * WIDTH * 2, 3 * WIDTH * FFN
     memory = RegionMemory(
@@ -36,10 +62,10 @@ def mlp(length: int, module: str = "mlp", *, repeated: bool = False) -> Offer:
     )
     flops = 6.0 * length * WIDTH * FFN
     cost = RegionCost(flops, flops * 2 / 3, 1.0, weights * 8, half=True)
-    return Offer((module,), Extent(length, False, 1, FFN * 2), memory, cost, free=False, repeated=repeated)
+    return offered(module, Extent(length, False, 1, FFN * 2), memory, cost, free=False, repeated=repeated)
 
 
-def head(length: int, module: str = "lm_head") -> Offer:
+def head(length: int, module: str = "lm_head") -> InModule:
     """Cross-entropy over Llama-3's vocabulary: gradients in the forward."""
     wide, stream, weights = length * VOCAB * 2, length * WIDTH * 2, VOCAB * WIDTH
     memory = RegionMemory(
@@ -53,10 +79,10 @@ def head(length: int, module: str = "lm_head") -> Offer:
         whole_backward=2 * wide + stream + weights * 2,
     )
     cost = RegionCost(2.0 * length * weights, 0.0, 1.0, weights * 8, half=True)
-    return Offer((module,), Extent(length, False, 1, VOCAB * 2), memory, cost, free=True)
+    return offered(module, Extent(length, False, 1, VOCAB * 2), memory, cost, free=True)
 
 
-def llama(length: int, layers: int, *, checkpointed: bool = False) -> tuple[list[Offer], Timeline]:
+def llama(length: int, layers: int, *, checkpointed: bool = False) -> tuple[list[InModule], Timeline]:
     """Layers of Llama-3-8B with a head: attention saves five streams a layer."""
     offers = [mlp(length, f"layers.{n}.mlp.down_proj", repeated=checkpointed) for n in range(layers)] + [head(length)]
     stream = length * WIDTH * 2
@@ -118,7 +144,7 @@ def test_evaluation_loops_the_head():
     assert plans.peak <= plans.peak_whole - wide / 2
 
 
-def saving(count: int, *, free: bool = False) -> Offer:
+def saving(count: int, *, free: bool = False) -> InModule:
     """A region that saves so many bytes for backward, and none in a loop."""
     return replace(mlp(32768), memory=RegionMemory(written=GIB, saved_whole=count), free=free)
 
@@ -275,7 +301,7 @@ def test_a_plan_keeps_to_its_budget_or_says_what_is_missing(graph, budget):
 @given(graphs())
 def test_a_loop_is_never_chosen_for_a_higher_peak(graph):
     plans = make_plans(*graph, DEVICE, Config())
-    heads = make_plans(*graph, DEVICE, Config(modules={n.modules[0]: False for n in graph[0] if not n.free}))
+    heads = make_plans(*graph, DEVICE, Config(modules={n.module: False for n in graph[0] if not n.free}))
     assert peak_before_longer_chunks(graph, plans) <= peak_before_longer_chunks(graph, heads)
     assert plans.peak <= heads.peak + LENT_SHARE * (plans.peak_whole - heads.peak)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mst_fx.bodies import call, work
 from mst_fx.core.config import Config
+from mst_fx.core.sizes import LONG, hint, long_hint
 from mst_fx.pipeline import rewrite
 from mst_fx.recognise.pattern import patterns
 from mst_fx.runtime import loop_operator
@@ -147,3 +150,20 @@ def test_by_default_small_programs_are_left_as_they_are():
     rewritten, report = rewrite(gm, Config(), patterns())
     assert rewritten is gm
     assert {refusal.reason for refusal in report.refusals} == {"SMALL"}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_length_that_varies_is_judged_as_the_long_one_would_be(again):
+    """Every number that a plan is made of, at the length that `long_hint` assumes, is that of a capture at it."""
+    numbers = []
+    for length, at in ((8, long_hint), (LONG, hint)):
+        model, (ids, labels) = Layers(1024, 1024, again=again), tokens(1, length)
+        for tensor in (ids, labels) if length < LONG else ():
+            torch._dynamo.mark_dynamic(tensor, 1)
+        surveyor = Surveyor(Config(chunk_tokens=1024), patterns())
+        surveyed = surveyor.survey(captured(model, ids, labels))
+        offers = [surveyor.offer(site, at) for site in surveyed.all_sites()]
+        extents = [replace(offer.extent, dynamic=False) for offer in offers]
+        numbers.append(([(offer.memory, offer.cost) for offer in offers], extents, timeline_of(surveyed, at)))
+    assert numbers[0] == numbers[1]
+    assert len(numbers[0][0]) == 3

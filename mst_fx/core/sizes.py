@@ -5,10 +5,9 @@ Private torch API: the symbols of sizes and what was seen of them. Run on torch 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -19,44 +18,33 @@ sure = statically_known_true
 """Whether something holds whatever the sizes are that are only known at run time."""
 
 
-def hint(size: Any) -> int:
-    """The size that was seen when the graph was captured, or that `mark_dynamic(hint_override=)` names.
+Hint: TypeAlias = Callable[[Any], int]
+"""What a size is taken for where a number is needed: `hint` or `long_hint`. Neither adds a guard."""
 
-    Asking for it adds no guard. Of a size that depends on the data nothing was seen: any will do, the region is refused
-    later.
-    """
+UNSEEN = 64
+"""Of a size that depends on the data nothing was seen: any number will do, the region is refused later."""
+
+LONG = 65536
+"""Positions: where heads, and MLPs that are computed again anyway, take their part of any model's memory."""
+
+
+def hint(size: Any) -> int:
+    """The size that was seen when the graph was captured, or that `mark_dynamic(hint_override=)` names."""
     if not isinstance(size, torch.SymInt):
         return int(size)
-    if not size.node.has_hint():
-        return UNSEEN
-    if not _long.get():
-        return int(size.node.hint)
+    return int(size.node.hint) if size.node.has_hint() else UNSEEN
+
+
+def long_hint(size: Any) -> int:
+    """The same with LONG for each length that may vary, or with the longest that it may be."""
+    if not isinstance(size, torch.SymInt) or not size.node.has_hint():
+        return hint(size)
     formula, shape_env = size.node.expr, size.node.shape_env
     return int(formula.xreplace({symbol: _long_value(shape_env, symbol) for symbol in formula.free_symbols}))
 
 
 def _long_value(shape_env: Any, symbol: Any) -> Any:
     return max(shape_env.backed_var_to_val[symbol], min(LONG, shape_env.var_to_range[symbol].upper))
-
-
-UNSEEN = 64
-
-
-LONG = 65536
-"""Positions: where heads, and MLPs that are computed again anyway, take their part of any model's memory."""
-
-
-_long = ContextVar("_long", default=False)
-
-
-@contextmanager
-def long_lengths() -> Iterator[None]:
-    """In here `hint` takes sizes that may vary for LONG, or for the longest that they may be."""
-    token = _long.set(True)
-    try:
-        yield
-    finally:
-        _long.reset(token)
 
 
 def depends_on_data(size: Any) -> bool:

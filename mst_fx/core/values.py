@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mst_fx.core.sizes import hint
+from mst_fx.core.sizes import Hint, hint
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -67,16 +67,16 @@ def is_wrapper(value: torch.Tensor) -> bool:
     return is_traceable_wrapper_subclass(value)
 
 
-def bytes_of(value: torch.Tensor) -> int:
-    """Bytes of a value at the lengths that `hint` tells."""
-    return hint(value.numel()) * value.element_size()
+def bytes_of(value: torch.Tensor, at: Hint = hint) -> int:
+    """Bytes of a value, of the lengths that `at` tells."""
+    return at(value.numel()) * value.element_size()
 
 
-def bytes_made(node: Node) -> int:
+def bytes_made(node: Node, at: Hint = hint) -> int:
     """Bytes of what a node of an aten graph makes, added up where it makes several values; 0 for what is no tensor."""
     value = node.meta.get("val")
     parts = value if isinstance(value, tuple | list) else [value]
-    return sum(bytes_of(part) for part in parts if isinstance(part, torch.Tensor))
+    return sum(bytes_of(part, at) for part in parts if isinstance(part, torch.Tensor))
 
 
 def has_gradient(node: Node) -> bool:

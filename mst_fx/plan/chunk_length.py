@@ -39,6 +39,26 @@ class Lengths:
     forward: int
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What the lengths of one region's mini-sequences are chosen by, and what they are by default.
+
+    Attributes:
+        extent: of its axis.
+        wish: the user's.
+        lengths: by default.
+    """
+
+    extent: Extent
+    wish: Wish
+    lengths: Lengths
+
+
+def terms_of(extent: Extent, wish: Wish, accumulate: Accumulate, *, recomputes: bool) -> Terms:
+    """The default and what it depends on; arguments as of `default_lengths`."""
+    return Terms(extent, wish, default_lengths(extent, wish, accumulate, recomputes=recomputes))
+
+
 def default_lengths(extent: Extent, wish: Wish, accumulate: Accumulate, *, recomputes: bool) -> Lengths:
     """As the user says, else about CHUNK_BYTES in the widest product; the chunks are even.
 
@@ -71,19 +91,21 @@ def _rows(extent: Extent, accumulate: Accumulate) -> int:
     return max(rows - rows % TILE, min(rows, TILE))
 
 
-def shorter(extent: Extent, wish: Wish, lengths: Lengths) -> Lengths | None:
+def shorter(terms: Terms, lengths: Lengths) -> Lengths | None:
     """Half as long; None where the user has fixed the length, or where no product of that many rows is worth it."""
+    extent = terms.extent
     half = _even(extent, -(-lengths.chunk // 2))
-    if wish.fixes_length or half >= lengths.chunk or half * extent.tokens < LEAST_ROWS * extent.sharing:
+    if terms.wish.fixes_length or half >= lengths.chunk or half * extent.tokens < LEAST_ROWS * extent.sharing:
         return None
     return Lengths(half, half)
 
 
-def longer(extent: Extent, wish: Wish, lengths: Lengths) -> Lengths | None:
+def longer(terms: Terms, lengths: Lengths) -> Lengths | None:
     """About twice as long; None where the user has fixed the length, or where one would be the only or a ragged one."""
+    extent = terms.extent
     double = _even(extent, 2 * lengths.chunk)
     ragged = extent.length % double > 0 and extent.length % lengths.chunk == 0
-    if wish.fixes_length or double >= extent.length or (ragged and not extent.dynamic):
+    if terms.wish.fixes_length or double >= extent.length or (ragged and not extent.dynamic):
         return None
     return Lengths(double, max(double, lengths.forward))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mst_fx.core.config import Config, Wish
 from mst_fx.core.readable import readable
-from mst_fx.plan.chunk_length import Lengths, default_lengths, longer, shorter
+from mst_fx.plan.chunk_length import Lengths, Terms, longer, shorter
 from mst_fx.predict.extent import Extent
 from mst_fx.predict.region_memory import RegionMemory
 from mst_fx.predict.step_memory import Held, Timeline
@@ -31,8 +31,7 @@ class Offer:
     """What the planner knows of one region.
 
     Attributes:
-        modules: paths of the modules that its nodes belong to.
-        extent: of its axis.
+        terms: what the lengths of its mini-sequences are chosen by.
         memory: bytes, as a function of the chunk length.
         cost: work.
         free: whether a loop computes nothing again: gradients in the forward, or none.
@@ -41,14 +40,23 @@ class Offer:
         due: whether it is looped though it may be small: its length may vary, and at a long one it would be looped.
     """
 
-    modules: tuple[str, ...]
-    extent: Extent
+    terms: Terms
     memory: RegionMemory
     cost: RegionCost
     free: bool
     repeated: bool = False
     kept: bool = False
     due: bool = False
+
+    @property
+    def extent(self) -> Extent:
+        """Of its axis."""
+        return self.terms.extent
+
+    @property
+    def wish(self) -> Wish:
+        """The user's."""
+        return self.terms.wish
 
     @property
     def recomputes(self) -> bool:
@@ -122,22 +130,19 @@ class _Planner:
 
     def __init__(self, offers: Sequence[Offer], timeline: Timeline, device: Device, config: Config) -> None:
         self.offers, self.timeline, self.device, self.config = offers, timeline, device, config
-        self.wishes: list[Wish] = [config.wish_for(offer.modules) for offer in offers]
-        self.lengths = [
-            default_lengths(offer.extent, wish, config.accumulate, recomputes=not offer.free)
-            for offer, wish in zip(offers, self.wishes, strict=True)
-        ]
+        self.lengths = [offer.terms.lengths for offer in offers]
         self.candidates = [number for number in range(len(offers)) if self._may_be_looped(number)]
         self.unlooped: State = (None,) * len(offers)
 
     def _may_be_looped(self, number: int) -> bool:
-        wish, offer = self.wishes[number], self.offers[number]
-        return (offer.due or offer.memory.written >= self.config.least_bytes) if wish.loop is None else wish.loop
+        offer = self.offers[number]
+        large = offer.due or offer.memory.written >= self.config.least_bytes
+        return large if offer.wish.loop is None else offer.wish.loop
 
     def _must_be_looped(self, number: int) -> bool:
-        wish = self.wishes[number]
-        given = self.config.min_bytes is not None or wish.loop is not None or wish.fixes_length
-        return given or self.offers[number].due
+        offer = self.offers[number]
+        given = self.config.min_bytes is not None or offer.wish.loop is not None or offer.wish.fixes_length
+        return given or offer.due
 
     def peak(self, state: State) -> int:
         """Predicted bytes of a training step."""
@@ -169,7 +174,7 @@ class _Planner:
         limit = peak + LENT_SHARE * (self.peak(self.unlooped) - peak)
         alike: dict[Hashable, dict[int, Lengths]] = {}
         for number, lengths in enumerate(state):
-            double = longer(self.offers[number].extent, self.wishes[number], lengths) if lengths else None
+            double = longer(self.offers[number].terms, lengths) if lengths else None
             if double:
                 offer = self.offers[number]
                 alike.setdefault((offer.extent, offer.memory, offer.cost, double), {})[number] = double
@@ -199,7 +204,7 @@ class _Planner:
         First the loops that compute nothing again; then the others, those of blocks that are computed again anyway in
         front, and the one that frees most for its time first; then shorter chunks, where most is held.
         """
-        cheap = {n for n, offer in enumerate(self.offers) if offer.free or offer.due or self.wishes[n].loop}
+        cheap = {n for n, offer in enumerate(self.offers) if offer.free or offer.due or offer.wish.loop}
         state = self._looped(cheap.intersection(self.candidates))
         yield state
         for number in sorted((n for n in self.candidates if state[n] is None), key=self._price):
@@ -208,7 +213,7 @@ class _Planner:
         while True:
             ways: dict[int, Lengths] = {}
             for number, lengths in enumerate(state):
-                half = shorter(self.offers[number].extent, self.wishes[number], lengths) if lengths else None
+                half = shorter(self.offers[number].terms, lengths) if lengths else None
                 ways.update({number: half} if half else {})
             if not ways:
                 return
@@ -236,10 +241,11 @@ class _Planner:
 
     def plan(self, number: int, state: State) -> Plan:
         """The decision for a region, in words and numbers."""
-        memory, length, lengths = self.offers[number].memory, self.offers[number].extent.length, state[number]
+        offer, lengths = self.offers[number], state[number]
+        memory, length = offer.memory, offer.extent.length
         if lengths is None:
             reason = self._reason(number, state)
-            if self.offers[number].extent.dynamic and self.wishes[number].loop is None:
+            if offer.extent.dynamic and offer.wish.loop is None:
                 reason += f" (for the length {length}; mark_dynamic(..., hint_override=) names another)"
             return Plan(None, bytes_before=memory.written, reason=reason)
         chunk = min(lengths.chunk, length)
@@ -248,7 +254,7 @@ class _Planner:
 
     def _reason(self, number: int, state: State) -> str:
         """Why a region is left alone."""
-        if self.wishes[number].loop is False:
+        if self.offers[number].wish.loop is False:
             return "the option `modules` says so"
         if number not in self.candidates:
             written = self.offers[number].memory.written

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.bodies.work import Work
-from mst_fx.core.sizes import hint
+from mst_fx.core.sizes import Hint
 from mst_fx.core.values import HALF, bytes_of
 from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import WHOLE
@@ -41,42 +41,42 @@ class Extent:
     cast: int = 0
 
 
-def extent_of(work: Work) -> Extent:
-    """Numbers of a region's axis."""
+def extent_of(work: Work, at: Hint) -> Extent:
+    """Numbers of a region's axis, of the lengths that `at` tells."""
     stages = work.stages
     products = stages.products
-    length = hint(stages.length)
+    length = at(stages.length)
     return Extent(
         length=length,
         dynamic=stages.dynamic,
-        tokens=max(1, _tokens(stages) // length),
-        widest=max((bytes_per_position(stages, node) for node in products or stages.loop), default=0),
-        sharing=max([1.0, *(_tokens_per_row(stages, node) for node in products)]),
-        wide=sum(bytes_per_position(stages, node) for node in products if not is_sink(stages, node)),
-        cast=max((_bytes_cast(work, stages.operands[i]) for i in work.wanted), default=0),
+        tokens=max(1, _tokens(stages, at) // length),
+        widest=max((bytes_per_position(stages, node, at) for node in products or stages.loop), default=0),
+        sharing=max([1.0, *(_tokens_per_row(stages, node, at) for node in products)]),
+        wide=sum(bytes_per_position(stages, node, at) for node in products if not is_sink(stages, node, at)),
+        cast=max((_bytes_cast(work, stages.operands[i], at) for i in work.wanted), default=0),
     )
 
 
-def _tokens(stages: Stages) -> int:
+def _tokens(stages: Stages, at: Hint) -> int:
     """Positions of the stream, whose last dim holds their features; where that is the axis, a product tells."""
     shape = shape_of(stages.stream)
     features = shape[-1]
     if stages.axis.dim == len(shape) - 1 > 0:
         features = shape_of(factors(stages.products[0])[0])[-1]
-    return hint(prod(shape)) // hint(features)
+    return at(prod(shape)) // at(features)
 
 
-def _bytes_cast(work: Work, operand: Node) -> int:
+def _bytes_cast(work: Work, operand: Node, at: Hint) -> int:
     """Of the gradient of an operand in half precision that every chunk reads as a whole."""
     value: torch.Tensor = operand.meta["val"]
     adds_up = value.dtype in HALF and work.stages.placement(operand) == WHOLE
-    return bytes_of(value) if adds_up else 0
+    return bytes_of(value, at) if adds_up else 0
 
 
-def _tokens_per_row(stages: Stages, product: Node) -> float:
+def _tokens_per_row(stages: Stages, product: Node, at: Hint) -> float:
     """Tokens for each row that one of the product's matrices meets, where it has one for each group; else 0."""
     weight = factors(product)[1]
     if stages.placements.of[weight] != WHOLE or len(shape_of(weight)) != 3:
         return 0.0
-    rows = hint(prod(shape_of(product)[:-1]))
-    return shape_of(weight)[0] * hint(prod(shape_of(stages.stream)[:-1])) / rows
+    rows = at(prod(shape_of(product)[:-1]))
+    return shape_of(weight)[0] * at(prod(shape_of(stages.stream)[:-1])) / rows

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.core.aten_ops import BILINEAR, LINEAR, LOOK_UPS, is_recomputed
-from mst_fx.core.sizes import hint
+from mst_fx.core.sizes import Hint
 from mst_fx.core.values import HALF, bytes_of, has_gradient, is_view, tensors_of
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.recognise.reader import Reader
@@ -34,34 +34,38 @@ class Need(IntEnum):
     MEMORY = 2
 
 
-def saved_values(reader: Reader, regions: Mapping[Node, int], blocks: Container[Node]) -> dict[Node, int]:
+def saved_values(reader: Reader, regions: Mapping[Node, int], blocks: Container[Node], at: Hint) -> dict[Node, int]:
     """Bytes saved for backward, by the node that makes them; results of regions and of blocks are among them.
 
     Args:
         reader: of the graph.
         regions: the number of the region of each node that belongs to one.
         blocks: the nodes that run subgraphs; what these read is theirs.
+        at: tells sizes that vary.
     """
-    needs = _needs(reader, regions, blocks)
+    made = {node: size for node in reader.owner.graph.nodes if (size := _bytes_made(node, at))}
+    needs = _needs(reader, made, regions, blocks)
     sources: dict[Node, frozenset[Node]] = {}
     saved: set[Node] = set()
-    for node in filter(_makes, reader.owner.graph.nodes):
+    for node in made:
         behind = frozenset().union(*(sources.get(operand, frozenset()) for operand in node.all_input_nodes))
         if is_view(node):
             sources[node] = behind
         elif node in regions or node in blocks or needs[node] is Need.MEMORY or _is_dear(reader, node):
             sources[node] = frozenset([node])
         else:
-            is_smaller = 2 * _makes(node) <= sum(map(_makes, behind))
+            is_smaller = 2 * made[node] <= sum(map(made.__getitem__, behind))
             sources[node] = frozenset([node]) if is_smaller else behind
         saved.update(sources[node] if needs[node] else ())
-    return {node: _makes(node) for node in saved}
+    return {node: made[node] for node in saved}
 
 
-def _needs(reader: Reader, regions: Mapping[Node, int], blocks: Container[Node]) -> Mapping[Node, Need]:
+def _needs(
+    reader: Reader, made: dict[Node, int], regions: Mapping[Node, int], blocks: Container[Node]
+) -> Mapping[Node, Need]:
     """What backward needs of each value; views hand it on to what they are views of."""
     needs: dict[Node, Need] = defaultdict(lambda: Need.NOTHING)
-    for node in filter(_makes, reversed(reader.owner.graph.nodes)):
+    for node in reversed(made):
         if node in blocks:
             continue
         views = is_view(node)
@@ -91,23 +95,23 @@ def _needed(reader: Reader, node: Node, operand: Node) -> Need:
     return Need.MEMORY if _is_dear(reader, node) else Need.NUMBERS
 
 
-def passing_bytes(reader: Reader, node: Node) -> int:
+def passing_bytes(reader: Reader, node: Node, at: Hint) -> int:
     """Bytes that the backward of a node outside the regions needs at once, beside what is saved."""
-    made = _makes(node)
+    made = _bytes_made(node, at)
     if not made:
         return 0
     if reader.does(node, LOOK_UPS):  # the gradient of the table adds up in float32
         tables = [x for x in _read_by(node) if isinstance(x, torch.nn.Parameter) and x.dtype in HALF]
-        return sum(4 * hint(table.numel()) + bytes_of(table) for table in tables)
+        return sum(4 * at(table.numel()) + bytes_of(table, at) for table in tables)
     if not _is_dear(reader, node):
         return 0
-    return (made + activation_bytes(node)) * (1 if reader.multiplies(node) else ATTENTION)
+    return (made + activation_bytes(node, at)) * (1 if reader.multiplies(node) else ATTENTION)
 
 
-def activation_bytes(node: Node) -> int:
+def activation_bytes(node: Node, at: Hint) -> int:
     """Bytes of the operands that carry gradients and are no parameters."""
     activations = (x for x in _read_by(node) if x.requires_grad and not isinstance(x, torch.nn.Parameter))
-    return sum(map(bytes_of, activations))
+    return sum(bytes_of(x, at) for x in activations)
 
 
 def _read_by(node: Node) -> list[torch.Tensor]:
@@ -120,8 +124,8 @@ def _is_dear(reader: Reader, node: Node) -> bool:
     return ops is None or not all(op is overwritten or is_recomputed(op) for op in ops)
 
 
-def _makes(node: Node) -> int:
+def _bytes_made(node: Node, at: Hint) -> int:
     """Bytes of what a node makes and what carries gradients."""
     if node.op in ("placeholder", "get_attr", "output"):
         return 0
-    return sum(bytes_of(x) for x in tensors_of(node) if x.requires_grad)
+    return sum(bytes_of(x, at) for x in tensors_of(node) if x.requires_grad)

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch.fx import Node
 
-from mst_fx.core.sizes import hint
+from mst_fx.core.sizes import Hint
 from mst_fx.core.values import bytes_of, fake_value, storages_of_all
 from mst_fx.predict.saved_activations import activation_bytes, passing_bytes, saved_values
 from mst_fx.recognise.reader import Reader
@@ -129,6 +129,7 @@ def segments_of(
     reader: Reader,
     regions: Mapping[Node, int],
     blocks: Mapping[Node, Sequence[Segment]],
+    at: Hint,
     *,
     top: bool,
 ) -> list[Segment]:
@@ -138,10 +139,11 @@ def segments_of(
         reader: of the graph.
         regions: the number of the region of each node that belongs to one.
         blocks: the segments of the subgraphs that nodes of the graph run (checkpointed blocks and the like).
+        at: tells sizes that vary.
         top: whether the graph's inputs are those of the whole; a subgraph's gradients are its caller's.
     """
-    last = _last_readers(reader) if top else {}
-    saved = saved_values(reader, regions, blocks)
+    last = _last_readers(reader, at) if top else {}
+    saved = saved_values(reader, regions, blocks, at)
     found: list[Segment] = []
     place: dict[int, int] = {}
     current = Segment()
@@ -154,11 +156,11 @@ def segments_of(
                 place[number] = len(found) - 1
                 current = Segment()
             current = replace(current, saved=current.saved + saved.get(node, 0))
-            at = place[number]
-            found[at] = replace(found[at], gradients=found[at].gradients + gradients)
+            own = found[place[number]]
+            found[place[number]] = replace(own, gradients=own.gradients + gradients)
         elif node in blocks:
             inner = list(blocks[node]) or [Segment()]
-            inner[0] = replace(inner[0], entry=inner[0].entry + activation_bytes(node))
+            inner[0] = replace(inner[0], entry=inner[0].entry + activation_bytes(node, at))
             inner[-1] = replace(inner[-1], gradients=inner[-1].gradients + gradients)
             found += [current, *inner]
             current = Segment(saved=saved.get(node, 0))
@@ -166,37 +168,37 @@ def segments_of(
             current = replace(
                 current,
                 saved=current.saved + saved.get(node, 0),
-                passing=max(current.passing, passing_bytes(reader, node)),
+                passing=max(current.passing, passing_bytes(reader, node, at)),
                 gradients=current.gradients + gradients,
             )
     return [*found, current]
 
 
-def resident_bytes(reader: Reader) -> int:
+def resident_bytes(reader: Reader, at: Hint) -> int:
     """Bytes of the graph's inputs, shared memory counted once."""
-    return _storage_bytes(_inputs(reader))
+    return _storage_bytes(_inputs(reader), at)
 
 
-def returned_bytes(reader: Reader) -> int:
+def returned_bytes(reader: Reader, at: Hint) -> int:
     """Bytes of the graph's results, shared memory counted once."""
-    return _storage_bytes(reader.owner.graph.output_node().all_input_nodes)
+    return _storage_bytes(reader.owner.graph.output_node().all_input_nodes, at)
 
 
-def _storage_bytes(nodes: Sequence[Node]) -> int:
+def _storage_bytes(nodes: Sequence[Node], at: Hint) -> int:
     storages = storages_of_all(nodes)
-    return sum(hint(storage.nbytes()) for storage in storages)
+    return sum(at(storage.nbytes()) for storage in storages)
 
 
 def _inputs(reader: Reader) -> list[Node]:
     return [node for node in reader.owner.graph.nodes if node.op in ("placeholder", "get_attr")]
 
 
-def _last_readers(reader: Reader) -> dict[Node, int]:
+def _last_readers(reader: Reader, at: Hint) -> dict[Node, int]:
     """Bytes of the gradients of graph inputs, by the last node that reads them: there backward makes them first."""
     gradients: dict[Node, int] = {}
     for node in _inputs(reader):
         value = fake_value(node)
         if isinstance(value, torch.nn.Parameter) and value.requires_grad and node.users:
             last = max(node.users, key=reader.order.__getitem__)
-            gradients[last] = gradients.get(last, 0) + bytes_of(value)
+            gradients[last] = gradients.get(last, 0) + bytes_of(value, at)
     return gradients

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.bodies.work import Work
-from mst_fx.core.sizes import hint
+from mst_fx.core.sizes import Hint
 from mst_fx.placement.rules import shape_of
 from mst_fx.placement.rules.contraction import factors
 from mst_fx.predict.extent import Extent
@@ -113,19 +113,20 @@ def efficiency(rows: float) -> float:
     return a + (b - a) * (rows - low) / (high - low)
 
 
-def cost_of(work: Work, memory: RegionMemory, extent: Extent) -> RegionCost:
+def cost_of(work: Work, memory: RegionMemory, extent: Extent, at: Hint) -> RegionCost:
     """Count a region's matrix products, and what is read and written besides.
 
     Args:
         work: of the region.
         memory: of the region.
         extent: of its axis.
+        at: tells sizes that vary.
     """
     stages, loop = work.stages, memory.backward or memory.forward
     cast = loop.sums + loop.returned if loop.cast else 0
     kept = {stages.results[i] for i in work.kept}
-    flops = {node: _flops(node) for node in stages.products}
-    again = [node for node in flops if node not in kept and not is_sink(stages, node)]
+    flops = {node: _flops(node, at) for node in stages.products}
+    again = [node for node in flops if node not in kept and not is_sink(stages, node, at)]
     return RegionCost(
         flops=sum(flops.values()),
         recomputed=sum(flops[node] for node in again) if work.backward == "recompute" else 0.0,
@@ -136,7 +137,7 @@ def cost_of(work: Work, memory: RegionMemory, extent: Extent) -> RegionCost:
     )
 
 
-def _flops(product: Node) -> float:
+def _flops(product: Node, at: Hint) -> float:
     """Two for each element of the result and each of the terms that it is the sum of."""
     left = factors(product)[0]
-    return 2.0 * hint(prod(shape_of(product))) * hint(shape_of(left)[-1])
+    return 2.0 * at(prod(shape_of(product))) * at(shape_of(left)[-1])

@@ -19,9 +19,9 @@ from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.provenance import module_path
 from mst_fx.core.refusal import Refusal
-from mst_fx.core.sizes import hint, is_symbolic
+from mst_fx.core.sizes import Hint, hint, is_symbolic
 from mst_fx.core.values import fake_value, has_gradient
-from mst_fx.plan.chunk_length import Lengths, default_lengths
+from mst_fx.plan.chunk_length import Lengths, Terms, terms_of
 from mst_fx.plan.planner import Offer
 from mst_fx.predict.extent import extent_of
 from mst_fx.predict.region_memory import RegionMemory, memory_of, temporary_bytes, written_after
@@ -59,7 +59,7 @@ class Surveyor:
     _opened: dict[Hashable, Opened | None] = field(default_factory=dict)
     _works: dict[Hashable, Work] = field(default_factory=dict)
     _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
-    _memories: dict[tuple[Work, Lengths, int], RegionMemory] = field(default_factory=dict)
+    _memories: dict[tuple[Work, Lengths, Hint], RegionMemory] = field(default_factory=dict)
     _verified: dict[tuple[Work, Lengths], Verified | Refusal] = field(default_factory=dict)
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
@@ -77,8 +77,8 @@ class Surveyor:
             try:
                 if isinstance(found.outcome, Refusal):
                     raise found.outcome
-                region, work = self._best_part(graph, found.outcome)
-                sites.append(Site(found.pattern, region, work, around))
+                part = self._best_part(graph, found.outcome)
+                sites.append(Site(found.pattern, part.region, part.work, around, part.terms))
             except Refusal as refusal:
                 report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
             except Exception as error:
@@ -129,26 +129,26 @@ class Surveyor:
         varies = any(map(is_symbolic, fake_value(head.region.stream).shape))
         return head.bytes_before >= self.config.least_bytes or (varies and self.config.min_bytes is None)
 
-    def _best_part(self, graph: _Graph, region: Region) -> tuple[Region, Work]:
+    def _best_part(self, graph: _Graph, region: Region) -> _Part:
         """The largest part that can be looped; where large values are returned, the one that leaves the fewest bytes.
 
         Raises:
             Refusal: neither the region nor any part of it can be looped.
         """
-        parts: list[tuple[Region, Work]] = []
+        parts: list[_Part] = []
         refusal: Refusal | None = None
-        part: Region | None = region
-        while part is not None and (part.returned or not parts):
+        left: Region | None = region
+        while left is not None and (left.returned or not parts):
             try:
-                front = self._with_front(graph, part)
-                parts.append(front or (part, self._analysed(graph, part)))
+                part, work = self._with_front(graph, left) or (left, self._analysed(graph, left))
+                parts.append(_Part(part, work, self._terms(part, work, hint)))
             except Refusal as error:
                 refusal = refusal or error
-            part = part.smaller
+            left = left.smaller
         if not parts:
             assert refusal is not None
             raise refusal
-        return min(parts, key=lambda part: written_after(part[1], self._lengths(*part).chunk))
+        return min(parts, key=lambda part: written_after(part.work, part.terms.lengths.chunk, hint))
 
     def _with_front(self, graph: _Graph, region: Region) -> tuple[Region, Work] | None:
         """The region and what stands in front of it, if its tokens stay apart there, too: the longest axis is split."""
@@ -177,10 +177,10 @@ class Surveyor:
     def _fault(self, error: Exception, region: Region) -> Refusal:
         return refusal_for(error, region.last, f"a region at {region.name}", strict=self.config.strict)
 
-    def _lengths(self, region: Region, work: Work) -> Lengths:
-        wish = self.config.wish_for(_modules(region))
+    def _terms(self, region: Region, work: Work, at: Hint) -> Terms:
+        wish = self.config.wish_for({module_path(node) for node in region.nodes if node not in region.front})
         recomputes = work.backward == "recompute"
-        return default_lengths(extent_of(work), wish, self.config.accumulate, recomputes=recomputes)
+        return terms_of(extent_of(work, at), wish, self.config.accumulate, recomputes=recomputes)
 
     def call(self, work: Work, lengths: Lengths) -> Call:
         """The bodies for these lengths; the same ones for all regions that are alike."""
@@ -204,28 +204,29 @@ class Surveyor:
         found = self._verified[key]
         return Refusal(found.reason, site.region.last, found.text) if isinstance(found, Refusal) else found
 
-    def offer(self, site: Site, *, due: bool = False) -> Offer:
+    def offer(self, site: Site, at: Hint = hint, *, due: bool = False) -> Offer:
         """What the planner has to know of a region.
 
         Args:
             site: of the region.
+            at: tells sizes that vary.
             due: as in `Offer`.
         """
-        modules, extent = _modules(site.region), extent_of(site.work)
-        lengths = self._lengths(site.region, site.work)
-        written = temporary_bytes(site.work.stages, extent.length)
-        if written < self.config.least_bytes and not (due or self.config.wish_for(modules).loop):
+        work, around = site.work, site.around
+        terms = site.terms if at is hint else self._terms(site.region, work, at)
+        written = temporary_bytes(work.stages, terms.extent.length, at)
+        if written < self.config.least_bytes and not (due or terms.wish.loop):
             memory = RegionMemory(written)  # it is left alone: no need to trace what its loop would be
         else:
-            memory = self._memory(site.work, lengths, extent.length)
-        cost = cost_of(site.work, memory, extent)
-        free, around = site.work.backward != "recompute", site.around
-        return Offer(modules, extent, memory, cost, free=free, repeated=around.repeated, kept=around.kept, due=due)
+            memory = self._memory(work, terms.lengths, at)
+        cost = cost_of(work, memory, terms.extent, at)
+        free = work.backward != "recompute"
+        return Offer(terms, memory, cost, free=free, repeated=around.repeated, kept=around.kept, due=due)
 
-    def _memory(self, work: Work, lengths: Lengths, length: int) -> RegionMemory:
-        key = (work, lengths, length)
+    def _memory(self, work: Work, lengths: Lengths, at: Hint) -> RegionMemory:
+        key = (work, lengths, at)
         if key not in self._memories:
-            self._memories[key] = memory_of(work, self.call(work, lengths))
+            self._memories[key] = memory_of(work, self.call(work, lengths), at)
         return self._memories[key]
 
 
@@ -244,6 +245,15 @@ class _Graph:
     around: Around
     taken: Collection[Node]
     sizes: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A region, or a part of it, that can be looped: its work, and what its length is chosen by."""
+
+    region: Region
+    work: Work
+    terms: Terms
 
 
 def _apart(heads: Sequence[CutHead]) -> list[CutHead]:
@@ -280,7 +290,3 @@ def _leaving(reader: Reader, region: Region) -> Iterator[Node]:
         for node in (value, *value.users):
             if reader.numel(node) == reader.numel(value) and any(user.op == "output" for user in node.users):
                 yield node
-
-
-def _modules(region: Region) -> tuple[str, ...]:
-    return tuple(sorted({module_path(node) for node in region.nodes if node not in region.front}))

@@ -14,6 +14,8 @@ from mst_fx.bodies.work import Work
 from mst_fx.core.modes import TOP as TOP_MODE
 from mst_fx.core.modes import Mode
 from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.sizes import Hint, hint
+from mst_fx.plan.chunk_length import Terms
 from mst_fx.predict.step_memory import Segment, Timeline, resident_bytes, returned_bytes, segments_of
 from mst_fx.predict.time import Device, device_of
 from mst_fx.recognise.discover import Nested
@@ -66,12 +68,14 @@ class Site:
         region: where.
         work: what its loop has to do.
         around: what stands around its graph.
+        terms: what its length is chosen by.
     """
 
     pattern: str
     region: Region
     work: Work
     around: Around
+    terms: Terms
 
     @property
     def recomputes(self) -> bool:
@@ -113,22 +117,24 @@ class Surveyed:
         return replace(self, sites=left, report=self.report.joined(Report(refusals=told)), children=children)
 
 
-def timeline_of(surveyed: Surveyed) -> Timeline:
-    """The memory of the whole graph; its regions are numbered as in `all_sites`."""
+def timeline_of(surveyed: Surveyed, at: Hint = hint) -> Timeline:
+    """The memory of the whole graph, of the lengths that `at` tells; its regions are numbered as in `all_sites`."""
     numbers = {site: number for number, site in enumerate(surveyed.all_sites())}
-    segments = tuple(_segments(surveyed, numbers, count(), top=True))
-    return Timeline(resident_bytes(surveyed.reader), segments, returned_bytes(surveyed.reader))
+    segments = tuple(_segments(surveyed, numbers, count(), at, top=True))
+    return Timeline(resident_bytes(surveyed.reader, at), segments, returned_bytes(surveyed.reader, at))
 
 
-def _segments(surveyed: Surveyed, numbers: dict[Site, int], fresh: Iterator[int], *, top: bool) -> list[Segment]:
+def _segments(
+    surveyed: Surveyed, numbers: dict[Site, int], fresh: Iterator[int], at: Hint, *, top: bool
+) -> list[Segment]:
     regions = {node: numbers[site] for site in surveyed.sites for node in site.region.nodes}
     blocks: dict[Node, list[Segment]] = {}
     for child, callers in surveyed.children.values():
         for caller in callers:
-            inner = _segments(child, numbers, fresh, top=False)
+            inner = _segments(child, numbers, fresh, at, top=False)
             block = next(fresh) if child.around.repeated else None
             blocks[caller] = [replace(part, block=block) if part.block is None else part for part in inner]
-    return segments_of(surveyed.reader, regions, blocks, top=top)
+    return segments_of(surveyed.reader, regions, blocks, at, top=top)
 
 
 def device_of_graph(surveyed: Surveyed) -> Device:

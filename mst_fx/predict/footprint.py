@@ -1,0 +1,180 @@
+"""Bytes that one loop holds, predicted from its body: results, sums, and the temporaries of one mini-sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mst_fx.bodies.body import Body
+from mst_fx.core.aten_ops import CONTRACTIONS
+from mst_fx.core.sizes import Hint
+from mst_fx.core.values import bytes_made
+from mst_fx.kernels.liveness import buffer_of, peak
+from mst_fx.runtime.loop_operator import LoopSpec
+from mst_fx.runtime.result_kinds import Cat, Outer, ResultKind, Rows, Sum
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that one loop holds above its operands.
+
+    Attributes:
+        results: of the results that the loop writes chunk by chunk, at the whole length.
+        sums: of what adds up over the chunks, in the dtype that it adds up in.
+        cast: of the largest sum in the dtype that it is returned in, where that is another one.
+        returned: of the sums as they are returned.
+        native: of the sums in the dtype of what adds up.
+        fixed: of a mini-sequence's temporaries, those that do not grow with its length.
+        each: of a mini-sequence's temporaries, those of one position.
+    """
+
+    results: int = 0
+    sums: int = 0
+    cast: int = 0
+    returned: int = 0
+    native: int = 0
+    fixed: int = 0
+    each: float = 0.0
+
+    def temporaries(self, positions: int) -> int:
+        """Of one mini-sequence of that many positions."""
+        return self.fixed + round(self.each * positions)
+
+    def peak(self, positions: int) -> int:
+        """Most bytes at once, with mini-sequences of that many positions."""
+        return self.results + self.sums + max(self.temporaries(positions), self.cast)
+
+    @property
+    def left(self) -> int:
+        """What is left when the loop is over: results and gradients."""
+        return self.results + self.returned
+
+
+NOTHING = Footprint()
+
+
+def footprint(body: Body, spec: tuple[Any, ...], length: int, at: Hint) -> Footprint:
+    """Of the loop that runs a body.
+
+    Args:
+        body: of a full chunk.
+        spec: a `loop_operator.LoopSpec`.
+        length: positions of the whole axis.
+        at: tells sizes that vary.
+    """
+    chunk, ins = LoopSpec(*spec).chunk, LoopSpec(*spec).ins
+    results = sums = returned = native = cast = product = 0
+    for kind, nodes in by_result(body):
+        if not isinstance(kind, Sum):
+            results += _split_bytes(kind, nodes[0].meta["val"], chunk, length)
+            continue
+        added = _added(kind, nodes, several=length > chunk)
+        sums += added.sum
+        returned += added.returned
+        native += added.native
+        cast = max(cast, added.returned if kind.result != kind.adds_up_in(several=length > chunk) else 0)
+        product = max(product, added.product)
+    fixed, each = _temporaries(body, ins, chunk, product, at)
+    return Footprint(results, sums, cast, returned, native, fixed, each)
+
+
+@dataclass(frozen=True)
+class _Added:
+    """Bytes of one sum over the chunks.
+
+    Attributes:
+        sum: in the dtype that it adds up in.
+        returned: in the dtype that it is returned in.
+        native: in the dtype of what adds up.
+        product: of what is made in one dtype and then cast to the other, before it is added.
+    """
+
+    sum: int
+    returned: int
+    native: int
+    product: int
+
+
+def _added(kind: Sum, nodes: list[Node], *, several: bool) -> _Added:
+    value: torch.Tensor = nodes[0].meta["val"]
+    pair, adds_up_in = isinstance(kind, Outer), kind.adds_up_in(several=several)
+    count = value.shape[1] * nodes[1].meta["val"].shape[1] if pair else value.numel()
+    apart = pair and _is_on_cpu(nodes[0]) and value.dtype != adds_up_in
+    product = count * (value.itemsize + adds_up_in.itemsize) if apart else 0
+    return _Added(count * adds_up_in.itemsize, count * kind.result.itemsize, count * value.itemsize, product)
+
+
+def _temporaries(body: Body, ins: Sequence[Any], chunk: int, product: int, at: Hint) -> tuple[int, float]:
+    """Bytes of one chunk's temporaries: those that do not grow with its length, and those of one position.
+
+    They are a straight line through what a chunk holds and what one twice as long holds.
+    """
+    whole, on_cpu = whole_nodes(body, at), _is_on_cpu(_inputs(body)[0])
+    split = [(node, axis) for node, axis in zip(_inputs(body), ins, strict=True) if axis is not None]
+    copied = sum(bytes_made(node, at) for node, axis in split if _is_copied(node, axis))
+    once, twice = (alive(body, whole, times, at, reductions_apart=on_cpu, ordered=True) for times in (1, 2))
+    each = (twice - once + copied) / chunk
+    outputs = {buffer_of(node) for node in _outputs(body)}
+    at_rest = product + sum(bytes_made(node, at) for node in outputs if node.op != "placeholder")
+    return max(0, round(max(once, at_rest) + copied - each * chunk)), each
+
+
+def _is_on_cpu(node: Node) -> bool:
+    return bool(node.meta["val"].device.type == "cpu")
+
+
+def by_result(body: Body) -> Iterator[tuple[ResultKind, list[Node]]]:
+    """How each result of the loop is made, and the outputs of the body that it is made from."""
+    outputs = iter(_outputs(body))
+    for kind in body.outs:
+        yield kind, list(islice(outputs, kind.outputs))
+
+
+def _split_bytes(kind: Cat | Rows, value: torch.Tensor, chunk: int, length: int) -> int:
+    """Of a result that is written chunk by chunk."""
+    if isinstance(kind, Cat):
+        return value.numel() * value.element_size() * length // chunk
+    return prod(kind.shape(length)) * value.element_size()
+
+
+def alive(body: Body, fixed: set[Node], times: float, at: Hint, **how: Any) -> float:
+    """Most bytes at once of the temporaries of `times` chunks taken as one; `how` as in `liveness.peak`."""
+
+    def size(node: Node) -> float:
+        return bytes_made(node, at) * (1 if node in fixed else times)
+
+    return peak(body.module, size, **how)
+
+
+def _outputs(body: Body) -> list[Node]:
+    returned: Any = body.module.graph.output_node().args[0]
+    return list(returned)
+
+
+def _inputs(body: Body) -> list[Node]:
+    return [node for node in body.module.graph.nodes if node.op == "placeholder"]
+
+
+def _is_copied(node: Node, axis: tuple[int, int, int]) -> bool:
+    """Whether a chunk of the operand does not lie in one piece."""
+    dim, outer, _ = axis
+    return outer * prod(node.meta["val"].shape[:dim]) > 1
+
+
+def whole_nodes(body: Body, at: Hint) -> set[Node]:
+    """What a body computes of the size of a whole operand: its outputs that add up, and what only they are made of."""
+    whole: set[Node] = set()
+    for kind, (node, *_) in by_result(body):
+        while type(kind) is Sum and node.op == "call_function" and node not in whole:
+            whole.add(node)
+            operands = [operand for operand in node.all_input_nodes if bytes_made(operand, at) == bytes_made(node, at)]
+            if node.target in CONTRACTIONS or len(operands) != 1:
+                break
+            (node,) = operands
+    return whole
