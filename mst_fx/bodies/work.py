@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from mst_fx.bodies.body import connected
 from mst_fx.capture.fingerprint import likeness_of_nodes
-from mst_fx.capture.fixed_sizes import as_if_fixed, equal, fix_all, fixed_by, forbid_lengths, other_dims, to_be_fixed
+from mst_fx.capture.fixed_sizes import as_if_fixed, equal, fix_all, forbid_lengths, other_dims, to_be_fixed
 from mst_fx.capture.lower import apart, lower
 from mst_fx.capture.scalar_operands import as_tensors
 from mst_fx.core.config import Config
@@ -70,29 +70,31 @@ def analysed(
         Refusal: the region must not be looped.
     """
     key = (_likeness(region), tuple(map(str, sizes)))
-    sizes += other_dims(fake_value(region.stream), marked)
-    while key not in known:
+    if key not in known:
         try:
-            known[key] = _analysed(region, config, sizes, marked)
-        except Numbers as numbers:
-            more = to_be_fixed(numbers.read, fake_value(region.stream), marked)
-            if {*map(str, more)} <= {*map(str, sizes)}:
-                node, number = numbers.read[0]
-                raise Refusal(Reason.NUMBER, node, f"{node.target} takes {number}, which cannot be fixed") from None
-            sizes += more
-        except Unequal as unequal:
-            sizes += _made_equal(region, unequal, sizes, marked)
+            known[key] = _with_sizes_fixed(region, config, sizes, marked)
         except Refusal as refusal:
             raise _at_the_user(region, refusal) from None
     return known[key]
 
 
-def _made_equal(region: Region, unequal: Unequal, sizes: tuple[Any, ...], marked: Container[str]) -> tuple[Any, ...]:
-    found = equal(unequal.size, unequal.needed)
-    fixes_marked = any(symbol in marked for fact in found or () for symbol in fixed_by(fact))
-    if found is None or fixes_marked or {*map(str, found)} <= {*map(str, sizes)}:
-        raise _at_the_user(region, Refusal(Reason.DYNAMIC, unequal.node, f"{unequal}, which may vary"))
-    return found
+def _with_sizes_fixed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Container[str]) -> Work:
+    """The work, with the sizes fixed that stand in its way; it ends, as every round fixes one more."""
+    stream = fake_value(region.stream)
+    sizes += other_dims(stream, marked)
+    while True:
+        try:
+            return _analysed(region, config, sizes, marked)
+        except Numbers as numbers:
+            node, number = numbers.read[0]
+            more = to_be_fixed(numbers.read, stream, marked)
+            refusal = Refusal(Reason.NUMBER, node, f"{node.target} takes {number}, which cannot be fixed")
+        except Unequal as unequal:
+            more = equal(unequal.size, unequal.needed, marked)
+            refusal = Refusal(Reason.DYNAMIC, unequal.node, f"{unequal}, which may vary")
+        if {*map(str, more)} <= {*map(str, sizes)}:
+            raise refusal
+        sizes += more
 
 
 def _at_the_user(region: Region, refusal: Refusal) -> Refusal:

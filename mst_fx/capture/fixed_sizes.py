@@ -47,12 +47,21 @@ class Equal:
         return f"{self.size} == {self.other}"
 
 
-def equal(size: Any, other: Any) -> tuple[Any, ...] | None:
-    """What is to be fixed, or equal, for two sizes to be one: a symbol has to be had from the other ones.
+def equal(size: Any, other: Any, marked: Container[str]) -> tuple[Any, ...]:
+    """What is to be fixed, or equal, for two sizes to be one; nothing where that takes a size that has to vary.
 
-    Of a product of symbols, the rows of a batch, one is fixed: that with the smaller value is taken for the batch. None
-    where that does not serve.
+    Of a product of symbols, the rows of a batch, one is fixed: the one with the smaller value is taken for the batch.
+
+    Args:
+        size: one of them.
+        other: which it is to be.
+        marked: the sizes that have to vary, by their names.
     """
+    facts = _equal(size, other)
+    return () if any(symbol in marked for fact in facts for symbol in _fixed_by(fact)) else facts
+
+
+def _equal(size: Any, other: Any) -> tuple[Any, ...]:
     formulas = [expression(size), expression(other)]
     found = _solved(*formulas)
     if found is not None:
@@ -65,7 +74,7 @@ def equal(size: Any, other: Any) -> tuple[Any, ...] | None:
         if found is not None:
             source = next(x for x in varying if symbol in expression(x).free_symbols)
             return (alone(symbol, source), Equal(size, other, *found))
-    return None
+    return ()
 
 
 def _solved(formula: Any, other: Any) -> tuple[Any, Any] | None:
@@ -80,7 +89,7 @@ def _solved(formula: Any, other: Any) -> tuple[Any, Any] | None:
     return None
 
 
-def fixed_by(fact: Any) -> list[str]:
+def _fixed_by(fact: Any) -> list[str]:
     """The names of the symbols that are numbers where a size is fixed, or two are equal."""
     if isinstance(fact, Equal):
         return [] if fact.value.free_symbols else [str(fact.symbol)]

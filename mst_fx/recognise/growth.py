@@ -68,19 +68,23 @@ def grow(reader: Reader, start: Node, source: Node) -> Growth | None:
 
 
 def _grow(reader: Reader, start: Node, source: Node) -> Growth | None:
-    limit = reader.numel(source)
-    while reader.numel(start) > limit:
-        growing = _Growing(reader, start, limit)
-        if not growing.alien:
-            return growing.grown()
-        if growing.narrowed is None:
-            break
-        limit = growing.narrowed
+    limit: int | None = reader.numel(source)
+    while limit is not None and reader.numel(start) > limit:
+        attempt = _Attempt(reader, start, limit)
+        growth = attempt.growth()
+        if growth is not None:
+            return growth
+        limit = attempt.narrowed
     return None
 
 
-class _Growing:
-    """One try, with one limit; `alien` says that it failed, `narrowed` is the limit for another one."""
+class _Attempt:
+    """Growing with one limit of what is large.
+
+    Attributes:
+        alien: whether it failed: large values met in a product, or were widened once more.
+        narrowed: the size of the first large value that a contraction made of a larger one: the next limit to try.
+    """
 
     def __init__(self, reader: Reader, start: Node, limit: int) -> None:
         self.reader, self.start, self.limit = reader, start, limit
@@ -92,17 +96,19 @@ class _Growing:
         self.alien = False
         self.narrowed: int | None = None
         self.projects = reader.widening(start) is not None
-        pending = [start]
-        while pending and not self.alien:
+
+    def growth(self) -> Growth | None:
+        """Take in nodes until none has to come along any more; None where the attempt failed."""
+        pending = [self.start]
+        while pending:
             node = pending.pop()
             if node not in self.inside:
                 self.inside.add(node)
                 pending += self._operands(node) + self._readers(node)
+            if self.alien:
+                return None
             if not pending:
-                pending += company(reader, self.inside)
-
-    def grown(self) -> Growth:
-        """The result of a try that came to its end."""
+                pending += company(self.reader, self.inside)
         order = self.reader.order.__getitem__
         ups, sinks = tuple(sorted(self.ups, key=order)), tuple(sorted(self.sinks, key=order))
         return Growth(frozenset(with_parts(self.inside)), ups, sinks, tuple(self.returned), self.obstacle)

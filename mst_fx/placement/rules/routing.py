@@ -170,22 +170,36 @@ def _add(node: Node, flow: Flow) -> Result:
 
 
 def _apart(node: Node, flow: Flow) -> Result:
-    """An op that keeps rows apart does so in any order."""
-    found = {p for p in (flow.of(arg) for arg in node.all_input_nodes if _is_tensor(arg)) if p != WHOLE}
-    kinds = {p.kind if isinstance(p, Routed) else "" for p in found}
-    sorts = {(p.key, p.by) for p in found if isinstance(p, Routed)}
-    if len(kinds) != 1 or len(sorts) != 1:
-        raise mixed(node, "combines rows in different orders")
-    (kind,) = kinds
-    routed: Any = next(iter(found))
-    if kind in ("counts", "groups") and node.target in CASTS:
+    """An op that keeps rows apart does so in any order, if all that it reads is in that one."""
+    routed = _one_order(node, flow)
+    if routed.kind == "rows" or (node.target in KEEP_AN_ORDER and routed.kind in ("order", "inverse")):
+        return _as_split_rows(node, flow, routed)
+    if routed.kind in ("counts", "groups") and node.target in CASTS:
         return routed
-    if kind != "rows" and node.target not in KEEP_AN_ORDER:
-        if node.target in (*COPIES, overwritten):
-            return replace(routed, kind="opaque")  # memory of the same shape
-        raise mixed(node, "computes with positions of the split dim")
+    if node.target in KEEP_AN_ORDER:
+        raise mixed(node, "reads rows in an order that it does not know")
+    if node.target in (*COPIES, overwritten):
+        return replace(routed, kind="opaque")  # memory of the same shape
+    raise mixed(node, "computes with positions of the split dim")
+
+
+def _one_order(node: Node, flow: Flow) -> Routed:
+    """What all operands of a node are that are not whole.
+
+    Raises:
+        Refusal: they are several things, or in several orders.
+    """
+    found = [p for p in (flow.of(arg) for arg in node.all_input_nodes if _is_tensor(arg)) if p != WHOLE]
+    routed = {(p.kind, p.key, p.by): p for p in found if isinstance(p, Routed)}
+    if len(routed) != 1 or not all(isinstance(p, Routed) for p in found):
+        raise mixed(node, "combines rows in different orders")
+    return next(iter(routed.values()))
+
+
+def _as_split_rows(node: Node, flow: Flow, routed: Routed) -> Result:
+    """The rule of an op for rows that are split tells what becomes of rows in an order of their own."""
     known = rule_for(node.target)
-    if known is None or kind in ("counts", "groups", "opaque"):
+    if known is None:
         raise mixed(node, "reads rows in an order that it does not know")
     try:
         result = known(node, _AsSplit(flow))
