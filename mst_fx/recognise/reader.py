@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from mst_fx.capture.decomposed import Opened, open_alone, open_together
-from mst_fx.capture.fingerprint import likeness_of_node
+from mst_fx.capture.decomposed import Opened
 from mst_fx.core.aten_ops import (
     CONTRACTIONS,
     GROUPED_PRODUCTS,
@@ -32,10 +31,11 @@ from mst_fx.core.modes import TOP, Mode, modes_of
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint, is_size
-from mst_fx.core.values import fake_value, is_fake, is_sharded, is_transformed, is_wrapper, tensors_of
+from mst_fx.core.values import fake_value, tensors_of
 from mst_fx.placement.propagate import forbid_effects, forbid_unruled
 from mst_fx.placement.rules.contraction import factors
 from mst_fx.recognise.effects import gradients_in, writes, writes_data, written_by
+from mst_fx.recognise.opening import opened_nodes, strange_tensors
 
 aten = torch.ops.aten
 
@@ -68,7 +68,7 @@ class Reader:
         self.remembered: dict[Any, Any] = {}  # by other stages, about nodes of this graph
         self.differentiated = ancestors(gradients_in(owner.graph))
         self._written: dict[Node, tuple[Node, ...]] = {}
-        self._opened = self._open_all({} if known is None else known)
+        self._opened = opened_nodes(owner, {} if known is None else known)
 
     def written_by(self, node: Node) -> tuple[Node, ...]:
         """The operands that a node writes to, as its name and its schema tell, or as was seen when it was opened."""
@@ -87,17 +87,6 @@ class Reader:
         """What one node opens into; None where it cannot be opened (no fake values, a data-dependent op, ...)."""
         found = self._opened.get(node)
         return found if found is not None and found.understood else None
-
-    def _open_all(self, known: dict[Hashable, Opened | None]) -> dict[Node, Opened | None]:
-        """Open one node of each kind that is not known."""
-        keys = {node: likeness_of_node(node) for node in self.owner.graph.nodes if _can_be_opened(node)}
-        first = {key: node for node, key in reversed(keys.items()) if key not in known}
-        for key, node in first.items():
-            if writes(node):
-                known[key] = open_alone(self.owner, node, _result(node) or node)
-        pure = [node for node in first.values() if not writes(node)]
-        known.update({keys[node]: opened for node, opened in open_together(self.owner, pure).items()})
-        return {node: known[key] for node, key in keys.items()}
 
     def contraction(self, node: Node) -> Contraction | None:
         """The node as activation times weight, None where it is something else."""
@@ -263,45 +252,6 @@ class Reader:
     def numel(self, node: Node) -> int:
         """Elements of the node's value as captured, added up where it is a tuple."""
         return sum(prod(map(hint, tensor.shape)) for tensor in tensors_of(node))
-
-
-def _reshapes_in_place(node: Node) -> bool:
-    """Whether opening the node would change the shape of a captured value."""
-    packet = getattr(torch.ops.aten, str(node.target), None) if node.op == "call_method" else None
-    if packet is None or not writes(node):
-        return False
-    return any(torch.Tag.inplace_view in getattr(packet, overload).tags for overload in packet.overloads())
-
-
-def _can_be_opened(node: Node) -> bool:
-    """What gives no tensor is there for its effect (autocast, ...); a transform's values mean nothing outside of it."""
-    calls = node.op in ("call_function", "call_method", "call_module")
-    if not calls or isinstance(node.target, torch._ops.HigherOrderOperator) or _reshapes_in_place(node):
-        return False
-    if strange_tensors(node) is not None or any(map(is_transformed, _near(node))):
-        return False
-    has_values = all(fake_value(operand) is not None for operand in node.all_input_nodes)
-    return has_values and any(map(tensors_of, (node, *node.all_input_nodes)))
-
-
-def strange_tensors(node: Node) -> Refusal | None:
-    """That a node reads or makes DTensors, or other tensors of tensors: no pattern can tell what its ops are."""
-    values = [value for value in _near(node) if not is_fake(value)]
-    if any(map(is_sharded, values)):
-        return Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors")
-    for value in values:
-        if value.is_nested or is_wrapper(value):
-            return Refusal(Reason.SUBCLASS, node, f"{op_name(node)} works on values of {type(value).__name__}")
-    return None
-
-
-def _near(node: Node) -> list[torch.Tensor]:
-    return [x for near in (node, *node.all_input_nodes) for x in tensors_of(near)]
-
-
-def _result(node: Node) -> Node | None:
-    """The node whose value tells what a node does: itself, or what it writes to."""
-    return node if tensors_of(node) else next(iter(written_by(node)), None)
 
 
 def _operand(node: Node, opened: Opened, arg: Any) -> Node | None:

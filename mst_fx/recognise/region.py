@@ -21,7 +21,8 @@ from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data
 from mst_fx.core.values import fake_value, has_gradient, is_view, storages_of
 from mst_fx.recognise.effects import leaves, sends_back
-from mst_fx.recognise.reader import Reader, strange_tensors
+from mst_fx.recognise.opening import strange_tensors
+from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.write_checks import (
     forbid_gradients_behind_detach,
     forbid_writes_between,

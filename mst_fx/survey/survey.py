@@ -30,8 +30,9 @@ from mst_fx.recognise.dead_code import without_dead_code
 from mst_fx.recognise.discover import discover, nested
 from mst_fx.recognise.early_cut import CutHead, cut_heads
 from mst_fx.recognise.norm_in_front import with_front
+from mst_fx.recognise.opening import strange_tensors
 from mst_fx.recognise.pattern import Pattern
-from mst_fx.recognise.reader import Reader, strange_tensors
+from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.rebuild import Edit, nodes_of, rebuilt
 from mst_fx.recognise.region import Region
 from mst_fx.recognise.write_checks import forbid_late_writes
