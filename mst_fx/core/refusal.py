@@ -1,6 +1,6 @@
-"""Why a part of a graph was left exactly as it was.
+"""A refusal tells why the pass leaves a part of a graph as it was.
 
-`Refusal` is the only exception that the stages of the pass raise on purpose and the only one that they catch.
+`Refusal` is the only exception that the stages of the pass raise on purpose, and the only one that they catch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Refusal(Exception):  # noqa: N818 - a decision, not an error
 
     Args:
         reason: one of `Reason`.
-        node: the node of the captured graph that stands in the way; its source line goes into the report.
+        node: the node of the captured graph that is the obstacle; its source line goes into the report.
         text: one sentence that names the op or the value.
     """
 
