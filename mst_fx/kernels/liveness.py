@@ -60,7 +60,7 @@ def peak(
         size: the size of a value's buffer, in any unit.
         reductions_apart: whether a kernel ends its reductions before it writes, as in C++.
         ordered: whether a kernel writes its values in an order that lets them overwrite.
-        multiplied: pairs of results that die early: a product reads them as soon as both are made.
+        multiplied: pairs of results that die at once: a product reads them as soon as both are made.
     """
     pairs = [(buffer_of(left), buffer_of(right)) for left, right in multiplied]
     schedule = _Schedule(module, reductions_apart, ordered, frozenset(node for pair in pairs for node in pair))
@@ -199,7 +199,7 @@ class _Schedule:
         return tuple((old, new) for new, old in found.items())
 
     def _chain(self, writers: Collection[Node]) -> tuple[Node, ...]:
-        """Return the values as large as the largest, first those that read most; none if one is read before all are made."""
+        """Return the values as large as the largest, the widest readers first; none if a step reads one too soon."""
         made = [node for node in writers if not _reduces(node) and self._reads[node].isdisjoint(writers)]
         largest = max(made, key=_numel, default=None)
         alike = [node for node in made if largest is not None and _likeness(node) == _likeness(largest)]
