@@ -30,7 +30,7 @@ from mst_fx.verify.samples import KINDS, Samples, as_given, draw, in_float64, li
 from mst_fx.verify.trial import InFloat64, Outcome, Program, as_captured, as_looped, isolated, outcomes
 
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5}
-"""The loop's error (norm of the difference over norm of the truth) may exceed eager's by this; by eps in other dtypes."""
+"""The loop's error (norm of the difference over norm of the truth) may exceed eager's by this; else by eps."""
 SMALL = 1e-6
 """A value below this share of the largest counts as zero."""
 FACTOR = 4
