@@ -16,7 +16,7 @@ ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
 
 @register
 class GatedMlp(Pattern):
-    """Several widening contractions of the stream, or one that is split; their values are joined and contracted back."""
+    """Several widening contractions of the stream, or one that is split; their values are joined and narrowed again."""
 
     name = "gated_mlp"
     priority = 10
