@@ -214,7 +214,7 @@ ROLLS = (aten.roll.default,)
 UNFOLDS = (aten.unfold.default,)
 """Overlapping windows of one dim."""
 PADS = (aten.constant_pad_nd.default,)
-"""Positions in front of a dim and behind it."""
+"""Positions added before and after those of a dim."""
 TRIANGLES = (aten.tril.default, aten.triu.default)
 """One half of each matrix."""
 PADS_AND_POOLS: dict[int, tuple[Any, ...]] = {

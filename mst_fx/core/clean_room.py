@@ -44,7 +44,7 @@ def clean_room() -> Iterator[None]:
 
 @contextmanager
 def modes_given_back() -> Iterator[None]:
-    """Restore the grad and inference modes behind a compile that may fail inside a block of either."""
+    """Restore the grad and inference modes after a compile, which may fail inside a block of either."""
     recorded = torch.is_grad_enabled()
     with torch.inference_mode(torch.is_inference_mode_enabled()), torch.set_grad_enabled(recorded):
         yield

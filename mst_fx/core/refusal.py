@@ -31,7 +31,7 @@ class Reason(Enum):
     NUMBER = "Give the op a tensor, or a number that depends neither on the data nor on the length."
     SHARDED = "Ops on DTensors (tensor parallel) are never looped; those on plain tensors are."
     SUBCLASS = "Ops on tensor subclasses (nested, quantised, ...) are never looped; those on plain tensors are."
-    SMALL = "Set min_bytes, or chunk_tokens where one mini-sequence holds all of it, or name the module in `modules`."
+    SMALL = "Set min_bytes, or chunk_tokens where one chunk holds all of it, or name the module in `modules`."
     BUDGET = "Allow more memory, or take what the text names."
     DIFFERS = "This is a bug in mst_fx; please report it with the text and this code. verify=True shows it again."
     BACKEND = "Use the Python wrapper of Inductor (cpp_wrapper=False)."

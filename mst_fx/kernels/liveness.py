@@ -146,8 +146,8 @@ class _Schedule:
         operands = [operand for operand in map(buffer_of, _read_by(node)) if _is_tensor(operand)]
         level = max((self._level.get(operand, 0) for operand in operands), default=0)
         self._level[node] = level + (node.target in UNFUSED)
-        behind = [frozenset([o]) if self._is_buffer(o) else self._reads.get(o, frozenset()) for o in operands]
-        self._reads[node] = frozenset().union(*behind)
+        before = [frozenset([o]) if self._is_buffer(o) else self._reads.get(o, frozenset()) for o in operands]
+        self._reads[node] = frozenset().union(*before)
         if any(o.target in SOFTMAXES or (o in self._normed and not self._is_buffer(o)) for o in operands):
             self._normed.add(node)
 
@@ -180,7 +180,7 @@ class _Schedule:
         writers = [node for node in group if node not in ahead and not (self._apart and _reduces(node))]
         buffers = sorted(node for node in reads if node.op != "placeholder")
         chain = self._chain(writers) if self._ordered else ()
-        unordered, ordered = (self._overwritten(buffers, writers, order) for order in ((), chain))
+        unordered, ordered = (self._overwritten(buffers, writers, written) for written in ((), chain))
         if len(ordered) > len(unordered):
             return Step(reads, tuple(group), ordered, chain)
         return Step(reads, tuple(group), unordered)

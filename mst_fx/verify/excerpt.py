@@ -219,11 +219,11 @@ def _fake(fakes: FakeTensorMode, value: Any, rename: Callable[[int], int]) -> An
         return rename(hint(value)) if isinstance(value, int | torch.SymInt) else value
     shape = [rename(hint(size)) for size in value.shape]
     with fakes:
-        fake = dense_in_order_of([hint(stride) for stride in value.stride()], shape, value.dtype, value.device)
+        fake = dense_like_strides([hint(stride) for stride in value.stride()], shape, value.dtype, value.device)
     return fake.requires_grad_(value.requires_grad)
 
 
-def dense_in_order_of(
+def dense_like_strides(
     strides: Sequence[int], shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Allocate a dense tensor whose dims have the order of these strides in memory."""

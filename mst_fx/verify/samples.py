@@ -18,7 +18,7 @@ from mst_fx.core.sizes import seen
 from mst_fx.core.values import fake_value
 from mst_fx.placement.placement import Split
 from mst_fx.recognise.region import needs_gradient
-from mst_fx.verify.excerpt import Excerpt, dense_in_order_of
+from mst_fx.verify.excerpt import Excerpt, dense_like_strides
 
 aten = torch.ops.aten
 
@@ -159,7 +159,7 @@ def _laid_out(x: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
     """Copy a value to these strides; where they leave large gaps or overlap, to a dense tensor in their order."""
     repeated = [stride == 0 and size > 1 for size, stride in zip(x.shape, strides, strict=True)]
     once = x[tuple(slice(0, 1) if again else slice(None) for again in repeated)] if any(repeated) else x
-    room = dense_in_order_of(strides, once.shape, x.dtype, x.device)
+    room = dense_like_strides(strides, once.shape, x.dtype, x.device)
     if not any(repeated) and _is_apart(once.shape, strides) and _reach(once.shape, strides) <= 4 * x.numel() + 64:
         room = torch.empty_strided(once.shape, strides, dtype=x.dtype, device=x.device)
     return room.copy_(once).expand(x.shape).detach()
