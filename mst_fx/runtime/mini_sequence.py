@@ -27,8 +27,8 @@ class CallSpec(NamedTuple):
         wanted: positions of the operands whose gradients the backward loop gives, in the order of its results.
         reused: positions of the results that exist anyway and are not recomputed; the backward loop reads the upstream
             gradients, then these, then the operands.
-        keeps: whether activation checkpointing saves the results of the forward loop that backward needs, and does not
-            run the loop again for them.
+        keeps: whether activation checkpointing saves the results of the forward loop that backward needs, in
+            place of running the loop again.
     """
 
     backward: str
