@@ -59,7 +59,7 @@ def lower(
         gathers: as for `decompositions`.
 
     Returns:
-        A graph module whose nodes hold fake values in `meta["val"]`, in the shapes and dtypes of the captured values.
+        A graph module whose nodes hold their fake values in `meta["val"]`.
     """
     recorded = any(modes[node].grad for node in nodes)
 

@@ -2,7 +2,7 @@
 
 A program that is compiled for any value (`dynamic=True`) holds its floats, such as a norm's epsilon, as symbols; so are
 its ints and all that it computes from a length. Where an op takes only a number, an overload that takes a tensor
-replaces it, if there is one. Otherwise the value is fixed: of a float here, of an int (a number of classes, a shift)
+replaces it, if there is one. Otherwise the value is fixed: a float's here, an int's (a number of classes, a shift)
 later, where a loop turns out to read it (see `partition`).
 """
 

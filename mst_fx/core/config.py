@@ -54,7 +54,7 @@ class Config:
             them: where a loss that is made of them needs a gradient, None is returned in their place, for callers
             that read only the loss.
         disable: names of patterns to leave out.
-        inner: what compiles the rewritten graph: "inductor", "aot_eager", "eager" or a backend callable.
+        inner: the compiler of the rewritten graph: "inductor", "aot_eager", "eager" or a backend callable.
         strict: raise errors of the pass, in place of compiling the graph unrewritten.
         verify: run each distinct region once while compiling, looped and as captured, on random numbers; a region whose
             loop differs by more than rounding is left alone.

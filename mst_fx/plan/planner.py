@@ -100,7 +100,7 @@ State = tuple[Lengths | None, ...]
 
 
 def make_plans(offers: Sequence[Offer], timeline: Timeline, device: Device, config: Config) -> Plans:
-    """Decide for all regions of a graph.
+    """Decide for all regions of a graph; return the plans, with predicted peaks in bytes and times in ms.
 
     Args:
         offers: one for each region.

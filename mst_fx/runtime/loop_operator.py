@@ -46,7 +46,7 @@ Body: TypeAlias = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
 
 class LoopSpec(NamedTuple):
-    """The literals of one loop; `tuple(spec)` is what the graph holds."""
+    """The literals of one loop (see the terms above); the graph holds `tuple(spec)`."""
 
     version: str
     chunk: int

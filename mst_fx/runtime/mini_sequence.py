@@ -17,7 +17,7 @@ from mst_fx.runtime.loop_operator import mini_sequence_loop, results_saved
 
 
 class CallSpec(NamedTuple):
-    """The literals of one call; `tuple(spec)` is what the graph holds.
+    """The literals of one call; the graph holds `tuple(spec)`.
 
     Attributes:
         backward: "recompute", "in_forward" or "none".
