@@ -54,7 +54,7 @@ class Products(TorchDispatchMode):
         super().__init__()
         self.vocabulary = vocabulary
         self.mlps = self.experts = self.heads = 0
-        self.wide = WeakTensorKeyDictionary()  # what is made of widened tokens, and of nothing else as large
+        self.wide = WeakTensorKeyDictionary()  # values made of widened tokens, and of nothing else as large
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op, and count it."""
@@ -80,7 +80,7 @@ class Products(TorchDispatchMode):
 
 
 MIXING = ("conv", "attention", "batch_norm", "cum", "sort", "scan", "fft", "index", "gather", "pool")
-"""Parts of the names of ops that make tokens depend on one another, or tell nothing about it."""
+"""Substrings of the names of ops that make tokens depend on one another, or may do so."""
 
 
 def examine(case: Case, inner: str, dynamic: bool | None = None) -> Result:
@@ -120,11 +120,11 @@ def examine(case: Case, inner: str, dynamic: bool | None = None) -> Result:
 
 
 def group(result: Result, model: PreTrainedModel, batch: dict[str, Any], inner: str, dynamic: bool | None) -> None:
-    """The same once more with grouped products, which are compiled in bfloat16 only."""
+    """Run the same once more with grouped products, which compile only in bfloat16."""
     half = {k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
     try:
         truth = step(model, half, loss_of(model))
-    except RuntimeError:  # eager's own: a router that is to stay in float32, say
+    except RuntimeError:  # eager's own error: a router that has to stay in float32, say
         return
     looped, watched = looped_step(model, half, inner, dynamic)
     result.grouped_error = difference(truth, looped)
@@ -135,14 +135,14 @@ def group(result: Result, model: PreTrainedModel, batch: dict[str, Any], inner: 
 def looped_step(
     model: PreTrainedModel, batch: dict[str, Any], inner: str, dynamic: bool | None
 ) -> tuple[dict[str, torch.Tensor], Watched]:
-    """A step with mst_fx, in loops of 16 tokens, each of which is verified first."""
+    """Run a step with mst_fx, in loops with chunks of 16 tokens; each loop is verified first."""
     torch._dynamo.reset()
     watched = Watched({"inner": inner, "min_bytes": 0, "chunk_tokens": 16, "strict": True, "verify": True})
     return step(model, batch, torch.compile(loss_of(model), backend=watched, dynamic=dynamic)), watched
 
 
 def loss_of(model: torch.nn.Module) -> Callable[..., torch.Tensor]:
-    """The function that is compiled."""
+    """Return the function to compile: it computes the loss."""
 
     def loss(**batch: Any) -> torch.Tensor:
         return model(**batch).loss
@@ -151,7 +151,7 @@ def loss_of(model: torch.nn.Module) -> Callable[..., torch.Tensor]:
 
 
 def step(model: torch.nn.Module, batch: dict[str, Any], loss_fn: Callable[..., Any]) -> dict[str, torch.Tensor]:
-    """Loss and gradients by name."""
+    """Return loss and gradients by name."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(0)
     loss = loss_fn(**batch)
@@ -161,9 +161,9 @@ def step(model: torch.nn.Module, batch: dict[str, Any], loss_fn: Callable[..., A
 
 
 def difference(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> float:
-    """The largest error of a value, relative to the largest element of its tensor (or 1e-3 of the largest of all).
+    """Return the largest error, relative to the largest element of its tensor (or to 1e-3 of the largest of all).
 
-    No gradient counts as zeros.
+    A missing gradient counts as zeros.
     """
     largest = max(float(value.abs().max()) for value in expected.values() if value.numel())
     errors = [0.0]
@@ -177,7 +177,7 @@ def difference(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor
 
 
 class Watched:
-    """The backend, keeping the report of a graph for each time that it runs."""
+    """The backend; it records the report of a graph each time that the graph runs."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
@@ -197,12 +197,12 @@ class Watched:
         return run
 
     def looped(self, *parts: str) -> int:
-        """How many regions ran in loops whose pattern's name has one of these parts."""
+        """Return the number of looped regions whose pattern's name contains one of these texts."""
         regions = (region for report in self.runs for region in report.regions)
         return sum(any(part in region.pattern for part in parts) for region in regions)
 
     def refusals(self) -> list[str]:
-        """Every refusal once, with the line of the model, and every loop that could not be verified."""
+        """Return every refusal once, with the line of the model, and every loop that could not be verified."""
         found = [(r.pattern, r.reason, r.text, r.source) for report in self.runs for r in report.refusals]
         regions = [region for report in self.runs for region in report.regions if not region.verified]
         found += [(region.pattern, "not verified", region.verification, region.source) for region in regions]
@@ -211,7 +211,7 @@ class Watched:
 
 
 def run_one(case: Case, run: Callable[[Case], Result], path: Path) -> None:
-    """In a process of its own: examine, and leave a file."""
+    """Examine one case in a process of its own, and write a file."""
     start = time.time()
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1), os.dup2(null, 2)
@@ -221,8 +221,8 @@ def run_one(case: Case, run: Callable[[Case], Result], path: Path) -> None:
 
 
 def sweep(todo: list[Case], run: Callable[[Case], Result], out: Path, jobs: int) -> Iterator[Path]:
-    """Run the cases, `jobs` at a time; yields the file of each as it ends."""
-    context = multiprocessing.get_context("fork")  # torch and transformers are imported once
+    """Run the cases, `jobs` at a time; yield the file of each as it ends."""
+    context = multiprocessing.get_context("fork")  # a fork imports torch and transformers once
     running: dict[Any, tuple[Any, Case, float]] = {}
     pending = list(reversed(todo))
     while pending or running:

@@ -1,4 +1,4 @@
-"""What coverage.py found out about one architecture, and the table of all of them."""
+"""The results of coverage.py for one architecture, and the table of all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import transformers
 
 @dataclass
 class Result:
-    """What became of one architecture. Errors are the largest ones over all parameters, relative to each's size."""
+    """The results for one architecture. An error is the largest over all parameters, relative to each one's size."""
 
     name: str
     status: str = ""
@@ -34,7 +34,7 @@ class Result:
 
 
 def summary(results: list[Result]) -> str:
-    """The totals, and who fell short of them."""
+    """Return the totals, and the architectures that fall short of them."""
     trained = [result for result in results if result.plain == "ok"]
     right = [result for result in trained if result.status == "trains"]
     lines = [f"{len(results)} architectures; plain torch.compile trains {len(trained)}."]
@@ -51,7 +51,7 @@ def summary(results: list[Result]) -> str:
 def shortfall(
     what: str, results: list[Result], found: Callable[[Result], int], looped: Callable[[Result], int]
 ) -> Iterator[str]:
-    """How many architectures have all of something looped, and who has not."""
+    """Return how many architectures have all of something looped, and the names of the others."""
     having = [result for result in results if found(result)]
     short = [result for result in having if looped(result) < found(result)]
     yield f"{what} looped: {len(having) - len(short)} of {len(having)}"
@@ -60,7 +60,7 @@ def shortfall(
 
 
 def table(results: list[Result]) -> str:
-    """One row an architecture, in Markdown."""
+    """Return a Markdown table with one row for each architecture."""
     packages = f"torch {torch.__version__}, transformers {transformers.__version__}"
     lines = [f"# Coverage\n\n{packages}\n\n```text\n{summary(results)}\n```\n"]
     lines.append("| architecture | torch.compile | mst_fx | error | graphs | MLPs | heads | refusals, or what failed |")
@@ -74,5 +74,5 @@ def table(results: list[Result]) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that does not break a table."""
+    """Return the text so that it does not break a table."""
     return " ".join(text.split()).replace("|", "/")[:300]

@@ -21,7 +21,7 @@ from transformers.models.auto import modeling_auto
 HIDDEN, HEADS, HEAD_DIM, LAYERS, VOCAB, LETTERS = 64, 4, 16, 2, 331, 32
 DENSE, EXPERT, SHARED = 176, 112, 208
 FEED_FORWARD = frozenset([DENSE, EXPERT, SHARED, 4 * HIDDEN])
-"""Widths inside of MLPs and experts: those that a config sets, and four times the model's."""
+"""Widths inside MLPs and experts: those that a config sets, and four times the model's."""
 BATCH, LENGTH, IMAGE, PATCH = 2, 24, 32, 8
 
 SIZES: list[tuple[str, Any]] = [  # the first expression that matches the whole name of a field decides
@@ -88,7 +88,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Unique, and a file name."""
+        """A unique name that can be a file name."""
         return f"{self.task}.{self.class_name}.{self.model_type}"
 
 
@@ -104,11 +104,11 @@ TASKS = {
 
 
 NO_LOSS = re.compile(r".*WithTeacher|PPLCNet.*|ShieldGemma2.*|Gemma4.*Assistant.*|Blip2ForImageTextRetrieval")
-"""Classes for inference alone: whatever they are given, they return no loss to train with."""
+"""Classes for inference only: they return no loss to train with."""
 
 
 def cases(tasks: tuple[str, ...]) -> Iterator[Case]:
-    """Every class that the installed transformers registers for the tasks, once per task, if it computes a loss."""
+    """Return every class that transformers registers for the tasks, once for each task, if it computes a loss."""
     seen: set[tuple[str, str]] = set()
     for task in tasks:
         for model_type, names in getattr(modeling_auto, TASKS[task]).items():
@@ -164,12 +164,12 @@ EXTRA: dict[str, dict[str, Any]] = {  # what the names of fields do not tell, by
 
 
 def vocabulary_of(case: Case) -> int:
-    """Letters, where speech is spelled; else tokens."""
+    """Return the number of letters where speech is spelled, else that of tokens."""
     return LETTERS if case.task == "ctc" else VOCAB
 
 
 def make(case: Case) -> PreTrainedModel:
-    """The model with random weights, in training mode, without dropout."""
+    """Return the model with random weights, in training mode, without dropout."""
     cls = getattr(transformers, case.class_name)
     extra = EXTRA.get(case.model_type, {}) | EXTRA.get(case.class_name, {})
     extra |= {"vocab_size": vocabulary_of(case)} if case.task == "ctc" else {}
@@ -188,7 +188,7 @@ def make(case: Case) -> PreTrainedModel:
 
 
 def set_experts(model: PreTrainedModel, implementation: str) -> bool:
-    """Choose how experts are computed; False where the model has none, or one way only."""
+    """Choose how experts are computed; return False where the model has no experts, or only one way."""
     try:
         model.set_experts_implementation(implementation)
     except (AttributeError, ValueError):
@@ -197,7 +197,7 @@ def set_experts(model: PreTrainedModel, implementation: str) -> bool:
 
 
 def tiny(config_class: type[PretrainedConfig], extra: dict[str, Any]) -> PretrainedConfig:
-    """A config of the class with small sizes."""
+    """Return a config of the class with small sizes."""
     default = config_class()
     wanted = merged(small_fields(default), extra)
     config = config_class(**wanted)
@@ -205,7 +205,7 @@ def tiny(config_class: type[PretrainedConfig], extra: dict[str, Any]) -> Pretrai
 
 
 def merged(fields: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Fields with others in their place, sub-configs field by field."""
+    """Return the fields with others in their place, sub-configs field by field."""
     out = dict(fields)
     for name, value in more.items():
         both = isinstance(value, dict) and isinstance(out.get(name), dict)
@@ -214,7 +214,7 @@ def merged(fields: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 
 def small_fields(config: PretrainedConfig) -> dict[str, Any]:
-    """The fields that differ from the defaults."""
+    """Return the fields that differ from the defaults."""
     wanted: dict[str, Any] = {}
     staged = any(
         isinstance(getattr(config, name, None), (list, tuple)) for name in (*DEPTHS, "hidden_sizes", "num_heads")
@@ -225,7 +225,7 @@ def small_fields(config: PretrainedConfig) -> dict[str, Any]:
             wanted[name] = small_fields(child)
         elif ZERO.fullmatch(name) and isinstance(value, float):
             wanted[name] = 0.0
-        elif staged:  # a pyramid: its widths and the sizes of its maps depend on one another
+        elif staged:  # in a pyramid the widths and the sizes of the maps depend on one another
             wanted |= {name: [1] * len(value)} if name in DEPTHS else {}
         else:
             small = small_value(name, value)
@@ -234,7 +234,7 @@ def small_fields(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def small_value(name: str, value: Any) -> Any:
-    """The value of one field; None where the default stays."""
+    """Return the value of one field; None where the default stays."""
     if name == "use_cache":
         return False
     if value is None:
@@ -247,7 +247,7 @@ def small_value(name: str, value: Any) -> Any:
 
 
 def few_layers(config: PretrainedConfig, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Where layers differ in kind, one of each kind."""
+    """Return one layer of each kind, where layers differ in kind."""
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
     name = (config.attribute_map or {}).get("layer_types", "layer_types")
     given = getattr(getattr(type(config), name, None), "fset", True) is not None
@@ -258,7 +258,7 @@ def few_layers(config: PretrainedConfig, wanted: dict[str, Any]) -> dict[str, An
 
 
 def shortened(config: PretrainedConfig) -> dict[str, Any]:
-    """Lists with one entry a layer of the default depth, cut to the layers that are left."""
+    """Shorten lists with one entry for each layer of the default depth to the layers that are left."""
     lists: dict[str, Any] = {}
     layers = getattr(config, "num_hidden_layers", None)
     for name, value in config.to_dict().items():
@@ -283,7 +283,7 @@ def noise(random: Random, *shape: int) -> torch.Tensor:
 
 
 def inputs(case: Case, model: PreTrainedModel) -> Inputs:
-    """One batch with labels, the same in every run."""
+    """Return one batch with labels, the same in every run."""
     random = Random().manual_seed(1)
     special = SPECIAL.get(case.class_name) or SPECIAL.get(case.model_type) or (lambda random: {})
     return INPUTS.get(case.task, text_inputs)(random, model) | special(random)
@@ -314,7 +314,7 @@ def image_text_inputs(random: Random, model: PreTrainedModel) -> Inputs:
 
 def speech_inputs(random: Random, model: PreTrainedModel) -> Inputs:
     text, name, config = text_inputs(random, model), model.main_input_name, model.config
-    if name == "input_ids":  # it reads text, and listens where it is given speech
+    if name == "input_ids":  # it reads text, and takes speech where it gets any
         return text
     if name in ("inputs", "input_values"):
         return {"input_values": noise(random, 8000), "labels": text["labels"]}
@@ -331,7 +331,7 @@ def ctc_inputs(random: Random, model: PreTrainedModel) -> Inputs:
 
 
 def found(config: PretrainedConfig, names: tuple[str, ...], default: int) -> int:
-    """The first of the fields that the config or one of its sub-configs has."""
+    """Return the first of the fields that the config or one of its sub-configs has."""
     places = [config, *(child for child in vars(config).values() if isinstance(child, PretrainedConfig))]
     return next((getattr(place, name) for place in places for name in names if hasattr(place, name)), default)
 

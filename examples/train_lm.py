@@ -61,7 +61,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Row:
-    """What the table shows of one run."""
+    """The columns of the table for one run."""
 
     loss: float
     step_ms: float
@@ -79,7 +79,7 @@ def causal_attention(
     scaling: float | None = None,
     **ignored: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention without a mask; the stock one builds a length x length mask when it is compiled."""
+    """Compute causal attention without a mask; the stock one builds a length x length mask when it is compiled."""
     out = F.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
     )
@@ -103,18 +103,18 @@ def build_model(preset: Preset, device: torch.device) -> PreTrainedModel:
         attn_implementation="causal_sdpa",
     )
     torch.manual_seed(SEED)
-    with device:  # weights of a large preset are made where they are used
+    with device:  # make the weights of a large preset on the device that uses them
         return AutoModelForCausalLM.from_config(config, dtype=preset.dtype)
 
 
 def read_text() -> torch.Tensor:
-    """The source text of the standard library's modules, one element a byte."""
+    """Return the source text of the standard library's modules, as one element for each byte."""
     paths = sorted(Path(os.__file__).parent.glob("*.py"))
     return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in paths)), dtype=torch.uint8)
 
 
 def batches(text: torch.Tensor, preset: Preset, device: torch.device) -> Iterator[torch.Tensor]:
-    """Endless random excerpts, the same ones in every run."""
+    """Yield random excerpts without end, the same in every run."""
     generator = torch.Generator().manual_seed(SEED)
     while True:
         starts = torch.randint(len(text) - preset.length, (preset.batch,), generator=generator)
@@ -122,7 +122,7 @@ def batches(text: torch.Tensor, preset: Preset, device: torch.device) -> Iterato
 
 
 class Trainer:
-    """One of the two runs: a model from the seed, its optimizer, and the compiled function between them.
+    """One of the two runs: a model from the seed, its optimizer, and the compiled function.
 
     Attributes:
         losses: of all steps.
@@ -142,7 +142,7 @@ class Trainer:
         self.loss_fn = torch.compile(loss_fn, **how)
 
     def step(self, input_ids: torch.Tensor) -> None:
-        """Forward, backward, update; keeps the loss and the time."""
+        """Run forward, backward and update; record the loss and the time."""
         begin = time.perf_counter()
         loss = self.loss_fn(input_ids)
         loss.backward()
@@ -152,7 +152,7 @@ class Trainer:
         self.seconds.append(time.perf_counter() - begin)
 
     def row(self, input_ids: torch.Tensor) -> Row:
-        """The results; takes one more step, to measure its memory."""
+        """Return the results; this takes one more step, to measure its memory."""
         median = statistics.median(self.seconds[COMPILING_STEPS:])
         last = self.losses[-LAST_STEPS:]
         return Row(
@@ -164,7 +164,7 @@ class Trainer:
 
 
 def train(plain: Trainer, looped: Trainer, data: Iterator[torch.Tensor], steps: int) -> None:
-    """Both take every step in turn, so that whatever else the machine does slows both alike."""
+    """Let both runs take every step in turn, so that other load on the machine slows both alike."""
     with tqdm(total=steps, unit="step") as bar:
         for step in range(steps):
             bar.set_description("compiling" if step < COMPILING_STEPS else "training")
@@ -176,13 +176,13 @@ def train(plain: Trainer, looped: Trainer, data: Iterator[torch.Tensor], steps: 
 
 
 def state_bytes(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
-    """What stays between steps: the weights and the optimizer's moments."""
+    """Return the bytes that stay between steps: the weights and the optimizer's moments."""
     moments = [value for state in optimizer.state.values() for value in state.values()]
     return sum(tensor.nbytes for tensor in [*model.parameters(), *moments])
 
 
 def peak_bytes(step: Callable[[torch.Tensor], None], input_ids: torch.Tensor) -> int:
-    """Most memory in one step above what was there before it: activations, temporaries and gradients."""
+    """Return the peak bytes of one step above those before it: activations, temporaries and gradients."""
     if input_ids.is_cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -211,7 +211,7 @@ def table(plain: Row, looped: Row) -> str:
 
 
 def parse() -> tuple[Preset, torch.device, dict[str, Any]]:
-    """The preset with the command line's changes, the device, and the options of mst_fx."""
+    """Return the preset with the command line's changes, the device, and the options of mst_fx."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=list(PRESETS), default="small")

@@ -21,12 +21,16 @@ __all__ = ["Config", "Pattern", "Reason", "Refusal", "Report", "backend", "expla
 
 try:
     __version__ = version("mst-fx")
-except PackageNotFoundError:  # the sources, not installed
+except PackageNotFoundError:  # the source files, not installed
     __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """What patterns are made of needs the pass, which a torch version may be unable to load."""
+    """Load `Pattern` and `register` late: they need the pass, which a torch version may be unable to load.
+
+    Raises:
+        AttributeError: the package has no attribute of this name.
+    """
     if name not in ("Pattern", "register"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from mst_fx.recognise import pattern

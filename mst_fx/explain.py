@@ -1,4 +1,4 @@
-"""explain(): compile, run once, and tell what was looped, what was not, and why.
+"""explain(): compile, run once, and report what is looped, what is not, and why.
 
 Private torch API: the mark of functions that Dynamo leaves alone. Run on torch 2.11, 2.13 and 2.15.
 """
@@ -20,13 +20,16 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
     """Compile `fn` for these arguments, run it once, and report every decision of the pass.
 
     Args:
-        fn: a function or module. Of one that is compiled already, what it was made of is compiled once more.
-        *args: of `fn`.
-        options: as for torch.compile; `inner` is "eager" here unless it is given, which saves Inductor's time.
-        **kwargs: of `fn`.
+        fn: a function or module. If it is compiled already, the function that it was made of is compiled once more.
+        *args: arguments of `fn`.
+        options: as for torch.compile; by default `inner` is "eager" here, which saves Inductor's time.
+        **kwargs: keyword arguments of `fn`.
 
     Returns:
         One report over all graphs that the call made.
+
+    Raises:
+        ValueError, TypeError: as `backend`; and any error of `fn` itself.
     """
     made: list[Report] = []
 
@@ -42,7 +45,7 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
 
 
 def _uncompiled(fn: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[str, ...]]:
-    """What to compile, and a word about it where it is compiled already."""
+    """Return the function to compile, and a note where `fn` is compiled already."""
     note = "it is compiled already; this is the report of a compile of its own, with the options given to explain()"
     context = torch._dynamo.eval_frame.DisableContext
     if getattr(fn, "_torchdynamo_disable", False) or isinstance(getattr(fn, "dynamo_ctx", None), context):

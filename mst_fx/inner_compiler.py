@@ -1,4 +1,4 @@
-"""The compiler behind us: what `inner`, `mode` and foreign options of torch.compile mean for it.
+"""The inner compiler takes the rewritten graph; `inner`, `mode` and foreign options of torch.compile choose and set it.
 
 Private torch API: Inductor's entry points. Run on torch 2.11, 2.13 and 2.15.
 """
@@ -17,19 +17,19 @@ Compile: TypeAlias = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
 def inductor_options() -> frozenset[str]:
-    """Names that Inductor takes as options."""
+    """Return the names that Inductor takes as options."""
     from torch._inductor import list_options
 
     return frozenset(list_options())
 
 
 def inner_compiler(config: Config, mode: str | None, options: dict[str, Any]) -> Compile:
-    """The function that compiles the rewritten graph.
+    """Return the function that compiles the rewritten graph.
 
     Args:
-        config: its `inner` chooses.
-        mode: of torch.compile; for Inductor, or handed to a callable.
-        options: those of torch.compile that are not ours; likewise.
+        config: its `inner` chooses the compiler.
+        mode: torch.compile's mode; Inductor or a callable takes it.
+        options: torch.compile's options that are not ours; Inductor or a callable takes them.
 
     Raises:
         ValueError: a mode or option that `inner` does not take.
@@ -62,7 +62,7 @@ def _inductor(mode: str | None, options: dict[str, Any]) -> Compile:
 
 
 def _cached_with_loops(inductor: Any) -> dict[str, Any]:
-    """AOTAutograd's cache takes foreign functions that are named with a version; bodies are part of the graph's key."""
+    """Name our call, with a version, to AOTAutograd's cache as cacheable; the key of a graph covers the bodies."""
     try:
         from mst_fx.runtime.cache_version import VERSION
         from mst_fx.runtime.mini_sequence import mini_sequence
@@ -76,7 +76,7 @@ def _cached_with_loops(inductor: Any) -> dict[str, Any]:
 
 
 def writes_python(options: dict[str, Any]) -> bool:
-    """Whether Inductor's wrapper is Python, which the loop's lowering needs."""
+    """Return whether Inductor's wrapper is Python, which the loop's lowering needs."""
     import torch._inductor.config as inductor
 
     return not options.get("cpp_wrapper", inductor.cpp_wrapper)

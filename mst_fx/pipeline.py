@@ -1,18 +1,20 @@
 """backend(): the graph that Dynamo captured -> the same graph with loops, compiled.
 
+The stages, what they take and what they give:
+
 survey     gm, patterns             -> regions, subgraphs, refusals
   narrow     gm                       -> gm in which heads project only the tokens that are read
   discover   gm, patterns             -> Region | Refusal
-  analysis   region                   -> aten graph, cut into stages before, in and after the loop; which gradients
+  analysis   region                   -> aten graph in stages before, in and after the loop; which gradients
   memory     work, bodies             -> bytes as a function of the chunk length; cost: milliseconds
 plan       regions, rest of the graph, device, options -> chunk lengths | Refusal, for all regions at once
 assembly   work, lengths            -> aten bodies of one chunk
-verify     region, bodies           -> Verified | Refusal, if it is asked for
+verify     region, bodies           -> Verified | Refusal, with the option `verify`
 rewrite    gm, bodies               -> gm'
 inner      gm'                      -> what torch.compile calls
 
-`engine` runs all but the last. It is loaded late: a torch version that lacks a name which it needs costs the loops, and
-neither `import mst_fx` nor a compile.
+`engine` runs all but the last. It is loaded late: a torch version that lacks a name which it needs has no loops, but
+`import mst_fx` and compiles work.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mst_fx")
 
 ATTEMPTS = 4
-"""Kinds of loops that are tried one by one where the inner compiler fails on all of them together."""
+"""Number of kinds of loops to try one by one, where the inner compiler fails on all of them together."""
 
 
 def backend(
@@ -49,20 +51,21 @@ def backend(
     options: dict[str, Any] | None = None,
     **ignored: Any,
 ) -> Callable[..., Any]:
-    """A backend of torch.compile that runs regions with large intermediates as loops over mini-sequences.
+    """Compile a graph for torch.compile, with regions of large intermediates as loops over mini-sequences.
 
     Args:
         gm: the captured graph; it stays as it is.
         example_inputs: fake or real inputs.
-        mode: of torch.compile, for Inductor.
-        options: those of `Config`, and Inductor's own.
-        **ignored: what later torch versions hand to backends (`name`).
+        mode: torch.compile's mode, for Inductor.
+        options: options of `Config`, and Inductor's own.
+        **ignored: arguments that later torch versions hand to backends (`name`).
 
     Returns:
-        The compiled function.
+        The compiled function, which takes and gives what the graph does.
 
     Raises:
-        ValueError, TypeError: an option that nobody knows, or with a value that it does not take.
+        ValueError: an unknown option or pattern name, or options that exclude each other.
+        TypeError: an option has a value that it does not take.
     """
     return compiled_and_told(gm, example_inputs, mode, options)[0]
 
@@ -70,7 +73,7 @@ def backend(
 def compiled_and_told(
     gm: GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
 ) -> tuple[Callable[..., Any], Report]:
-    """The compiled function, and the report about what was compiled; arguments as for `backend`."""
+    """Return the compiled function and the report about it; arguments and errors as for `backend`."""
     config, foreign = Config.split(options, inductor_options())
     compile_graph = inner_compiler(config, mode, foreign)
     engine = _engine(gm, config, foreign)
@@ -84,7 +87,13 @@ def compiled_and_told(
 
 
 def rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple[GraphModule, Report]:
-    """The graph with loops, and the decisions; `gm` itself where nothing is changed."""
+    """Return the graph with loops and the report; `gm` itself where nothing changes.
+
+    Args:
+        gm: the captured graph; it stays as it is.
+        config: the user's options.
+        chosen: the patterns to recognise regions by.
+    """
     from mst_fx.engine import Engine
 
     rewritten = Engine(gm, config, chosen).rewritten()
@@ -92,10 +101,10 @@ def rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple
 
 
 def _engine(gm: GraphModule, config: Config, foreign: dict[str, Any]) -> Engine | Refusal:
-    """The pass over a graph, or why there is none: a bug of ours, or a torch version without a name that we need.
+    """Return the pass over a graph, or why there is none: a bug of ours, or a torch version that lacks a name.
 
     Raises:
-        ValueError: the option `disable` names a pattern that nobody knows.
+        ValueError: the option `disable` names an unknown pattern.
     """
     if config.inner == "inductor" and not writes_python(foreign):
         return Refusal(Reason.BACKEND, None, "Inductor's C++ wrapper cannot call the loop")
@@ -119,7 +128,7 @@ def _engine(gm: GraphModule, config: Config, foreign: dict[str, Any]) -> Engine 
 
 
 def _compiled(engine: Engine, compile_graph: Compile, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Report]:
-    """The graph compiled with loops, or with those that the pass and the inner compiler can do."""
+    """Compile the graph with loops, or with those that the pass and the inner compiler can do."""
     try:
         rewritten = engine.rewritten()
     except Exception as error:
@@ -139,10 +148,10 @@ def _compiled(engine: Engine, compile_graph: Compile, inputs: Sequence[Any]) -> 
 def _compiled_in_part(
     engine: Engine, rewritten: Rewritten, compile_graph: Compile, inputs: Sequence[Any], error: Exception
 ) -> tuple[Callable[..., Any], Report]:
-    """The graph compiled with the loops that the inner compiler can do.
+    """Compile the graph with the loops that the inner compiler can do.
 
-    Without any loop it compiles first: else the program is at fault, and its error is the one to raise. Loops that are
-    alike stand or fall together.
+    The first try has no loops: if it fails, the program is at fault, and its error is the one to raise. Loops that are
+    alike are tried together.
     """
     compiled = compile_graph(engine.copy(), inputs)
     text = f"the looped graph does not compile: {words_of(error)}"
@@ -167,6 +176,6 @@ def _compiled_in_part(
 
 
 def _unlooped(report: Report, text: str) -> Report:
-    """What is true of the captured graph: nothing is cut or dropped either."""
+    """Return the report of the captured graph without loops: nothing is cut or dropped either."""
     why = () if report.refusals else (refused("all", Refusal(Reason.INTERNAL, None, text)),)
     return replace(report, refusals=report.refusals + why, cuts=(), dropped=(), peak=report.peak_whole)

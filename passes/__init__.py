@@ -1,4 +1,4 @@
-"""The patterns, one a file. Imported as `mst_fx.passes`; every module here is found and loaded by itself."""
+"""The patterns, one in each file. Import them as `mst_fx.passes`, which finds and loads every module here."""
 
 if __name__ != "mst_fx.passes":
     raise ImportError("import mst_fx.passes, not passes")

@@ -1,6 +1,6 @@
-"""Gated MLP: down(act(gate(x)) * up(x)), with two up-projections or one that is split in two.
+"""Gated MLP: down(act(gate(x)) * up(x)), with two up-projections or one that is split in two: SwiGLU, GeGLU, ...
 
-SwiGLU, GeGLU and kin. Legend: N tokens, D model, F feed-forward; the [N, F] values are the large ones.
+Legend: N tokens, D model, F feed-forward; the [N, F] values are large.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from torch.fx import Node
 from mst_fx.recognise.pattern import Growth, Pattern, Reader, Region, grow, region_of_mlp, register
 
 ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
-"""What joins an adapter's share to a projection."""
+"""Ops that add an adapter's output to a projection."""
 
 
 @register
 class GatedMlp(Pattern):
-    """Several wide contractions of the stream, or one whose result is cut, joined and contracted back."""
+    """Several widening contractions of the stream, or one that is split; their values are joined and narrowed again."""
 
     name = "gated_mlp"
     priority = 10
 
     def match(self, reader: Reader, node: Node) -> Region | None:
-        """Anchored at the first up-projection."""
+        """Start at the first up-projection."""
         up = reader.widening(node)
         growth = grow(reader, node, up.activation) if up is not None else None
         if up is None or growth is None or not growth.sinks or not is_gated(reader, growth):
@@ -31,16 +31,16 @@ class GatedMlp(Pattern):
 
 
 def is_gated(reader: Reader, growth: Growth) -> bool:
-    """Whether what a down-projection reads is smaller than what an up-projection makes, or joins two such values."""
+    """Return whether a down-projection reads less than an up-projection makes, or a value that joins two of these."""
     down = reader.contraction(growth.sinks[0])
     assert down is not None
     if reader.numel(down.activation) < max(map(reader.numel, growth.ups)):
         return True
-    behind: dict[Node, set[Node]] = {up: {up} for up in growth.ups}
-    for node in sorted(growth.nodes - behind.keys(), key=reader.order.__getitem__):
-        parts = [behind.get(operand, set()) for operand in node.all_input_nodes]
-        behind[node] = set().union(*parts)
-        apart = any(a and b and not (a <= b or b <= a) for a in parts for b in parts)
-        if apart and not reader.does(node, ADDITIONS):
+    ups_of: dict[Node, set[Node]] = {up: {up} for up in growth.ups}
+    for node in sorted(growth.nodes - ups_of.keys(), key=reader.order.__getitem__):
+        operand_ups = [ups_of.get(operand, set()) for operand in node.all_input_nodes]
+        ups_of[node] = set().union(*operand_ups)
+        joins = any(a and b and not (a <= b or b <= a) for a in operand_ups for b in operand_ups)
+        if joins and not reader.does(node, ADDITIONS):
             return True
     return False

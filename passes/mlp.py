@@ -1,6 +1,6 @@
 """Plain MLP: down(act(up(x))), one up-projection and any ops that keep tokens apart; adapters on its matrices.
 
-Legend: N tokens, D model, F feed-forward; the [N, F] values are the large ones.
+Legend: N tokens, D model, F feed-forward; the [N, F] values are large.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Mlp(Pattern):
     priority = 20
 
     def match(self, reader: Reader, node: Node) -> Region | None:
-        """Anchored at the up-projection."""
+        """Start at the up-projection."""
         up = reader.widening(node)
         growth = grow(reader, node, up.activation) if up is not None else None
         if up is None or growth is None or not growth.sinks or is_gated(reader, growth):

@@ -9,7 +9,7 @@ from programs import ENDS, IGNORED, LAYOUTS, STEPS, Program, inputs_of, programs
 from torch import nn
 
 from mst_fx.bodies.body import Gradients, gradient_body
-from mst_fx.capture.decompositions import openings
+from mst_fx.capture.decompositions import decompositions
 from mst_fx.placement.partition import cut
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11, "equal_nan": True}
@@ -17,7 +17,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-11, "equal_nan": True}
 
 def check(call, chunk, in_forward=False, any_length=False):
     """The stages, once their loop has given what eager execution gives."""
-    module = aten_graph(call, openings())
+    module = aten_graph(call, decompositions())
     stages = cut(module, placeholders(module)[0])
     chunk = min(chunk, stages.length)
     results = differentiably_looped(module, stages, call.inputs, chunk, in_forward, any_length)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from looping import EXACT, Call, accepted_axes, aten_graph, indices, looped, placeholders, returned, values
 
-from mst_fx.capture.decompositions import openings
+from mst_fx.capture.decompositions import decompositions
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.placement.placement import PARTIAL, WHOLE, Split
 from mst_fx.placement.propagate import propagate
@@ -33,7 +33,7 @@ def refusal(function, *inputs, table=None):
 def loops_exactly(function, *inputs, split, position=0):
     """Whether the split is accepted; it must then give the same for every chunk length."""
     call = Call(function, inputs)
-    module = aten_graph(call, openings())
+    module = aten_graph(call, decompositions())
     found = list(accepted_axes(module, placeholders(module)[position], split))
     for stages in found:
         for chunk in range(1, stages.length + 1):
@@ -80,7 +80,7 @@ def test_a_demand_goes_back_through_merged_dims():
 
 
 def test_labels_are_split_with_the_scores():
-    operands, results = propagated(cross_entropy, STREAM, HEAD, LABELS, split=Split(1), table=openings())
+    operands, results = propagated(cross_entropy, STREAM, HEAD, LABELS, split=Split(1), table=decompositions())
     assert operands == [Split(1), WHOLE, Split(1)]
     assert results == [PARTIAL]  # the count of labels is known before the loop
     assert loops_exactly(cross_entropy, STREAM, HEAD, LABELS, split=Split(1))
@@ -223,7 +223,7 @@ def test_a_mean_is_opened_into_a_sum():
 
 @pytest.mark.parametrize("centred", [lambda x: x - x.mean(0), lambda x: x / x.sum(), lambda x: x + x.t().mm(x)])
 def test_two_passes_over_the_axis_are_refused(centred):
-    assert refusal(centred, values(4, 4), table=openings()).reason is Reason.TWO_PASSES
+    assert refusal(centred, values(4, 4), table=decompositions()).reason is Reason.TWO_PASSES
 
 
 def test_a_random_op_after_the_loop_is_refused():

@@ -10,7 +10,7 @@ from looping import Call, aten_graph, loop_everything, placeholders, run_forward
 from numerics import looped
 from torch.utils.checkpoint import checkpoint
 
-from mst_fx.capture.decompositions import openings
+from mst_fx.capture.decompositions import decompositions
 from mst_fx.ops.seeded_random import uniform_like
 from mst_fx.placement.partition import cut
 from mst_fx.placement.placement import Split
@@ -63,7 +63,7 @@ def test_positions_past_32_bits_have_numbers_of_their_own():
 @pytest.mark.parametrize("chunk", [1, 3, 5])
 def test_numbers_do_not_depend_on_the_chunks(split, chunk):
     x = torch.ones(4, 6, 5, dtype=torch.float64)
-    module = aten_graph(Call(lambda x: F.dropout(x, P), [x]), openings(), functional=True)
+    module = aten_graph(Call(lambda x: F.dropout(x, P), [x]), decompositions(), functional=True)
     stages = loop_everything(module, placeholders(module)[0], split)
     env = {}
     for node in module.graph.nodes:  # what runs before the loop runs once for both
@@ -89,7 +89,7 @@ def test_numbers_do_not_depend_on_the_chunks(split, chunk):
 )
 def test_every_op_that_is_opened(draw, mean):
     x = torch.ones(300, 100, dtype=torch.float64)
-    module = aten_graph(Call(draw, [x]), openings(), functional=True)
+    module = aten_graph(Call(draw, [x]), decompositions(), functional=True)
     drawn = [n.target for n in module.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
     assert set(drawn) <= {torch.ops.aten.randint.low}
     torch.manual_seed(6)

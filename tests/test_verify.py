@@ -153,13 +153,13 @@ def wrong_scale(monkeypatch):
 
 def wrong_memory(monkeypatch):
     """Gradients are read as if they were contiguous."""
-    right = loop_operator.pieces
+    right = loop_operator.chunks_of
 
-    def pieces(x, axis, chunk):
+    def chunks_of(x, axis, length):
         strides = torch.empty(x.shape, device="meta").stride()
-        return right(x if x.requires_grad else x.as_strided(x.shape, strides), axis, chunk)
+        return right(x if x.requires_grad else x.as_strided(x.shape, strides), axis, length)
 
-    monkeypatch.setattr(loop_operator, "pieces", pieces)
+    monkeypatch.setattr(loop_operator, "chunks_of", chunks_of)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Nodes of the graph that Dynamo captured, as aten graphs.
+"""Captured nodes are lowered to aten graphs.
 
 In: captured nodes and their example values.
-Out: aten graphs, fingerprints of what is alike, sizes taken as fixed.
+Out: aten graphs, fingerprints of nodes and regions that are alike, sizes taken as fixed.
 Imports: core, ops, placement.
 """

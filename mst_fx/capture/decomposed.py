@@ -1,7 +1,7 @@
-"""What single nodes of a captured graph open into: the aten ops that each amounts to, by itself.
+"""Single nodes of a captured graph -> the aten ops that each decomposes into, by itself.
 
-A trace costs milliseconds, one op in it a fraction of one: so all nodes are traced together, yet apart from each other,
-each on the values that were captured.
+A trace costs milliseconds, one more op in it a fraction of one. So one trace takes all nodes, each on the values that
+were captured, and none on what another node of the trace gives.
 
 Private torch API: dispatch modes, versions of values. Run on torch 2.11, 2.13 and 2.15.
 """
@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mst_fx.capture.decompositions import openings
+from mst_fx.capture.decompositions import decompositions
 from mst_fx.capture.lower import execute, lower, mutates, traced, tracing
 from mst_fx.core.aten_ops import is_mutable
 from mst_fx.core.graph_walk import ancestors, in_order
@@ -31,14 +31,14 @@ log = logging.getLogger("mst_fx")
 
 
 @dataclass(frozen=True)
-class Opened:
+class Decomposed:
     """The aten graph of one node.
 
     Attributes:
-        position_of: for each placeholder which of the node's operands (`all_input_nodes`) it stands for.
-        ops: the nodes of the graph but placeholders, in its order.
-        written: the operands that it was seen to write to.
-        understood: False where nothing else is known of it.
+        position_of: for each placeholder, the position of its operand among the node's `all_input_nodes`.
+        ops: the nodes of the graph except placeholders, in graph order.
+        written: positions of the operands that the node wrote to in the trace.
+        understood: False where the trace tells nothing but `written`.
     """
 
     position_of: dict[Node, int]
@@ -47,12 +47,12 @@ class Opened:
     understood: bool = True
 
 
-def open_alone(owner: GraphModule, node: Node, result: Node) -> Opened | None:
-    """What one node opens into, None where it cannot be traced.
+def decompose_alone(owner: GraphModule, node: Node, result: Node) -> Decomposed | None:
+    """Decompose one node; None where it cannot be traced.
 
     Args:
-        owner: the module that the node's graph belongs to.
-        node: it may write to an operand.
+        owner: the module that holds the node's graph.
+        node: the node; it may write to an operand.
         result: the node itself, or the operand that it writes to if it has no value of its own.
     """
     try:
@@ -63,15 +63,15 @@ def open_alone(owner: GraphModule, node: Node, result: Node) -> Opened | None:
     operands = enumerate(node.all_input_nodes)
     positions = [position for position, operand in operands for _ in tree_leaves(fake_value(operand))]
     position_of = dict(zip(_placeholders(lowered.graph), positions, strict=True))
-    return _slice(lowered.graph, position_of, lowered.graph.output_node().all_input_nodes)
+    return _ops_of(lowered.graph, position_of, lowered.graph.output_node().all_input_nodes)
 
 
-def open_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, Opened | None]:
-    """What each of several nodes opens into; none of them is known to write to an operand.
+def decompose_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, Decomposed | None]:
+    """Decompose several nodes in one trace; none of them is known to write to an operand.
 
-    The trace gives the tensors of one node behind those of another, as many of each as `counts` says: none of a node
-    that cannot be traced. One that writes to memory of its own is opened alone, as a whole region is: without the
-    writes.
+    The trace returns the tensors of the nodes one after the other, `counts` of each: 0 for a node that cannot be
+    traced. A node that writes to memory of its own is decomposed once more, alone and without the writes, as a whole
+    region is.
     """
     operands = {operand: fake_value(operand) for node in nodes for operand in node.all_input_nodes}
     leaves = {id(leaf): leaf for leaf in tree_leaves(list(operands.values()))}  # a trace tells values by identity
@@ -90,38 +90,38 @@ def open_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, Opene
         return made
 
     with tracing(list(leaves.values())):
-        graph = traced(run, list(leaves.values()), openings(gathers=False)).graph
+        graph = traced(run, list(leaves.values()), decompositions(gathers=False)).graph
     placeholder_of = dict(zip(leaves, _placeholders(graph), strict=True))
     returned: Any = graph.output_node().args[0]
     results = iter(returned)
-    opened: dict[Node, Opened | None] = {}
+    decomposed: dict[Node, Decomposed | None] = {}
     for node, count, changed in zip(nodes, counts, written, strict=True):
         read = enumerate(map(tree_leaves, map(operands.__getitem__, node.all_input_nodes)))
-        position_of = {placeholder_of[id(leaf)]: position for position, parts in read for leaf in parts}
-        found = _slice(graph, position_of, list(islice(results, count)))
+        position_of = {placeholder_of[id(leaf)]: position for position, given in read for leaf in given}
+        found = _ops_of(graph, position_of, list(islice(results, count)))
         if changed:
-            found = replace(found or Opened(position_of, (), understood=False), written=changed)
-        opened[node] = found
-    return opened | _without_writes(owner, graph, opened)
+            found = replace(found or Decomposed(position_of, (), understood=False), written=changed)
+        decomposed[node] = found
+    return decomposed | _without_writes(owner, graph, decomposed)
 
 
 def _run(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> tuple[Sequence[torch.Tensor], frozenset[int]]:
-    """The tensors that one node gives, and the operands that it has written to.
+    """Run one node; return its tensors, and the positions of the operands that it wrote to.
 
-    Nothing is given where it cannot be traced, as the user's op may do anything; it may have written to all of them.
+    A node that cannot be traced, as the user's op may do anything, gives no tensors, and may have written to all.
     """
 
     def versions() -> list[tuple[int, ...]]:
-        parts = [tree_leaves(env[operand]) for operand in node.all_input_nodes]
-        return [tuple(x._version for x in each if isinstance(x, torch.Tensor)) for each in parts]
+        leaves = [tree_leaves(env[operand]) for operand in node.all_input_nodes]
+        return [tuple(x._version for x in each if isinstance(x, torch.Tensor)) for each in leaves]
 
     before, unknown, tensors = versions(), False, list[torch.Tensor]()
     watch = _Writes()
     try:
         with watch if _may_write(node) else nullcontext():
             value = execute(owner, node, env)
-        tensors = [part for part in tree_leaves(value) if isinstance(part, torch.Tensor)]
-        unknown = watch.seen  # through `.data` no version changes
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        unknown = watch.seen  # a write through `.data` changes no version
     except Exception as error:
         log.debug("mst_fx: %s is not understood: %s", node, error)
         unknown = _may_write(node)
@@ -130,7 +130,7 @@ def _run(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> tuple[Seque
 
 
 class _Writes(TorchDispatchMode):
-    """Notices ops that write to an operand."""
+    """Records whether an op writes to an operand."""
 
     seen = False
 
@@ -141,18 +141,20 @@ class _Writes(TorchDispatchMode):
 
 
 def _may_write(node: Node) -> bool:
-    """Whether neither a schema nor a name tells what a function writes to: the user's own, and those of NumPy."""
+    """Return whether neither schema nor name tells what a function writes to: functions of the user, or of NumPy."""
     module = getattr(node.target, "__module__", None) or ""
     return node.op == "call_function" and (not module.startswith("torch") or module.startswith("torch._dynamo"))
 
 
-def _without_writes(owner: GraphModule, graph: Graph, opened: Mapping[Node, Opened | None]) -> dict[Node, Opened]:
-    """What nodes open into that write to memory of their own, each opened anew by itself."""
+def _without_writes(
+    owner: GraphModule, graph: Graph, decomposed: Mapping[Node, Decomposed | None]
+) -> dict[Node, Decomposed]:
+    """Decompose the nodes that write to memory of their own once more, each alone."""
     memory = {operand for op in graph.nodes if mutates(op) for operand in op.all_input_nodes}
     found = {}
-    for node, dirty in opened.items():
+    for node, dirty in decomposed.items():
         if dirty is not None and not memory.isdisjoint(dirty.ops):
-            alone = open_alone(owner, node, node) or replace(dirty, understood=False)
+            alone = decompose_alone(owner, node, node) or replace(dirty, understood=False)
             found[node] = replace(alone, written=dirty.written)
     return found
 
@@ -161,15 +163,20 @@ def _placeholders(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
-def _slice(graph: Graph, position_of: dict[Node, int], results: Sequence[Node]) -> Opened | None:
-    """The part of a traced graph that makes some results; None where there are none.
+def _ops_of(graph: Graph, position_of: dict[Node, int], results: Sequence[Node]) -> Decomposed | None:
+    """Collect the ops of a traced graph that make one node's results; None where there are no results.
 
     Args:
-        graph: that was traced.
-        position_of: as in `Opened`.
+        graph: the traced graph.
+        position_of: as in `Decomposed`.
         results: what the node gives.
     """
     if not results:
         return None
     found = {op for op in ancestors(results) if op.op != "placeholder"}
-    return Opened(position_of, in_order(graph, found))
+    return Decomposed(position_of, in_order(graph, found))
+
+
+Opened = Decomposed
+open_alone = decompose_alone
+open_together = decompose_together

@@ -1,4 +1,4 @@
-"""What makes two nodes, or two regions, alike: everything that tracing them depends on."""
+"""Keys that are equal for two nodes, or two regions, that trace alike: they hold all that tracing depends on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mst_fx.core.values import fake_value, has_gradient
 
 
 def likeness_of_node(node: Node) -> Hashable:
-    """A key that is equal for nodes that do the same with operands of the same shapes."""
+    """Return a key that is equal for nodes that do the same with operands of the same shapes."""
     operands = node.all_input_nodes
     number = {operand: position for position, operand in enumerate(operands)}
     given = (tuple(map(like, operands)), _same(operands))
@@ -22,11 +22,11 @@ def likeness_of_node(node: Node) -> Hashable:
 
 
 def likeness_of_nodes(nodes: Sequence[Node], live_ins: Sequence[Node]) -> Hashable:
-    """A key that is equal for sequences of nodes that compute the same of live-ins of the same shapes.
+    """Return a key that is equal for sequences of nodes that compute the same from live-ins of the same shapes.
 
     Args:
         nodes: in graph order.
-        live_ins: the values that they read from outside.
+        live_ins: the values that the nodes read from outside.
     """
     number: dict[Node, int] = {node: position for position, node in enumerate((*live_ins, *nodes))}
     given = tuple((like(node), has_gradient(node)) for node in live_ins)
@@ -34,23 +34,23 @@ def likeness_of_nodes(nodes: Sequence[Node], live_ins: Sequence[Node]) -> Hashab
 
 
 def _same(nodes: Sequence[Node]) -> Hashable:
-    """Which tensors of several nodes are one: a trace has one value for them, as for a vector and its `flatten`."""
+    """Number the tensors of several nodes, the same tensor alike: a vector and its `flatten` may be one in a trace."""
     number: dict[int, int] = {}
     leaves = [leaf for node in nodes for leaf in tree_leaves(fake_value(node))]
     return tuple(number.setdefault(id(leaf), len(number)) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def _owner(node: Node) -> int | None:
-    """What the target is looked up in, where it is only a name."""
+    """Return the id of the graph that a target's name belongs to; None where the target is no name."""
     return id(node.graph) if node.op in ("call_module", "get_attr") else None
 
 
 def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
-    """A key that is equal for arguments of equal shapes and values.
+    """Return a key that is equal for arguments of equal shapes and values.
 
     Args:
-        value: a node stands for what it produced.
-        number: nodes that stand for themselves.
+        value: an argument of a node; a node in it stands for its captured value.
+        number: nodes that stand for themselves, by number.
     """
     if isinstance(value, Node):
         return (Node, number[value]) if number and value in number else like(fake_value(value))
@@ -58,15 +58,15 @@ def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
         lazy = (value.is_conj(), value.is_neg())
         return (tuple(map(like, value.shape)), tuple(map(like, value.stride())), value.dtype, value.device, lazy)
     if isinstance(value, (tuple, list)):
-        return tuple(like(part, number) for part in value)
+        return tuple(like(item, number) for item in value)
     if isinstance(value, dict):
-        return tuple((name, like(part, number)) for name, part in value.items())
+        return tuple((name, like(item, number)) for name, item in value.items())
     if isinstance(value, slice):
-        return (slice, *(like(part, number) for part in (value.start, value.stop, value.step)))
+        return (slice, *(like(bound, number) for bound in (value.start, value.stop, value.step)))
     if isinstance(value, torch.SymFloat) and seen(value) is not None:
-        return (type(value), seen(value))  # an operand of a loop; or fixed, for each region (see `scalar_operands`)
+        return (type(value), seen(value))  # a loop reads it, or each region fixes it (see `scalar_operands`)
     if isinstance(value, VARYING) or not isinstance(value, Hashable):
-        return (type(value), str(value))  # to hash a symbol is to guard on it
+        return (type(value), str(value))  # hashing a symbol would guard on it
     if isinstance(value, float):
         return (type(value), value.hex())  # 0.0 and -0.0 are equal, but not alike
     return (type(value), value)  # 1, 1.0 and True are equal, but not alike

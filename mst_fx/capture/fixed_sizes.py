@@ -1,6 +1,6 @@
-"""Sizes that a loop needs fixed, or equal: a region is analysed as if they were, and they are where its loop is put.
+"""Sizes that a loop needs fixed, or equal. The analysis takes them as such; they become guards where the loop is put.
 
-What is fixed is a guard, and another value compiles anew: a region that is left alone must leave none.
+Each guard makes another value compile anew, so a region that is left alone must add none.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from mst_fx.core.sizes import (
 
 @dataclass(frozen=True)
 class Equal:
-    """Two sizes that vary, and that a loop needs the same.
+    """Two sizes that vary, and that a loop needs equal.
 
     Attributes:
-        size, other: SymInts, or one of them a number; they were the same when the graph was captured.
-        symbol, value: what one symbol of them is then, as sympy has it.
+        size, other: SymInts, or one of them a number; they were equal when the graph was captured.
+        symbol, value: one of their symbols and what it is if they are equal, both sympy expressions.
     """
 
     size: Any
@@ -48,14 +48,15 @@ class Equal:
 
 
 def equal(size: Any, other: Any, marked: Container[str]) -> tuple[Any, ...]:
-    """What is to be fixed, or equal, for two sizes to be one; nothing where that takes a size that has to vary.
+    """Return what to fix, and what to take as equal, so that two sizes are equal; nothing where nothing makes them so.
 
-    Of a product of symbols, the rows of a batch, one is fixed: the one with the smaller value is taken for the batch.
+    The equation is solved for one symbol. In a product of symbols, the rows of a batch, the symbol with the smaller
+    value is taken for the batch and fixed.
 
     Args:
-        size: one of them.
-        other: which it is to be.
-        marked: the sizes that have to vary, by their names.
+        size: one of the two.
+        other: the other one.
+        marked: names of the sizes that must vary: no fact may fix them.
     """
     facts = _equal(size, other)
     return () if any(symbol in marked for fact in facts for symbol in _fixed_by(fact)) else facts
@@ -72,13 +73,13 @@ def _equal(size: Any, other: Any) -> tuple[Any, ...]:
         batch = {symbol: sympy.sympify(seen[symbol])}
         found = _solved(*(formula.xreplace(batch) for formula in formulas))
         if found is not None:
-            source = next(x for x in varying if symbol in expression(x).free_symbols)
-            return (alone(symbol, source), Equal(size, other, *found))
+            holder = next(x for x in varying if symbol in expression(x).free_symbols)
+            return (alone(symbol, holder), Equal(size, other, *found))
     return ()
 
 
 def _solved(formula: Any, other: Any) -> tuple[Any, Any] | None:
-    """A symbol, and what it is where two formulas are equal: adding and dividing without a rest must do."""
+    """Solve the equation of two formulas for a symbol, by additions and exact divisions; None where that fails."""
     difference = sympy.expand(formula - other)
     for symbol in (*formula.free_symbols, *other.free_symbols):
         factor = difference.coeff(symbol)
@@ -90,14 +91,14 @@ def _solved(formula: Any, other: Any) -> tuple[Any, Any] | None:
 
 
 def _fixed_by(fact: Any) -> list[str]:
-    """The names of the symbols that are numbers where a size is fixed, or two are equal."""
+    """Return the names of the symbols that a fact (a fixed size, or `Equal`) makes numbers."""
     if isinstance(fact, Equal):
         return [] if fact.value.free_symbols else [str(fact.symbol)]
     return [str(symbol) for symbol in seen_symbols(fact)]
 
 
 def fix_all(sizes: Sequence[Any]) -> None:
-    """Make sizes what they were seen to be, or equal: guards, with which other ones compile anew."""
+    """Guard on sizes: they are what they were when captured, or equal; other sizes compile anew."""
     for size in sizes:
         if isinstance(size, Equal):
             bool(size.size == size.other)
@@ -106,26 +107,26 @@ def fix_all(sizes: Sequence[Any]) -> None:
 
 
 def other_dims(stream: torch.Tensor, marked: Container[str]) -> tuple[Any, ...]:
-    """The sizes of a stream that must not vary: only one dim may, the longest; of another, the batch, none but one.
+    """Return the sizes of a stream to fix: only its longest dim may vary, others (the batch) must not.
 
     Args:
         stream: the captured value.
-        marked: the sizes that have to vary, by their names.
+        marked: names of the sizes that have to vary.
     """
     varying = sorted((size for size in stream.shape[:-1] if is_symbolic(size)), key=hint)
     return tuple(size for size in varying[:-1] if not depends_on_data(size) and str(size) not in marked)
 
 
 def to_be_fixed(read: Sequence[tuple[Node, Node]], stream: torch.Tensor, marked: Container[str]) -> tuple[Any, ...]:
-    """The numbers that ops of a loop read, to be fixed.
+    """Return the numbers that ops of a loop read, to be fixed.
 
     Args:
-        read: (the op, the number) for each.
+        read: pairs of an op and a number that it reads.
         stream: the captured value: its length must not be fixed.
-        marked: the sizes that have to vary, by their names.
+        marked: names of the sizes that have to vary.
 
     Raises:
-        Refusal: one of them must not be fixed, or cannot be.
+        Refusal: a number must not be fixed, or cannot be.
     """
     for node, number in read:
         forbid_lengths(node, number.meta["val"], stream, marked)
@@ -133,13 +134,16 @@ def to_be_fixed(read: Sequence[tuple[Node, Node]], stream: torch.Tensor, marked:
 
 
 def forbid_lengths(node: Node, number: Any, stream: torch.Tensor, marked: Container[str]) -> None:
-    """Raise a refusal for a number that depends on the data, or on a length that must stay free.
+    """Raise a refusal for a number that depends on the data, or on a length that must vary.
 
     Args:
-        node: what takes the number.
-        number: to be fixed.
-        stream: the captured value, whose lengths stay free.
-        marked: the sizes that have to vary, by their names.
+        node: the op that takes the number.
+        number: the SymInt or SymFloat to fix.
+        stream: the captured value, whose lengths must stay symbols.
+        marked: names of the sizes that have to vary.
+
+    Raises:
+        Refusal: as above (NUMBER).
     """
     if depends_on_data(number):
         raise Refusal(Reason.NUMBER, node, f"{node.target} takes a number that depends on the data")
@@ -151,22 +155,22 @@ def forbid_lengths(node: Node, number: Any, stream: torch.Tensor, marked: Contai
 
 
 def as_if_fixed(values: Sequence[Any], sizes: Sequence[Any]) -> list[Any]:
-    """Captured values as they would be if these sizes were fixed; adds no guard.
+    """Return captured values as they would be if these sizes were fixed; this adds no guard.
 
     Args:
-        values: fake tensors, sizes, and whatever else.
-        sizes: to be fixed, or equal; what depends on the data cannot be.
+        values: fake tensors, sizes, and other values, which stay as they are.
+        sizes: the sizes to fix, and `Equal`s; none depends on the data.
     """
     seen = known_of(sizes)
     return [tree_map(lambda leaf: _with(leaf, seen), value) if seen else value for value in values]
 
 
 def known_of(sizes: Sequence[Any], known: Mapping[Any, Any] | None = None) -> dict[Any, Any]:
-    """What sizes that are fixed, or equal, say of symbols, all with sympy.
+    """Return the value of each symbol that fixed or equal sizes give, as sympy expressions.
 
     Args:
-        sizes: the latter ones may be made of what the former ones leave.
-        known: values of symbols that are known from elsewhere.
+        sizes: fixed sizes and `Equal`s; a later one may depend on symbols that an earlier one leaves open.
+        known: other known values of symbols.
     """
     seen = {symbol: sympy.sympify(value) for symbol, value in (known or {}).items()}
     for size in sizes:

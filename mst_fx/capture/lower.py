@@ -1,10 +1,10 @@
 """Nodes of the captured torch-level graph -> an aten graph of the same computation.
 
-Composite ops are opened (see `decompositions`), autocast's casts become explicit nodes, no_grad blocks become detach
-nodes, and writes to values of the region itself become out-of-place ops.
+The lowering decomposes composite ops (see `decompositions`), turns autocast's casts into nodes and no_grad blocks into
+detach nodes, and makes writes to values of the region itself out-of-place.
 
-Private torch API: fake tensors and those of torch.func's transforms, the fake mode of the captured values, what is
-known of sizes that vary, modules whose code is written late. Run on torch 2.11, 2.13 and 2.15.
+Private torch API: fake tensors and tensors of torch.func's transforms, the fake mode of the captured values, facts
+about sizes that vary, modules that write their code late. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.fx.traceback import set_current_meta as set_current_meta
 from torch.utils._pytree import tree_map_only
 
-from mst_fx.capture.decompositions import openings
+from mst_fx.capture.decompositions import decompositions
 from mst_fx.core.aten_ops import is_mutable
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.graph_modules import layout_free
@@ -50,34 +50,34 @@ def lower(
     """Trace `nodes` of `owner` (in graph order) into aten.
 
     Args:
-        owner: the module that the nodes' graph belongs to.
-        nodes: what to trace.
+        owner: the module that holds the nodes' graph.
+        nodes: the nodes to trace.
         live_ins: the values that the nodes read from outside; they become placeholders, in this order.
         outputs: the values to return, in this order.
-        modes: of the nodes.
-        examples: to trace on, in place of the captured values of the live-ins; no tensor of them is another one's.
-        gathers: as for `openings`.
+        modes: the mode of each node.
+        examples: values to trace on, in place of the captured values of the live-ins; no two are the same tensor.
+        gathers: as for `decompositions`.
 
     Returns:
-        A graph module whose nodes carry fake values in `meta["val"]`.
+        A graph module whose nodes hold their fake values in `meta["val"]`.
     """
     recorded = any(modes[node].grad for node in nodes)
 
     def run(*values: Any) -> list[Any]:
         env = dict(zip(live_ins, values, strict=True))
         for node in nodes:
-            with set_current_meta(node), under(modes[node].autocast):  # each aten op remembers the user's line
+            with set_current_meta(node), under(modes[node].autocast):  # each aten op records the user's line
                 run_node = execute if modes[node].grad or not recorded else _execute_unrecorded
                 env[node] = run_node(owner, node, env)
         return [env[node] for node in outputs]
 
     examples = apart([fake_value(node) for node in live_ins]) if examples is None else list(examples)
     with tracing(examples):
-        lowered = traced(run, examples, openings(gathers))
+        lowered = traced(run, examples, decompositions(gathers))
         if any(mutates(node) for node in lowered.graph.nodes):
             out_of_place = torch.func.functionalize(WithoutWrites(lowered).run, remove="mutations")
-            with without_autocast():  # its casts are explicit by now
-                lowered = traced(out_of_place, examples, openings(gathers))
+            with without_autocast():  # the first trace has made its casts nodes
+                lowered = traced(out_of_place, examples, decompositions(gathers))
         _settle(lowered)
     return lowered
 
@@ -85,21 +85,21 @@ def lower(
 def traced(
     function: Callable[..., Any], examples: Sequence[Any], table: Mapping[Any, Callable[..., Any]] | None = None
 ) -> GraphModule:
-    """The aten graph of a function.
+    """Trace a function into an aten graph.
 
     Args:
-        function: called once.
-        examples: fake values to call it with; the graph has a placeholder for each leaf of them.
-        table: of decompositions, by op.
+        function: it is called once.
+        examples: fake values to call it with; the graph has a placeholder for each of their leaves.
+        table: decompositions, by op.
     """
     return make_fx(function, decomposition_table=table)(*examples)
 
 
 def apart(values: Sequence[Any]) -> list[Any]:
-    """Fake values of which none is another one, as a trace takes those for one value.
+    """Return the fake values with an alias for each tensor that is there twice: a trace takes it for one value.
 
-    A vector and its `flatten`, or a tensor and its `contiguous`, are one: a node may be looped for the sake of one of
-    them, and like nodes for others may have two.
+    A vector and its `flatten`, or a tensor and its `contiguous`, may be one tensor here, and two in another region that
+    is alike and shares the graph.
     """
     seen: set[int] = set()
 
@@ -114,7 +114,7 @@ def apart(values: Sequence[Any]) -> list[Any]:
 
 @contextmanager
 def tracing(examples: Sequence[Any]) -> Iterator[None]:
-    """In the fake mode of the captured values; gradients are the body's business."""
+    """Trace inside the fake mode of the captured values, without gradients: the body makes those."""
     modes = {value.fake_mode for value in examples if hasattr(value, "fake_mode")}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -122,14 +122,14 @@ def tracing(examples: Sequence[Any]) -> Iterator[None]:
         if len(modes) == 1:
             stack.enter_context(modes.pop())
         if any(map(is_symbolic, _sizes(examples))):
-            stack.enter_context(enable_python_dispatcher())  # else composite ops ask for sizes of their own
+            stack.enter_context(enable_python_dispatcher())  # otherwise composite ops ask for their sizes as numbers
             stack.enter_context(unguarded())
         yield
 
 
 @contextmanager
 def under(autocast: Sequence[Sequence[Any]]) -> Iterator[None]:
-    """Inside these autocast blocks, outermost first; each use of a weight is cast by itself."""
+    """Enter these autocast blocks, outermost first; each use of a weight gets a cast of its own."""
     with ExitStack() as stack:
         for device_type, dtype, enabled, _ in autocast:
             stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled=False))
@@ -137,12 +137,12 @@ def under(autocast: Sequence[Sequence[Any]]) -> Iterator[None]:
 
 
 def mutates(node: Node) -> bool:
-    """Whether an aten op writes to an operand."""
+    """Return whether an aten node writes to an operand."""
     return is_mutable(node.target)
 
 
 def _sizes(values: Sequence[Any]) -> Iterator[Any]:
-    """Sizes and strides: rows of a longer value have its length between them."""
+    """Yield sizes and strides: where rows are a view of a longer value, a stride may hold that value's length."""
     for value in values:
         strided = isinstance(value, torch.Tensor) and value.layout == torch.strided
         yield from (*value.shape, *value.stride()) if strided else (value,)
@@ -152,12 +152,14 @@ MakeInputs: TypeAlias = Callable[[int], Sequence[torch.Tensor]]
 
 
 def trace(function: Callable[..., Any], make_inputs: MakeInputs, length: int | None) -> GraphModule:
-    """Trace a function into aten on fake tensors of its own, whatever autocast or grad mode is on; not recompiled.
+    """Trace a function into aten on fake tensors of its own, whatever autocast or grad mode is on.
+
+    The module that it returns is not recompiled.
 
     Args:
-        function: of tensors; it may differentiate.
-        make_inputs: called with the length under the fake mode.
-        length: of the chunk in positions; None traces for every length.
+        function: a function of tensors; it may differentiate.
+        make_inputs: makes its inputs from the length, under the fake mode.
+        length: positions of the chunk; None traces for every length.
     """
     traced = on_fakes(make_fx(function), make_inputs, length)
     for node in traced.graph.nodes:
@@ -174,7 +176,11 @@ def on_fakes(function: Callable[..., T], make_inputs: MakeInputs, length: int | 
 
 
 def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
-    """Run one node on the values of its operands."""
+    """Run one node on the values of its operands.
+
+    Raises:
+        ValueError: the node is no call.
+    """
     args: Any
     args, kwargs = map_arg((node.args, node.kwargs), lambda operand: env[operand])
     if node.target is operator.setitem and isinstance(args[2], int | float):
@@ -190,9 +196,9 @@ def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
 
 
 def _execute_unrecorded(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
-    """Run one node of a no_grad block: of a result that is new no gradient goes back to the operands.
+    """Run one node of a no_grad block: a new result passes no gradient back to the operands.
 
-    An op in place gives back its operand, which has the gradient that it had.
+    An op in place returns its operand, with the gradient that it had.
     """
     given: dict[int, torch.Tensor] = {}
 
@@ -207,7 +213,7 @@ def _execute_unrecorded(owner: GraphModule, node: Node, env: Mapping[Node, Any])
 
 
 def _settle(lowered: GraphModule) -> None:
-    """Write sizes that are known by now as numbers."""
+    """Put numbers in place of sizes that are known by now."""
     for node in lowered.graph.nodes:
         node.args, node.kwargs = map_arg(
             (node.args, node.kwargs), lambda operand: _settled(operand, operand.meta["val"])

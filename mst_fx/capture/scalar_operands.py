@@ -1,9 +1,9 @@
 """Numbers that are only known at run time -> tensors without dims, which a loop reads like any other operand.
 
-A program that is compiled for any value (`dynamic=True`) gives its floats, such as a norm's epsilon, as symbols, and so
-it gives its ints and whatever is computed from a length. Where an op takes a number only, its form that takes a tensor
-stands in its place, if there is one; of a float that is needed as a number the value is fixed. An int that is (a number
-of classes to keep, a shift) is fixed later, where a loop turns out to read it (see `partition`).
+A program that is compiled for any value (`dynamic=True`) holds its floats, such as a norm's epsilon, as symbols; so are
+its ints and all that it computes from a length. Where an op takes only a number, an overload that takes a tensor
+replaces it, if there is one. Otherwise the value is fixed: a float's here, an int's (a number of classes, a shift)
+later, where a loop turns out to read it (see `partition`).
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ aten = torch.ops.aten
 
 
 def as_tensors(lowered: GraphModule, live_ins: Sequence[Node], forbid: Callable[[Node, Any], None]) -> tuple[int, ...]:
-    """Put tensors in place of the numbers that tensor operands of a region's ops stand for.
+    """Put tensors in place of the numbers that ops of a region read as operands.
 
     Args:
-        lowered: the region in aten; it is changed.
-        live_ins: of the region, one for each placeholder.
-        forbid: raises a refusal for a node and a number that it takes, where that must not be fixed.
+        lowered: the region in aten; this changes it.
+        live_ins: the region's live-ins, one for each placeholder.
+        forbid: raises a refusal for a node and a number that it takes, where the number must not be fixed.
 
     Returns:
-        The positions of the live-ins whose value has become a part of the graph, as some op takes it as a number only.
-        It has to be fixed, for this region and for all that share the graph.
+        The positions of the live-ins whose value now stands in the graph, as some op takes only a number. This region,
+        and all that share the graph, have to fix it.
 
     Raises:
-        Refusal: such a value must not be fixed.
+        Refusal: such a value must not be fixed (NUMBER).
     """
     if not any(map(_is_number, lowered.graph.nodes)):
         return ()
@@ -56,7 +56,7 @@ def as_tensors(lowered: GraphModule, live_ins: Sequence[Node], forbid: Callable[
 
 
 def _operands(node: Node) -> list[int]:
-    """The positions of a node's arguments that may be tensors, and are numbers only known at run time."""
+    """Return the positions of a node's arguments that may be tensors, and are numbers only known at run time."""
     target: Any = node.target
     arguments = zip(node.args, target._schema.arguments, strict=False)
     return [
@@ -75,7 +75,7 @@ def _makes_tensor(node: Node) -> bool:
 
 
 def _take_tensors(node: Node) -> None:
-    """Put tensors in place of the numbers that an op takes, if it has a form that takes tensors there."""
+    """Put tensors in place of the numbers that an op takes, if it has an overload that takes tensors there."""
     if node.target == aten.scalar_tensor.default:
         number: Any = node.args[0]
         with node.graph.inserting_before(node):
@@ -99,7 +99,7 @@ def _take_tensors(node: Node) -> None:
 
 
 def _change_overload(node: Node, form: OpOverload) -> None:
-    """Call another overload with the same arguments; numbers that it takes as tensors become tensors."""
+    """Call another overload with the same arguments; where it takes a tensor for a number, make one."""
     given = _given(node)
     node.target = form
     args: list[Any] = []
@@ -117,14 +117,14 @@ def _change_overload(node: Node, form: OpOverload) -> None:
 
 
 def _given(node: Node) -> dict[str, Any]:
-    """The arguments of a node that are given, by name."""
+    """Return the arguments that a node gives, by name."""
     target: Any = node.target
     names = [argument.name for argument in target._schema.arguments]
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def _fill_with_tensor(node: Node) -> None:
-    """A fill with a number becomes a tensor of that number that is expanded, or written over memory of the shape."""
+    """Replace a fill with a number: expand a tensor of the number, or write it over memory of the shape."""
     position = FILL_VALUES[node.target]
     value = node.args[position]
     if not isinstance(value, Node) or not _is_number(value):
@@ -141,7 +141,7 @@ def _fill_with_tensor(node: Node) -> None:
 
 
 def _tensor_form(node: Node) -> OpOverload | None:
-    """The overload of a node's op that takes tensors where the node gives numbers; None where there is none."""
+    """Return the overload that takes tensors where the node gives numbers; None where there is none."""
     target: Any = node.target
     own = target._schema.arguments
     varying = {name for name, value in _given(node).items() if _is_number(value)}
@@ -165,7 +165,7 @@ def _is_tensor_type(declared: Any) -> bool:
 
 
 def _literal(reader: Node, value: float) -> Node:
-    """A number that does not vary, as a tensor beside one that does."""
+    """Make a tensor of a number that does not vary, for an overload that takes tensors only."""
     dtype = reader.meta["val"].dtype
     tensor = reader.graph.call_function(aten.full.default, ([], value))
     tensor.kwargs = {"dtype": dtype, "device": reader.meta["val"].device}
@@ -174,9 +174,9 @@ def _literal(reader: Node, value: float) -> Node:
 
 
 def _read_tensors(node: Node, positions: Sequence[int]) -> None:
-    """Let a node read tensors at these positions, and compute what it computes with numbers.
+    """Let a node read tensors at these positions, and compute the same as with numbers.
 
-    With a number, arithmetic in half precision rounds its result alone, and not the number.
+    Arithmetic in half precision with a number rounds only the result, not the number.
     """
     tensors = [operand for operand in node.all_input_nodes if not _is_number(operand)]
     given, made = tensors[0].meta["val"].dtype, node.meta["val"].dtype
@@ -200,9 +200,9 @@ def _read_tensors(node: Node, positions: Sequence[int]) -> None:
 
 
 def _tensor(reader: Node, number: Node, dtype: torch.dtype) -> Node:
-    """A number as a tensor, for a node that reads it.
+    """Make a tensor of a number, for a node that reads it.
 
-    As a product, as torch compiles products with floats for any value of them; what it does not, it fixes.
+    A product makes it, as torch compiles products with floats for any value; in other ops it fixes the value.
     """
     value = torch.ones((), dtype=dtype, device=reader.meta["val"].device)
     graph = reader.graph
@@ -223,13 +223,13 @@ def _cast(reader: Node, operand: Node, dtype: torch.dtype) -> Node:
 
 
 def _needs_number(number: Node, user: Node) -> bool:
-    """Whether a user that gives tensors takes the number as a number, and not as `_tensor` does."""
+    """Return whether a user that gives tensors needs the number itself, and not the tensor of `_tensor`."""
     made = user.op == "call_function" and not is_size(user.meta.get("val"))
     return made and not (user.target == _AS_TENSOR and user.args[1] is number)
 
 
 def _write(number: Node, forbid: Callable[[Node, Any], None]) -> None:
-    """Write the value that was seen where a number is needed."""
+    """Put the captured value in place of a number, in the ops that need the number itself."""
     value = seen(number.meta["val"])
     for user in [user for user in number.users if _needs_number(number, user)]:
         forbid(user, number.meta["val"])

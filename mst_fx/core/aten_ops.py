@@ -1,10 +1,10 @@
-"""What is known of aten ops, by what they have in common. The lists of ops stand here and nowhere else.
+"""This file lists what the pass knows of aten ops, by what they have in common. No other file lists ops.
 
 Families        what an op is, under the field's names
-Linearity       which of its operands a sum may go through
-Kernels         whether a compiler generates a kernel for the op, which it fuses with what stands around it
-Backward        what the op's backward reads, and whether a compiler computes its result again for it
-Reading         what a node that opens into such ops amounts to in a captured graph
+Linearity       through which of its operands a sum may go
+Kernels         whether a compiler generates a kernel for the op, and fuses it with the ops around it
+Backward        what the op's backward reads, and whether a compiler recomputes the op's result for it
+Reading         what a node of a captured graph is, by the ops that it decomposes into
 
 Every op that has a placement rule has a place in each of the last three (`tests/test_aten_ops.py`). Ops that torch tags
 as pointwise stand in a list only where they differ from other elementwise ops.
@@ -19,7 +19,7 @@ import torch
 
 aten = torch.ops.aten
 
-# Families: views. No memory of their own.
+# Families: views, which have no memory of their own.
 
 RESHAPES = (
     aten.view.default,
@@ -34,11 +34,11 @@ RESHAPES = (
 PERMUTES = (aten.t.default, aten.transpose.int, aten.permute.default)
 """The same elements with the dims in another order."""
 SLICES = (aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default)
-"""Parts of a dim, which stays a dim."""
+"""Slices of a dim, which stays a dim."""
 SELECTS = (aten.select.int, aten.unbind.int)
 """Single positions of a dim, which goes away."""
 VIEWS = (*RESHAPES, *PERMUTES, *SLICES, aten.expand.default, *SELECTS, operator.getitem)
-"""Other shapes of memory that is there, and parts of it; or a part of several results."""
+"""Views of existing memory, whole or sliced; or one of several results."""
 ALIASES = (aten.detach.default, aten.alias.default)
 """The same memory in the same shape."""
 DIAGONALS = (aten.diagonal.default,)
@@ -56,22 +56,22 @@ FILLS = (
     aten.new_ones.default,
     aten.new_full.default,
 )
-"""Fills of a `size` with one value, or with none: any part of such a value can be made alone."""
+"""Fills of a `size` with one value, or with none: any slice of such a value can be made alone."""
 FILLS_LIKE = (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
-"""Fills of the shape of an operand, whose values are not read."""
+"""Fills with the shape of an operand; they do not read its values."""
 FILL_VALUES: dict[Any, int] = {aten.full.default: 1, aten.new_full.default: 2, aten.full_like.default: 1}
-"""Fills with a given value, and the position of it among the arguments."""
+"""Fills with a given value, and the position of that value among the arguments."""
 RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 """Positions: 0, 1, 2, ..., or other numbers at equal distances."""
 DRAWS = (aten.randint.low,)
-"""Random numbers without operands, which may be drawn once, before a loop."""
+"""Random numbers without operands, which can be drawn once, before a loop."""
 SCALARS = (aten.scalar_tensor.default,)
 """A number as a tensor without dims."""
 
 # Families: elementwise ops, besides those that torch tags as pointwise.
 
 CASTS = (aten._to_copy.default, aten.clone.default, *ALIASES)
-"""The same values in the same shape, in another dtype or other memory at most."""
+"""The same values in the same shape, at most in another dtype or in other memory."""
 COPIES = (
     *CASTS,
     aten.lift_fresh_copy.default,
@@ -81,14 +81,14 @@ COPIES = (
     aten.copy.default,
     aten.zero.default,
 )
-"""Values in the shape of an operand, copied from one of them or made."""
+"""Values in the shape of an operand, copied from an operand or filled in."""
 UNTAGGED_POINTWISE = (aten.leaky_relu.default, aten.hardswish.default, aten.rsub.Tensor, aten.masked_fill.Tensor)
-"""Elementwise, and not tagged as such by every version of torch."""
+"""Elementwise ops that not every version of torch tags as such."""
 
 # Families: matrix products.
 
 GROUPED_PRODUCTS = (aten._grouped_mm.default,)
-"""Rows times one matrix a group."""
+"""Each group of rows times a matrix of its own."""
 PRODUCTS = (aten.mm.default, aten.bmm.default)
 """[.., n, k] @ [.., k, m]."""
 PRODUCTS_PLUS = (aten.addmm.default, aten.baddbmm.default)
@@ -105,7 +105,7 @@ SUMS = (
     aten.count_nonzero.default,
     aten.count_nonzero.dim_IntList,
 )
-"""Reductions that add up: of parts of a dim, the results add up to that of the whole."""
+"""Reductions that add up: the results for the chunks of a dim add up to the result for the dim."""
 REDUCTIONS = (
     aten.amax.default,
     aten.amin.default,
@@ -132,7 +132,7 @@ REDUCTIONS = (
     aten.norm.Scalar,
     aten.norm.ScalarOpt_dim,
 )
-"""Reductions of one result that do not simply add up."""
+"""Reductions with one result that do not add up like this."""
 REDUCTIONS_TO_TWO = (
     aten.var_mean.correction,
     aten.std_mean.correction,
@@ -144,11 +144,11 @@ REDUCTIONS_TO_TWO = (
     aten.nanmedian.dim,
     aten.mode.default,
 )
-"""Reductions of two results of one shape."""
+"""Reductions with two results of one shape."""
 SOFTMAXES = (aten._softmax.default, aten._log_softmax.default)
 """Normalisation of each row by the sum of its exponentials."""
 SORTS = (aten.sort.default, aten.sort.stable)
-"""(values, order) of a dim."""
+"""(sorted values, permutation) along a dim."""
 SCANS = (
     *SOFTMAXES,
     aten.cumsum.default,
@@ -159,13 +159,13 @@ SCANS = (
     *SORTS,
     aten.topk.default,
 )
-"""Ops whose results have all dims of the operand, and that mix positions of the argument `dim` alone."""
+"""Ops whose results have all dims of the operand, and that mix only positions of the argument `dim`."""
 COUNTS = (aten.histc.default,)
-"""How many values fall to each of several ranges."""
+"""Counts of the values in each of several ranges."""
 LAYER_NORMS = (aten.native_layer_norm.default, aten._fused_rms_norm.default)
-"""Normalisation over the last dims, and the statistics of it."""
+"""Normalisation over the last dims, and its statistics."""
 GROUP_NORMS = (aten.native_group_norm.default,)
-"""Normalisation of each image over groups of its channels, and the statistics of it."""
+"""Normalisation of each image over groups of its channels, and its statistics."""
 LOSSES = (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
 """(negative log-likelihood, total weight) of rows or of images."""
 NONE, MEAN, SUM = 0, 1, 2
@@ -176,13 +176,13 @@ NONE, MEAN, SUM = 0, 1, 2
 GATHERS = (aten.gather.default,)
 """Reads with an index for each element."""
 LOOK_UPS = (aten.embedding.default, aten.index.Tensor)
-"""Reads of rows of a table; its gradient is as large as the table, and adds up in float32."""
+"""Reads of rows of a table; the gradient is as large as the table, and adds up in float32."""
 ROW_PICKS = (aten.index.Tensor, aten.gather.default, aten.index_select.default)
-"""Reads that may put rows into an order, or back."""
+"""Reads that can permute rows, or undo that."""
 SEARCHES = (aten.bucketize.Tensor, aten.isin.Tensor_Tensor)
-"""Each value is looked for among whole ones."""
+"""Ops that look up each value among whole values."""
 SORTED_SEARCHES = (aten.searchsorted.Tensor,)
-"""Each value is looked for in one sorted row, or in that of its own."""
+"""Ops that look up each value in one sorted row, or each row in a sorted row of its own."""
 SCATTERS = (
     aten.scatter.src,
     aten.scatter.value,
@@ -191,15 +191,15 @@ SCATTERS = (
     aten.scatter_add.default,
     aten.scatter_reduce.two,
 )
-"""Writes with an index for each element that is written."""
+"""Writes with an index for each written element."""
 ROW_WRITES = (aten.index_add.default, aten.index_copy.default, aten.index_reduce.default, aten.index_fill.int_Scalar)
 """Writes with an index for each row."""
 PUTS = (aten.index_put.default,)
 """Writes with indices of several dims."""
 ROW_ADDS = (aten.scatter_add.default, *PUTS, aten.index_add.default)
-"""Writes that can add rows to those that an order names."""
+"""Writes that can add rows to the rows that a permutation names."""
 PART_WRITES = (aten.slice_scatter.default, aten.select_scatter.default)
-"""Writes of a part that positions of one dim name."""
+"""Writes to a slice, or to one position, of one dim."""
 
 # Families: ops that move values.
 
@@ -208,13 +208,13 @@ JOINS = (aten.cat.default, aten.stack.default)
 TILES = (aten.repeat.default,)
 """A value several times along each dim."""
 FLIPS = (aten.flip.default, aten.rot90.default)
-"""Positions of the argument `dims` the other way round."""
+"""Positions of the argument `dims` in reverse."""
 ROLLS = (aten.roll.default,)
-"""Positions moved round."""
+"""Positions shifted round."""
 UNFOLDS = (aten.unfold.default,)
-"""Windows of one dim, which overlap."""
+"""Overlapping windows of one dim."""
 PADS = (aten.constant_pad_nd.default,)
-"""Positions in front of a dim and behind it."""
+"""Positions added before and after those of a dim."""
 TRIANGLES = (aten.tril.default, aten.triu.default)
 """One half of each matrix."""
 PADS_AND_POOLS: dict[int, tuple[Any, ...]] = {
@@ -258,37 +258,37 @@ LINEAR_IN_FIRST = (
     aten.div.Scalar,
     aten.div.Tensor,
 )
-"""In the first operand, where the others are no sums."""
+"""Ops that are linear in the first operand, where no other operand is a partial sum."""
 LINEAR_IN_ONE = (aten.mul.Tensor,)
-"""In either operand, where the other one is no sum."""
+"""Ops that are linear in either operand, where the other one is no partial sum."""
 LINEAR_IN_ALL = (aten.add.Tensor, aten.sub.Tensor, *JOINS)
-"""In all operands at once."""
+"""Ops that are linear in all operands together."""
 
-# Parts and orders of a split value.
+# Chunks and permutations of a split value.
 
 MADE_IN_PARTS = (*FILLS, aten.expand.default)
-"""Ops that make the rows of one mini-sequence by themselves, with the sizes of a mini-sequence."""
+"""Ops that can make the rows of one chunk alone, given the sizes of a chunk."""
 KEEP_AN_ORDER = (*RESHAPES, *CASTS, aten.expand.default)
-"""Ops that leave the values of an order of rows as they are."""
+"""Ops that leave the entries of a permutation of rows as they are."""
 WITHOUT_GRADIENT = (aten.detach.default, *FILLS, *FILLS_LIKE)
-"""Ops whose floating-point result gets no gradient from what it is made of."""
+"""Ops whose floating-point result passes no gradient back to the operands."""
 
 # Kernels.
 
 SHOWS_MEMORY = frozenset([*VIEWS, *ALIASES])
-"""Ops that give no buffer of their own: their value lies in that of their operand."""
+"""Ops without a buffer of their own: their value lies in the buffer of their operand."""
 UNFUSED = frozenset(
     [*CONTRACTIONS, *SORTS, aten.histc.default, aten.cumsum.default, aten.topk.default, aten.as_strided.default]
 )
-"""Ops that no kernel is generated for, and what has to lie in memory: they read buffers and make buffers."""
+"""Ops without a generated kernel, or whose operand must lie in memory: they read buffers and make buffers."""
 FUSED = frozenset([*COPIES, *UNTAGGED_POINTWISE, *_MADE, *_REDUCTIONS, *SCANS, *_READS, *_WRITES, *_MOVES, *DIAGONALS])
 FUSED -= SHOWS_MEMORY | UNFUSED
-"""Ops, besides those tagged pointwise, that are fused: their value is a buffer where something unfused reads it."""
+"""Ops, besides those tagged pointwise, that are fused: their value is a buffer where an unfused op reads it."""
 REDUCE_THEN_MAP = frozenset([aten.native_layer_norm_backward.default, aten._fused_rms_norm_backward.default])
-"""Ops that reduce what they read before they map it, in one kernel; for a softmax, the reduction is another kernel."""
+"""Ops that reduce what they read before they map it, in one kernel; a softmax reduces in a kernel of its own."""
 PICK_ENTRIES = frozenset([aten.nll_loss_forward.default, aten.gather.default])
-"""Ops that read a few entries of what they are given, in a kernel of their own: it runs ahead of what maps all of them,
-unless the one that maps them also computes the softmax that is picked from."""
+"""Ops that read a few entries of their operand, in a kernel of their own. It runs before the kernel that maps all
+entries, unless that kernel also computes the softmax whose entries are picked."""
 
 # Backward.
 
@@ -296,46 +296,46 @@ LINEAR = frozenset([*VIEWS, *LINEAR_IN_FIRST, *LINEAR_IN_ALL, aten._to_copy.defa
 LINEAR -= {aten.div.Tensor}
 """Ops whose backward reads no operand."""
 BILINEAR = LINEAR | {aten.mul.Tensor, aten.div.Tensor, *CONTRACTIONS}
-"""Those, and ops whose backward reads one operand for the gradient of another; and a denominator."""
+"""These, ops whose backward reads one operand for the gradient of another, and division (reads the denominator)."""
 RECOMPUTED = frozenset([*VIEWS, *COPIES, *UNTAGGED_POINTWISE, *_MADE, *_REDUCTIONS, *SCANS, *_READS, *_WRITES])
 RECOMPUTED |= {*_MOVES, *DIAGONALS}
-"""Ops, besides those tagged pointwise, whose result a compiler rather computes again than saves; all else is dear."""
+"""Ops, besides those tagged pointwise, whose result a compiler recomputes for backward; it saves all others."""
 
 # Reading.
 
 VIEWS_AND_CASTS = (*VIEWS, aten._to_copy.default, aten.clone.default)
-"""Ops that make another form of a value, or a part of it."""
+"""Ops that give a value in another form, or a slice of it."""
 PICKS = (*VIEWS_AND_CASTS, aten.index.Tensor, aten.index_select.default)
-"""Ops that make a part of a weight, or the weight in another form."""
+"""Ops that give a weight in another form, or some of its entries."""
 REPEATS = (aten.index.Tensor, aten.index_select.default, *GATHERS, *TILES, aten.clone.default)
-"""Ops that may make more rows than there were; an expanded value that is copied does."""
+"""Ops that can repeat rows; a copy of an expanded value does."""
 SHOWN_TO_CALLERS = (*VIEWS, aten.detach.default, *JOINS)
-"""Ops that leave values as they are for a caller to look at: views of them, or several put together."""
+"""Ops that hand values to a caller unchanged: views of them, or several joined."""
 CUTS = (aten.slice.Tensor, aten.select.int)
 """Ops that keep positions from a start to an end."""
 MADE_OF_NOTHING = (*FILLS, *RANGES, *FILLS_LIKE)
-"""Ops that make memory of one value, of no value, or of positions."""
+"""Ops that make new memory and fill it with one value, with positions or with nothing."""
 COMPUTES = frozenset([*COPIES, *UNTAGGED_POINTWISE, *DRAWS, *SCALARS, *_REDUCTIONS, *SCANS, *_READS, *_WRITES])
 COMPUTES |= {*_MOVES, *DIAGONALS}
 COMPUTES -= {*CONTRACTIONS, *PICKS, *REPEATS, *SHOWN_TO_CALLERS, *MADE_OF_NOTHING}
-"""Ops, besides those tagged pointwise, of which a reader knows that they compute something, and nothing more."""
+"""Ops, besides those tagged pointwise, that compute something; a reader knows nothing more of them."""
 
 
 def is_pointwise(op: object) -> bool:
-    """Whether torch itself calls an op elementwise."""
+    """Return whether torch itself tags an op as elementwise."""
     return isinstance(op, torch._ops.OpOverload) and torch.Tag.pointwise in op.tags
 
 
 def is_random(op: object) -> bool:
-    """Whether an op draws random numbers."""
+    """Return whether an op draws random numbers."""
     return isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
 
 
 def is_mutable(op: object) -> bool:
-    """Whether an op writes to one of its operands."""
+    """Return whether an op writes to one of its operands."""
     return isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable
 
 
 def is_recomputed(op: object) -> bool:
-    """Whether a compiler would rather compute an op's result again for backward than save it."""
+    """Return whether a compiler recomputes an op's result for backward, in place of saving it."""
     return op in RECOMPUTED or is_pointwise(op)

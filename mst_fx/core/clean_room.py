@@ -1,9 +1,9 @@
-"""A room for what the pass traces: what the user has switched on around the compile is outside, and is given back.
+"""The pass traces in a clean room: it switches off what the user has switched on around the compile, and restores it.
 
-What the captured program means by itself stays: autocast around it (but not the cache of weights that it has cast,
-which holds values of other traces), the default dtype, deterministic algorithms. Dynamo guards on these.
+What belongs to the captured program stays on: autocast around it (but not the cache of weights that it has cast, which
+holds values of other traces), the default dtype, deterministic algorithms. Dynamo guards on these.
 
-Private torch API: how hooks, modes, transforms and compiled autograd are switched off. Run on torch 2.11, 2.13 and
+Private torch API: switches of hooks, modes, transforms and compiled autograd. Run on torch 2.11, 2.13 and
 2.15.
 """
 
@@ -17,12 +17,12 @@ import torch
 import torch.overrides
 
 _one_at_a_time = RLock()
-"""Anomaly mode, and what a trace remembers of the user's lines, are the process's, not the thread's."""
+"""Anomaly mode, and the stack traces that a trace records, belong to the process, not to the thread."""
 
 
 @contextmanager
 def clean_room() -> Iterator[None]:
-    """Nothing in here meets what is switched on outside; one thread at a time."""
+    """Hide modes, hooks and transforms of the user from the block; one thread enters at a time."""
     from torch._dynamo.compiled_autograd import _disable as without_compiled_autograd
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as without_transforms
     from torch.utils._python_dispatch import _disable_current_modes as without_dispatch_modes
@@ -44,7 +44,7 @@ def clean_room() -> Iterator[None]:
 
 @contextmanager
 def modes_given_back() -> Iterator[None]:
-    """A compile that fails half-way in a block of inference mode, or of no_grad, leaves none of it behind."""
+    """Restore the grad and inference modes after a compile, which may fail inside a block of either."""
     recorded = torch.is_grad_enabled()
     with torch.inference_mode(torch.is_inference_mode_enabled()), torch.set_grad_enabled(recorded):
         yield
@@ -52,7 +52,7 @@ def modes_given_back() -> Iterator[None]:
 
 @contextmanager
 def _without_function_modes() -> Iterator[None]:
-    """A mode of the user's is applied by Dynamo while it captures."""
+    """Hide the user's function modes: Dynamo has applied them while it captured."""
     modes = [torch.overrides._pop_mode() for _ in range(torch._C._len_torch_function_stack())]
     try:
         yield
@@ -63,7 +63,7 @@ def _without_function_modes() -> Iterator[None]:
 
 @contextmanager
 def _without_saved_tensor_hooks() -> Iterator[None]:
-    """Those of an eager checkpoint count what is saved, those of a user move it: neither may see what is traced."""
+    """Hide hooks on saved tensors: an eager checkpoint counts by them, a user moves tensors by them."""
     before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
     try:
         yield
@@ -83,7 +83,7 @@ def _without_autocast_cache() -> Iterator[None]:
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Casts are explicit in a lowered graph; autocast must not add to them."""
+    """Switch autocast off: a lowered graph holds its casts as nodes, and autocast must not add others."""
     accelerator = torch.accelerator.current_accelerator()
     with ExitStack() as stack:
         for device_type in {"cpu", "cuda", accelerator.type if accelerator is not None else "cpu"}:

@@ -1,4 +1,4 @@
-"""The options of the backend: what torch.compile's `options=` may hold besides Inductor's own."""
+"""The backend takes these options in torch.compile's `options=`, besides Inductor's own."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Inner = Literal["inductor", "aot_eager", "eager"]
 
 @dataclasses.dataclass(frozen=True)
 class Wish:
-    """What the user wants of one region.
+    """What the user wants for one region.
 
     Attributes:
-        loop: True or False where that is decided, None where the plan decides.
+        loop: True or False where the user decides, None where the planner does.
         chunk_tokens, num_chunks: as in `Config`.
     """
 
@@ -28,7 +28,7 @@ class Wish:
 
     @property
     def fixes_length(self) -> bool:
-        """Whether the length of a mini-sequence is not the plan's to choose."""
+        """Whether the user fixes the length of a chunk, so that the planner cannot choose it."""
         return self.chunk_tokens is not None or self.num_chunks is not None
 
 
@@ -39,25 +39,24 @@ class Config:
     Attributes:
         memory_budget: what a training step of the compiled function may take on its device (inputs, parameters and
             gradients included): a number of bytes, "40GiB", "80GB", or a fraction of the device as a float. The
-            cheapest loops that keep to it are chosen. None: loop what costs no time, and what is a real part of the
-            peak.
+            planner chooses the cheapest loops that fit. None: it loops what costs no time, and what is a real share of
+            the peak.
         min_bytes: a region whose temporaries are smaller (bytes, over the whole sequence) is left alone, and a larger
-            one is looped, whatever its part of the peak; 0 loops all. None: 64 MiB, and the plan decides.
-        chunk_tokens: tokens in one mini-sequence; None lets the plan choose.
-        num_chunks: number of mini-sequences in place of `chunk_tokens`; at most one of the two may be set.
-        modules: for regions that have a part in a module with one of these paths ("model.layers.0.mlp", "*.mlp"; the
-            longest that matches counts): False or True for no loop or a loop in any case, or {"chunk_tokens": n} or
-            {"num_chunks": n}.
-        accumulate: dtype in which the weight gradients of half-precision weights add up over the chunks:
+            one is looped, whatever its share of the peak; 0 loops all. None: 64 MiB, and the planner decides.
+        chunk_tokens: tokens in one chunk, which is one mini-sequence; None lets the planner choose.
+        num_chunks: number of chunks, in place of `chunk_tokens`; at most one of the two may be set.
+        modules: for regions with a node in a module with one of these paths ("model.layers.0.mlp", "*.mlp"; the longest
+            match counts): False for no loop, True for a loop in any case, or {"chunk_tokens": n} or {"num_chunks": n}.
+        accumulate: dtype in which the gradients of half-precision weights add up over the chunks:
             "float32" (as accurate as no loop; 4 bytes an element while the loop runs) or "native" (the weight's).
-        returned_logits: what becomes of logits that the compiled function also returns: "keep" their gradient (a
-            backward then starts from a gradient as large as they are, zeros if nobody used it), "detach" them, or
-            "drop" them: where a loss that is made of them needs a gradient, None is returned in their place, for
-            callers that read the loss alone.
-        disable: names of patterns that shall not be used.
-        inner: what compiles the rewritten graph: "inductor", "aot_eager", "eager" or a backend callable.
-        strict: raise exceptions of the pass itself in place of compiling the graph unrewritten.
-        verify: run each distinct region once while it is compiled, looped and as captured, on random numbers; one whose
+        returned_logits: what happens to logits that the compiled function also returns: "keep" their gradient (backward
+            then starts from a gradient as large as the logits, zeros if nobody used them), "detach" them, or "drop"
+            them: where a loss that is made of them needs a gradient, None is returned in their place, for callers
+            that read only the loss.
+        disable: names of patterns to leave out.
+        inner: the compiler of the rewritten graph: "inductor", "aot_eager", "eager" or a backend callable.
+        strict: raise errors of the pass, in place of compiling the graph unrewritten.
+        verify: run each distinct region once while compiling, looped and as captured, on random numbers; a region whose
             loop differs by more than rounding is left alone.
     """
 
@@ -95,10 +94,10 @@ class Config:
             _check(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
 
     def budget_bytes(self, device_memory: int) -> int | None:
-        """`memory_budget` in bytes.
+        """Return `memory_budget` in bytes, None where it is not set.
 
         Args:
-            device_memory: bytes of the device.
+            device_memory: memory of the device in bytes.
         """
         if isinstance(self.memory_budget, str):
             number, unit = _amount(self.memory_budget)
@@ -109,11 +108,11 @@ class Config:
 
     @property
     def least_bytes(self) -> int:
-        """`min_bytes`, or what it is where nothing was said: smaller temporaries are not worth a loop's launches."""
+        """`min_bytes`, by default 64 MiB: smaller temporaries are not worth the launches of a loop."""
         return SMALL_BYTES if self.min_bytes is None else self.min_bytes
 
     def wish_for(self, modules: Collection[str]) -> Wish:
-        """What the user wants of a region whose nodes belong to the modules with these paths."""
+        """Return what the user wants for a region whose nodes belong to the modules with these paths."""
         paths = [path for path in self.modules if any(is_in(module, path) for module in modules)]
         said = self.modules[max(paths, key=len)] if paths else {}
         if isinstance(said, bool):
@@ -156,7 +155,7 @@ UNITS |= {f"{unit}iB": 1024**power for power, unit in enumerate("KMGT", 1)}
 
 
 def _amount(text: str) -> tuple[float, int]:
-    """Number and unit of "40GiB"; unit 0 where it is nothing of the kind."""
+    """Return the number and the unit in bytes of "40GiB"; unit 0 for other texts."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", text)
     return (float(found[1]), UNITS[found[2]]) if found else (0.0, 0)
 
@@ -170,7 +169,7 @@ def _is_budget(value: object) -> bool:
 
 
 def is_in(module: str, path: str) -> bool:
-    """Whether a module's path is one that the option `modules` names, or is inside of it."""
+    """Return whether a module's path matches a path of the option `modules`, or lies inside one that does."""
     return fnmatchcase(module, path) or fnmatchcase(module, f"{path}.*")
 
 

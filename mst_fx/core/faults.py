@@ -1,6 +1,6 @@
-"""Errors inside the pass: each costs the loop that it meets, never the compile, and is told.
+"""An error inside the pass costs the loop that it hits, never the compile; a warning and the report tell it.
 
-Private torch API: the exceptions by which Dynamo and activation checkpointing start or stop something; looked up by
+Private torch API: exceptions that Dynamo and activation checkpointing start or stop something by. They are looked up by
 name, as a version may lack one. Run on torch 2.11, 2.13 and 2.15.
 """
 
@@ -19,27 +19,27 @@ from mst_fx.core.refusal import Reason, Refusal
 log = logging.getLogger("mst_fx")
 
 _NAMES = (
-    (torch._dynamo.exc, "RestartAnalysis"),  # a number has turned out to be fixed: the program is captured once more
+    (torch._dynamo.exc, "RestartAnalysis"),  # a number turned out to be fixed: Dynamo captures the program once more
     (torch._dynamo.exc, "TensorifyScalarRestartAnalysis"),
-    (torch.utils.checkpoint, "_StopRecomputationError"),  # all that a checkpoint needs is there
+    (torch.utils.checkpoint, "_StopRecomputationError"),  # the checkpoint has all that it needs
 )
 PASSING: tuple[type[BaseException], ...] = tuple(
     getattr(module, name) for module, name in _NAMES if hasattr(module, name)
 )
-"""Exceptions that are nobody's error, and pass through."""
+"""Exceptions that are no errors; the pass lets them through."""
 
 
 def refusal_for(error: Exception, node: Node | None, doing: str, *, strict: bool) -> Refusal:
-    """What is told of an exception: one line as a warning, its traceback as a debug message.
+    """Log an exception, one line as a warning and the traceback as a debug message; return it as a refusal.
 
     Args:
-        error: being handled.
-        node: of the captured graph where it happened, as far as that is known.
+        error: the exception, while it is handled.
+        node: the node of the captured graph that it hit, None where that is not known.
         doing: what failed.
-        strict: raise it.
+        strict: raise the exception.
 
     Raises:
-        Exception: the error itself, where it is to be raised or is none.
+        Exception: `error` itself, if `strict` is set or it is one of PASSING.
     """
     if strict or isinstance(error, PASSING):
         raise error
@@ -51,7 +51,7 @@ def refusal_for(error: Exception, node: Node | None, doing: str, *, strict: bool
 
 
 def missing_name(error: BaseException | None) -> str | None:
-    """The name that a module of torch was asked for in vain; None where the error, and what caused it, is another."""
+    """Return the name that torch lacks, if that caused the error; else None."""
     while error is not None:
         if isinstance(error, ImportError) and _is_of_torch(error.name):
             return str(error).removeprefix("cannot import name ").partition(" (")[0]
@@ -70,6 +70,6 @@ def _is_of_torch(module: str | None) -> bool:
 
 
 def words_of(error: Exception) -> str:
-    """An exception in one line."""
+    """Return an exception in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,6 +1,6 @@
-"""Graphs and the modules that run them.
+"""Graph modules: copies, and modules over new graphs.
 
-Private torch API: modules whose code is written late. Run on torch 2.11, 2.13 and 2.15.
+Private torch API: modules that write their code late. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ aten = torch.ops.aten
 
 
 def module_over(owner: GraphModule, graph: Graph) -> GraphModule:
-    """A module that runs the graph on the attributes of another one.
+    """Return a module that runs the graph on the attributes of `owner`.
 
-    Within torch.compile its code is written when somebody runs it, which the compiler does not.
+    Within torch.compile it writes its code on the first run; the compiler never runs it.
     """
     return _make_graph_module(owner, graph, owner.__class__.__name__)
 
 
 def copied(module: GraphModule) -> GraphModule:
-    """A module of its own over the same attributes."""
+    """Return a copy of the module, with a graph of its own over the same attributes."""
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     return module_over(module, graph)
 
 
 def layout_free(target: Any) -> Any:
-    """An op that takes any memory layout in place of one that takes the traced one: not every kernel keeps to it.
+    """Return `reshape` for `view`, other ops as they are: not every kernel gives the memory layout that was traced.
 
-    Compilers make a view of it wherever a view serves.
+    Compilers turn a reshape into a view where the layout allows one.
     """
     return aten.reshape.default if target == aten.view.default else target

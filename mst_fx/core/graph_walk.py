@@ -1,4 +1,4 @@
-"""Walks over the nodes of a graph: what values are made of, and what is made of them."""
+"""Walks over the nodes of a graph, from values to what they are made of and to what is made of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Neighbours: TypeAlias = Callable[[Node], Iterable[Node]]
 
 
 def operands_of(node: Node) -> list[Node]:
-    """All nodes that a node reads."""
+    """Return all nodes that a node reads."""
     return node.all_input_nodes
 
 
 def walk(nodes: Iterable[Node], neighbours: Neighbours) -> Iterator[Node]:
-    """The nodes, and all that is reached from them; each once, the last one that was found first.
+    """Yield the nodes and all that they reach, each once, depth first.
 
-    A node is given before its neighbours are asked for.
+    The walk yields a node before it asks for the node's neighbours.
     """
     pending, met = list(nodes), set[Node]()
     while pending:
@@ -32,35 +32,35 @@ def walk(nodes: Iterable[Node], neighbours: Neighbours) -> Iterator[Node]:
 def ancestors(
     nodes: Iterable[Node], reads: Neighbours = operands_of, stop: Callable[[Node], bool] = lambda node: False
 ) -> set[Node]:
-    """The nodes, and what they are made of.
+    """Return the nodes, and what they are made of.
 
     Args:
-        nodes: to start from; they are in the result whatever `stop` says.
-        reads: which operands of a node count.
-        stop: says of an operand that it is left out, and all that is only reached through it.
+        nodes: the walk starts from them; they are returned whatever `stop` says.
+        reads: gives the operands of a node that count.
+        stop: says whether to leave out an operand, and all that only it leads to.
     """
     return set(walk(nodes, lambda node: (operand for operand in reads(node) if not stop(operand))))
 
 
 def descendants(nodes: Iterable[Node], readers: Neighbours = lambda node: node.users) -> set[Node]:
-    """The nodes, and what is made of them.
+    """Return the nodes, and what is made of them.
 
     Args:
-        nodes: to start from.
-        readers: which users of a node count.
+        nodes: the walk starts from them.
+        readers: gives the users of a node that count.
     """
     return set(walk(nodes, readers))
 
 
-def between(sources: Container[Node], end: Node) -> tuple[Node, ...]:
-    """The calls that make `end` of the sources, `end` among them, in graph order; inputs of the graph are left out."""
+def between(starts: Container[Node], end: Node) -> tuple[Node, ...]:
+    """Return the calls that make `end` from the starts, `end` included, in graph order, without the graph's inputs."""
 
     def is_outside(node: Node) -> bool:
-        return node in sources or node.op != "call_function"
+        return node in starts or node.op != "call_function"
 
     return () if is_outside(end) else in_order(end.graph, ancestors([end], stop=is_outside))
 
 
 def in_order(graph: Graph, nodes: Container[Node]) -> tuple[Node, ...]:
-    """The nodes of a graph that are among these, in its order."""
+    """Return the nodes of a graph that are among `nodes`, in graph order."""
     return tuple(node for node in graph.nodes if node in nodes)

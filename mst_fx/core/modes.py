@@ -1,6 +1,6 @@
-"""Which autocast blocks are open, and whether gradients are recorded, at each node of a captured graph.
+"""The modes at each node of a captured graph: its autocast blocks, and whether it records gradients.
 
-A captured graph switches modes by nodes of their own, so a node's meaning depends on what stands before it.
+A captured graph switches modes by nodes, so the meaning of a node depends on the nodes before it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch.fx import Graph, Node
 
 @dataclass(frozen=True)
 class Mode:
-    """What is in force when a node runs, as far as the graph itself says.
+    """The modes in which a node runs, as far as the graph itself sets them.
 
     Attributes:
         grad: False inside the graph's own no_grad blocks, and in those of inference mode.
-        autocast: arguments of the open autocast blocks, outermost first.
+        autocast: arguments of the autocast blocks around the node, outermost first.
         inference: whether inference mode is on.
-        dual: whether a level of forward-mode AD is open.
+        dual: whether the node is inside a level of forward-mode AD.
     """
 
     grad: bool = True
@@ -31,11 +31,11 @@ TOP = Mode()
 
 
 def modes_of(graph: Graph, outer: Mode = TOP) -> dict[Node, Mode]:
-    """The mode at every node.
+    """Return the mode at every node.
 
     Args:
-        graph: of a module or of a subgraph.
-        outer: the mode that it runs in.
+        graph: the graph of a module or of a subgraph.
+        outer: the mode in which the graph runs.
     """
     modes: dict[Node, Mode] = {}
     grad = outer.grad

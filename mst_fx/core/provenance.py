@@ -1,4 +1,4 @@
-"""Where a node of a captured graph comes from: the module's path and the user's source line."""
+"""The module's path and the user's source line of a node of a captured graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FRAME = re.compile(r'File "(?P<file>.+?)", line (?P<line>\d+), in .*\n\s*(?P<co
 
 
 def module_path(node: Node) -> str:
-    """Dotted path of the innermost module that made the node ("model.layers.0.mlp"), "" at the top."""
+    """Return the dotted path of the innermost module around the node ("model.layers.0.mlp"), "" at the top."""
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""
@@ -23,7 +23,7 @@ def module_path(node: Node) -> str:
 
 
 def source_line(node: Node) -> str:
-    """`file:line: code` of the innermost frame outside torch, "" where Dynamo recorded none."""
+    """Return `file:line: code` of the innermost frame outside torch, "" where Dynamo recorded none."""
     found = ""
     for frame in _FRAME.finditer(node.meta.get("stack_trace") or ""):
         if not frame["file"].startswith(_TORCH_ROOT):
@@ -32,7 +32,7 @@ def source_line(node: Node) -> str:
 
 
 def op_name(node: Node) -> str:
-    """The op as a reader would write it: `torch.nn.functional.gelu`, `Tensor.view`."""
+    """Return the op as a user would write it: `torch.nn.functional.gelu`, `Tensor.view`."""
     if node.op == "call_method":
         return f"Tensor.{node.target}"
     if node.op != "call_function":

@@ -1,10 +1,10 @@
-"""Bytes as people read them."""
+"""Bytes with a unit, for reports and messages."""
 
 from __future__ import annotations
 
 
 def readable(count: int) -> str:
-    """A number of bytes with a unit: "1.5 MiB"."""
+    """Return a number of bytes with a unit: "1.5 MiB"."""
     size = float(count)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:

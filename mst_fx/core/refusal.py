@@ -1,6 +1,6 @@
-"""Why a part of a graph was left exactly as it was.
+"""A refusal tells why the pass leaves a part of a graph as it was.
 
-`Refusal` is the only exception that the stages of the pass raise on purpose and the only one that they catch.
+`Refusal` is the only exception that the stages of the pass raise on purpose, and the only one that they catch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Reason(Enum):
     NUMBER = "Give the op a tensor, or a number that depends neither on the data nor on the length."
     SHARDED = "Ops on DTensors (tensor parallel) are never looped; those on plain tensors are."
     SUBCLASS = "Ops on tensor subclasses (nested, quantised, ...) are never looped; those on plain tensors are."
-    SMALL = "Set min_bytes, or chunk_tokens where one mini-sequence holds all of it, or name the module in `modules`."
+    SMALL = "Set min_bytes, or chunk_tokens where one chunk holds all of it, or name the module in `modules`."
     BUDGET = "Allow more memory, or take what the text names."
     DIFFERS = "This is a bug in mst_fx; please report it with the text and this code. verify=True shows it again."
     BACKEND = "Use the Python wrapper of Inductor (cpp_wrapper=False)."
@@ -44,7 +44,7 @@ class Refusal(Exception):  # noqa: N818 - a decision, not an error
 
     Args:
         reason: one of `Reason`.
-        node: the node of the captured graph that stands in the way; its source line goes into the report.
+        node: the node of the captured graph that is the obstacle; its source line goes into the report.
         text: one sentence that names the op or the value.
     """
 

@@ -1,14 +1,14 @@
 """Peak of a body: which of its values become buffers, when they are made, and when they die.
 
-A model of what a fusing compiler makes of an aten graph, no record of what it did:
-  - a matrix product, and whatever else no kernel is generated for, reads and writes buffers
-  - all other ops between two such steps are fused; of them become buffers what such a step reads, what the body
-    returns, and what is reduced; everything else is computed again where it is read
-  - what is made from the same buffers is one kernel, whose buffers are alive together
-  - a buffer that one value of the kernel alone is made from, and nobody reads later, is overwritten by it if the sizes
-    agree; reductions are read first where they are loops of their own, as in C++, and at the same time in Triton
-  - the values of a kernel of ours are written one behind the other (see `write_order`): there the last one that is made
-    from a buffer overwrites it
+This models what a fusing compiler makes of an aten graph; it does not record what a compiler did:
+  - a matrix product, and any other op without a generated kernel, reads and writes buffers
+  - all other ops between two such steps are fused; a value of theirs becomes a buffer if such a step reads it, the body
+    returns it, or it is a reduction; every other value is computed again where it is read
+  - values that are made from the same buffers share one kernel, and their buffers are alive together
+  - a value overwrites a buffer that no other value of its kernel is made from and no later step reads, if the sizes
+    agree; a kernel ends its reductions first where they are loops of their own, as in C++; in Triton it does not
+  - a kernel of ours writes its values one after the other (see `write_order`): the last value that is made from a
+    buffer overwrites it
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Step(Generic[Buffer]):
 
     Attributes:
         reads, makes: buffers.
-        overwrites: pairs of a buffer that is read and one that is made, which may lie in its memory.
-        chain: of what it makes, what is written one behind the other.
+        overwrites: pairs of a buffer that the step reads and one that it makes, which may take its memory.
+        chain: the buffers that it writes one after the other.
     """
 
     reads: frozenset[Buffer]
@@ -53,29 +53,29 @@ def peak(
     ordered: bool,
     multiplied: Collection[tuple[Node, Node]] = (),
 ) -> float:
-    """The most that `size` of the buffers alive adds up to, those of the inputs (alive throughout) left out.
+    """Return the largest total `size` of the buffers alive at once, without the inputs (alive throughout).
 
     Args:
         module: an aten graph; views hold no memory.
-        size: of the buffer of one value.
-        reductions_apart: whether a kernel's reductions are over before it writes, as in C++.
-        ordered: whether a kernel's values are written in an order that lets them overwrite.
-        multiplied: pairs of results that are not kept: a product reads them as soon as both are there.
+        size: the size of a value's buffer, in any unit.
+        reductions_apart: whether a kernel ends its reductions before it writes, as in C++.
+        ordered: whether a kernel writes its values in an order that lets them overwrite.
+        multiplied: pairs of results that die at once: a product reads them as soon as both are made.
     """
     pairs = [(buffer_of(left), buffer_of(right)) for left, right in multiplied]
-    steps = _Steps(module, reductions_apart, ordered, early=frozenset(node for pair in pairs for node in pair))
-    return most_alive(steps.order, last_reads(steps.order, steps.returned, pairs), size)
+    schedule = _Schedule(module, reductions_apart, ordered, frozenset(node for pair in pairs for node in pair))
+    return most_alive(schedule.steps, last_reads(schedule.steps, schedule.returned, pairs), size)
 
 
 def last_reads(
     steps: Sequence[Step[Buffer]], returned: Collection[Buffer], multiplied: Collection[tuple[Buffer, Buffer]] = ()
 ) -> dict[Buffer, int]:
-    """The step that reads each buffer last, by its number; behind all of them for what is returned.
+    """Return the number of the step that reads each buffer last; for a returned buffer, the number of steps.
 
     Args:
         steps: in the order in which they run.
-        returned: buffers that are kept.
-        multiplied: pairs of returned buffers that are not kept: the step that makes the later one reads both.
+        returned: buffers that live to the end.
+        multiplied: pairs of returned buffers that do not: the step that makes the later one reads both.
     """
     last = {buffer: number for number, step in enumerate(steps) for buffer in step.reads}
     made = {buffer: number for number, step in enumerate(steps) for buffer in step.makes}
@@ -87,15 +87,15 @@ def last_reads(
 
 
 def most_alive(steps: Sequence[Step[Buffer]], last: Mapping[Buffer, int], size: Callable[[Buffer], float]) -> float:
-    """The most that the buffers made by the steps take at once.
+    """Return the largest total size of the buffers that the steps make and hold at once.
 
-    While a step runs, alive is what it makes, and what an earlier step has made and this or a later one reads; less
-    what it reads last and overwrites, if the sizes agree.
+    While a step runs, these are alive: the buffers that it makes, and those that an earlier step made and this or a
+    later step reads, without those that it reads last and overwrites, if the sizes agree.
 
     Args:
         steps: in the order in which they run.
-        last: the step that reads each buffer last, by its number; a buffer that nobody reads is not there.
-        size: of a buffer.
+        last: the number of the step that reads each buffer last; it has no entry for a buffer that nobody reads.
+        size: the size of a buffer, in any unit.
     """
     alive: set[Buffer] = set()
     most = 0.0
@@ -108,23 +108,23 @@ def most_alive(steps: Sequence[Step[Buffer]], last: Mapping[Buffer, int], size: 
 
 
 def chains(module: GraphModule) -> Iterator[tuple[Node, ...]]:
-    """For each kernel with several values, those that are best written one behind the other, in this order."""
-    for step in _Steps(module, reductions_apart=True, ordered=True).order:
+    """Yield, for each kernel with several values, those to write one after the other, in this order."""
+    for step in _Schedule(module, reductions_apart=True, ordered=True).steps:
         if len(step.chain) > 1 and all(isinstance(node.meta["val"], torch.Tensor) for node in step.chain):
             yield step.chain
 
 
-class _Steps:
-    """The steps of a graph in the order in which they run: products, and last what is returned.
+class _Schedule:
+    """The steps of a graph in the order in which they run: products in graph order, and last the returned values.
 
-    What is wanted early is made in its turn, by a kernel of its own.
+    Each step runs after those that it needs. A value of `in_turn` is made in graph order, too, by a kernel of its own.
     """
 
     def __init__(
-        self, module: GraphModule, reductions_apart: bool, ordered: bool, early: frozenset[Node] = frozenset()
+        self, module: GraphModule, reductions_apart: bool, ordered: bool, in_turn: frozenset[Node] = frozenset()
     ) -> None:
-        self.order: list[Step[Node]] = []
-        self._ordered, self._early = ordered, early
+        self.steps: list[Step[Node]] = []
+        self._ordered, self._in_turn = ordered, in_turn
         self.returned = {buffer_of(node) for node in module.graph.output_node().all_input_nodes}
         self._apart = reductions_apart
         self._nodes = _alive_nodes(module)
@@ -136,18 +136,18 @@ class _Steps:
         self._kernels = self._fused()
         self._done: set[Node] = set()
         for node in self._nodes:
-            if node.target in UNFUSED or node in early:
+            if node.target in UNFUSED or node in in_turn:
                 self._run(node)
         for node in sorted(self.returned):
             self._run(node)
 
     def _place(self, node: Node) -> None:
-        """How many unfused steps lie behind a node, and the buffers that it is computed from."""
+        """Find the unfused steps before a node (its level), and the buffers that it is computed from."""
         operands = [operand for operand in map(buffer_of, _read_by(node)) if _is_tensor(operand)]
         level = max((self._level.get(operand, 0) for operand in operands), default=0)
         self._level[node] = level + (node.target in UNFUSED)
-        behind = [frozenset([o]) if self._is_buffer(o) else self._reads.get(o, frozenset()) for o in operands]
-        self._reads[node] = frozenset().union(*behind)
+        before = [frozenset([o]) if self._is_buffer(o) else self._reads.get(o, frozenset()) for o in operands]
+        self._reads[node] = frozenset().union(*before)
         if any(o.target in SOFTMAXES or (o in self._normed and not self._is_buffer(o)) for o in operands):
             self._normed.add(node)
 
@@ -157,7 +157,7 @@ class _Steps:
         return any(user.target in UNFUSED for user in _readers(node))
 
     def _fused(self) -> dict[Node, Step[Node]]:
-        """The kernels that make the buffers among fused ops: one for those of a level that read the same."""
+        """Return the kernel of each fused value that is a buffer: one for the values of a level that read the same."""
         groups: list[list[Node]] = []
         for node in self._nodes:
             if node.target in UNFUSED or node.target in VIEWS or not self._is_buffer(node):
@@ -170,7 +170,7 @@ class _Steps:
         return {node: kernel for group in groups for kernel in [self._kernel(group)] for node in group}
 
     def _meet(self, group: list[Node], node: Node) -> bool:
-        if not self._early.isdisjoint((group[0], node)) or self._level[group[0]] != self._level[node]:
+        if not self._in_turn.isdisjoint((group[0], node)) or self._level[group[0]] != self._level[node]:
             return False
         return any(not self._reads[node].isdisjoint(self._reads[other] | {other}) for other in group)
 
@@ -180,7 +180,7 @@ class _Steps:
         writers = [node for node in group if node not in ahead and not (self._apart and _reduces(node))]
         buffers = sorted(node for node in reads if node.op != "placeholder")
         chain = self._chain(writers) if self._ordered else ()
-        unordered, ordered = (self._overwritten(buffers, writers, order) for order in ((), chain))
+        unordered, ordered = (self._overwritten(buffers, writers, written) for written in ((), chain))
         if len(ordered) > len(unordered):
             return Step(reads, tuple(group), ordered, chain)
         return Step(reads, tuple(group), unordered)
@@ -188,7 +188,7 @@ class _Steps:
     def _overwritten(
         self, buffers: Sequence[Node], writers: Collection[Node], chain: Sequence[Node]
     ) -> tuple[tuple[Node, Node], ...]:
-        """Which buffers are overwritten by which values, where those of the chain are written one behind the other."""
+        """Pair the buffers that are overwritten with the values that do so; the chain's values are written in turn."""
         found: dict[Node, Node] = {}
         for old in buffers:
             readers = [new for new in writers if old in self._reads[new]]
@@ -199,34 +199,34 @@ class _Steps:
         return tuple((old, new) for new, old in found.items())
 
     def _chain(self, writers: Collection[Node]) -> tuple[Node, ...]:
-        """The values as large as the largest, the ones that read most in front; none if one is read too early."""
+        """Return the values as large as the largest, the widest readers first; none if a step reads one too soon."""
         made = [node for node in writers if not _reduces(node) and self._reads[node].isdisjoint(writers)]
         largest = max(made, key=_numel, default=None)
         alike = [node for node in made if largest is not None and _likeness(node) == _likeness(largest)]
-        early = [user for node in alike for user in node.users if user < max(alike)]
-        if any(user.target in UNFUSED or user.target in VIEWS for user in early):
+        between = [user for node in alike for user in node.users if user < max(alike)]
+        if any(user.target in UNFUSED or user.target in VIEWS for user in between):
             return ()
         return tuple(sorted(alike, key=lambda node: -len(self._reads[node])))
 
     def _run(self, node: Node) -> None:
-        """Put the step that makes a buffer behind those that make what it reads."""
+        """Add the step that makes a buffer, after the steps that make what it reads."""
         if node in self._done or node.op != "call_function":
             return
         step = self._kernels.get(node) or Step(self._reads[node], (node,))
         self._done.update(step.makes)
         for operand in sorted(step.reads):
             self._run(operand)
-        self.order.append(step)
+        self.steps.append(step)
 
 
 def _alive_nodes(module: GraphModule) -> list[Node]:
-    """The calls that results are made of, in order."""
+    """Return the calls that the results are made of, in graph order."""
     alive = ancestors(module.graph.output_node().all_input_nodes, _read_by)
     return [node for node in in_order(module.graph, alive) if node.op == "call_function" and _is_tensor(node)]
 
 
 def _read_by(node: Node) -> list[Node]:
-    """The operands that a node reads: a loss of each row has no use for the total weight."""
+    """Return the operands that a node reads: the backward of a loss without reduction ignores the total weight."""
     operands = node.all_input_nodes
     if node.target == aten.nll_loss_backward.default and node.args[4] == NONE:
         return [operand for operand in operands if operand is not node.args[6]]
@@ -238,30 +238,30 @@ def _reduces(node: Node) -> bool:
 
 
 def _likeness(node: Node) -> tuple[torch.Size, torch.dtype]:
-    """Shape and dtype of the value, of its largest part where it is a tuple."""
-    value = max(_parts(node), key=torch.Tensor.numel)
+    """Return shape and dtype of the value, or of the largest tensor of a tuple."""
+    value = max(_tensors(node), key=torch.Tensor.numel)
     return value.shape, value.dtype
 
 
 def _numel(node: Node) -> int:
-    """Elements of the value, of its largest part where it is a tuple."""
-    return max((part.numel() for part in _parts(node)), default=0)
+    """Return the number of elements of the value, or of the largest tensor of a tuple."""
+    return max((x.numel() for x in _tensors(node)), default=0)
 
 
-def _parts(node: Node) -> list[torch.Tensor]:
+def _tensors(node: Node) -> list[torch.Tensor]:
     value = node.meta.get("val")
-    return [part for part in (value if isinstance(value, Sequence) else [value]) if isinstance(part, torch.Tensor)]
+    return [x for x in (value if isinstance(value, Sequence) else [value]) if isinstance(x, torch.Tensor)]
 
 
 def buffer_of(node: Node) -> Node:
-    """The value whose memory a view shows."""
+    """Return the value whose memory a view shows; a value that is no view is its own."""
     while node.target in SHOWS_MEMORY:
         node = node.all_input_nodes[0]
     return node
 
 
 def _readers(node: Node) -> Iterable[Node]:
-    """Who reads the value, through views or not."""
+    """Yield the nodes that read the value, directly or through views."""
     for user in node.users:
         if buffer_of(user) is node and user is not node:
             yield from _readers(user)
@@ -270,4 +270,4 @@ def _readers(node: Node) -> Iterable[Node]:
 
 
 def _is_tensor(node: Node) -> bool:
-    return bool(_parts(node))
+    return bool(_tensors(node))

@@ -1,8 +1,9 @@
-"""The values of one kernel in an order in which they may overwrite what it reads.
+"""The values of one kernel, in an order in which they can overwrite what it reads.
 
 A kernel that makes several values from the same operands holds all of them at once: a compiler lets a value overwrite
-an operand only where no other value of the kernel reads it. Written one behind the other, the last one that reads an
-operand may: the backward of a gated MLP holds four wide values in place of six, for no more traffic.
+an operand only where no other value of the kernel reads it. If the values are written one after the other, the last
+reader of an operand can overwrite it: the backward of a gated MLP holds four wide values in place of six, for no more
+traffic.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from mst_fx.kernels.liveness import chains
 
 
 def products_late(module: GraphModule) -> None:
-    """Put whatever is fused in front of the matrix products that do not need to run before it, in place.
+    """Move matrix products back, after all fused ops that do not need them; this changes the module.
 
-    Else a product that reads one value of a kernel stands in front of another value of it, and there is no order in
-    which the kernel's values may be written one behind the other.
+    Otherwise a product that reads one value of a kernel may stand before another value of that kernel, and the kernel's
+    values cannot be written one after the other.
     """
     graph = module.graph
     waiting = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
@@ -34,32 +35,32 @@ def products_late(module: GraphModule) -> None:
     module.recompile()
 
 
-def behind(value: object, earlier: object) -> object:
-    """The value, written when `earlier` has been written; the order is the lowering's to keep."""
+def written_after(value: object, previous: object) -> object:
+    """Return the value; the lowering of this call writes it after `previous`."""
     return value
 
 
 def let_overwrite(module: GraphModule) -> GraphModule:
-    """A copy of an aten graph whose kernels write their values in an order that lets them overwrite.
+    """Copy an aten graph, and let its kernels write their values in an order that lets them overwrite.
 
     Args:
-        module: nodes carry fake values in `meta["val"]`, of sizes that are known.
+        module: the graph; its nodes hold fake values in `meta["val"]`, of known sizes.
     """
     module = copied(module)
     for chain in chains(module):
-        earlier = chain[0]
+        previous = chain[0]
         for node in chain[1:]:
-            earlier = _put_behind(node, earlier)
+            previous = _put_after(node, previous)
     module.recompile()
     return module
 
 
-def _put_behind(node: Node, earlier: Node) -> Node:
-    place = max(node, earlier)
+def _put_after(node: Node, previous: Node) -> Node:
+    place = max(node, previous)
     late = [user for user in node.users if user > place]
     with node.graph.inserting_after(place):
-        ordered = node.graph.call_function(behind, (node, earlier))
-    ordered.meta = {"val": node.meta["val"]}
+        call = node.graph.call_function(written_after, (node, previous))
+    call.meta = {"val": node.meta["val"]}
     for user in late:
-        user.replace_input_with(node, ordered)
-    return ordered
+        user.replace_input_with(node, call)
+    return call

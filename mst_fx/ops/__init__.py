@@ -1,4 +1,4 @@
-"""Ops that stand in traced graphs for what no aten op says.
+"""Ops of our own in traced graphs, where no aten op does the same.
 
 In: tensors.
 Out: tensors; each op with its derivative.

@@ -1,9 +1,8 @@
-"""Writes that autograd does not look at: under no_grad, or through `.detach()` and `.data`.
+"""Writes that autograd does not see: under no_grad, or through `.detach()` and `.data`.
 
-Such a write changes what later ops read, and nothing else: the gradient goes where it went before. In a graph without
-writes that is an op of two values, `overwritten(before, after)`: the value of `after`, with the gradient of `before`.
-
-It is registered by `torch.library`.
+Such a write changes what later ops read, and nothing else: the gradient goes where it went before. A graph without
+writes holds the op `overwritten(before, after)` for it: the op gives the value of `after`, and passes its gradient to
+`before`. `torch.library` registers the op.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ overwritten = torch.ops.mst_fx.overwritten.default
 
 
 class WithoutWrites(Interpreter):
-    """Runs an aten graph under `functionalize`, and marks the values that autograd does not know to have changed.
+    """Runs an aten graph under `functionalize`, and marks the values that change without autograd seeing it.
 
-    A write is such a one where a detach stands between what is written and the memory that it lies in.
+    Autograd does not see a write where a detach stands between the written value and the memory that it lies in.
     """
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
 
     def run_node(self, node: Node) -> Any:
-        """As the base class does; what lies behind a detach keeps its gradient when it is written."""
+        """Run the node as the base class does; a write behind a detach leaves the owner's gradient as it was."""
         values = [self.env[owner] for owner in map(_behind_detach, _written(node)) if owner is not None]
         hidden = [value for value in values if value.is_floating_point()]
         before = [value.clone() for value in hidden]
@@ -54,7 +53,7 @@ class WithoutWrites(Interpreter):
 
 
 def _written(node: Node) -> list[Node]:
-    """The operands that an aten node writes to."""
+    """Return the operands that an aten node writes to."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
     found: list[Node] = []
@@ -66,7 +65,7 @@ def _written(node: Node) -> list[Node]:
 
 
 def _behind_detach(node: Node) -> Node | None:
-    """What owns the memory that a value lies in, if a detach stands in between; else None."""
+    """Return the owner of a value's memory, if a detach stands between the two; else None."""
     detached = False
     while _shares_memory(node):
         detached |= node.target == aten.detach.default
@@ -75,7 +74,7 @@ def _behind_detach(node: Node) -> Node | None:
 
 
 def _shares_memory(node: Node) -> bool:
-    """Whether a node's value lies in the memory of its first operand; of several results, each in that of its own."""
+    """Return whether a node's value, or one of its values, lies in the memory of its first operand."""
     if node.target is operator.getitem:
         return _shares_memory(node.all_input_nodes[0])
     returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()

@@ -1,4 +1,4 @@
-"""How long a mini-sequence is: as the user says, else long enough for its matrix products to be fast. Policy."""
+"""Policy: how long a chunk is. The user says so; otherwise it is long enough for fast matrix products."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from mst_fx.core.config import Accumulate, Wish
 from mst_fx.predict.extent import Extent
 
 CHUNK_BYTES = 2**28
-"""Aim for the widest matrix product of a chunk (bytes)."""
+"""Target bytes of the widest matrix product of a chunk."""
 MIN_ROWS, MAX_ROWS = 1024, 4096
-"""Rows that a matrix meets in a chunk: one a token, fewer where tokens are shared out among experts.
+"""Bounds of the rows that multiply one matrix in a chunk: one for each token, fewer where experts share the tokens.
 
-Below, matmuls lose speed; above, only the sums are read and written less often (SwiGLU of 8B, H100)."""
+Below, matmuls lose speed; above, the only gain is fewer reads and writes of the sums (SwiGLU of 8B, H100)."""
 TILE = 128
-"""Rows are multiples of it, as matmuls compute them."""
+"""Rows are a multiple of it, as matmuls compute in tiles of so many."""
 LEAST_ROWS = 128
-"""No budget makes chunks shorter: products would lose more than half of their speed."""
+"""No budget gives a chunk fewer rows: products would lose more than half of their speed."""
 FORWARD_FACTOR = 2
-"""A forward chunk needs a third of the memory that its gradients need, so a recomputing region's may be longer."""
+"""A forward chunk needs a third of the memory of its gradients, so a recomputing region takes longer ones forward."""
 ALIGNMENT = 16
-"""Chunk lengths are multiples of it where there is a choice, so that every chunk starts aligned."""
+"""Chunk lengths are a multiple of it where there is a choice, so that every chunk starts aligned."""
 NEAR = 1.15
-"""So much longer or shorter may a chunk be if none is ragged then: that is one body less, and full matmuls."""
+"""A chunk may be longer or shorter by this factor if none is ragged then: that saves a body, and fills the matmuls."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Positions of one mini-sequence.
+    """Positions of one chunk.
 
     Attributes:
-        chunk: in the loop that computes gradients, if any.
-        forward: in the loop that computes results only.
+        chunk: in the loop that computes gradients, if there is one.
+        forward: in the loop that computes only results.
     """
 
     chunk: int
@@ -41,12 +41,12 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Terms:
-    """What the lengths of one region's mini-sequences are chosen by, and what they are by default.
+    """What the chunk lengths of one region are chosen by, and the default.
 
     Attributes:
-        extent: of its axis.
-        wish: the user's.
-        lengths: by default.
+        extent: numbers of its axis.
+        wish: the user's wish for the region.
+        lengths: the default.
     """
 
     extent: Extent
@@ -55,34 +55,34 @@ class Terms:
 
 
 def terms_of(extent: Extent, wish: Wish, accumulate: Accumulate, *, recomputes: bool) -> Terms:
-    """The default and what it depends on; arguments as of `default_lengths`."""
+    """Return the default lengths and what they depend on; for the arguments see `default_lengths`."""
     return Terms(extent, wish, default_lengths(extent, wish, accumulate, recomputes=recomputes))
 
 
 def default_lengths(extent: Extent, wish: Wish, accumulate: Accumulate, *, recomputes: bool) -> Lengths:
-    """As the user says, else about CHUNK_BYTES in the widest product; the chunks are even.
+    """Return the lengths that the user fixes; otherwise even chunks of about CHUNK_BYTES in the widest product.
 
     Args:
-        extent: of the region's axis.
-        wish: the user's, for this region.
-        accumulate: dtype policy of the sums, which are read and written once a chunk.
-        recomputes: whether the forward has a loop of its own, whose chunks may be longer.
+        extent: numbers of the region's axis.
+        wish: the user's wish for this region.
+        accumulate: dtype of the sums, which every chunk reads and writes once.
+        recomputes: whether the forward has a loop of its own, whose chunks can be longer.
     """
     if wish.num_chunks is not None:
-        chunk = max(1, -(-extent.length // wish.num_chunks))
-        return Lengths(chunk, chunk)
+        length = max(1, -(-extent.length // wish.num_chunks))
+        return Lengths(length, length)
     if wish.chunk_tokens is not None:
-        chunk = _bounded(extent, max(1, wish.chunk_tokens // extent.tokens))
-        return Lengths(chunk, chunk)
-    chunk = _even(extent, max(1, _rows(extent, accumulate) // extent.tokens))
-    return Lengths(chunk, _bounded(extent, FORWARD_FACTOR * chunk) if recomputes else chunk)
+        length = _bounded(extent, max(1, wish.chunk_tokens // extent.tokens))
+        return Lengths(length, length)
+    length = _even(extent, max(1, _rows(extent, accumulate) // extent.tokens))
+    return Lengths(length, _bounded(extent, FORWARD_FACTOR * length) if recomputes else length)
 
 
 def _rows(extent: Extent, accumulate: Accumulate) -> int:
-    """Tokens of a chunk.
+    """Return the tokens of a chunk.
 
-    A float32 sum is twice the traffic, and its cast in the end takes memory that the chunks may use before: shorter
-    ones would cost time and save nothing.
+    A float32 sum doubles the traffic, and its final cast takes memory that the chunks can use before. Shorter chunks
+    would cost time and save nothing.
     """
     aim = CHUNK_BYTES * extent.tokens // max(1, extent.widest)
     rows = int(min(MAX_ROWS * extent.sharing, max(MIN_ROWS * extent.sharing, aim)))
@@ -92,7 +92,7 @@ def _rows(extent: Extent, accumulate: Accumulate) -> int:
 
 
 def shorter(terms: Terms, lengths: Lengths) -> Lengths | None:
-    """Half as long; None where the user has fixed the length, or where no product of that many rows is worth it."""
+    """Return half the length; None where the user fixes the length, or where products would have too few rows."""
     extent = terms.extent
     half = _even(extent, -(-lengths.chunk // 2))
     if terms.wish.fixes_length or half >= lengths.chunk or half * extent.tokens < LEAST_ROWS * extent.sharing:
@@ -101,7 +101,7 @@ def shorter(terms: Terms, lengths: Lengths) -> Lengths | None:
 
 
 def longer(terms: Terms, lengths: Lengths) -> Lengths | None:
-    """About twice as long; None where the user has fixed the length, or where one would be the only or a ragged one."""
+    """Return about twice the length; None where the user fixes it, or a chunk would be the only or a ragged one."""
     extent = terms.extent
     double = _even(extent, 2 * lengths.chunk)
     ragged = extent.length % double > 0 and extent.length % lengths.chunk == 0
@@ -110,15 +110,15 @@ def longer(terms: Terms, lengths: Lengths) -> Lengths | None:
     return Lengths(double, max(double, lengths.forward))
 
 
-def _even(extent: Extent, chunk: int) -> int:
-    """About that many positions, in chunks of equal length; as many as leave none ragged, if that is near."""
+def _even(extent: Extent, length: int) -> int:
+    """Return about this length, so that chunks are equally long; if a near length leaves none ragged, return that."""
     if extent.dynamic:
-        return chunk
-    fewest, most = (max(1, ceil(extent.length / (chunk * near))) for near in (NEAR, 1 / NEAR))
+        return length
+    fewest, most = (max(1, ceil(extent.length / (length * near))) for near in (NEAR, 1 / NEAR))
     whole = (count for count in range(fewest, most + 1) if extent.length % (count * ALIGNMENT) == 0)
-    even = -(-extent.length // next(whole, ceil(extent.length / chunk)))
+    even = -(-extent.length // next(whole, ceil(extent.length / length)))
     return _bounded(extent, -(-even // ALIGNMENT) * ALIGNMENT)
 
 
-def _bounded(extent: Extent, chunk: int) -> int:
-    return chunk if extent.dynamic else min(extent.length, chunk)
+def _bounded(extent: Extent, length: int) -> int:
+    return length if extent.dynamic else min(extent.length, length)

@@ -1,6 +1,6 @@
-"""Regions + graph + device + options -> which regions are looped, and in chunks of which length. Policy, no graphs.
+"""Policy: offers, a timeline, a device, options -> which regions are looped, and how long their chunks are.
 
-Plans depend on shapes, options and the kind of device: they are the same on every rank.
+Plans depend only on shapes, options and the kind of device, so they are the same on every rank.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from mst_fx.predict.region_memory import RegionMemory
 from mst_fx.predict.step_memory import Held, Timeline
 from mst_fx.predict.time import Device, RegionCost
 
-FREE_SHARE, SHARE_OF_PEAK = 0.02, 0.1
-"""Regions are looped where that takes at least so much off the peak of a step: those whose loop computes nothing again,
-and those whose loop does; ..."""
+NO_RECOMPUTE_SHARE, SHARE_OF_PEAK = 0.02, 0.1
+"""Regions are looped where that takes at least this share off the peak of a step: the first share is for all loops that
+recompute nothing, the second for all others; ..."""
 OWN_SHARE = 0.004
-"""... each of which has at least so large a part in it: 25 of the smallest that count make SHARE_OF_PEAK. A choice, as
-the two above are; no measurement of it is on record."""
+"""... each of them holds at least this share of the peak: 25 of the smallest that count make SHARE_OF_PEAK. This is a
+choice, as the two above are; no measurement of it is on record."""
 LENT_SHARE = 0.125
-"""So much of what all loops take off the peak may longer chunks take back: they sum gradients less often."""
+"""Longer chunks may take back this share of what all loops take off the peak: they sum gradients less often."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Offer:
     """What the planner knows of one region.
 
     Attributes:
-        terms: what the lengths of its mini-sequences are chosen by.
+        terms: what its chunk lengths are chosen by.
         memory: bytes, as a function of the chunk length.
-        cost: work.
-        free: whether a loop computes nothing again: gradients in the forward, or none.
-        repeated: whether it stands in a block that is computed again for backward in any case.
-        kept: whether the results of its loop are kept nevertheless.
-        due: whether it is looped though it may be small: its length may vary, and at a long one it would be looped.
+        cost: work and traffic, for the time.
+        free: whether a loop recomputes nothing: it makes the gradients in the forward, or there are none.
+        repeated: whether the region is in a checkpointed block, which backward recomputes in any case.
+        kept: whether such a block saves the results of the region's loop nevertheless.
+        due: whether it is looped even if it is small: its length varies, and it would be looped at a long one.
     """
 
     terms: Terms
@@ -50,17 +50,17 @@ class Offer:
 
     @property
     def extent(self) -> Extent:
-        """Of its axis."""
+        """Numbers of the region's axis."""
         return self.terms.extent
 
     @property
     def wish(self) -> Wish:
-        """The user's."""
+        """The user's wish for the region."""
         return self.terms.wish
 
     @property
     def recomputes(self) -> bool:
-        """Whether a loop computes again what would not be computed again without it."""
+        """Whether a loop recomputes what would not be recomputed without it."""
         return not (self.free or self.repeated)
 
 
@@ -69,10 +69,10 @@ class Plan:
     """The decision for one region.
 
     Attributes:
-        lengths: of its mini-sequences, None where it is left alone.
-        chunks: number of mini-sequences, the ragged one included (of the length captured, where that may vary).
-        bytes_before, bytes_after: of its temporaries as written, whole and for one chunk.
-        added_ms: predicted time that the loop adds to a training step.
+        lengths: of its chunks, None where it is left alone.
+        chunks: number of chunks, the ragged one included (at the captured length, where it varies).
+        bytes_before, bytes_after: bytes of its temporaries as written, whole and for one chunk.
+        added_ms: predicted milliseconds that the loop adds to a training step.
         reason: why it is left alone, with the numbers.
     """
 
@@ -89,11 +89,11 @@ class Plans:
     """The decisions for one graph.
 
     Attributes:
-        of: one plan a region, in their order.
-        peak: predicted bytes of a training step.
+        of: one plan for each region, in the order of the offers.
+        peak: predicted peak bytes of a training step.
         peak_whole: the same without any loop.
-        budget: bytes that were allowed, None where nobody asked.
-        advice: what would fit, where the budget is missed.
+        budget: bytes that the user allows, None without a budget.
+        advice: what would help, where no plan keeps to the budget.
     """
 
     of: tuple[Plan, ...]
@@ -104,16 +104,16 @@ class Plans:
 
 
 State = tuple[Lengths | None, ...]
-"""Of each region the lengths of its mini-sequences, None for no loop."""
+"""For each region the lengths of its chunks, None for no loop."""
 
 
 def make_plans(offers: Sequence[Offer], timeline: Timeline, device: Device, config: Config) -> Plans:
-    """Decide for all regions of a graph.
+    """Decide for all regions of a graph; return the plans, with predicted peaks in bytes and times in ms.
 
     Args:
-        offers: the regions.
+        offers: one for each region.
         timeline: the rest of the graph.
-        device: that it runs on.
+        device: the device that the graph runs on.
         config: the user's options.
     """
     planner = _Planner(offers, timeline, device, config)
@@ -126,7 +126,7 @@ def make_plans(offers: Sequence[Offer], timeline: Timeline, device: Device, conf
 
 
 class _Planner:
-    """Goes from state to state."""
+    """Searches the states of one graph."""
 
     def __init__(self, offers: Sequence[Offer], timeline: Timeline, device: Device, config: Config) -> None:
         self.offers, self.timeline, self.device, self.config = offers, timeline, device, config
@@ -145,19 +145,19 @@ class _Planner:
         return given or offer.due
 
     def peak(self, state: State) -> int:
-        """Predicted bytes of a training step."""
+        """Return the predicted peak bytes of a training step."""
         return self.timeline.peak([held(offer, lengths) for offer, lengths in zip(self.offers, state, strict=True)])
 
     def added_ms(self, number: int, lengths: Lengths) -> float:
-        """Predicted milliseconds that a region's loop adds."""
+        """Return the predicted milliseconds that a region's loop adds to a training step."""
         offer = self.offers[number]
         length = offer.extent.length
         return offer.cost.added_ms(self.device, min(lengths.chunk, length), length, repeated=offer.repeated)
 
     def worth_it(self) -> State:
-        """Loop what computes nothing again, if that saves memory; what does, where it is a real part of the peak."""
+        """Loop what recomputes nothing, if that saves memory; loop the rest where it is a real share of the peak."""
         state = more = self._looped(n for n in self.candidates if self._must_be_looped(n))
-        for share, recomputes in ((FREE_SHARE, False), (SHARE_OF_PEAK, True)):
+        for share, recomputes in ((NO_RECOMPUTE_SHARE, False), (SHARE_OF_PEAK, True)):
             before = self.peak(state)
             large = [n for n in self.candidates if more[n] is None and self._own_bytes(n) >= OWN_SHARE * before]
             chosen = [n for n in large if self.offers[n].recomputes is recomputes]
@@ -166,9 +166,9 @@ class _Planner:
         return self._with_longer_chunks(state) if self.config.min_bytes is None else state
 
     def _with_longer_chunks(self, state: State) -> State:
-        """Chunks twice as long where the peak allows it; regions that are alike share their bodies, and go together.
+        """Double the chunks where the peak allows it; regions that are alike share their bodies, and change together.
 
-        No order matters: a chunk's length shows in the peak of its own region's loop alone.
+        It does not matter which come first: a chunk's length changes only the peak of its own region's loop.
         """
         peak = self.peak(state)
         limit = peak + LENT_SHARE * (self.peak(self.unlooped) - peak)
@@ -184,25 +184,25 @@ class _Planner:
         return state
 
     def _without_harm(self, state: State, numbers: Iterable[int]) -> State:
-        """Less the loops among these that raise the peak, as one may that keeps a large sum for a small region."""
+        """Leave out the loops among these that raise the peak, as a large sum for a small region may."""
         for number in numbers:
             fewer = _with(state, {number: None})
             state = fewer if self.peak(fewer) < self.peak(state) else state
         return state
 
     def within(self, budget: int) -> State:
-        """The first state of a path from cheap to dear that fits; the leanest where none does.
+        """Return the first state of a path, from cheap to expensive, that fits; the leanest state if none does.
 
-        The path does not depend on the budget: with a larger one it is left earlier, so nothing more is recomputed.
+        The path does not depend on the budget: a larger budget ends it sooner, so it never recomputes more.
         """
         states = list(self._path())
         return next((s for s in states if self.peak(s) <= budget), min(states, key=self.peak))
 
     def _path(self) -> Iterator[State]:
-        """Every state adds to the time of the one before.
+        """Yield states, each slower than the one before.
 
-        First the loops that compute nothing again; then the others, those of blocks that are computed again anyway in
-        front, and the one that frees most for its time first; then shorter chunks, where most is held.
+        First come the loops that recompute nothing. Then come the others, one by one: those in checkpointed blocks
+        first, and those that free most bytes for their time first. Then chunks get shorter where a region holds most.
         """
         cheap = {n for n, offer in enumerate(self.offers) if offer.free or offer.due or offer.wish.loop}
         state = self._looped(cheap.intersection(self.candidates))
@@ -229,18 +229,18 @@ class _Planner:
         return max(memory.whole_forward, memory.whole_backward, memory.saved_whole)
 
     def _holds(self, number: int, state: State) -> int:
-        """The most that a region holds at once."""
+        """Return the most bytes that a region holds at once."""
         region = held(self.offers[number], state[number])
         return max(region.forward, region.backward + region.saved)
 
     def _price(self, number: int) -> tuple[bool, float]:
-        """What a loop costs for each byte that it frees."""
+        """Return a sort key: checkpointed blocks first, then milliseconds for each byte that the loop frees."""
         offer = self.offers[number]
         freed = max(1, offer.memory.saved_whole - offer.memory.saved)
         return not offer.repeated, self.added_ms(number, self.lengths[number]) / freed
 
     def plan(self, number: int, state: State) -> Plan:
-        """The decision for a region, in words and numbers."""
+        """Return the decision for a region, in words and numbers."""
         offer, lengths = self.offers[number], state[number]
         memory, length = offer.memory, offer.extent.length
         if lengths is None:
@@ -248,12 +248,12 @@ class _Planner:
             if offer.extent.dynamic and offer.wish.loop is None:
                 reason += f" (for the length {length}; mark_dynamic(..., hint_override=) names another)"
             return Plan(None, bytes_before=memory.written, reason=reason)
-        chunk = min(lengths.chunk, length)
-        after = memory.written * chunk // length + memory.stream_gradient
-        return Plan(lengths, -(-length // chunk), memory.written, after, self.added_ms(number, lengths))
+        positions = min(lengths.chunk, length)
+        after = memory.written * positions // length + memory.stream_gradient
+        return Plan(lengths, -(-length // positions), memory.written, after, self.added_ms(number, lengths))
 
     def _reason(self, number: int, state: State) -> str:
-        """Why a region is left alone."""
+        """Return why a region is left alone."""
         if self.offers[number].wish.loop is False:
             return "the option `modules` says so"
         if number not in self.candidates:
@@ -269,7 +269,7 @@ class _Planner:
         )
 
     def advice(self, state: State, missing: int) -> str:
-        """What would fit where no state does."""
+        """Return what would help where no state fits."""
         advice = [f"{readable(missing)} more"]
         memories = [offer.memory for offer, lengths in zip(self.offers, state, strict=True) if lengths is not None]
         loops = [memory.backward or memory.forward for memory in memories]
@@ -287,7 +287,7 @@ def _with(state: State, changes: Mapping[int, Lengths | None]) -> State:
 
 
 def held(offer: Offer, lengths: Lengths | None) -> Held:
-    """What a region holds when it is looped with these lengths, or not at all."""
+    """Return what a region holds, looped with these lengths, or not looped."""
     memory, length = offer.memory, offer.extent.length
     if lengths is None:
         backward = memory.whole_again if offer.repeated else memory.whole_backward

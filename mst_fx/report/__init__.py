@@ -1,4 +1,4 @@
-"""What is told of the decisions.
+"""The report tells the user every decision.
 
 In: regions, plans, refusals.
 Out: Report.

@@ -1,4 +1,4 @@
-"""What the stages of the pass decided -> the entries of a report."""
+"""Decisions of the stages -> the entries of a report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from mst_fx.report.report import Dropped, EarlyCut, LoopedRegion
 
 
 def looped(pattern: str, region: Region, work: Work, plan: Plan, detached: Sequence[Node]) -> LoopedRegion:
-    """The entry of a region that was rewritten."""
+    """Return the entry of a looped region.
+
+    Args:
+        pattern: name of the pattern that recognised it.
+        region: the region.
+        work: the work of its loop.
+        plan: the planner's decision.
+        detached: returned values that get no gradient.
+    """
     return LoopedRegion(
         pattern=pattern,
         module=module_path(region.last),
@@ -39,11 +47,11 @@ def _bytes(node: Node) -> int:
 
 
 def cut_head(head: CutHead) -> EarlyCut:
-    """The entry of a projection that makes less than was written."""
+    """Return the entry of a head that projects only the tokens that are read."""
     cut = head.region.last
     return EarlyCut(module_path(cut), source_line(cut), head.bytes_before, head.bytes_after)
 
 
 def dropped(node: Node) -> Dropped:
-    """The entry of logits that are not returned."""
+    """Return the entry of logits that are not returned."""
     return Dropped(module_path(node), source_line(node), _bytes(node))

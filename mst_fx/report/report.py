@@ -1,4 +1,4 @@
-"""What was looped, what was not, and why: plain data underneath, text by `str()`."""
+"""The report: what is looped, what is not, and why. It is plain data, and `str()` gives its text."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class LoopedRegion:
 
     Attributes:
         pattern: name of the pattern that recognised it.
-        module: path of the module that it belongs to.
+        module: path of the module of its last op.
         source: file, line and code of its last op.
         axis: the split dim of the stream, and its length in positions.
         chunks: number of mini-sequences.
-        bytes_before, bytes_after: of the region's temporaries, unlooped and with one mini-sequence alive.
+        bytes_before, bytes_after: bytes of the region's temporaries, unlooped and with one chunk alive.
         backward: "recompute", "in_forward" or "none".
-        added_ms: predicted time that the loop adds to a training step.
-        returned_bytes: of logits that the compiled function returns, so that they exist as a whole.
-        returned_gradient_bytes: of their gradient, with which backward starts even if nobody used them.
-        verified: with the option `verify`, whether the loop was run and is right; False where it could not be run.
-        verification: at which sizes it was run, or why it could not be.
+        added_ms: predicted milliseconds that the loop adds to a training step.
+        returned_bytes: bytes of logits that the compiled function returns, so that they exist as a whole.
+        returned_gradient_bytes: bytes of their gradient, with which backward starts even if nobody used them.
+        verified: with the option `verify`, True for a loop that ran and is right, False for one that could not run.
+        verification: at which sizes it ran, or why it could not.
     """
 
     pattern: str
@@ -63,12 +63,12 @@ class LoopedRegion:
 
 @dataclass(frozen=True)
 class RefusedRegion:
-    """A region, or what looked like one, that was left as it was.
+    """A region, or what looked like one, that is left as it was.
 
     Attributes:
         pattern: name of the pattern that recognised it.
         reason: name of a `Reason`.
-        op: what stands in the way.
+        op: the op that is the obstacle.
         source: file, line and code of that op.
         advice: what to change.
         text: the reason in one sentence.
@@ -92,12 +92,12 @@ class RefusedRegion:
 
 @dataclass(frozen=True)
 class EarlyCut:
-    """A projection whose result was cut along the tokens, and whose operand is cut now.
+    """A projection whose result the program cuts along the tokens; the compiled code cuts its operand.
 
     Attributes:
         module: path of the module that cuts.
         source: file, line and code of the cut.
-        bytes_before, bytes_after: of what the projection makes.
+        bytes_before, bytes_after: bytes of what the projection makes.
     """
 
     module: str
@@ -112,12 +112,12 @@ class EarlyCut:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Logits in place of which the compiled function returns None.
+    """Logits that the compiled function does not return: it returns None in their place.
 
     Attributes:
         module: path of the module that makes them.
-        source: file, line and code.
-        bytes: of the logits.
+        source: file, line and code of their op.
+        bytes: bytes of the logits.
     """
 
     module: str
@@ -133,13 +133,13 @@ class Report:
     """The decisions of one compile, in graph order.
 
     Attributes:
-        regions: what is looped.
-        refusals: what is not, and why.
-        cuts: projections that make less than was written.
+        regions: the regions that are looped.
+        refusals: what is not looped, and why.
+        cuts: projections that make less than the program says.
         dropped: logits that are not returned.
-        graphs: number of graphs that were seen; more than one after a graph break.
-        peak, peak_whole: predicted bytes of a training step of the graph with these loops and without any; of several
-            graphs, the most.
+        graphs: number of graphs in the report; more than one after a graph break.
+        peak, peak_whole: predicted peak bytes of a training step, with these loops and without any; the largest of
+            several graphs.
         notes: what else the user should know.
     """
 
@@ -157,7 +157,7 @@ class Report:
         return replace(self.joined(other), graphs=self.graphs + other.graphs, peak=peak, peak_whole=whole)
 
     def joined(self, other: Report) -> Report:
-        """With the decisions about a part of the same graph."""
+        """Return the report with the decisions about another part of the same graph added."""
         regions, refusals = self.regions + other.regions, self.refusals + other.refusals
         cuts, gone = self.cuts + other.cuts, self.dropped + other.dropped
         return Report(regions, refusals, cuts, gone, self.graphs, notes=(*dict.fromkeys(self.notes + other.notes),))
@@ -176,7 +176,12 @@ class Report:
 
 
 def refused(pattern: str, refusal: Refusal) -> RefusedRegion:
-    """The entry of a region that was not."""
+    """Return the entry of a refused region.
+
+    Args:
+        pattern: name of the pattern, "all" where the refusal is about the whole graph.
+        refusal: the reason, the node and the text.
+    """
     node = refusal.node
     return RefusedRegion(
         pattern=pattern,
@@ -193,10 +198,10 @@ _MADE: deque[Report] = deque(maxlen=1000)
 
 
 def record(report: Report) -> None:
-    """Keep the report of a compile for `reports`."""
+    """Store the report of a compile for `reports`."""
     _MADE.append(report)
 
 
 def reports() -> list[Report]:
-    """The reports of the compiles made in this process (the last thousand), oldest first; one a graph."""
+    """Return the reports of this process's compiles (the last thousand), oldest first, one for each graph."""
     return list(_MADE)

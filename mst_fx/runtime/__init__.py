@@ -1,6 +1,6 @@
-"""The loop: the operator in the graph, its derivative, its lowering by Inductor, and what runs it.
+"""The loop: the operator in the graph, its derivative, its lowering by Inductor, and the code that runs it.
 
 In: bodies, literals and operands.
-Out: results of all mini-sequences.
+Out: results over all chunks.
 Imports: core, kernels.
 """

@@ -1,7 +1,7 @@
-"""A hash of the sources that compiled code depends on: what another version of them made must not be reused.
+"""A hash of the source files that compiled code depends on: caches must not reuse what another version made.
 
 The compilers' caches know the graph, the bodies in it and the options. They do not know how a loop is lowered and run:
-those sources are found by following imports.
+this module finds those source files by their imports.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ IMPORT = re.compile(r"^\s*(?:from|import) (mst_fx(?:\.\w+)*)(?: import (\w+))?",
 
 
 def sources(*modules: str, root: Path = ROOT) -> list[Path]:
-    """The files of modules, and of all that they import of the package, in any function.
+    """Return the source files of modules, and of all that they import from the package, in functions too; sorted.
 
     Args:
-        modules: by their full names.
+        modules: full names of the modules.
         root: the folder that holds the package.
     """
     found: set[Path] = set()
@@ -33,7 +33,7 @@ def sources(*modules: str, root: Path = ROOT) -> list[Path]:
 
 
 def _files(module: str, root: Path) -> list[Path]:
-    """The file of a module, or of a package; of a name in a module, none."""
+    """Return the file of a module or of a package; none for a name inside a module."""
     path = root.joinpath(*module.split("."))
     candidates = (path.with_suffix(".py"), path / "__init__.py")
     return [file for file in candidates if file.is_file() and file.parent != root / "mst_fx"]

@@ -1,9 +1,9 @@
-"""Dynamo captures the loop operator: compiled autograd hands it backward graphs of AOTAutograd, loops included.
+"""Dynamo's capture of the loop operator: compiled autograd hands Dynamo AOTAutograd's backward graphs, with loops.
 
 The operator and its bodies go into the captured graph as they are.
 
 Private torch API: Dynamo's variables of higher-order operators. Run on torch 2.11, 2.13 and 2.15. Where they have other
-names, compiled autograd cannot compile backward graphs that hold loops, and all else is as it was.
+names, compiled autograd cannot compile backward graphs that hold loops; nothing else changes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger("mst_fx")
 
 
 def let_dynamo_capture_loops() -> None:
-    """Tell Dynamo how to put the operator into a graph; once told, it knows."""
+    """Register the operator with Dynamo, so that it can put the operator into a graph; further calls do nothing."""
     try:
         from torch._dynamo.variables import higher_order_ops as ops
 
@@ -37,7 +37,7 @@ def _variable_class(base: Any) -> Any:
     from torch._dynamo.variables.tensor import SymNodeVariable
 
     def literal(tx: Any, argument: Any) -> Any:
-        """A number that Dynamo has taken for one that may vary is the one that was seen."""
+        """Return a literal of the spec; a number that Dynamo took as varying is fixed to its value."""
         argument = argument.realize()
         if isinstance(argument, SymNodeVariable):
             return argument.evaluate_expr(tx.output)
@@ -60,7 +60,7 @@ def _variable_class(base: Any) -> Any:
         _HOP_NAME = "torch.ops.higher_order.mini_sequence_loop"
 
         def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
-            import mst_fx.runtime.inductor_lowering  # noqa: F401 - the graph may be compiled by Inductor, which nobody has told of it
+            import mst_fx.runtime.inductor_lowering  # noqa: F401 - registers the lowering: Inductor may compile the graph
 
             full, tail, *operands = (proxy_of(tx, argument.realize()) for argument in (*args[:2], *args[3:]))
             arguments = (full, tail, literal(tx, args[2]), *operands)

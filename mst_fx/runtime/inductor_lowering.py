@@ -1,4 +1,4 @@
-"""Inductor's lowering of the loop operator: the bodies become functions of the generated module, the loop one call.
+"""Inductor's lowering of the loop operator: each body becomes a function of the generated module, the loop one call.
 
 Private torch API: Inductor's IR, graph lowering and wrapper code. Run on torch 2.11, 2.13 and 2.15.
 """
@@ -18,15 +18,15 @@ from torch._inductor.virtualized import V
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from mst_fx.core.sizes import is_symbolic
-from mst_fx.kernels.write_order import behind, let_overwrite
+from mst_fx.kernels.write_order import let_overwrite, written_after
 from mst_fx.runtime.loop_operator import chunk_examples, mini_sequence_loop
 
-# Inductor says so of every operator with subgraphs that it does not know; it then leaves the bodies as they are
+# Inductor warns of every operator with subgraphs that it does not know; it then leaves the bodies as they are
 warnings.filterwarnings("ignore", message="Please add support for subgraph args to function mini_sequence_loop")
 
 
 class MiniSequenceKernel(ir.ExternKernel):
-    """One loop in Inductor's graph: nothing is fused into it or moved through it."""
+    """One loop in Inductor's graph; Inductor fuses nothing into it and moves nothing through it."""
 
     def __init__(self, subgraphs: Sequence[Any], spec: tuple[Any, ...], operands: Sequence[Any], layout: Any) -> None:
         super().__init__(name=None, layout=layout, inputs=operands)
@@ -36,19 +36,19 @@ class MiniSequenceKernel(ir.ExternKernel):
         V.graph.register_operation(self)
 
     def get_subgraphs(self) -> list[Any]:
-        """Told to Inductor so that it sees what the bodies use."""
+        """Return the bodies, so that Inductor sees what they use."""
         return [subgraph for subgraph in self.subgraphs if subgraph is not None]
 
     def should_allocate(self) -> bool:
-        """The runtime allocates the results."""
+        """Return False: the runtime allocates the results."""
         return False
 
     def has_side_effects(self) -> bool:
-        """A loop whose results nobody reads may go."""
+        """Return False: Inductor may remove a loop whose results nobody reads."""
         return False
 
     def codegen(self, wrapper: Any) -> None:
-        """Write the bodies once, and the call of the loop."""
+        """Write the bodies, each once, and the call of the loop."""
         names = []
         for subgraph in self.subgraphs:
             if subgraph is not None:
@@ -82,7 +82,7 @@ def _lower(full: Any, tail: Any, spec: tuple[Any, ...], *operands: Any) -> list[
 
 
 def _compile_body(subgraph: Any, chunk: Sequence[torch.Tensor]) -> None:
-    """Run Inductor over the body, for operands of one chunk."""
+    """Run Inductor over a body, for the operands of one chunk."""
     if subgraph.graph is not None:
         return
     FakeTensorProp(subgraph.graph_module, mode=V.fake_mode).propagate_dont_convert_inputs(*chunk)
@@ -97,18 +97,18 @@ def _any_length(chunk: Sequence[torch.Tensor]) -> bool:
 
 
 def _settings(chunk: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
-    """For a body of any length: no kernel that reduces along both axes, which torch 2.11 cannot split without a hint.
+    """Forbid a body of any length kernels that reduce along both axes: torch 2.11 cannot split these without a hint.
 
-    Such a kernel is meant for many rows, and is taken wherever their number is not known to be small.
+    Such a kernel serves many rows; Inductor takes it unless it knows that the rows are few.
     """
     return config.patch({"triton.mix_order_reduction": False} if _any_length(chunk) else {})
 
 
-@register_lowering(behind, type_promotion_kind=None)
-def _behind(value: Any, earlier: Any) -> Any:
-    """The value, which depends on `earlier` in name only: Inductor lets it overwrite what it is the last to read."""
-    earlier.realize()
-    same = lowerings[torch.ops.aten.eq.Tensor](earlier, earlier)
+@register_lowering(written_after, type_promotion_kind=None)
+def _written_after(value: Any, previous: Any) -> Any:
+    """Make the value depend on `previous` in name only: Inductor lets the last reader of a buffer overwrite it."""
+    previous.realize()
+    same = lowerings[torch.ops.aten.eq.Tensor](previous, previous)
     return lowerings[torch.ops.aten.where.self](same, value, value)
 
 

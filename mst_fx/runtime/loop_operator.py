@@ -1,18 +1,18 @@
-"""The loop operator: a chunk body, run by the host over the mini-sequences, with in-place accumulation.
+"""The loop operator: the host runs a body over one chunk after the other, and adds up in place.
 
-`mini_sequence_loop(full, tail, spec, *operands)` stays one node of the graph until Inductor, so nothing can reorder or
-fuse the chunks until all of them are alive.
+`mini_sequence_loop(full, tail, spec, *operands)` stays one node of the graph until Inductor, so no compiler can reorder
+or fuse the chunks until all of them are alive.
 
 Terms
-  body       an aten graph module that computes one mini-sequence
+  body       an aten graph module that computes one chunk (one mini-sequence)
   full, tail the bodies for a full chunk and for the ragged last one (None where the length divides)
-  spec       (version, chunk, ins, outs, strides): plain literals, so that graphs, cache keys and generated code can
-             hold it
+  spec       (version, chunk length in positions, ins, outs, strides): plain literals, so that graphs, cache keys and
+             generated code can hold it
   ins        for each operand None (whole) or (dim, outer, inner), as in `placement.Split`
-  strides    for whole operands that bodies take in another layout than the contiguous one, (position, strides)
+  strides    (position, strides) of each whole operand that the bodies take in a layout that is not contiguous
   outs       how the body's outputs become results: literals of `result_kinds`
 
-Private torch API: the registration of a higher-order operator, and the marks of activation checkpointing on its nodes.
+Private torch API: registration of a higher-order operator, and marks of activation checkpointing on its nodes.
 Run on torch 2.11, 2.13 and 2.15.
 """
 
@@ -40,13 +40,13 @@ from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, _
 from mst_fx.core.graph_modules import layout_free
 from mst_fx.core.sizes import any_length, is_symbolic
 from mst_fx.runtime.result_kinds import Axis, Cat, Outer, ResultKind, Rows, Sum, kind_of
-from mst_fx.runtime.results import aligned, example, laid_out, pieces, result_of
+from mst_fx.runtime.results import aligned, chunks_of, collector_of, example, laid_out
 
 Body: TypeAlias = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
 
 class LoopSpec(NamedTuple):
-    """The literals of one loop; `tuple(spec)` is what the graph holds."""
+    """The literals of one loop (see the terms above); the graph holds `tuple(spec)`."""
 
     version: str
     chunk: int
@@ -56,30 +56,36 @@ class LoopSpec(NamedTuple):
 
 
 def axis_length(ins: Sequence[Axis | None], operands: Sequence[torch.Tensor]) -> int:
-    """Length of the axis."""
+    """Return the length of the axis in positions."""
     x, (dim, outer, inner) = next((x, axis) for x, axis in zip(operands, ins, strict=True) if axis is not None)
     return x.shape[dim] // (outer * inner)
 
 
 def run_loop(bodies: tuple[Body, Body | None], raw_spec: tuple[Any, ...], operands: list[torch.Tensor]) -> list[Any]:
-    """Run the loop. Generated code calls this with the bodies that it compiled."""
+    """Run the loop and return its results. Generated code calls this with the bodies that it compiled.
+
+    Args:
+        bodies: of a full chunk and of the ragged last one; each takes a list of tensors and gives its outputs.
+        raw_spec: a `LoopSpec` as a tuple.
+        operands: the whole operands of the loop, all chunks in one.
+    """
     spec = LoopSpec(*raw_spec)
     total = axis_length(spec.ins, operands)
     layouts = dict(spec.strides)
     chunks = [
-        repeat(laid_out(x, layouts.get(position))) if axis is None else map(aligned, pieces(x, axis, spec.chunk))
+        repeat(laid_out(x, layouts.get(position))) if axis is None else map(aligned, chunks_of(x, axis, spec.chunk))
         for position, (x, axis) in enumerate(zip(operands, spec.ins, strict=True))
     ]
-    results = [result_of(kind_of(literal), total, spec.chunk) for literal in spec.outs]
+    collectors = [collector_of(kind_of(literal), total, spec.chunk) for literal in spec.outs]
     for start in range(0, total, spec.chunk):
         body = bodies[0] if start + spec.chunk <= total else bodies[1]
         assert body is not None
         outs = iter(body([next(chunk) for chunk in chunks]))
-        for result in results:
-            result.add(outs)
+        for collector in collectors:
+            collector.add(outs)
         del outs  # free this chunk before the next one starts
-    # one after the other: a float32 sum is freed before the next is cast
-    return [results.pop(0).finished() for _ in spec.outs]
+    # one after the other: this frees each float32 sum before it casts the next
+    return [collectors.pop(0).finished() for _ in spec.outs]
 
 
 class _MiniSequenceLoop(HigherOrderOperator):
@@ -90,7 +96,7 @@ class _MiniSequenceLoop(HigherOrderOperator):
         return super().__call__(full, tail, spec, *operands)
 
     def dispatch(self, /, dispatch_key: Any, *args: Any, **kwargs: Any) -> Any:
-        """A mode that knows no such operators, of the user's or one that counts, sees the ops that the loop runs."""
+        """Run the loop op by op under a mode that does not support higher-order operators: the mode sees these ops."""
         mode = _get_current_dispatch_mode() if dispatch_key == DispatchKey.Python else None
         unknown = mode is not None and type(mode) not in self.python_key_table
         if unknown and not getattr(mode, "supports_higher_order_operators", False):
@@ -100,19 +106,19 @@ class _MiniSequenceLoop(HigherOrderOperator):
 
 mini_sequence_loop = _MiniSequenceLoop()
 
-_kept: ContextVar[list[Node] | None] = ContextVar("_kept", default=None)
+_to_save: ContextVar[list[Node] | None] = ContextVar("_to_save", default=None)
 
 
 @contextmanager
-def results_kept() -> Iterator[None]:
-    """Activation checkpointing keeps what loops traced here give, as if the policy were to save it if it is needed."""
+def results_saved() -> Iterator[None]:
+    """Let activation checkpointing save the results of loops that the block traces, where backward needs them."""
     nodes: list[Node] = []
-    token = _kept.set(nodes)
+    token = _to_save.set(nodes)
     try:
         yield
     finally:
-        _kept.reset(token)
-    for node in nodes:  # only now: newer versions mark what an op has traced when it returns
+        _to_save.reset(token)
+    for node in nodes:  # only now: newer versions mark the nodes of an op when the op returns
         if node.meta.get("recompute") == CheckpointPolicy.PREFER_RECOMPUTE:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
@@ -120,9 +126,10 @@ def results_kept() -> Iterator[None]:
 def chunk_examples(
     raw_spec: tuple[Any, ...], operands: Sequence[torch.Tensor], shape_env: Any
 ) -> list[list[torch.Tensor]]:
-    """Fake operands of a full chunk and of the ragged one, as `run_loop` hands them on; call it under their fake mode.
+    """Return fake operands of a full chunk and of the ragged one, shaped and laid out as `run_loop` gives them.
 
-    The ragged length is a symbol of its own where the axis' length is only known at run time, so no guard comes of it.
+    Call this under the operands' fake mode. Where the axis' length is only known at run time, the ragged length is a
+    symbol of its own, so that it adds no guard.
     """
     spec = LoopSpec(*raw_spec)
     total = axis_length(spec.ins, operands)
@@ -138,7 +145,7 @@ def chunk_examples(
 
 
 class _Like(NamedTuple):
-    """What is known of a tensor."""
+    """Shape, dtype and device of a tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -149,12 +156,12 @@ _outputs: WeakKeyDictionary[Any, dict[Any, list[_Like]]] = WeakKeyDictionary()
 
 
 def _outputs_of(body: Any, examples: Sequence[torch.Tensor]) -> list[_Like]:
-    """What a body gives for fake operands of one chunk; run once for operands that are alike.
+    """Return the shapes of a body's outputs for fake operands of one chunk; it runs once for operands that are alike.
 
-    A compiler asks for it about five times a loop, and a model has a loop a layer.
+    A compiler asks about five times for each loop, and a model has a loop in each layer.
     """
     sizes = [size for x in examples for size in (*x.shape, *x.stride())]
-    symbolic = any(map(is_symbolic, sizes))  # of one compile alone: not to be kept
+    symbolic = any(map(is_symbolic, sizes))  # symbols belong to one compile: the cache takes none
     known = {} if symbolic else _outputs.setdefault(body, {})
     key = None if symbolic else (*map(int, sizes), *((x.dim(), x.dtype, x.device) for x in examples))
     if key not in known:
@@ -179,26 +186,26 @@ def _fake(
         outs = iter(_outputs_of(full, chunk_examples(spec, operands, mode.shape_env)[0]))
         results = []
         for kind in map(kind_of, LoopSpec(*spec).outs):
-            parts = list(islice(outs, kind.outputs))
-            shape, dtype = _shape_of(kind, parts, total), kind.result if isinstance(kind, Sum) else parts[0].dtype
-            results.append(torch.empty(shape, dtype=dtype, device=parts[0].device))
+            own = list(islice(outs, kind.outputs))
+            shape, dtype = _shape_of(kind, own, total), kind.result if isinstance(kind, Sum) else own[0].dtype
+            results.append(torch.empty(shape, dtype=dtype, device=own[0].device))
         return tuple(results)
 
 
-def _shape_of(kind: ResultKind, parts: Sequence[torch.Tensor | _Like], total: int) -> Sequence[int]:
-    """Sizes of a result that is made of these outputs of a body."""
+def _shape_of(kind: ResultKind, outputs: Sequence[torch.Tensor | _Like], total: int) -> Sequence[int]:
+    """Return the shape of a result that is made of these outputs of a body."""
     if isinstance(kind, Cat):
-        return kind.shape(parts[0].shape, total)
+        return kind.shape(outputs[0].shape, total)
     if isinstance(kind, Rows):
         return kind.shape(total)
-    return [part.shape[1] for part in parts] if isinstance(kind, Outer) else parts[0].shape
+    return [output.shape[1] for output in outputs] if isinstance(kind, Outer) else outputs[0].shape
 
 
 @mini_sequence_loop.py_impl(ProxyTorchDispatchMode)
 def _proxy(mode: ProxyTorchDispatchMode, full: Any, tail: Any, spec: tuple[Any, ...], *operands: torch.Tensor) -> Any:
-    """The bodies are traced again, so that their values live in the fake mode of the graph around them.
+    """Trace the bodies again, so that their values live in the fake mode of the graph around them.
 
-    One that several loops share is traced once: operands of its loops have the same shapes.
+    A body that several loops share is traced once: the operands of these loops have the same shapes.
     """
     tracer: Any = mode.tracer
     fake_mode: Any = detect_fake_mode(operands)
@@ -220,9 +227,9 @@ def _proxy(mode: ProxyTorchDispatchMode, full: Any, tail: Any, spec: tuple[Any, 
     with disable_proxy_modes_tracing():
         out = mini_sequence_loop(*traced, spec, *operands)
     tracked = track_tensor_tree(out, proxy, constant=None, tracer=tracer)
-    kept = _kept.get()
-    if kept is not None:
-        kept += [proxy.node, *proxy.node.users]
+    to_save = _to_save.get()
+    if to_save is not None:
+        to_save += [proxy.node, *proxy.node.users]
     return tracked
 
 
@@ -235,11 +242,11 @@ def _functional(ctx: Any, full: Any, tail: Any, spec: tuple[Any, ...], *operands
 
 @mini_sequence_loop.py_autograd_impl
 def _below_autograd(full: Any, tail: Any, spec: tuple[Any, ...], *operands: torch.Tensor) -> Any:
-    """Derivatives are the caller's: `mini_sequence.mini_sequence` pairs a forward with a backward loop."""
+    """Run the loop without derivatives: `mini_sequence.mini_sequence` pairs a forward with a backward loop."""
     with torch._C._AutoDispatchBelowAutograd():
         return mini_sequence_loop(full, tail, spec, *operands)
 
 
-# Under activation checkpointing the operator is one op like any other: recomputed, or kept if the policy says so.
+# Under activation checkpointing the operator is an op like any other: recomputed, or saved if the policy says so.
 redirect_to_mode(mini_sequence_loop, _CachingTorchDispatchMode)
 redirect_to_mode(mini_sequence_loop, _CachedTorchDispatchMode)

@@ -1,8 +1,8 @@
-"""The differentiable call that stands in the rewritten graph in place of a region.
+"""The differentiable call that replaces a region in the rewritten graph.
 
-Two ways backward:
-  recompute    save the operands; a second loop recomputes each mini-sequence and adds up its gradients
-  in_forward   the region ends in one sum, so one loop computes it and its gradients up to the upstream factor
+The backward goes one of two ways:
+  recompute    the call saves the operands; a second loop recomputes each chunk and adds up its gradients
+  in_forward   the region ends in one sum, so one loop computes it and its gradients, up to the upstream factor
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any, NamedTuple
 import torch
 
 from mst_fx.core.clean_room import without_autocast
-from mst_fx.runtime.loop_operator import mini_sequence_loop, results_kept
+from mst_fx.runtime.loop_operator import mini_sequence_loop, results_saved
 
 
 class CallSpec(NamedTuple):
-    """The literals of one call; `tuple(spec)` is what the graph holds.
+    """The literals of one call; the graph holds `tuple(spec)`.
 
     Attributes:
         backward: "recompute", "in_forward" or "none".
-        forward_spec: of the loop that only computes results.
-        backward_spec: of the loop that computes gradients (after the results where gradients come in the forward).
-        differentiable: positions of the results that have a gradient; the backward loop reads theirs first.
-        wanted: positions of the operands whose gradients the backward loop gives, in its order.
-        kept: positions of the results that exist anyway and are not recomputed; the backward loop reads the upstream
+        forward_spec: `LoopSpec` of the loop that computes only results.
+        backward_spec: `LoopSpec` of the loop that computes gradients (after the results, for "in_forward").
+        differentiable: positions of the results that have a gradient; the backward loop reads these gradients first.
+        wanted: positions of the operands whose gradients the backward loop gives, in the order of its results.
+        reused: positions of the results that exist anyway and are not recomputed; the backward loop reads the upstream
             gradients, then these, then the operands.
-        keeps: whether activation checkpointing keeps the results of the forward loop that it needs, and does not run
-            the loop again for them.
+        keeps: whether activation checkpointing saves the results of the forward loop that backward needs, in
+            place of running the loop again.
     """
 
     backward: str
@@ -36,7 +36,7 @@ class CallSpec(NamedTuple):
     backward_spec: tuple[Any, ...]
     differentiable: tuple[int, ...]
     wanted: tuple[int, ...]
-    kept: tuple[int, ...] = ()
+    reused: tuple[int, ...] = ()
     keeps: bool = False
 
 
@@ -48,15 +48,18 @@ def mini_sequence(
     raw_spec: tuple[Any, ...],
     *operands: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """Run a region as a loop over mini-sequences.
+    """Run a region as a loop over mini-sequences, and return its results, each contiguous.
 
     Args:
-        forward: body that computes the results of a full chunk, None where gradients come in the forward.
+        forward: body that computes the results of a full chunk, None where gradients are made in the forward.
         forward_tail: the same for the ragged last chunk, None where there is none.
         backward: body that computes the gradients of a full chunk, None where none is needed.
-        backward_tail: the same for the ragged last chunk.
+        backward_tail: the same for the ragged last chunk, None where there is none.
         raw_spec: a `CallSpec` as a tuple.
-        operands: what the region reads.
+        operands: the values that the region reads.
+
+    Raises:
+        RuntimeError: in backward, where the gradients are differentiated once more (`create_graph=True`).
     """
     spec = CallSpec(*raw_spec)
     operands = tuple(_connected(x, position in spec.wanted) for position, x in enumerate(operands))
@@ -70,7 +73,7 @@ def mini_sequence(
 
 
 def _connected(operand: torch.Tensor, wanted: bool) -> torch.Tensor:
-    """An operand, without its gradient where none comes back: what it is made of would be given zeros for none."""
+    """Detach an operand whose gradient is not wanted: autograd would pass on zeros for it."""
     return operand if wanted or not operand.requires_grad else operand.detach()
 
 
@@ -78,9 +81,9 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bodies: tuple[Any, ...], spec: CallSpec, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.bodies, ctx.spec, ctx.count = bodies[2:], spec, len(operands)
-        with results_kept() if spec.keeps else nullcontext():
+        with results_saved() if spec.keeps else nullcontext():
             results = mini_sequence_loop(*bodies[:2], spec.forward_spec, *operands)
-        ctx.save_for_backward(*(results[i] for i in spec.kept), *operands)
+        ctx.save_for_backward(*(results[i] for i in spec.reused), *operands)
         ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in spec.differentiable))
         return results
 
@@ -91,7 +94,7 @@ class _Recompute(torch.autograd.Function):
         _forbid_second_derivatives()
         with without_autocast():
             grads = mini_sequence_loop(*ctx.bodies, spec.backward_spec, *upstream, *ctx.saved_tensors)
-        return (None, None, *_placed(spec, grads, ctx.count))
+        return (None, None, *_at_operands(spec, grads, ctx.count))
 
 
 class _GradientsInForward(torch.autograd.Function):
@@ -111,27 +114,30 @@ class _GradientsInForward(torch.autograd.Function):
         _forbid_second_derivatives()
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         grads = tuple(_scaled(grad, factor, dtype) for grad, dtype in pairs)
-        return (None, None, None, *_placed(ctx.spec, grads, ctx.count))
+        return (None, None, None, *_at_operands(ctx.spec, grads, ctx.count))
 
 
 def _forbid_second_derivatives() -> None:
-    """Raise an error where gradients shall be differentiated (`create_graph=True`): no body computes that.
+    """Raise an error where gradients are to be differentiated (`create_graph=True`): no body computes that.
 
-    It is raised at once: a gradient that is only returned reaches nothing that could raise it later.
+    The error comes at once: a gradient that is only returned reaches no op that could raise it later.
+
+    Raises:
+        RuntimeError: grad mode is on in backward.
     """
     if torch.is_grad_enabled():
         raise RuntimeError("mst_fx: gradients of a loop cannot be differentiated once more (create_graph=True)")
 
 
 def _scaled(grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Times the upstream factor, but 0 stays 0: without any label the factor is infinite, and the gradients are 0.
+    """Multiply a gradient by the upstream factor; 0 stays 0, as without any label the factor is infinite.
 
-    A float32 sum is rounded here for the first time.
+    This is the first rounding of a float32 sum.
     """
     return torch.where(grad == 0, grad, grad * factor).to(dtype)
 
 
-def _placed(spec: CallSpec, grads: tuple[torch.Tensor, ...], count: int) -> list[torch.Tensor | None]:
-    """The gradients at their operands' positions."""
+def _at_operands(spec: CallSpec, grads: tuple[torch.Tensor, ...], count: int) -> list[torch.Tensor | None]:
+    """Return the gradients at the positions of their operands, None elsewhere."""
     by_operand = dict(zip(spec.wanted, grads, strict=True))
     return [by_operand.get(position) for position in range(count)]

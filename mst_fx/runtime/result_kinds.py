@@ -1,6 +1,6 @@
-"""How the outputs of a body become the results of a loop; each kind has literals, which graphs and generated code hold.
+"""Kinds of results: how outputs of a body become a result of a loop. Graphs and generated code hold their literals.
 
-Legend: n positions of a mini-sequence, i and j columns.
+Legend: n positions of a chunk, i and j columns.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ class _Kind:
 
     @property
     def literal(self) -> tuple[Any, ...]:
-        """The name of the kind, then its fields."""
+        """The name of the kind, then the values of its fields."""
         return (self.name, *(getattr(self, field.name) for field in fields(self)))
 
     @property
     def outputs(self) -> int:
-        """How many outputs of the body make one result."""
+        """The number of the body's outputs that make one result."""
         return 1
 
 
 @dataclass(frozen=True)
 class Cat(_Kind):
-    """The output is written to its place in the result."""
+    """The loop writes the output to its place in the result."""
 
     name = "cat"
     dim: int
     outer: int
     inner: int
 
-    def shape(self, piece: tuple[int, ...], total: int) -> list[int]:
-        """Sizes of the result.
+    def shape(self, chunk: tuple[int, ...], total: int) -> list[int]:
+        """Return the shape of the result.
 
         Args:
-            piece: those of an output.
-            total: positions of the axis.
+            chunk: shape of an output.
+            total: length of the axis in positions.
         """
-        sizes = list(piece)
+        sizes = list(chunk)
         sizes[self.dim] = self.outer * total * self.inner
         return sizes
 
 
 @dataclass(frozen=True)
 class Rows(_Kind):
-    """`count` pairs A [n, k] and B [k, j]; the sum of the products A B is written to its place in the result.
+    """The loop writes the sum of `count` products A [n, k] times B [k, j] to its place in the result.
 
     Attributes:
-        count: of pairs.
-        axis: of the result.
-        sizes: of the result, 0 for the dim of the axis.
+        count: number of products.
+        axis: (dim, outer, inner) of the result.
+        sizes: shape of the result, 0 for the dim of the axis.
     """
 
     name = "rows"
@@ -67,31 +67,31 @@ class Rows(_Kind):
 
     @property
     def outputs(self) -> int:
-        """Two a pair."""
+        """Two for each product."""
         return 2 * self.count
 
     def shape(self, total: int) -> list[int]:
-        """Sizes of the result for `total` positions of the axis."""
+        """Return the shape of the result for an axis of `total` positions."""
         dim, _, inner = self.axis
         return [total * inner if position == dim else size for position, size in enumerate(self.sizes)]
 
 
 @dataclass(frozen=True)
 class Sum(_Kind):
-    """The output adds up over the mini-sequences in `dtype`; the result has dtype `result`."""
+    """The output adds up over the chunks in `dtype`; the result has dtype `result`."""
 
     name = "sum"
     dtype: torch.dtype
     result: torch.dtype
 
     def adds_up_in(self, *, several: bool) -> torch.dtype:
-        """One mini-sequence adds nothing up: it needs no other dtype."""
+        """Return the dtype of the sum; one chunk alone adds nothing up and needs no other dtype than the result's."""
         return self.dtype if several else self.result
 
 
 @dataclass(frozen=True)
 class Outer(Sum):
-    """Two outputs A [n, i] and B [n, j]; the product A^T B [i, j] adds up."""
+    """The product A^T B [i, j] of two outputs A [n, i] and B [n, j] adds up over the chunks."""
 
     name = "outer"
 
@@ -106,6 +106,6 @@ _KINDS: dict[str, type[Any]] = {kind.name: kind for kind in (Cat, Rows, Sum, Out
 
 
 def kind_of(literal: tuple[Any, ...]) -> ResultKind:
-    """The kind that a literal stands for."""
+    """Return the kind that a literal stands for."""
     name, *values = literal
     return _KINDS[name](*values)

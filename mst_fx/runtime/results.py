@@ -1,7 +1,7 @@
-"""How the outputs of the chunks become the results of a loop: written to their places, or added up in place.
+"""Collectors make the results of a loop: they write the outputs of the chunks to their places, or add them up in place.
 
-A result takes what the body gave for one chunk after the other, and is contiguous. What can be done once for all chunks
-is done with the first: the host must not fall behind the device.
+A collector takes the outputs of one chunk after the other; its result is contiguous. It does with the first chunk what
+it can do once for all: the host must not fall behind the device.
 """
 
 from __future__ import annotations
@@ -15,82 +15,82 @@ import torch
 from mst_fx.runtime.result_kinds import Axis, Cat, Outer, ResultKind, Rows
 
 
-class Result(Protocol):
-    """One result of a loop."""
+class Collector(Protocol):
+    """Collects one result of a loop."""
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
-        """Take the outputs of the next chunk that belong to this result."""
+        """Take the outputs of the next chunk that belong to this result from `outs`."""
 
     def finished(self) -> torch.Tensor:
-        """The result, after the last chunk."""
+        """Return the result, after the last chunk."""
 
 
-def result_of(kind: ResultKind, total: int, chunk: int) -> Result:
-    """An empty result.
+def collector_of(kind: ResultKind, total: int, length: int) -> Collector:
+    """Return an empty collector.
 
     Args:
-        kind: how it is made.
-        total: positions of the axis.
-        chunk: positions in one mini-sequence; if that is all, nothing adds up, and no other dtype is needed for it.
+        kind: how outputs become the result.
+        total: length of the axis in positions.
+        length: positions of one chunk; one chunk for all adds nothing up, and needs no other dtype for the sum.
     """
     if isinstance(kind, Cat):
-        return _Written(kind, total, chunk)
+        return _Written(kind, total, length)
     if isinstance(kind, Rows):
-        return _Rows(kind, total, chunk)
+        return _Rows(kind, total, length)
     sums = _Outer if isinstance(kind, Outer) else _Sum
-    return sums(kind.adds_up_in(several=total > chunk), kind.result)
+    return sums(kind.adds_up_in(several=total > length), kind.result)
 
 
-def pieces(x: torch.Tensor, axis: Axis, chunk: int) -> Iterator[torch.Tensor]:
-    """The mini-sequences along the axis of `x`, contiguous, in shapes as `piece_shape` has them: views if they can be.
+def chunks_of(x: torch.Tensor, axis: Axis, length: int) -> Iterator[torch.Tensor]:
+    """Return the chunks of `x` along the axis, contiguous, in the shapes of `chunk_shape`; views where they can be.
 
     Args:
-        x: of any strides.
+        x: a whole value, of any strides.
         axis: (dim, outer, inner).
-        chunk: positions in one mini-sequence; the last one may have fewer.
+        length: positions of one chunk; the last one may have fewer.
     """
-    return map(torch.Tensor.contiguous, _views(x, axis, chunk))
+    return map(torch.Tensor.contiguous, _views(x, axis, length))
 
 
-def piece_shape(shape: Sequence[int], axis: Axis, length: int) -> list[int]:
-    """The shape in which a body takes a mini-sequence of a value: the axis has a dim of its own.
+def chunk_shape(shape: Sequence[int], axis: Axis, length: int) -> list[int]:
+    """Return the shape in which a body takes a chunk of a value: the axis has a dim of its own.
 
     So code that is compiled for any length finds the length among the sizes, and not a multiple of it.
 
     Args:
-        shape: of the whole value, of any number of positions.
+        shape: shape of the whole value, for any number of positions.
         axis: (dim, outer, inner).
-        length: positions in the mini-sequence.
+        length: positions of the chunk.
     """
     dim = axis[0]
     return [*shape[:dim], *_factors(axis, length), *shape[dim + 1 :]]
 
 
 def _factors(axis: Axis, length: int) -> list[int]:
-    """Sizes that one dim is taken apart into: the axis, and the factors around it that are not 1."""
+    """Return the sizes that a dim unflattens into: the axis, and the factors around it that are not 1."""
     _, outer, inner = axis
     return [*([outer] if outer != 1 else []), length, *([inner] if inner != 1 else [])]
 
 
-def _views(x: torch.Tensor, axis: Axis, chunk: int) -> tuple[torch.Tensor, ...]:
-    """The mini-sequences of `x` in its own memory, in shapes as `piece_shape` has them."""
+def _views(x: torch.Tensor, axis: Axis, length: int) -> tuple[torch.Tensor, ...]:
+    """Return the chunks of `x` as views, in the shapes of `chunk_shape`."""
     dim, outer, inner = axis
     if outer != 1 or inner != 1:
         x = x.unflatten(dim, _factors(axis, x.shape[dim] // (outer * inner)))
-    return x.split(chunk, dim + (outer != 1))
+    return x.split(length, dim + (outer != 1))
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous value where compiled bodies may read 16 bytes at a time, as from memory that torch has allocated."""
+    """Return a contiguous value aligned to 16 bytes, as torch allocates memory: compiled bodies may read so many."""
     return x.clone() if x.data_ptr() % 16 else x
 
 
 def laid_out(x: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Tensor:
-    """A whole value, aligned, in the layout that the bodies were made for: itself where it lies like that.
+    """Return a whole value, aligned, in the layout that the bodies were made for; a copy only where it needs one.
 
     Args:
-        x: of any strides.
-        strides: those that the bodies take; None for contiguous memory.
+        x: the value, of any strides.
+        strides: the strides that the bodies take; None for contiguous memory.
     """
     if strides is None:
         return aligned(x.contiguous())
@@ -100,25 +100,25 @@ def laid_out(x: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Tensor:
 
 
 def example(x: torch.Tensor, axis: Axis | None, length: int, strides: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Memory of the shape and layout in which a body takes a value.
+    """Allocate memory of the shape and layout in which a body takes a value.
 
     Args:
-        x: the whole value.
-        axis: (dim, outer, inner); None for a value that is whole.
-        length: positions in one mini-sequence.
-        strides: of a value that is whole; None for contiguous memory.
+        x: the whole value; the memory has its dtype and device.
+        axis: (dim, outer, inner); None for a value that every chunk reads whole.
+        length: positions of one chunk.
+        strides: strides of such a whole value; None for contiguous memory.
     """
-    shape = list(x.shape) if axis is None else piece_shape(x.shape, axis, length)
+    shape = list(x.shape) if axis is None else chunk_shape(x.shape, axis, length)
     if strides is None:
         return torch.empty(shape, dtype=x.dtype, device=x.device)
     return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
 
 
-class _Placed:
-    """A result that is allocated as a whole with the first chunk, and written place by place."""
+class _Allocated:
+    """Allocates the whole result with the first chunk; each chunk writes its place."""
 
-    def __init__(self, total: int, chunk: int) -> None:
-        self._total, self._chunk = total, chunk
+    def __init__(self, total: int, length: int) -> None:
+        self._total, self._length = total, length
         self._whole: torch.Tensor | None = None
         self._places: Iterator[torch.Tensor] = iter(())
 
@@ -127,11 +127,11 @@ class _Placed:
         return self._whole
 
 
-class _Written(_Placed):
-    """One output a chunk, copied to its place."""
+class _Written(_Allocated):
+    """Copies one output of each chunk to its place."""
 
-    def __init__(self, kind: Cat, total: int, chunk: int) -> None:
-        super().__init__(total, chunk)
+    def __init__(self, kind: Cat, total: int, length: int) -> None:
+        super().__init__(total, length)
         self._kind = kind
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
@@ -140,16 +140,16 @@ class _Written(_Placed):
             shape = self._kind.shape(out.shape, self._total)
             self._whole = torch.empty(shape, dtype=out.dtype, device=out.device)
             axis = (self._kind.dim, self._kind.outer, self._kind.inner)
-            self._places = iter(_views(self._whole, axis, self._chunk))
+            self._places = iter(_views(self._whole, axis, self._length))
         place = next(self._places)
         place.copy_(out.view(place.shape))
 
 
-class _Rows(_Placed):
-    """Pairs of factors whose products add up to the rows of a chunk, which are written where they belong."""
+class _Rows(_Allocated):
+    """Adds up products of pairs of outputs; the sum is the rows of a chunk, at their place."""
 
-    def __init__(self, kind: Rows, total: int, chunk: int) -> None:
-        super().__init__(total, chunk)
+    def __init__(self, kind: Rows, total: int, length: int) -> None:
+        super().__init__(total, length)
         self._kind = kind
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
@@ -157,7 +157,7 @@ class _Rows(_Placed):
         if self._whole is None:
             self._whole = torch.empty(self._kind.shape(self._total), dtype=a.dtype, device=a.device)
             rows = self._whole.view(-1, self._whole.shape[-1])
-            self._places = iter(rows.split(rows.shape[0] // self._total * self._chunk))
+            self._places = iter(rows.split(rows.shape[0] // self._total * self._length))
         place = next(self._places)
         torch.mm(a, b, out=place)
         for _ in range(self._kind.count - 1):
@@ -165,7 +165,7 @@ class _Rows(_Placed):
 
 
 class _AddedUp:
-    """A result that adds up in `dtype`, and is given in dtype `result`."""
+    """Adds up in `dtype`, and returns the sum in dtype `result`."""
 
     def __init__(self, dtype: torch.dtype, result: torch.dtype) -> None:
         self._dtype, self._result = dtype, result
@@ -177,7 +177,7 @@ class _AddedUp:
 
 
 class _Sum(_AddedUp):
-    """One output a chunk."""
+    """Adds up one output of each chunk."""
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
         out = next(outs)
@@ -188,7 +188,7 @@ class _Sum(_AddedUp):
 
 
 class _Outer(_AddedUp):
-    """Two outputs a chunk, A [n, i] and B [n, j]; A^T B adds up."""
+    """Adds up A^T B of two outputs of each chunk, A [n, i] and B [n, j]."""
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
         a, b = next(outs).t(), next(outs)
@@ -203,7 +203,7 @@ class _Outer(_AddedUp):
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Total += A B, in the dtype of the total."""
+    """Add A B to the total, in the dtype of the total."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif _widens(a.device, a.dtype, total.dtype):
@@ -214,7 +214,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 @functools.cache
 def _widens(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether this device multiplies `dtype` matrices into `wide` without a rounding in between."""
+    """Return whether this device multiplies `dtype` matrices into `wide` without a rounding in between."""
     x = torch.ones(16, 16, dtype=dtype, device=device)
     try:
         torch.mm(x, x, out_dtype=wide)

@@ -1,4 +1,4 @@
-"""The option `verify`: a region is run on random numbers, looped and as captured.
+"""The option `verify` runs a region on random numbers, looped and as captured.
 
 In: a Region, its Work and the call of its loop.
 Out: Verified or Refusal.

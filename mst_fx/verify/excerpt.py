@@ -1,8 +1,9 @@
 """Region -> the same region alone in a graph, at sizes that are small enough to run it once.
 
-At its own sizes it is the region itself, with its own stages. A larger one runs at other sizes: where the length is
-only known at run time, a short one; else its sizes are renamed, each the same way wherever it is named, and the nodes
-are analysed anew. A renamed region stands for the region only where both are cut alike, op by op.
+A small region runs at its own sizes, with its own stages. A larger one runs at other sizes. Where the length is only
+known at run time, that is a short length; otherwise each size is replaced by a smaller one, the same wherever it
+occurs, and the nodes are analysed anew. Such an excerpt stands for the region only where the stages of both are alike,
+op by op.
 
 Private torch API: fake tensors, and the symbols of sizes that vary. Run on torch 2.11, 2.13 and 2.15.
 """
@@ -32,23 +33,23 @@ from mst_fx.placement.placement import Split
 from mst_fx.recognise.region import Region, needs_gradient
 
 LIMIT = 16 * 2**20
-"""Bytes that the values of an excerpt may take in float64."""
+"""The values of an excerpt may take this many bytes in float64."""
 POSITIONS = 33
-"""Of a short axis: two mini-sequences and a ragged one."""
+"""Length of a short axis: two chunks and a ragged one."""
 NARROW, WIDE = 16, 256
-"""Sizes from WIDE on are renamed where a region is too large; the smallest of them becomes about NARROW."""
+"""Sizes from WIDE on get smaller where a region is too large; the smallest of them becomes about NARROW."""
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    """A region that can be run.
+    """A region that can run.
 
     Attributes:
-        region: alone in its owner, whose placeholders are its live-ins.
-        work: of the region.
-        length: positions of the axis.
-        sizes: what became of the sizes, in words.
-        measure: the size that one of its values has in a run.
+        region: the region, alone in its owner, whose placeholders are its live-ins.
+        work: the work of its loop.
+        length: length of the axis in positions.
+        sizes: the sizes of the run, in words.
+        measure: gives the number that stands for a size in the run.
     """
 
     region: Region
@@ -59,11 +60,11 @@ class Excerpt:
 
 
 def excerpt(region: Region, work: Work, config: Config) -> Excerpt | str:
-    """The region at its own sizes, or at smaller ones; a text that tells why where there is none.
+    """Return the region at its own sizes, or at smaller ones; or a text that tells why it cannot run.
 
     Args:
-        region: to be looped.
-        work: of its loop.
+        region: the region to loop.
+        work: the work of its loop.
         config: options of the compile.
     """
     length = hint(work.stages.length)
@@ -83,7 +84,7 @@ def _bytes(region: Region, measure: Callable[[Any], int]) -> int:
 
 
 def _measured_at(work: Work, positions: int) -> Callable[[Any], int]:
-    """As `hint`, but with this value for what makes the length vary."""
+    """Return a function like `hint`, with this value for the symbols of the length."""
     length: Any = work.stages.length
     values = known_of(work.sizes, {symbol: positions for symbol in expression(length).free_symbols})
 
@@ -98,12 +99,12 @@ Change: TypeAlias = Callable[[Node, Node, Mapping[Node, Any]], Any]
 
 
 def alone(region: Region, change: Change | None = None) -> Region:
-    """A copy of the region in a graph of its own.
+    """Copy the region into a graph of its own.
 
     Args:
-        region: stays as it is.
-        change: may change a copy, and gives its example value; it takes the original, the copy, and the values of the
-            copies so far. By default the values are the original's.
+        region: the region; it stays as it is.
+        change: may change a copy, and returns its example value; it takes the original, the copy, and the values of the
+            copies so far. Without it the values are the original's.
     """
     graph = Graph()
     module = module_over(region.owner, graph)
@@ -135,7 +136,7 @@ def alone(region: Region, change: Change | None = None) -> Region:
 
 
 def _read(graph: Graph, region: Region, node: Node, copy: Node) -> Node:
-    """What the graph returns for an output: it is read as the original is, with a gradient or without."""
+    """Add the reader of an output, for the graph to return: with a gradient or without, as in the original."""
     needs = needs_gradient(node, set(region.nodes))
     if needs and any(user.op == "output" for user in node.users):
         return copy
@@ -146,7 +147,7 @@ def _read(graph: Graph, region: Region, node: Node, copy: Node) -> Node:
 
 
 def _renamed(region: Region, work: Work, config: Config) -> Excerpt | str:
-    """With other sizes, analysed anew."""
+    """Return the region at smaller sizes, analysed anew; or a text that tells why there is none."""
     length = hint(work.stages.length)
     names = _names(region, work, length)
     if not names:
@@ -171,14 +172,14 @@ def _renamed(region: Region, work: Work, config: Config) -> Excerpt | str:
         return f"it is too large to run, and does not run at smaller sizes: {first_line(error)}"
     if _bytes(other, hint) > LIMIT:
         return "it is too large to run, even at smaller sizes"
-    if _cut_of(found) != _cut_of(work):
-        return "it is too large to run, and cut in another way at smaller sizes"
+    if _stages_of(found) != _stages_of(work):
+        return "it is too large to run, and its stages differ at smaller sizes"
     told = ", ".join(f"{size} -> {name}" for size, name in sorted(names.items()))
     return Excerpt(other, found, hint(found.stages.length), f"smaller sizes ({told})", hint)
 
 
 def _names(region: Region, work: Work, length: int) -> dict[int, int]:
-    """A new size for the length, and for every wide size of a matrix; nothing where one size means two things."""
+    """Return a new size for the length, and for each wide size of a matrix; none where one size means two things."""
     placeholders = (node for node in work.stages.graph.nodes if node.op == "placeholder")
     factors, widths, counts = {1}, set[int](), set[int]()
     for placeholder, live_in in zip(placeholders, region.live_ins, strict=True):
@@ -190,7 +191,7 @@ def _names(region: Region, work: Work, length: int) -> dict[int, int]:
         else:
             sizes = [hint(size) for size in value.shape]
             widths.update(size for size in sizes[-2:] if size >= WIDE)
-            counts.update(sizes[:-2])  # of experts: keys and the bounds of a histogram are numbers of them
+            counts.update(sizes[:-2])  # number of experts: keys and the bounds of a histogram depend on it
     divisor = 2 ** int(log2(min(widths, default=NARROW) / NARROW))
     names = {size: size // divisor for size in widths}
     others = [hint(size) for size in fake_value(region.stream).shape[:-1]]
@@ -202,7 +203,7 @@ def _names(region: Region, work: Work, length: int) -> dict[int, int]:
 
 
 def _rename(names: Mapping[int, int], length: int, given: Any) -> Any:
-    """The new size for a size, or for one that is a multiple of the length; whatever else was given as it is."""
+    """Return the new size for a size or a multiple of the length; return all else as it is."""
     if type(given) is not int or given <= 0:
         return given
     if given in names or given % length:
@@ -211,33 +212,33 @@ def _rename(names: Mapping[int, int], length: int, given: Any) -> Any:
 
 
 def _fake(fakes: FakeTensorMode, value: Any, rename: Callable[[int], int]) -> Any:
-    """A live-in with other sizes, whose dims lie in memory in the same order."""
+    """Return a live-in with other sizes, whose dims have the same order in memory."""
     if isinstance(value, torch.SymFloat):
         return seen(value)
     if not isinstance(value, torch.Tensor):
         return rename(hint(value)) if isinstance(value, int | torch.SymInt) else value
     shape = [rename(hint(size)) for size in value.shape]
     with fakes:
-        fake = empty_like_order(shape, [hint(stride) for stride in value.stride()], value.dtype, value.device)
+        fake = dense_like_strides([hint(stride) for stride in value.stride()], shape, value.dtype, value.device)
     return fake.requires_grad_(value.requires_grad)
 
 
-def empty_like_order(
-    shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
+def dense_like_strides(
+    strides: Sequence[int], shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """A dense tensor whose dims lie in memory in the order of these strides."""
-    order = sorted(range(len(shape)), key=lambda dim: (-strides[dim], dim))
-    dense = torch.empty([shape[dim] for dim in order], dtype=dtype, device=device)
-    return dense.permute([order.index(dim) for dim in range(len(shape))])
+    """Allocate a dense tensor whose dims have the order of these strides in memory."""
+    dims = sorted(range(len(shape)), key=lambda dim: (-strides[dim], dim))
+    dense = torch.empty([shape[dim] for dim in dims], dtype=dtype, device=device)
+    return dense.permute([dims.index(dim) for dim in range(len(shape))])
 
 
-def _cut_of(work: Work) -> tuple[Any, ...]:
-    """What two regions that are cut alike have in common."""
+def _stages_of(work: Work) -> tuple[Any, ...]:
+    """Return a key that is equal for two regions whose stages and gradients are alike."""
     stages = work.stages
-    parts = [[node.target for node in part] for part in (stages.prologue, stages.loop, stages.epilogue)]
-    return (stages.axis, parts, work.backward, work.wanted, work.differentiable, work.kept)
+    targets = [[node.target for node in stage] for stage in (stages.prologue, stages.loop, stages.epilogue)]
+    return (stages.axis, targets, work.backward, work.wanted, work.differentiable, work.kept)
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error, and the first line of what it says."""
+    """Return the type of an error, and the first line of its message (160 characters)."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"

@@ -1,7 +1,7 @@
-"""Random numbers that a region may be run on: what it reads, and the gradients that come back to it.
+"""Random numbers for a run of a region: its live-ins, and the gradients of its outputs.
 
-They come from a generator of our own. What an integer may be is not written in a graph: a label must be below the
-number of classes, and may be the one to ignore. `KINDS` are tried until the program can compute with one.
+A generator of our own draws them. A graph does not say what an integer may be: a label must be below the number of
+classes, and may be the label to ignore. So `KINDS` are tried until the program can compute with one.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from mst_fx.core.sizes import seen
 from mst_fx.core.values import fake_value
 from mst_fx.placement.placement import Split
 from mst_fx.recognise.region import needs_gradient
-from mst_fx.verify.excerpt import Excerpt, empty_like_order
+from mst_fx.verify.excerpt import Excerpt, dense_like_strides
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What numbers may be.
+    """A kind of numbers to draw.
 
     Attributes:
-        signed: whether floats are normal numbers; else they are above zero.
-        marked: whether integers are also those that the region compares integers with, such as a label to ignore.
-        below: integers are smaller; None for the smallest size of a matrix.
+        signed: whether floats are normally distributed; otherwise they are above zero.
+        marked: whether some integers are those that the region compares with, such as a label to ignore.
+        below: upper bound of the integers; None for the smallest size of a matrix.
     """
 
     signed: bool = True
@@ -43,11 +43,11 @@ KINDS = (Kind(), Kind(marked=False), Kind(True, False, 2), Kind(False, False, 2)
 
 @dataclass(frozen=True)
 class Samples:
-    """What a run starts from, on the CPU, in the dtypes of the program.
+    """The inputs of a run, on the CPU, in the dtypes of the program.
 
     Attributes:
-        live_ins: a tensor, or a plain value, for each.
-        upstream: for each output its gradient, None where it gets none.
+        live_ins: a tensor or a plain value for each live-in.
+        upstream: the gradient of each output, None where it gets none.
     """
 
     live_ins: tuple[Any, ...]
@@ -55,24 +55,24 @@ class Samples:
 
 
 def draw(excerpt: Excerpt, kind: Kind, seed: int, detached: Container[Node]) -> Samples:
-    """Draw them.
+    """Draw the inputs of a run.
 
     Args:
-        excerpt: of the region.
-        kind: of numbers.
-        seed: of the generator.
+        excerpt: the region that runs.
+        kind: kind of the numbers.
+        seed: seed of the generator.
         detached: outputs that get no gradient.
     """
     region, stages = excerpt.region, excerpt.work.stages
     placeholders = [node for node in stages.graph.nodes if node.op == "placeholder"]
-    tokens = [isinstance(stages.placements.of.get(node), Split) for node in placeholders]
+    are_split = [isinstance(stages.placements.of.get(node), Split) for node in placeholders]
     values = [fake_value(node) for node in region.live_ins]
-    matrices = [shape_in(excerpt, v) for v, split in zip(values, tokens, strict=True) if not split and _dims(v) > 1]
+    matrices = [shape_in(excerpt, v) for v, split in zip(values, are_split, strict=True) if not split and _dims(v) > 1]
     below = kind.below or min((size for shape in matrices for size in shape if size > 1), default=2)
     drawing = _Drawing(
         replace(kind, below=below), _marks(excerpt) if kind.marked else (), torch.Generator().manual_seed(seed)
     )
-    live_ins = [_drawn(excerpt, drawing, value, split) for value, split in zip(values, tokens, strict=True)]
+    live_ins = [_drawn(excerpt, drawing, value, split) for value, split in zip(values, are_split, strict=True)]
     inside = set(region.nodes)
     upstream = [
         drawing.floats(shape_in(excerpt, fake_value(node)), fake_value(node).dtype)
@@ -122,44 +122,44 @@ def _dims(value: Any) -> int:
 
 
 def shape_in(excerpt: Excerpt, value: torch.Tensor) -> list[int]:
-    """The shape that a value has in a run."""
+    """Return the shape that a value has in the run."""
     return [excerpt.measure(size) for size in value.shape]
 
 
 def plain(excerpt: Excerpt, value: Any) -> Any:
-    """What is no tensor, as a plain number."""
+    """Return a live-in that is no tensor, as a plain number."""
     if isinstance(value, torch.SymFloat):
         known = seen(value)
-        return 0.5 if known is None else known  # of one that depends on the data, nothing was seen
+        return 0.5 if known is None else known  # one that depends on the data was not captured
     return excerpt.measure(value) if isinstance(value, torch.SymInt) else value
 
 
-Change: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Convert: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def placed(excerpt: Excerpt, samples: Samples, change: Change) -> list[Any]:
-    """The live-ins as the program has them: how they lie in memory, and whether they need a gradient.
+def live_ins_of(excerpt: Excerpt, samples: Samples, convert: Convert) -> list[Any]:
+    """Return live-ins with the strides that they have in the program; those that need a gradient ask for it.
 
     Args:
-        excerpt: of the region.
-        samples: to be placed.
-        change: of dtype or device, made first; it takes the value and what was captured.
+        excerpt: the region that runs.
+        samples: the drawn numbers.
+        convert: changes dtype or device first; it takes a value and the captured value.
     """
     given = []
     for node, value in zip(excerpt.region.live_ins, samples.live_ins, strict=True):
         if isinstance(value, torch.Tensor):
             fake = fake_value(node)
             strides = [excerpt.measure(stride) for stride in fake.stride()]
-            value = _laid_out(change(value, fake), strides).requires_grad_(fake.requires_grad)
+            value = _laid_out(convert(value, fake), strides).requires_grad_(fake.requires_grad)
         given.append(value)
     return given
 
 
 def _laid_out(x: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
-    """A copy with these strides; in their order, and dense, where they leave large gaps or overlap."""
+    """Copy a value to these strides; where they leave large gaps or overlap, to a dense tensor in their order."""
     repeated = [stride == 0 and size > 1 for size, stride in zip(x.shape, strides, strict=True)]
     once = x[tuple(slice(0, 1) if again else slice(None) for again in repeated)] if any(repeated) else x
-    room = empty_like_order(once.shape, strides, x.dtype, x.device)
+    room = dense_like_strides(strides, once.shape, x.dtype, x.device)
     if not any(repeated) and _is_apart(once.shape, strides) and _reach(once.shape, strides) <= 4 * x.numel() + 64:
         room = torch.empty_strided(once.shape, strides, dtype=x.dtype, device=x.device)
     return room.copy_(once).expand(x.shape).detach()
@@ -170,7 +170,7 @@ def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def _is_apart(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether no two elements share memory."""
+    """Return whether no two elements share memory."""
     dims = sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size > 1)
     return all(
         stride > sum((size - 1) * step for step, size in dims[:position]) for position, (stride, _) in enumerate(dims)
@@ -178,17 +178,17 @@ def _is_apart(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def as_given(value: torch.Tensor, captured: torch.Tensor) -> torch.Tensor:
-    """On the device that the program has it on."""
+    """Move a value to the program's device."""
     return value.to(captured.device)
 
 
-def widened(value: torch.Tensor, captured: torch.Tensor) -> torch.Tensor:
-    """A float in float64."""
+def in_float64(value: torch.Tensor, captured: torch.Tensor) -> torch.Tensor:
+    """Convert a float to float64."""
     return value.double() if value.is_floating_point() else value
 
 
 def nudged(value: torch.Tensor, captured: torch.Tensor, eps: float, seed: int) -> torch.Tensor:
-    """On the program's device; a float differs by about `eps` of itself."""
+    """Move a value to the program's device; change a float by about `eps` of itself."""
     if value.is_floating_point():
         noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         value = (value.double() * (1 + eps * noise)).to(value.dtype)
@@ -196,7 +196,7 @@ def nudged(value: torch.Tensor, captured: torch.Tensor, eps: float, seed: int) -
 
 
 def lowest_precision(excerpt: Excerpt) -> torch.dtype:
-    """The coarsest of the dtypes that the region computes in."""
+    """Return the coarsest of the floating-point dtypes that the region computes in."""
     nodes = (*excerpt.region.live_ins, *excerpt.region.nodes)
     values = [fake_value(node) for node in nodes] + [node.meta.get("val") for node in excerpt.work.stages.graph.nodes]
     dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()}

@@ -1,9 +1,9 @@
-"""Runs of a region that is alone in a graph: as captured, in float64 and in its own dtypes, and looped.
+"""Runs of an excerpt: as captured, in float64 and in its own dtypes, and looped.
 
-What the region draws comes from a generator of ours. Its loop draws in another way than its program by design, so such
-a region runs as it was lowered in place of as it was captured.
+Random ops of the region draw from a generator of ours. A loop draws by design in another way than the program, so a
+region with random ops runs as lowered, in place of as captured.
 
-Private torch API: dispatch modes, and what of the surroundings a run must not see. Run on torch 2.11, 2.13 and 2.15.
+Private torch API: dispatch modes. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ SEED = 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gave, on the CPU, floats in float64.
+    """Results of a run, on the CPU, floats in float64.
 
     Attributes:
-        outputs: of the region.
-        gradients: one for each live-in that needs one, in their order.
-        likes: shape and dtype of each, as they came.
+        outputs: outputs of the region.
+        gradients: one for each live-in that needs one, in the order of the live-ins.
+        likes: shape and dtype of each of these, before the conversion.
     """
 
     outputs: tuple[torch.Tensor, ...]
@@ -49,7 +49,7 @@ class Outcome:
 
 
 def as_captured(excerpt: Excerpt) -> Program:
-    """The region's own nodes; as lowered where they draw numbers."""
+    """Return a program of the region's own nodes; of the lowered ones where they draw numbers."""
     stages, region = excerpt.work.stages, excerpt.region
 
     def run(*values: Any) -> Sequence[torch.Tensor]:
@@ -65,7 +65,7 @@ def as_captured(excerpt: Excerpt) -> Program:
         placeholders = (node for node in stages.graph.nodes if node.op == "placeholder")
         env: dict[Node, Any] = dict(zip(placeholders, values, strict=True))
         generator = torch.Generator().manual_seed(SEED)
-        with without_autocast():  # its casts are explicit
+        with without_autocast():  # a lowered graph holds its casts as nodes
             for node in stages.graph.nodes:
                 if node.target in DRAWS:
                     env[node] = _draw(node.args, node.kwargs, generator)
@@ -77,7 +77,7 @@ def as_captured(excerpt: Excerpt) -> Program:
 
 
 def as_looped(module: GraphModule) -> Program:
-    """A graph with loops."""
+    """Return a program of a graph with loops."""
 
     def run(*values: Any) -> Sequence[torch.Tensor]:
         return _Interpreter(module, torch.Generator().manual_seed(SEED)).run(*values)
@@ -101,17 +101,17 @@ def _draw(args: Any, kwargs: Mapping[str, Any], generator: torch.Generator) -> t
     return torch.randint(low, high, size, generator=generator, dtype=kwargs.get("dtype")).to(kwargs.get("device"))
 
 
-class Widened(TorchDispatchMode):
-    """Every op computes in float64 and on the CPU, whatever dtype and device its program names.
+class InFloat64(TorchDispatchMode):
+    """Runs every op in float64 and on the CPU, whatever dtype and device its program names.
 
-    What has no float64 form computes in float32.
+    An op without a float64 form runs in float32.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op."""
         if func == aten.view.dtype:
             raise NotImplementedError("bits of a float are read as another dtype")
-        args, kwargs = tree_map(_wide, (args, kwargs or {}))
+        args, kwargs = tree_map(_in_float64_on_cpu, (args, kwargs or {}))
         try:
             return func(*args, **kwargs)
         except RuntimeError:
@@ -121,7 +121,7 @@ class Widened(TorchDispatchMode):
             return tree_map(_as_float64, func(*args, **kwargs))
 
 
-def _wide(given: Any) -> Any:
+def _in_float64_on_cpu(given: Any) -> Any:
     if isinstance(given, torch.dtype):
         return torch.float64 if given.is_floating_point else given
     return torch.device("cpu") if isinstance(given, torch.device) else given
@@ -140,13 +140,13 @@ def _as_float64(given: Any) -> Any:
 def outcomes(
     program: Program, given: Sequence[Any], upstream: Sequence[torch.Tensor | None], layouts: int = 1
 ) -> list[Outcome]:
-    """Run a program, and its backward once for each layout of the gradients that come in: contiguous, transposed.
+    """Run a program, and its backward once for each layout of the upstream gradients: contiguous, then transposed.
 
     Args:
-        program: any.
-        given: the live-ins.
-        upstream: for each output, None where it gets no gradient.
-        layouts: how many.
+        program: the program.
+        given: values of the live-ins.
+        upstream: the gradient of each output, None where it gets none.
+        layouts: number of layouts, 1 or 2.
     """
     leaves = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
     with torch.set_grad_enabled(bool(leaves)):
@@ -161,23 +161,23 @@ def outcomes(
             grads = torch.autograd.grad(ends, leaves, seeds, retain_graph=layout + 1 < layouts, allow_unused=True)
         known = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True)]
         likes = tuple((x.shape, x.dtype) for x in (*outputs, *known))
-        made.append(Outcome(tuple(map(_kept, outputs)), tuple(map(_kept, known)), likes))
+        made.append(Outcome(tuple(map(_recorded, outputs)), tuple(map(_recorded, known)), likes))
     return made
 
 
 def _upstream(grad: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-    """The same values; transposed, the dims lie in memory the other way round."""
+    """Return the same values; `transposed` reverses the order of the dims in memory."""
     dims = list(reversed(range(grad.dim())))
     return grad.permute(dims).contiguous().permute(dims) if transposed else grad
 
 
-def _kept(x: torch.Tensor) -> torch.Tensor:
+def _recorded(x: torch.Tensor) -> torch.Tensor:
     x = x.detach().cpu()
     return x.double() if x.is_floating_point() else x
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """Nothing of what is switched on around the compile sees these runs, but autocast, which the program runs under."""
+def isolated() -> Iterator[None]:
+    """Hide the runs from modes and hooks around the compile; autocast stays on, as the program runs under it."""
     with clean_room(), torch.enable_grad():
         yield

@@ -1,11 +1,10 @@
-"""Option `verify`: a region is run once, looped and as captured, before its loop goes into the graph.
+"""Option `verify`: run a region once, looped and as captured, before its loop goes into the graph.
 
-The loop that is run is the one that is compiled, put into a graph by the same code; the region and the numbers are
-those of `excerpt` and `samples`. The measure is the program itself: against its own nodes in float64, the loop may be
-as wrong as these are in the program's dtypes, and by a rounding more. Where it is not, the program runs again on
-numbers that differ in their last bit, `NUDGES` times: a value that is all cancellation, or a choice between two that
-are as good, changes as much then, and is no fault. In half precision a second set of numbers has to show the fault,
-too.
+The loop that runs is the one that is compiled, put into a graph by the same code; `excerpt` gives the region, `samples`
+the numbers. The measure is the program's own nodes in float64: the loop may be as far from them as these nodes are in
+the program's dtypes, plus a rounding. A loop that is further off is compared with the program on numbers that differ
+in their last bit, `NUDGES` times: a value that is all cancellation, or a choice between two equals, changes as much
+there, and is no fault. In half precision a second set of numbers has to show the fault, too.
 """
 
 from __future__ import annotations
@@ -27,25 +26,25 @@ from mst_fx.core.values import fake_value, has_gradient, is_fake, is_transformed
 from mst_fx.recognise.rebuild import Edit, rebuilt
 from mst_fx.recognise.region import Region
 from mst_fx.verify.excerpt import Excerpt, excerpt, first_line
-from mst_fx.verify.samples import KINDS, Samples, as_given, draw, lowest_precision, nudged, placed, widened
-from mst_fx.verify.trial import Outcome, Program, Widened, apart, as_captured, as_looped, outcomes
+from mst_fx.verify.samples import KINDS, Samples, as_given, draw, in_float64, live_ins_of, lowest_precision, nudged
+from mst_fx.verify.trial import InFloat64, Outcome, Program, as_captured, as_looped, isolated, outcomes
 
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5}
-"""What the loop's error (norm of the difference over norm of the truth) may be above eager's; else the dtype's eps."""
+"""The loop's error (norm of the difference over norm of the truth) may exceed eager's by this; else by eps."""
 SMALL = 1e-6
-"""A value smaller than so much of the largest is as good as zero."""
+"""A value below this share of the largest counts as zero."""
 FACTOR = 4
-"""The loop's error may be so many times that of eager, or of numbers that differ in their last bit."""
+"""The loop's error may be this many times that of eager, or that on numbers that differ in their last bit."""
 NUDGES = 4
-"""Runs on such numbers: one of them may happen to change little, where a value is a single number."""
+"""Number of runs on such numbers: where a value is a single number, one run may change it little by chance."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What became of the check of a region.
+    """The outcome of a region's check.
 
     Attributes:
-        holds: whether the loop was run and is right; False where it could not be run.
+        holds: True for a loop that ran and is right, False for one that could not run.
         text: at which sizes it ran, or why it could not.
     """
 
@@ -54,23 +53,23 @@ class Verified:
 
 
 def verified(region: Region, work: Work, call: Call, config: Config) -> Verified:
-    """Run a region and its loop.
+    """Run a region and its loop, and compare outputs and gradients.
 
     Args:
-        region: to be looped.
-        work: of its loop.
-        call: that goes into the graph.
+        region: the region to loop.
+        work: the work of its loop.
+        call: the call that goes into the graph.
         config: options of the compile.
 
     Raises:
-        Refusal: the loop gives something else than the region.
+        Refusal: the loop gives other values than the region (DIFFERS).
     """
     try:
-        with apart():
+        with isolated():
             return _verified(region, work, call, config)
     except Refusal:
         raise
-    except Exception as error:  # of the program on numbers it was not written for, or of ours
+    except Exception as error:  # the program may not take these numbers; or it is a bug of ours
         return Verified(False, first_line(error))
 
 
@@ -97,30 +96,30 @@ def _is_plain(value: object) -> bool:
 
 
 def _looped(found: Excerpt, call: Call | None, config: Config, detached: tuple[Node, ...]) -> GraphModule:
-    """The excerpt's graph with its loop: the one that is compiled, if it has several mini-sequences at this length."""
+    """Return the excerpt's graph with its loop: the compiled one, if it has several chunks at this length."""
     if call is None or _longest(call) >= found.length:
-        chunk = max(1, (found.length - 1) // 2)  # two, and mostly a ragged one
-        call = assembled(found.work, chunk, chunk, config.accumulate)
+        length = max(1, (found.length - 1) // 2)  # two chunks, and mostly a ragged one
+        call = assembled(found.work, length, length, config.accumulate)
     replacement = Replacement(found.region, found.work.stages, call)
     return rebuilt(found.region.owner, [Edit(found.region, partial(loop, replacement=replacement), detached)])
 
 
 def _longest(call: Call) -> int:
-    """Positions of the longest mini-sequence."""
+    """Return the positions of the longest chunk."""
     return max(spec[1] for spec in (call.spec.forward_spec, call.spec.backward_spec) if spec)
 
 
 def _fault(found: Excerpt, looped: GraphModule, seed: int, detached: Container[Node]) -> str:
-    """What differs and by how much, "" for nothing.
+    """Return what differs and by how much, "" where nothing does.
 
     Raises:
-        Exception: the program cannot compute with any kind of numbers.
+        Exception: the program's own, where it cannot compute with any kind of numbers.
     """
     program = as_captured(found)
     samples, truth = _truth(found, program, seed, detached)
-    (eager,) = outcomes(program, placed(found, samples, as_given), samples.upstream)
+    (eager,) = outcomes(program, live_ins_of(found, samples, as_given), samples.upstream)
     try:
-        made = outcomes(as_looped(looped), placed(found, samples, as_given), samples.upstream, layouts=2)
+        made = outcomes(as_looped(looped), live_ins_of(found, samples, as_given), samples.upstream, layouts=2)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -139,7 +138,7 @@ def _fault(found: Excerpt, looped: GraphModule, seed: int, detached: Container[N
     others = [eager]
     for number in range(NUDGES):
         nudge = partial(nudged, eps=torch.finfo(coarse).eps, seed=number)
-        others += outcomes(program, placed(found, samples, nudge), samples.upstream)
+        others += outcomes(program, live_ins_of(found, samples, nudge), samples.upstream)
     own = [max(each) for each in zip(*(_errors(truth, eager, other) for other in others), strict=True)]
     wrong = [
         f"{name} by {error:.1e} (eager by {least:.1e})"
@@ -150,7 +149,7 @@ def _fault(found: Excerpt, looped: GraphModule, seed: int, detached: Container[N
 
 
 def _names(region: Region) -> list[str]:
-    """What outcomes hold, in words."""
+    """Return the names of the values of an outcome."""
     leaves = [node for node in region.live_ins if has_gradient(node)]
     return [f"{node.name}" for node in region.outputs] + [f"the gradient of {node.name}" for node in leaves]
 
@@ -160,14 +159,14 @@ def _told(shape: torch.Size, dtype: torch.dtype) -> str:
 
 
 def _truth(found: Excerpt, program: Program, seed: int, detached: Container[Node]) -> tuple[Samples, Outcome]:
-    """Numbers that the program can compute with, finite ones if there are, and what it makes of them in float64."""
+    """Return numbers that the program can compute with, and its outcome in float64, finite if one kind gives that."""
     failure: Exception = ArithmeticError("no value is finite")
     usable: list[tuple[Samples, Outcome]] = []
     for kind in KINDS:
         samples = draw(found, kind, seed, detached)
         try:
-            with Widened():
-                (truth,) = outcomes(program, placed(found, samples, widened), samples.upstream)
+            with InFloat64():
+                (truth,) = outcomes(program, live_ins_of(found, samples, in_float64), samples.upstream)
         except Exception as error:
             failure = error
             continue
@@ -180,7 +179,7 @@ def _truth(found: Excerpt, program: Program, seed: int, detached: Container[Node
 
 
 def _errors(truth: Outcome, eager: Outcome, outcome: Outcome) -> list[float]:
-    """Of each value, relative to its norm, where truth and eager are finite; of integers, the part that is another."""
+    """Return the error of each value over its norm, where truth and eager are finite; of integers, the wrong share."""
     sizes = [_rms(value[value.isfinite()]) for value in truth.all]
     floor = SMALL * max(sizes, default=0.0) or 1.0
     triples = zip(truth.all, eager.all, outcome.all, strict=True)

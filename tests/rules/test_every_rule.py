@@ -51,7 +51,7 @@ UNCHECKED = {
 }
 REFUSED = {
     *(aten.all.default, aten.any.default, aten.max.default, aten.min.default, aten.median.default),
-    *(aten.nanmedian.default, aten.mean.default, aten.prod.default),  # over all dims; openings make a mean a sum
+    *(aten.nanmedian.default, aten.mean.default, aten.prod.default),  # over all dims; decompositions make a mean a sum
     *(aten.norm.Scalar, aten.frexp.Tensor, aten.randint.low),
 }
 """Ops of which nothing may be split; their rules say why."""
