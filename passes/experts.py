@@ -31,4 +31,4 @@ class Experts(Pattern):
 def multiplies_by_experts(reader: Reader, node: Node) -> bool:
     """Return whether the node is a product with one matrix for each of several groups."""
     contraction = reader.contraction(node)
-    return contraction is not None and reader.rank(contraction.weight) == 3
+    return contraction is not None and contraction.grouped

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch._decomp import decomposition_table
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, linear
 
 from mst_fx.core.aten_ops import MEAN, NONE, SUM, is_mutable, is_random
 from mst_fx.core.sizes import sure
@@ -142,6 +142,26 @@ def _decompose_gather(x: torch.Tensor, dim: int, index: torch.Tensor, *, sparse_
     return picked.view(index.shape)
 
 
+def _decompose_convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Any:
+    """Multiply the channels of each position by a matrix, where the kernel is one position wide."""
+    one_wide = all(sure(size == 1) for size in weight.shape[2:]) and all(step == 1 for step in stride)
+    if not one_wide or groups != 1 or any(padding) or any(output_padding):
+        return NotImplemented
+    matrix, positions = weight.flatten(1), x.movedim(1, -1)
+    rows = linear(positions.reshape(-1, x.shape[1]), matrix.t() if transposed else matrix, bias)
+    return rows.reshape(*positions.shape[:-1], rows.shape[1]).movedim(-1, 1)
+
+
 def _decompose_sgn(x: torch.Tensor) -> Any:
     """Take the sign of real numbers: autograd's formula for `sgn` asks for sizes as numbers."""
     return NotImplemented if x.is_complex() else x.sign()
@@ -153,6 +173,7 @@ OF_GATHERS: dict[Any, Callable[..., Any]] = {aten.gather.default: _decompose_gat
 OWN: dict[Any, Callable[..., Any]] = {
     aten.nll_loss_forward.default: functools.partial(_decompose_nll, aten.nll_loss_forward.default),
     aten.nll_loss2d_forward.default: functools.partial(_decompose_nll, aten.nll_loss2d_forward.default),
+    aten.convolution.default: _decompose_convolution,
     aten.copy.default: _decompose_copy,
     aten.index_put.default: _decompose_index_put,
     aten.mean.default: _decompose_mean,

@@ -93,6 +93,8 @@ PRODUCTS = (aten.mm.default, aten.bmm.default)
 """[.., n, k] @ [.., k, m]."""
 PRODUCTS_PLUS = (aten.addmm.default, aten.baddbmm.default)
 """A bias, which broadcasts, plus such a product."""
+ONE_PRODUCT = (aten.mm.default, aten.addmm.default)
+"""A product with one matrix, not with one for each of a batch or of groups."""
 CONTRACTIONS = (*PRODUCTS, *PRODUCTS_PLUS, *GROUPED_PRODUCTS)
 """Matrix products of any kind."""
 

@@ -21,6 +21,7 @@ from mst_fx.core.aten_ops import (
     CONTRACTIONS,
     GROUPED_PRODUCTS,
     MADE_OF_NOTHING,
+    ONE_PRODUCT,
     PICKS,
     REPEATS,
     VIEWS_AND_CASTS,
@@ -30,7 +31,7 @@ from mst_fx.core.graph_walk import ancestors, walk
 from mst_fx.core.modes import TOP, Mode, modes_of
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.sizes import hint, is_size
+from mst_fx.core.sizes import hint, is_size, sure
 from mst_fx.core.values import fake_value, tensors_of
 from mst_fx.placement.propagate import forbid_effects, forbid_unruled
 from mst_fx.placement.rules.contraction import factors
@@ -42,10 +43,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Contraction:
-    """activation [.., n, k] times weight [k, m] or [m, k]; or times one such matrix a group, [g, k, m]."""
+    """activation [.., n, k] times weight [k, m] or [m, k]; or times one such matrix a group, [g, k, m].
+
+    A convolution whose kernel is one position wide is such a product, too; its weight is [m, k, 1, ..].
+    """
 
     activation: Node
     weight: Node
+    grouped: bool = False
 
 
 class Reader:
@@ -99,23 +104,24 @@ class Reader:
         left, right = (_operand(node, opened, arg) for arg in factors(products[0]))
         if left is None or right is None or left is right:
             return None
-        weights = self._weights(left, right, products[0].target in GROUPED_PRODUCTS)
+        weights = self._weights(left, right, products[0].target)
         if len(weights) != 1:
             return None
-        return Contraction(left, right) if weights == [right] else Contraction(right, left)
+        activation, weight = (left, right) if weights == [right] else (right, left)
+        return Contraction(activation, weight, _rank(weight) == 3 and products[0].target not in ONE_PRODUCT)
 
-    def _weights(self, left: Node, right: Node, grouped: bool) -> list[Node]:
+    def _weights(self, left: Node, right: Node, product: object) -> list[Node]:
         """Which of two factors are weights: what is made of parameters, or an input if it looks like a weight."""
         found = [operand for operand in (left, right) if self._is_learnt(operand)]
         if found:
             return found  # two of them are an adapter and its weight, being merged: no tokens
         roots = {operand: self._input_behind(operand) for operand in (left, right)}
-        if _rank(left) == _rank(right) == 3:
+        if _rank(left) == _rank(right) == 3 and product not in ONE_PRODUCT:
             return [operand for operand, root in roots.items() if _is_input(root) and _rank(root) == 3]
-        if grouped:
+        if product in GROUPED_PRODUCTS:
             return [right]
         weight = left if _is_weight(left) and not _is_weight(right) else right
-        return [weight] if _rank(weight) == 2 else []
+        return [weight] if _is_matrix(weight) else []
 
     def widening(self, node: Node) -> Contraction | None:
         """The node as a contraction that makes more elements than its activation has, None where it is none.
@@ -269,12 +275,17 @@ def _rank(node: Node) -> int:
     return value.dim() if isinstance(value, torch.Tensor) else -1
 
 
+def _is_matrix(node: Node) -> bool:
+    """Whether a value has rows and columns, and no more: a kernel that is one position wide has."""
+    return _rank(node) >= 2 and all(sure(size == 1) for size in fake_value(node).shape[2:])
+
+
 def _is_input(node: Node) -> bool:
     return node.op in ("placeholder", "get_attr")
 
 
 def _is_weight(node: Node) -> bool:
     """A matrix that comes into the graph, or a view or cast of one."""
-    if _rank(node) != 2:
+    if not _is_matrix(node):
         return False
     return _is_input(node) or (len(node.all_input_nodes) == 1 and _is_weight(node.all_input_nodes[0]))
