@@ -22,7 +22,9 @@ from mst_fx.core.values import fake_value
 from mst_fx.placement.partition import Numbers, Stages, cut
 from mst_fx.placement.placement import PARTIAL
 from mst_fx.placement.propagate import Unequal
+from mst_fx.placement.rules.counting import DISTINCT
 from mst_fx.recognise.region import Region, needs_gradient
+from mst_fx.recognise.sorted_rows import is_picked_by_top_k
 
 Backward = Literal["recompute", "in_forward", "none"]
 
@@ -119,7 +121,9 @@ def _likeness(region: Region) -> Hashable:
         (region.nodes.index(node), needs_gradient(node, inside), *_returned(region, node)) for node in region.outputs
     )
     modes = tuple(region.modes[node] for node in region.nodes)
-    return (likeness_of_nodes(region.nodes, region.live_ins), region.live_ins.index(region.stream), ends, modes)
+    likeness = likeness_of_nodes(region.nodes, region.live_ins)
+    distinct = tuple(map(is_picked_by_top_k, region.live_ins))
+    return (likeness, region.live_ins.index(region.stream), ends, modes, distinct)
 
 
 def _returned(region: Region, output: Node) -> tuple[bool, bool]:
@@ -133,6 +137,8 @@ def _analysed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Co
     stream = region.live_ins.index(region.stream)
     fixed = as_tensors(lowered, region.live_ins, partial(forbid_lengths, stream=examples[stream], marked=marked))
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
+    for placeholder, live_in in zip(placeholders, region.live_ins, strict=True):
+        placeholder.meta[DISTINCT] = is_picked_by_top_k(live_in)
     stages = cut(lowered, placeholders[stream])
     needs_grad = _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True)))
     _forbid_complex(region, needs_grad)

@@ -174,7 +174,7 @@ class Reader:
 
     def unviewed(self, node: Node) -> Node:
         """The value that a node is a view of, or a cast; the node itself where it is none."""
-        while not _is_input(node) and node.target is not operator.getitem and self._does_only(node, VIEWS_AND_CASTS):
+        while not (_is_input(node) or _is_one_of_several(node)) and self._does_only(node, VIEWS_AND_CASTS):
             node = node.all_input_nodes[0]
         return node
 
@@ -282,6 +282,11 @@ def _is_matrix(node: Node) -> bool:
 
 def _is_input(node: Node) -> bool:
     return node.op in ("placeholder", "get_attr")
+
+
+def _is_one_of_several(node: Node) -> bool:
+    """Return whether the node picks one of the values of its operand."""
+    return node.target is operator.getitem and not isinstance(fake_value(node.all_input_nodes[0]), torch.Tensor)
 
 
 def _is_weight(node: Node) -> bool:

@@ -7,6 +7,8 @@ Terms
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch.fx import Node
 
@@ -22,7 +24,7 @@ def company(reader: Reader, inside: set[Node]) -> list[Node]:
     writers = [
         user for user in users if not inside.isdisjoint(reader.written_by(user)) and _is_seen(reader, user, inside)
     ]
-    fills = [o for node in inside for o in node.all_input_nodes if o not in inside and reader.fills(o)]
+    fills = [o for node in inside for o in node.all_input_nodes if o not in inside and reader.fills(reader.unviewed(o))]
     written = [o for o in fills if inside.issuperset(o.users) or any(o in reader.written_by(user) for user in o.users)]
     dependent = descendants(inside)
     between = [o for node in inside for o in node.all_input_nodes if o in dependent and o not in inside]
@@ -69,6 +71,16 @@ def _sorts_behind(reader: Reader, nodes: frozenset[Node], stream: Node) -> set[N
     large = reader.numel(stream)
     behind = ancestors(nodes, stop=lambda node: node in nodes or reader.numel(node) >= large) - nodes
     return {node for node in behind if reader.does(node, SORTS)}
+
+
+def is_picked_by_top_k(node: Node) -> bool:
+    """Return whether a captured value is the indices of a top-k along the last dim."""
+    if node.target is not operator.getitem or node.args[1] != 1:
+        return False
+    (pick,) = node.all_input_nodes
+    named = getattr(pick.target, "__name__", pick.target) == "topk"
+    dim = pick.kwargs.get("dim", pick.args[2] if len(pick.args) > 2 else -1)
+    return named and isinstance(dim, int) and dim % fake_value(node).dim() == fake_value(node).dim() - 1
 
 
 def _is_order(reader: Reader, node: Node, sorts: set[Node]) -> bool:

@@ -17,6 +17,7 @@ from torch.fx import Node
 from mst_fx.core.sizes import seen
 from mst_fx.core.values import fake_value
 from mst_fx.placement.placement import Split
+from mst_fx.placement.rules.counting import DISTINCT
 from mst_fx.recognise.region import needs_gradient
 from mst_fx.verify.excerpt import Excerpt, dense_like_strides
 
@@ -72,7 +73,12 @@ def draw(excerpt: Excerpt, kind: Kind, seed: int, detached: Container[Node]) -> 
     drawing = _Drawing(
         replace(kind, below=below), _marks(excerpt) if kind.marked else (), torch.Generator().manual_seed(seed)
     )
-    live_ins = [_drawn(excerpt, drawing, value, split) for value, split in zip(values, are_split, strict=True)]
+    live_ins = [
+        drawing.distinct(shape_in(excerpt, value), value.dtype)
+        if node.meta.get(DISTINCT)
+        else _drawn(excerpt, drawing, value, split)
+        for node, value, split in zip(placeholders, values, are_split, strict=True)
+    ]
     inside = set(region.nodes)
     upstream = [
         drawing.floats(shape_in(excerpt, fake_value(node)), fake_value(node).dtype)
@@ -99,6 +105,11 @@ class _Drawing:
         for mark in self.marks:
             drawn = torch.where(torch.rand(shape, generator=self.generator) < 0.2, mark, drawn)
         return drawn.to(dtype)
+
+    def distinct(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Draw integers of which none is there twice in a row."""
+        below = max(self.kind.below or 2, shape[-1])
+        return torch.rand(*shape[:-1], below, generator=self.generator).argsort()[..., : shape[-1]].to(dtype)
 
 
 def _drawn(excerpt: Excerpt, drawing: _Drawing, value: Any, split: bool) -> Any:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import expecttest
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from experts import (
     DENSE,
     FORMS,
@@ -279,3 +280,84 @@ def test_routed_rows_are_never_whole(form):
     upstream = torch.ones(n, d, dtype=x.dtype)
     peak = peak_bytes(lambda: compiled(x, routed(n)).backward(upstream))
     assert peak < peak_bytes(lambda: unlooped(x, routed(n)).backward(upstream)) / 2
+
+
+def counted_by_mask(keys, groups):
+    return torch.zeros(keys.shape[0], groups, dtype=torch.bool).scatter_(-1, keys, True).sum(0)
+
+
+COUNTS = {
+    "one_hot": lambda keys, groups: F.one_hot(keys, groups).sum((0, 1)),
+    "one_hot, flat": lambda keys, groups: F.one_hot(keys.flatten(), groups).float().sum(0),
+    "one_hot, dim by dim": lambda keys, groups: F.one_hot(keys, groups).sum(1).sum(0),
+    "mask": counted_by_mask,
+    "mask of integers": lambda keys, groups: keys.new_zeros((keys.shape[0], groups)).scatter_(1, keys, 1).sum(0),
+    "comparison": lambda keys, groups: (keys.flatten()[:, None] == torch.arange(groups)).sum(0),
+    "comparison, groups first": lambda keys, groups: (keys.flatten() == torch.arange(groups)[:, None]).sum(1),
+    "scatter_add": lambda keys, groups: torch.zeros(groups, dtype=torch.long).scatter_add_(0, *ones_at(keys)),
+    "index_add": lambda keys, groups: torch.zeros(groups, dtype=torch.long).index_add_(0, *ones_at(keys)),
+    "index_put": lambda keys, groups: torch.zeros(groups, dtype=torch.long).index_put_(
+        (keys.flatten(),), ones_at(keys)[1], accumulate=True
+    ),
+}
+"""How many rows go to each group, in other ways than `histc`."""
+
+
+def ones_at(keys):
+    return keys.flatten(), torch.ones_like(keys.flatten())
+
+
+def by_counts(count, pick, counter=None):
+    def layer(x, router, up, down):
+        scores, keys = pick(F.linear(x, router).softmax(-1))
+        permutation = keys.flatten().argsort(stable=True)
+        counts = count(keys, router.shape[0])
+        if counter is not None:
+            with torch.no_grad():
+                counter.add_(counts)
+        ends = counts.cumsum(0).to(torch.int32)
+        rows = F.silu(torch._grouped_mm(x[permutation // K].bfloat16(), up.bfloat16(), offs=ends))
+        out = torch._grouped_mm(rows, down.bfloat16(), offs=ends).float() * scores.flatten()[permutation, None]
+        return torch.zeros_like(x).index_add(0, permutation // K, out)
+
+    return layer
+
+
+def of_top_k(scores):
+    return scores.topk(K, -1)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("count", COUNTS.values(), ids=COUNTS.keys())
+def test_groups_may_be_counted_in_any_way(count, dynamic):
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(1)
+    shapes = (N, D), (4, D), (4, D, 4 * D), (4, 4 * D, D)
+    x, *weights = (torch.randn(shape, generator=generator) for shape in shapes)
+    given = [x.requires_grad_(), *map(torch.nn.Parameter, weights)]
+    results, counters = [], []
+    for compiled in (False, True):
+        counters.append(torch.zeros(4))
+        layer = by_counts(count, of_top_k, counters[-1])
+        options = {"min_bytes": 0, "num_chunks": 3, "strict": True, "inner": "aot_eager"}
+        layer = torch.compile(layer, backend="mst_fx", options=options, dynamic=dynamic) if compiled else layer
+        y = layer(*given)
+        results.append((y, *torch.autograd.grad(y.square().sum(), given)))
+    (region,) = mst_fx.reports()[-1].regions
+    assert region.pattern == "experts"
+    assert torch.equal(*counters)
+    for ours, eager in zip(*results, strict=True):
+        assert relative_error(ours, eager) < 0.02  # of bfloat16
+
+
+def test_a_mask_does_not_count_keys_that_may_stand_twice_in_a_row():
+    """It says where the groups end only if no row has one key twice; nobody knows that of rounded scores."""
+
+    def of_rounded_scores(scores):
+        return scores[:, :K], (scores[:, :K] * 4).long().clamp(max=3)
+
+    shapes = (N, D), (4, D), (4, D, 4 * D), (4, 4 * D, D)
+    gm = captured(by_counts(counted_by_mask, of_rounded_scores), *(torch.randn(shape) for shape in shapes))
+    _, report = rewritten(gm)
+    assert not report.regions
+    assert any("groups that are not those of its rows" in refusal.text for refusal in report.refusals)

@@ -32,6 +32,7 @@ from mst_fx.core.aten_ops import (
 from mst_fx.core.sizes import sure
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.placement.placement import WHOLE, Placement, Routed, Split, same_shape
+from mst_fx.placement.rules.counting import counted_key, feeds_groups
 from mst_fx.placement.rules.registry import Demand, Flow, Result, args_of, argument, mixed, rule, rule_for, shape_of
 
 aten = torch.ops.aten
@@ -47,6 +48,10 @@ def route(node: Node, flow: Flow) -> Result | None:
         Demand: as rules do.
     """
     routed = any(isinstance(flow.of(operand), Routed) for operand in node.all_input_nodes if _is_tensor(operand))
+    key = None if routed else counted_key(node)
+    split = flow.of(key)
+    if key is not None and isinstance(split, Split) and feeds_groups(node):
+        return Routed("counts", key_of(key), split)
     starts = node.target in (*SORTS, *COUNTS) and isinstance(flow.of(args_of(node)[0]), Split)
     if not routed and not (starts and len(shape_of(args_of(node)[0])) == 1):
         return None
@@ -63,9 +68,13 @@ def ordered(node: Node, flow: Flow) -> Placement:
 
 def key_of(node: Node) -> Node:
     """What is sorted or counted, whatever its shape and dtype: these keep the order of the values."""
-    while node.target in (*RESHAPES, *CASTS):
+    while node.target in (*RESHAPES, *CASTS) or _is_full_slice(node):
         node = node.all_input_nodes[0]
     return node
+
+
+def _is_full_slice(node: Node) -> bool:
+    return node.target == aten.slice.Tensor and same_shape(shape_of(node), shape_of(args_of(node)[0]))
 
 
 def inverted(node: Node, placement: object) -> Node | None:
