@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.bodies.splice import Replacement, loop
@@ -20,6 +21,7 @@ from mst_fx.bodies.work import Work, fix_for
 from mst_fx.core.clean_room import clean_room
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
+from mst_fx.core.modes import Mode
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import Hint, fix, hint, long_hint, without_guards
@@ -31,8 +33,8 @@ from mst_fx.recognise.rebuild import Edit, rebuilt
 from mst_fx.report.entries import looped
 from mst_fx.report.report import Report, refused
 from mst_fx.survey.survey import Surveyor
-from mst_fx.survey.surveyed import Site, Surveyed, device_of_graph, timeline_of
-from mst_fx.survey.wishes import left_out, unmatched
+from mst_fx.survey.surveyed import Around, Site, Surveyed, device_of_graph, timeline_of
+from mst_fx.survey.wishes import left_out, unmatched, within_breaks
 from mst_fx.verify.verify import Verified
 
 log = logging.getLogger("mst_fx")
@@ -70,11 +72,12 @@ class Engine:
 
     def __init__(self, gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> None:
         self.gm = gm
-        self.config = config
+        self.config, told = within_breaks(config, gm)
+        around = Around(mode=Mode(grad=torch.is_grad_enabled(), inference=torch.is_inference_mode_enabled()))
         with _quiet_room(), without_guards(sizes_of(gm) if config.strict else ()):
-            self.surveyor = Surveyor(config, chosen, marked_sizes(gm))
-            self.surveyed = self.surveyor.survey(gm)
-            notes = (*left_out(config), *unmatched(config, self.surveyed))
+            self.surveyor = Surveyor(self.config, chosen, marked_sizes(gm))
+            self.surveyed = self.surveyor.survey(gm, around)
+            notes = (*told, *left_out(config), *unmatched(config, self.surveyed))
         self.surveyed = replace(self.surveyed, report=self.surveyed.report.joined(Report(notes=notes)))
 
     def copy(self) -> GraphModule:

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+
+from torch.fx import GraphModule
 
 from mst_fx.core.config import Config, is_in
-from mst_fx.core.provenance import module_path
+from mst_fx.core.provenance import graph_break, module_path
 from mst_fx.survey.surveyed import Surveyed
 
 log = logging.getLogger("mst_fx")
+
+
+def within_breaks(config: Config, gm: GraphModule) -> tuple[Config, tuple[str, ...]]:
+    """Return the options that hold for a graph, and a sentence where they are not the user's; it is a warning.
+
+    A graph that ends in a graph break gives its results to the rest of the function, which may read logits of any kind.
+    """
+    reason = graph_break(gm)
+    if config.returned_logits == "keep" or not reason:
+        return config, ()
+    note = f"returned_logits: {config.returned_logits!r} does not hold before a graph break ({reason})"
+    return replace(config, returned_logits="keep"), (note,)
 
 
 def left_out(config: Config) -> tuple[str, ...]:
