@@ -32,7 +32,7 @@ def gather(node: Node, flow: Flow) -> Placement:
     if split.dim == dim % len(shape_of(data)):
         if a == WHOLE:
             return split
-        raise _rows_of(node, split, data, index, b)
+        raise _error_for_rows(node, split, data, index, b)
     if not sure(shape_of(data)[split.dim] == shape_of(index)[split.dim]):
         raise mixed(node, "has fewer indices than rows")
     for operand, placement in ((data, a), (index, b)):
@@ -67,24 +67,24 @@ class Picks:
     first: int
     unindexed: tuple[int, ...]
 
-    def lies(self, dim: int) -> int | None:
+    def dim_in_result(self, dim: int) -> int | None:
         """Return the dim of the result that a dim of the value becomes; None where it is indexed."""
         if dim not in self.unindexed:
             return None
         place = self.unindexed.index(dim)
         return place if place < self.first else place + len(self.picked)
 
-    def comes_from(self, dim: int) -> int | None:
+    def dim_in_value(self, dim: int) -> int | None:
         """Return the dim of the value that becomes a dim of the result; None where the indices make it."""
         if self.first <= dim < self.first + len(self.picked):
             return None
         return self.unindexed[dim if dim < self.first else dim - len(self.picked)]
 
-    def made(self, index: Any, own: int) -> int:
+    def made_dim(self, index: Any, own: int) -> int:
         """Return the dim of the result that a dim of an index makes."""
         return self.first + len(self.picked) - len(shape_of(index)) + own
 
-    def aligned(self, index: Any, dim: int) -> int | None:
+    def making_dim(self, index: Any, dim: int) -> int | None:
         """Return the dim of an index that makes a dim of the result; None where the index is repeated along it."""
         own = dim - self.first - len(self.picked) + len(shape_of(index))
         return own if own >= 0 and sure(shape_of(index)[own] == self.picked[dim - self.first]) else None
@@ -126,15 +126,15 @@ def index(node: Node, flow: Flow) -> Placement:
     if table == WHOLE:
         return _picked(node, flow, picks)
     assert isinstance(table, Split)
-    lies = picks.lies(table.dim)
-    if lies is None and picks.indices[table.dim] in positions:
+    place = picks.dim_in_result(table.dim)
+    if place is None and picks.indices[table.dim] in positions:
         return _paired(node, flow, picks, table)
-    if lies is None:
+    if place is None:
         rows = next(iter(picks.indices.values()))
-        raise _rows_of(node, table, data, rows, flow.of(rows))
+        raise _error_for_rows(node, table, data, rows, flow.of(rows))
     if any(flow.of(given) != WHOLE for given in picks.indices.values()):
         raise mixed(node, "combines a split table with split indices")
-    return table.moved(lies)
+    return table.moved(place)
 
 
 def positions_of(node: Node) -> dict[Node, int]:
@@ -180,9 +180,9 @@ def _paired(node: Node, flow: Flow, picks: Picks, table: Split) -> Placement:
     counted = picks.indices[table.dim]
     if list(picks.indices.values()).count(counted) > 1:
         raise mixed(node, "counts rows of two dims at once")
-    result = table.moved(picks.made(counted, positions_of(node)[counted]))
+    result = table.moved(picks.made_dim(counted, positions_of(node)[counted]))
     for given in picks.indices.values():
-        own = picks.aligned(given, result.dim) if given is not counted else None
+        own = picks.making_dim(given, result.dim) if given is not counted else None
         expected: Placement = WHOLE if own is None else table.moved(own)
         if flow.of(given) == WHOLE and isinstance(expected, Split):
             if given in positions_of(node):
@@ -211,10 +211,10 @@ def _picked(node: Node, flow: Flow, picks: Picks) -> Placement:
     assert found is not None
     positions = positions_of(node)
     for dim, given in picks.indices.items():
-        if given in positions and picks.made(given, positions[given]) == found.dim:
+        if given in positions and picks.made_dim(given, positions[given]) == found.dim:
             raise Demand(args_of(node)[0], found.moved(dim))
     for given in picks.indices.values():
-        own = picks.aligned(given, found.dim)
+        own = picks.making_dim(given, found.dim)
         if own is not None and flow.of(given) == WHOLE:
             raise Demand(given, found.moved(own))
     return found
@@ -224,13 +224,13 @@ def _picked(node: Node, flow: Flow, picks: Picks) -> Placement:
 def index_back(node: Node, split: Split) -> dict[Node, Split]:
     """The demand is on the indices where they make the dim, otherwise on the table."""
     picks = picks_of(node)
-    dim = picks.comes_from(split.dim)
+    dim = picks.dim_in_value(split.dim)
     if dim is not None:
         return {args_of(node)[0]: split.moved(dim)}
     positions = positions_of(node)
     demands = {}
     for indexed, given in picks.indices.items():
-        own = picks.aligned(given, split.dim)
+        own = picks.making_dim(given, split.dim)
         if own is not None and given in positions:
             demands[args_of(node)[0]] = split.moved(indexed)
         elif own is not None:
@@ -238,7 +238,7 @@ def index_back(node: Node, split: Split) -> dict[Node, Split]:
     return demands
 
 
-def _rows_of(node: Node, table: Placement, data: Any, rows: Any, picked: Placement) -> Exception:
+def _error_for_rows(node: Node, table: Placement, data: Any, rows: Any, picked: Placement) -> Exception:
     """Return the error to raise where rows of the split dim are picked: only a permutation of the rows may do that."""
     single = len(shape_of(rows)) == 1 or (bool(shape_of(rows)) and same_shape(shape_of(rows)[1:], shape_of(data)[1:]))
     alone = node.target in GATHERS or len(argument(node, "indices")) == 1

@@ -61,7 +61,7 @@ def route(node: Node, flow: Flow) -> NodePlacement | None:
     starts = node.target in (*SORTS, *COUNTS) and isinstance(flow.of(args_of(node)[0]), Split)
     if not routed and not (starts and len(shape_of(args_of(node)[0])) == 1):
         return None
-    return _HANDLERS.get(node.target, _apart)(node, flow)
+    return _HANDLERS.get(node.target, _keep_apart)(node, flow)
 
 
 @rule(*GROUPED_PRODUCTS, *COUNTS)
@@ -119,14 +119,14 @@ def _cumulate(node: Node, flow: Flow) -> NodePlacement:
     placement = flow.of(args_of(node)[0])
     if isinstance(placement, Routed) and placement.kind == "counts":
         return replace(placement, kind="groups")
-    return _apart(node, flow)
+    return _keep_apart(node, flow)
 
 
 def _divide(node: Node, flow: Flow) -> NodePlacement:
     """Place a quotient: a permutation of rows, divided by `per`, names the wider rows that hold `per` of them."""
     placement, divisor = flow.of(args_of(node)[0]), args_of(node)[1]
     if not isinstance(placement, Routed) or placement.kind != "order":
-        return _apart(node, flow)
+        return _keep_apart(node, flow)
     floors = node.target == aten.floor_divide.default or argument(node, "rounding_mode") == "floor"
     if not floors or not isinstance(divisor, int) or not sure(placement.split.inner % (placement.per * divisor) == 0):
         raise mixed(node, "computes with positions of the split dim")
@@ -180,7 +180,7 @@ def _add(node: Node, flow: Flow) -> NodePlacement:
     return expected
 
 
-def _apart(node: Node, flow: Flow) -> NodePlacement:
+def _keep_apart(node: Node, flow: Flow) -> NodePlacement:
     """Place an op that keeps rows apart: it does so for sorted rows if all operands are sorted by one permutation."""
     routed = _common_placement(node, flow)
     if routed.kind == "rows" or (node.target in KEEP_PERMUTATION and routed.kind in ("order", "inverse")):
@@ -217,7 +217,7 @@ def _as_split_rows(node: Node, flow: Flow, routed: Routed) -> NodePlacement:
     except Demand:
         raise mixed(node, "combines sorted rows with rows that are not") from None
     placements = result if isinstance(result, tuple) else (result,)
-    placed = tuple(_again(node, routed, one) for one in placements)
+    placed = tuple(_routed_again(node, routed, one) for one in placements)
     return placed if isinstance(result, tuple) else placed[0]
 
 
@@ -232,7 +232,7 @@ class _AsSplit:
         return placement.split if isinstance(placement, Routed) else placement
 
 
-def _again(node: Node, routed: Routed, result: Placement) -> Placement:
+def _routed_again(node: Node, routed: Routed, result: Placement) -> Placement:
     if not isinstance(result, Split):
         return result
     if (result.outer, result.inner) != (routed.split.outer, routed.split.inner):

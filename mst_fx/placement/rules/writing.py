@@ -55,15 +55,15 @@ def put(node: Node, flow: Flow) -> Placement:
     split, brought = flow.of(value), flow.of(values)
     added = len(picks.picked) + len(picks.unindexed) - len(shape_of(values))
     if split == WHOLE and isinstance(brought, Split):
-        dim = picks.comes_from(brought.dim + added)
+        dim = picks.dim_in_value(brought.dim + added)
         if dim is None:
             raise mixed(node, "writes split values to rows")
         raise Demand(value, brought.moved(dim))
     assert isinstance(split, Split)
-    lies = picks.lies(split.dim)
-    if lies is None:
+    place = picks.dim_in_result(split.dim)
+    if place is None:
         raise mixed(node, "writes along the split dim")
-    own = lies - added
+    own = place - added
     written = {values: split.moved(own)} if own >= 0 and not sure(shape_of(values)[own] == 1) else {}
     if not written and brought != WHOLE:
         raise mixed(node, "joins values that are split differently")
