@@ -1,6 +1,6 @@
-"""One captured graph -> the same graph with loops: survey, plan, assembly, rewrite (see `pipeline`).
+"""One captured graph -> the same graph with loops: survey, plan, bodies, rewrite (see `pipeline`).
 
-An error that meets one region costs that region alone: it is left out, and all is decided anew.
+An error in one region costs only the loop of this region: it is left out, and the pass decides everything anew.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.bodies.splice import Replacement, loop
@@ -20,6 +21,7 @@ from mst_fx.bodies.work import Work, fix_for
 from mst_fx.core.clean_room import clean_room
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
+from mst_fx.core.modes import Mode
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import Hint, fix, hint, long_hint, without_guards
@@ -31,8 +33,8 @@ from mst_fx.recognise.rebuild import Edit, rebuilt
 from mst_fx.report.entries import looped
 from mst_fx.report.report import Report, refused
 from mst_fx.survey.survey import Surveyor
-from mst_fx.survey.surveyed import Site, Surveyed, device_of_graph, timeline_of
-from mst_fx.survey.wishes import left_out, unmatched
+from mst_fx.survey.surveyed import Around, Site, Surveyed, device_of_graph, timeline_of
+from mst_fx.survey.wishes import left_out, unmatched, within_breaks
 from mst_fx.verify.verify import Verified
 
 log = logging.getLogger("mst_fx")
@@ -41,10 +43,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What became of a graph.
+    """A graph with loops.
 
     Attributes:
-        module: the graph with loops; the captured one where nothing is changed.
+        module: the new graph; the captured one where nothing changes.
         report: the decisions.
         sites: the regions that are looped.
     """
@@ -55,7 +57,7 @@ class Rewritten:
 
     @property
     def works(self) -> list[Work]:
-        """What the loops do; regions that are alike share one."""
+        """The works of the loops; regions that are alike share one."""
         return list(dict.fromkeys(site.work for site in self.sites))
 
 
@@ -63,34 +65,35 @@ class Engine:
     """The pass over one graph.
 
     Args:
-        gm: as captured; it stays as it is.
+        gm: the captured graph; the pass does not change it.
         config: the user's options.
-        chosen: the patterns to recognise regions by.
+        chosen: the patterns that recognise regions.
     """
 
     def __init__(self, gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> None:
         self.gm = gm
-        self.config = config
+        self.config, told = within_breaks(config, gm)
+        around = Around(mode=Mode(grad=torch.is_grad_enabled(), inference=torch.is_inference_mode_enabled()))
         with _quiet_room(), without_guards(sizes_of(gm) if config.strict else ()):
-            self.surveyor = Surveyor(config, chosen, marked_sizes(gm))
-            self.surveyed = self.surveyor.survey(gm)
-            notes = (*left_out(config), *unmatched(config, self.surveyed))
+            self.surveyor = Surveyor(self.config, chosen, marked_sizes(gm))
+            self.surveyed = self.surveyor.survey(gm, around)
+            notes = (*told, *left_out(config), *unmatched(config, self.surveyed))
         self.surveyed = replace(self.surveyed, report=self.surveyed.report.joined(Report(notes=notes)))
 
     def copy(self) -> GraphModule:
-        """The captured graph once more, as compilers change what they are given."""
+        """Return a copy of the captured graph: compilers change the graph that they get."""
         return rebuilt(self.gm, [])
 
     def rewritten(self, without: Mapping[Work, str] | None = None) -> Rewritten:
-        """The graph with loops.
+        """Return the graph with loops.
 
         Args:
-            without: works whose regions are left as they are, and why.
+            without: works whose regions are not looped, each with the reason.
         """
-        left = without or {}
-        sites = [site for site in self.surveyed.all_sites() if site.work in left]
+        reasons = without or {}
+        sites = [site for site in self.surveyed.all_sites() if site.work in reasons]
         surveyed = self.surveyed.without(
-            {site: Refusal(Reason.INTERNAL, site.region.last, left[site.work]) for site in sites}
+            {site: Refusal(Reason.INTERNAL, site.region.last, reasons[site.work]) for site in sites}
         )
         with _quiet_room():
             while True:
@@ -107,16 +110,16 @@ class Engine:
         return Rewritten(module or self.gm, report, tuple(site for site, plan in of_site.items() if plan.lengths))
 
     def _planned(self, surveyed: Surveyed, at: Hint = hint, due: Container[Site] = ()) -> Plans:
-        """The decisions for all regions of a graph, if it has the lengths that `at` tells."""
+        """Return the plans for all regions of a graph, at the sizes that `at` tells."""
         sites = list(surveyed.all_sites())
         offers = [self._for(site, partial(self.surveyor.offer, site, at, due=site in due)) for site in sites]
         return make_plans(offers, timeline_of(surveyed, at), device_of_graph(surveyed), self.config)
 
     def _due(self, surveyed: Surveyed) -> set[Site]:
-        """What is looped for lengths that may come, however short the captured one: loops that compute nothing again.
+        """Return the sites to loop because their length may grow, even if the captured one is short.
 
-        Such a loop costs a short sequence nothing: it is one chunk. Where something is computed again, it would be
-        lost, so these regions are judged by the length that was captured.
+        Their loops recompute nothing, so they cost a short sequence nothing: it is one chunk. A loop that recomputes
+        would slow down a short sequence, so its plan depends on the captured length.
         """
         varying = {site for site in surveyed.all_sites() if site.work.stages.dynamic and not site.recomputes}
         if not varying or self.config.min_bytes is not None:
@@ -125,7 +128,7 @@ class Engine:
         return {site for site, plan in zip(surveyed.all_sites(), plans.of, strict=True) if plan.lengths} & varying
 
     def _spliced(self, surveyed: Surveyed, plans: Mapping[Site, Plan]) -> tuple[GraphModule | None, Report]:
-        """The graph with loops, None where it needs no change; and the decisions about it and its subgraphs."""
+        """Return the graph with loops, None where it needs no change, and the report on it and its subgraphs."""
         report, edits = surveyed.report, []
         for site in surveyed.sites:
             plan = plans[site]
@@ -146,34 +149,42 @@ class Engine:
             report = report.joined(inner_report)
             children.update({name: new_child} if new_child is not None else {})
         if surveyed.sizes and not (edits or children or report.dropped):
-            return None, replace(report, cuts=())  # a cut that fixes a size is for the sake of a loop
+            return None, replace(report, cuts=())  # an early cut that fixes a size pays only with a loop
         for size in surveyed.sizes:
             fix(size)
         changed = edits or children or surveyed.report.cuts or surveyed.report.dropped
         return rebuilt(surveyed.reader.owner, edits, children) if changed else None, report
 
     def _verified(self, site: Site, lengths: Lengths) -> Verified | None:
-        """What became of a region's check, None where it is not asked for; a loop that fails it is left out."""
+        """Return what running the loop of a region has shown, None without the option `verify`.
+
+        Raises:
+            _AtFaultError: the loop is wrong, and has to be left out.
+        """
         verified = self._for(site, partial(self.surveyor.verified, site, lengths))
         if isinstance(verified, Refusal):
             raise _AtFaultError(site, verified)
         return verified
 
     def _put(self, site: Site, plan: Plan, owner: GraphModule, place: Node, node_of: Mapping[Node, Node]) -> list[Node]:
-        """Put the loop into the graph, as an `Edit` does; what it needs fixed is fixed now, and not before."""
+        """Put the loop into the graph, as an `Edit` does, and fix the numbers that it needs fixed, not before."""
         assert plan.lengths is not None
         lengths = plan.lengths
 
         def put() -> list[Node]:
             call = self.surveyor.call(site.work, lengths)
             fix_for(site.region, site.work)
-            replacement = Replacement(site.region, site.work.stages, call, site.around.kept)
+            replacement = Replacement(site.region, site.work.stages, call, site.around.saves_results)
             return loop(owner, place, node_of, replacement)
 
         return self._for(site, put)
 
     def _for(self, site: Site, do: Callable[[], T]) -> T:
-        """Do something for one region."""
+        """Do something for one region, and return its value.
+
+        Raises:
+            _AtFaultError: it raised an error.
+        """
         try:
             return do()
         except Exception as error:
@@ -182,7 +193,7 @@ class Engine:
 
 
 class _AtFaultError(Exception):
-    """One region is to be left out."""
+    """An error in one region: the region has to be left out."""
 
     def __init__(self, site: Site, refusal: Refusal) -> None:
         super().__init__(refusal.text)
@@ -192,7 +203,7 @@ class _AtFaultError(Exception):
 
 @contextmanager
 def _quiet_room() -> Iterator[None]:
-    """The clean room, without searches for garbage: one walks all that a large program holds, as long as the pass."""
+    """Enter the clean room, without garbage collection: in a large program, one takes as long as the pass."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -204,7 +215,7 @@ def _quiet_room() -> Iterator[None]:
 
 
 def _with_budget(report: Report, plans: Plans) -> Report:
-    """With a word about a budget that is missed."""
+    """Return the report, with a refusal where no plan keeps to the budget; it is logged as a warning, too."""
     if plans.budget is None or plans.peak <= plans.budget:
         return report
     text = (

@@ -81,7 +81,7 @@ def _accepted(program: Program, seed: Node, split: Split) -> Iterator[tuple[Spli
     except Refusal:
         pass  # any other exception is a failure
     except Spans as spans:
-        for outer, inner in spans.parts:
+        for outer, inner in spans.factors:
             assert outer * inner > 1, "a part is shorter than the axis"
             yield from _accepted(program, seed, Split(split.dim, split.outer * outer, split.inner * inner))
 

@@ -17,7 +17,7 @@ from mst_fx.core.refusal import Refusal
 from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import PARTIAL, WHOLE, Split
 from mst_fx.placement.propagate import propagate
-from mst_fx.placement.rules import Result, Spans
+from mst_fx.placement.rules import NodePlacement, Spans
 from mst_fx.runtime.cache_version import VERSION
 from mst_fx.runtime.loop_operator import LoopSpec, run_loop
 from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence
@@ -63,7 +63,7 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
-def placed(call: Call, split: Split, position: int = 0) -> list[Result | str]:
+def placed(call: Call, split: Split, position: int = 0) -> list[NodePlacement | str]:
     """Where the results lie when one operand is split; "epilogue" for what runs after the loop."""
     module = aten_graph(call)
     placements = propagate(module.graph, {placeholders(module)[position]: split})
@@ -79,7 +79,7 @@ def accepted_axes(module: GraphModule, seed: Node, split: Split) -> Iterator[Sta
     except Refusal:
         pass  # any other exception is a failure
     except Spans as spans:
-        for outer, inner in spans.parts:
+        for outer, inner in spans.factors:
             assert outer * inner > 1, "a part is shorter than the axis"
             yield from accepted_axes(module, seed, Split(split.dim, split.outer * outer, split.inner * inner))
 
@@ -110,7 +110,7 @@ def loop_everything(module: GraphModule, seed: Node, split: Split) -> Stages:
     )
 
 
-def _is_whole(result: Result) -> bool:
+def _is_whole(result: NodePlacement) -> bool:
     return all(part == WHOLE for part in as_list(result))
 
 

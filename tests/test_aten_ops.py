@@ -77,7 +77,7 @@ SAVED_BY_TORCH = {
         "a scan is computed once",
     ),
     aten.logcumsumexp.default: "a scan is computed once",
-    **dict.fromkeys((*table.SCATTERS, *table.PUTS, *table.PART_WRITES, aten.copy.default), "a write is done once"),
+    **dict.fromkeys((*table.SCATTERS, *table.PUTS, *table.SLICE_WRITES, aten.copy.default), "a write is done once"),
     **dict.fromkeys((aten.embedding.default, aten.repeat.default), "more rows than there were are made once"),
     **dict.fromkeys(
         (aten.prod.default, aten.prod.dim_int, aten.argmin.default, aten.median.default, aten.median.dim),
@@ -120,7 +120,7 @@ READS_NOTHING = {
         (aten.scatter.src, aten.scatter.value, aten.scatter.reduce, aten.scatter.value_reduce),
         "indices are read, no operand",
     ),
-    **dict.fromkeys((aten.scatter_add.default, *table.PUTS, *table.PART_WRITES), "indices are read, no operand"),
+    **dict.fromkeys((aten.scatter_add.default, *table.PUTS, *table.SLICE_WRITES), "indices are read, no operand"),
     **dict.fromkeys(
         (aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim, aten.mode.default, aten.kthvalue.default),
         "the positions that were found are read, no operand",

@@ -10,7 +10,7 @@ from torch import nn
 
 from mst_fx.bodies.body import Gradients, gradient_body
 from mst_fx.capture.decompositions import decompositions
-from mst_fx.placement.partition import cut
+from mst_fx.placement.partition import partition
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11, "equal_nan": True}
 
@@ -18,7 +18,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-11, "equal_nan": True}
 def check(call, chunk, in_forward=False, any_length=False):
     """The stages, once their loop has given what eager execution gives."""
     module = aten_graph(call, decompositions())
-    stages = cut(module, placeholders(module)[0])
+    stages = partition(module, placeholders(module)[0])
     chunk = min(chunk, stages.length)
     results = differentiably_looped(module, stages, call.inputs, chunk, in_forward, any_length)
     expected = as_list(call.function(*call.inputs))

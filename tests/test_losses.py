@@ -296,3 +296,23 @@ def test_both_directions_of_two_towers_are_refused():
 def test_unknown_option_value():
     with pytest.raises(TypeError, match="returned_logits"):
         mst_fx.Config(returned_logits="lose")
+
+
+@pytest.mark.parametrize("option", ["drop", "detach"])
+def test_logits_that_a_graph_break_hands_on_stay_as_they_are(option):
+    """They are not returned to the caller: the rest of the function reads them."""
+
+    def two_losses(x, w, y):
+        logits = F.linear(x, w).flatten(0, 1)
+        loss = F.cross_entropy(logits, y.flatten())
+        torch._dynamo.graph_break()
+        return loss + logits.logsumexp(-1).square().mean()
+
+    torch._dynamo.reset()
+    given = inputs()
+    options = {"min_bytes": 0, "num_chunks": 4, "inner": "aot_eager", "returned_logits": option}
+    compiled = torch.compile(two_losses, backend="mst_fx", options=options)
+    results = [(loss := fn(*given), *torch.autograd.grad(loss, given[:2])) for fn in (two_losses, compiled)]
+    torch.testing.assert_close(results[1], results[0])
+    (note,) = (note for report in mst_fx.reports()[-2:] for note in report.notes)
+    assert note.startswith(f"returned_logits: {option!r} does not hold before a graph break")

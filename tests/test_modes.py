@@ -165,3 +165,34 @@ def test_gradients_within_the_program_are_left_alone(program):
     assert len(report.regions) == (program is step)
     assert [refusal.reason for refusal in report.refusals] == ["GRAD_MODE"]
     assert "is differentiated within the graph" in report.refusals[0].text
+
+
+def enabled_behind_the_projection(x, up, down):
+    wide = x @ up
+    with torch.enable_grad():
+        return (wide.tanh() @ down).square().sum()
+
+
+def enabled_behind_the_logits(x, up, down):
+    logits = x @ up
+    with torch.enable_grad():
+        return F.cross_entropy((logits * down.sum(1)).flatten(0, 1), torch.arange(120) % 32)
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize(
+    "program", [enabled_behind_the_projection, enabled_behind_the_logits], ids=lambda program: program.__name__
+)
+def test_gradients_that_are_off_around_the_call(program, inner):
+    """The function begins in the mode of its caller, so what stands in front of `enable_grad` is not recorded."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 40, 8), (8, 32), (32, 8))]
+    options = {"min_bytes": 0, "num_chunks": 3, "strict": True, "inner": inner}
+    grads = []
+    for function in (program, torch.compile(program, backend="mst_fx", options=options)):
+        with torch.no_grad():
+            loss = function(*given)
+        grads.append(torch.autograd.grad(loss, given, allow_unused=True))
+    assert [grad is None for grad in grads[0]] == [grad is None for grad in grads[1]] == [True, True, False]
+    torch.testing.assert_close(grads[1][2], grads[0][2])

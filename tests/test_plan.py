@@ -34,14 +34,16 @@ class InModule(Offer):
 
 def offered(module: str, extent: Extent, *numbers: Any, **kinds: bool) -> InModule:
     """A region of which the user has said nothing."""
-    terms = terms_of(extent, Wish(), "float32", recomputes=not kinds["free"])
+    terms = terms_of(extent, Wish(), "float32", recomputes=not kinds["recomputes_nothing"])
     return InModule(terms, *numbers, **kinds, module=module)
 
 
 def make_plans(offers: list[InModule], timeline: Timeline, device: Device, config: Config) -> Plans:
     """The plans of regions, with what the user has said of their modules."""
     said = [
-        terms_of(offer.extent, config.wish_for([offer.module]), config.accumulate, recomputes=not offer.free)
+        terms_of(
+            offer.extent, config.wish_for([offer.module]), config.accumulate, recomputes=not offer.recomputes_nothing
+        )
         for offer in offers
     ]
     offers = [replace(offer, terms=terms) for offer, terms in zip(offers, said, strict=True)]
@@ -62,7 +64,7 @@ def mlp(length: int, module: str = "mlp", *, repeated: bool = False) -> InModule
     )
     flops = 6.0 * length * WIDTH * FFN
     cost = RegionCost(flops, flops * 2 / 3, 1.0, weights * 8, half=True)
-    return offered(module, Extent(length, False, 1, FFN * 2), memory, cost, free=False, repeated=repeated)
+    return offered(module, Extent(length, False, 1, FFN * 2), memory, cost, recomputes_nothing=False, repeated=repeated)
 
 
 def head(length: int, module: str = "lm_head") -> InModule:
@@ -79,7 +81,7 @@ def head(length: int, module: str = "lm_head") -> InModule:
         whole_backward=2 * wide + stream + weights * 2,
     )
     cost = RegionCost(2.0 * length * weights, 0.0, 1.0, weights * 8, half=True)
-    return offered(module, Extent(length, False, 1, VOCAB * 2), memory, cost, free=True)
+    return offered(module, Extent(length, False, 1, VOCAB * 2), memory, cost, recomputes_nothing=True)
 
 
 def llama(length: int, layers: int, *, checkpointed: bool = False) -> tuple[list[InModule], Timeline]:
@@ -146,7 +148,7 @@ def test_evaluation_loops_the_head():
 
 def saving(count: int, *, free: bool = False) -> InModule:
     """A region that saves so many bytes for backward, and none in a loop."""
-    return replace(mlp(32768), memory=RegionMemory(written=GIB, saved_whole=count), free=free)
+    return replace(mlp(32768), memory=RegionMemory(written=GIB, saved_whole=count), recomputes_nothing=free)
 
 
 def decided(*offers: Offer) -> list[bool]:
@@ -268,7 +270,7 @@ def graphs(draw):
         offer = draw(st.sampled_from([mlp, mlp, head]))(
             draw(st.sampled_from([12288, 256, 2048, 4096, 30000])), f"m.{number}"
         )
-        block = number if not offer.free and draw(st.booleans()) else None
+        block = number if not offer.recomputes_nothing and draw(st.booleans()) else None
         offers.append(replace(offer, repeated=block is not None))
         segments.append(Segment(saved=draw(sizes), passing=draw(sizes), block=block, entry=draw(sizes) if block else 0))
         segments.append(Segment(region=number, gradients=draw(sizes), block=block))
@@ -301,7 +303,7 @@ def test_a_plan_keeps_to_its_budget_or_says_what_is_missing(graph, budget):
 @given(graphs())
 def test_a_loop_is_never_chosen_for_a_higher_peak(graph):
     plans = make_plans(*graph, DEVICE, Config())
-    heads = make_plans(*graph, DEVICE, Config(modules={n.module: False for n in graph[0] if not n.free}))
+    heads = make_plans(*graph, DEVICE, Config(modules={n.module: False for n in graph[0] if not n.recomputes_nothing}))
     assert peak_before_longer_chunks(graph, plans) <= peak_before_longer_chunks(graph, heads)
     assert plans.peak <= heads.peak + LENT_SHARE * (plans.peak_whole - heads.peak)
 
@@ -309,7 +311,9 @@ def test_a_loop_is_never_chosen_for_a_higher_peak(graph):
 def peak_before_longer_chunks(graph, plans) -> int:
     """The peak with the same loops, in chunks of the default length."""
     offers, timeline = graph
-    defaults = [default_lengths(offer.extent, Wish(), "float32", recomputes=not offer.free) for offer in offers]
+    defaults = [
+        default_lengths(offer.extent, Wish(), "float32", recomputes=not offer.recomputes_nothing) for offer in offers
+    ]
     chosen = [default if chosen else None for default, chosen in zip(defaults, looped(plans), strict=True)]
     return timeline.peak([held(offer, lengths) for offer, lengths in zip(offers, chosen, strict=True)])
 
@@ -360,5 +364,6 @@ def test_equal_ranks_come_to_equal_plans(graph, budget):
 def test_what_a_checkpointed_block_keeps_is_held_from_the_forward_on():
     block = (Segment(region=0, block=0, entry=1), Segment(saved=10, block=0))
     behind, alone = Timeline(0, (*block, Segment(passing=100))), Timeline(0, block)
-    assert [behind.peak([Held(kept=kept)]) for kept in (0, 10)] == [101, 111]
-    assert [alone.peak([Held(kept=kept)]) for kept in (0, 10)] == [11, 11]  # not computed again, not counted again
+    assert [behind.peak([Held(saved_results=kept)]) for kept in (0, 10)] == [101, 111]
+    again = [alone.peak([Held(saved_results=kept)]) for kept in (0, 10)]
+    assert again == [11, 11]  # not computed again, not counted again

@@ -300,7 +300,7 @@ def test_a_merged_stream_can_be_split_along_a_part(split, seen):
 def test_a_merged_stream_that_is_cut_as_one_spans_two_dims():
     with pytest.raises(Spans) as spans:
         propagated(lambda x: x.view(B, S, D), STREAM.view(-1, D), split=Split(0))
-    assert spans.value.parts == [(1, S), (B, 1)]
+    assert spans.value.factors == [(1, S), (B, 1)]
     assert loops_exactly(lambda x: x.view(B, S, D).cumsum(0), STREAM.view(-1, D), split=Split(0))
 
 

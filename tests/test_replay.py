@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mst_fx.capture.decompositions import decompositions
 from mst_fx.ops.seeded_random import uniform_like
-from mst_fx.placement.partition import cut
+from mst_fx.placement.partition import partition
 from mst_fx.placement.placement import Split
 
 B, T, D, FF, P = 2, 40, 8, 64, 0.3
@@ -99,7 +99,7 @@ def test_every_op_that_is_opened(draw, mean):
 def test_a_seed_is_drawn_before_the_loop():
     x = torch.ones(6, 5, dtype=torch.float64)
     module = aten_graph(Call(lambda x: x + torch.randint(0, 9, ()), [x]))
-    stages = cut(module, placeholders(module)[0])
+    stages = partition(module, placeholders(module)[0])
     assert [node.target for node in stages.prologue] == [torch.ops.aten.randint.low]
 
 

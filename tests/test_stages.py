@@ -5,13 +5,13 @@ import torch
 from looping import Call, aten_graph, placeholders, values
 
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.placement.partition import cut
+from mst_fx.placement.partition import partition
 from mst_fx.placement.placement import Split
 
 
 def axis_of(function, *shapes):
     module = aten_graph(Call(function, [values(*shape) for shape in shapes]))
-    return cut(module, placeholders(module)[0]).axis
+    return partition(module, placeholders(module)[0]).axis
 
 
 def mlp(x, up, down):

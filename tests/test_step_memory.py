@@ -49,7 +49,7 @@ def test_a_block_is_computed_again_when_backward_enters_it():
 def test_forward_needs_half_of_what_backward_needs(passing, expected):
     """A block keeps 100 bytes that backward does not need: there alone forward holds more than backward."""
     block = (Segment(region=0, block=0), Segment(passing=passing, block=0))
-    assert peak(*block, held=[Held(kept=100)]) == expected
+    assert peak(*block, held=[Held(saved_results=100)]) == expected
 
 
 @given(st.lists(st.builds(Segment, saved=sizes, passing=sizes, gradients=sizes, block=st.sampled_from([None, 1]))))

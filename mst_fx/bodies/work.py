@@ -19,7 +19,7 @@ from mst_fx.core.config import Config
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.values import fake_value
-from mst_fx.placement.partition import Numbers, Stages, cut
+from mst_fx.placement.partition import Numbers, Stages, partition
 from mst_fx.placement.placement import PARTIAL
 from mst_fx.placement.propagate import Unequal
 from mst_fx.placement.rules.counting import DISTINCT
@@ -139,7 +139,7 @@ def _analysed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Co
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     for placeholder, live_in in zip(placeholders, region.live_ins, strict=True):
         placeholder.meta[DISTINCT] = is_picked_by_top_k(live_in)
-    stages = cut(lowered, placeholders[stream])
+    stages = partition(lowered, placeholders[stream])
     needs_grad = _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True)))
     _forbid_complex(region, needs_grad)
     wanted = tuple(i for i, node in enumerate(stages.operands) if needs_grad[node])

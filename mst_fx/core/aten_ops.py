@@ -203,7 +203,7 @@ PUTS = (aten.index_put.default,)
 """Writes with indices of several dims."""
 ROW_ADDS = (aten.scatter_add.default, *PUTS, aten.index_add.default)
 """Writes that can add rows to the rows that a permutation names."""
-PART_WRITES = (aten.slice_scatter.default, aten.select_scatter.default)
+SLICE_WRITES = (aten.slice_scatter.default, aten.select_scatter.default)
 """Writes to a slice, or to one position, of one dim."""
 
 # Families: ops that move values.
@@ -242,7 +242,7 @@ PIXEL_SHUFFLES = (aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
 _IMAGES = tuple(op for ops in PADS_AND_POOLS.values() for op in ops) + CHANNEL_SHUFFLES + PIXEL_SHUFFLES
 _MOVES = (*JOINS, *TILES, *FLIPS, *ROLLS, *UNFOLDS, *PADS, *TRIANGLES, *_IMAGES)
 _READS = (*GATHERS, *LOOK_UPS, *ROW_PICKS, *SEARCHES, *SORTED_SEARCHES)
-_WRITES = (*SCATTERS, *ROW_WRITES, *PUTS, *PART_WRITES)
+_WRITES = (*SCATTERS, *ROW_WRITES, *PUTS, *SLICE_WRITES)
 _REDUCTIONS = (*SUMS, *REDUCTIONS, *REDUCTIONS_TO_TWO, *COUNTS, *LAYER_NORMS, *GROUP_NORMS, *LOSSES)
 _MADE = (*FILLS, *RANGES, *DRAWS, *SCALARS)
 
@@ -271,9 +271,9 @@ LINEAR_IN_ALL = (aten.add.Tensor, aten.sub.Tensor, *JOINS)
 
 # Chunks and permutations of a split value.
 
-MADE_IN_PARTS = (*FILLS, aten.expand.default)
+MADE_IN_CHUNKS = (*FILLS, aten.expand.default)
 """Ops that can make the rows of one chunk alone, given the sizes of a chunk."""
-KEEP_AN_ORDER = (*RESHAPES, *CASTS, aten.expand.default)
+KEEP_PERMUTATION = (*RESHAPES, *CASTS, aten.expand.default)
 """Ops that leave the entries of a permutation of rows as they are."""
 WITHOUT_GRADIENT = (aten.detach.default, *FILLS, *FILLS_LIKE)
 """Ops whose floating-point result passes no gradient back to the operands."""

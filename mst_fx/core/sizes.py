@@ -1,6 +1,6 @@
 """Sizes that are known, and those that are only known at run time; asking adds no guard.
 
-Private torch API: the symbols of sizes and what was seen of them. Run on torch 2.11, 2.13 and 2.15.
+Private torch API: the symbols of sizes and their captured values. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -15,28 +15,27 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, is_concrete_int, sta
 
 VARYING = (torch.SymInt, torch.SymFloat, torch.SymBool)
 sure = statically_known_true
-"""Whether something holds whatever the sizes are that are only known at run time."""
-
+"""Return whether a condition holds for all values of the sizes that are only known at run time."""
 
 Hint: TypeAlias = Callable[[Any], int]
-"""What a size is taken for where a number is needed: `hint` or `long_hint`. Neither adds a guard."""
+"""Gives a number for a size, where one is needed: `hint` or `long_hint`. Neither adds a guard."""
 
 UNSEEN = 64
-"""Of a size that depends on the data nothing was seen: any number will do, the region is refused later."""
+"""The hint of a size that depends on the data: it has no captured value, and the region is refused later anyway."""
 
 LONG = 65536
-"""Positions: where heads, and MLPs that are computed again anyway, take their part of any model's memory."""
+"""Positions: at this length heads, and MLPs in checkpointed blocks, hold a large share of any model's memory."""
 
 
 def hint(size: Any) -> int:
-    """The size that was seen when the graph was captured, or that `mark_dynamic(hint_override=)` names."""
+    """Return the value of a size when the graph was captured, or that which `mark_dynamic(hint_override=)` names."""
     if not isinstance(size, torch.SymInt):
         return int(size)
     return int(size.node.hint) if size.node.has_hint() else UNSEEN
 
 
 def long_hint(size: Any) -> int:
-    """The same with LONG for each length that may vary, or with the longest that it may be."""
+    """Return the same with LONG, or the largest value if that is smaller, for each symbol with a smaller hint."""
     if not isinstance(size, torch.SymInt) or not size.node.has_hint():
         return hint(size)
     formula, shape_env = size.node.expr, size.node.shape_env
@@ -48,44 +47,44 @@ def _long_value(shape_env: Any, symbol: Any) -> Any:
 
 
 def depends_on_data(size: Any) -> bool:
-    """Whether a size, or another number, was not even known when the graph was captured."""
+    """Return whether a size, or another number, had no value when the graph was captured."""
     return isinstance(size, VARYING) and not size.node.has_hint()
 
 
 def is_size(value: Any) -> bool:
-    """Whether a value of a traced graph is a size or a list of sizes, no tensor."""
+    """Return whether a value of a traced graph is a size or a list of sizes, not a tensor."""
     if isinstance(value, tuple | list):
         return all(map(is_size, value))
     return isinstance(value, (int, float, *VARYING))
 
 
 def is_symbolic(size: Any) -> bool:
-    """Whether a size is only known at run time."""
+    """Return whether a size is only known at run time."""
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def number(size: Any) -> int | None:
-    """A size as a number, where all that vary in it cancel; None where they do not."""
+    """Return a size as a number, where all symbols in it cancel; None where they do not."""
     return int(size) if is_concrete_int(size) else None
 
 
 def expression(size: Any) -> Any:
-    """What a size, or another number that varies, is made of: a formula of symbols, as sympy has it."""
+    """Return the sympy formula of a size, or of another number that varies."""
     return size.node.expr if isinstance(size, VARYING) else sympy.sympify(size)
 
 
 def seen_symbols(size: Any) -> dict[Any, Any]:
-    """The symbols of a size, and the values that they had when the graph was captured."""
+    """Return the symbols of a size, and the values that they had when the graph was captured."""
     return {symbol: size.node.shape_env.backed_var_to_val[symbol] for symbol in expression(size).free_symbols}
 
 
-def alone(symbol: Any, source: Any) -> Any:
-    """A symbol of a size, as a size of its own."""
-    return source.node.shape_env.create_symintnode(symbol, hint=int(seen_symbols(source)[symbol]))
+def alone(symbol: Any, holder: Any) -> Any:
+    """Return a symbol of the size `holder` as a size of its own."""
+    return holder.node.shape_env.create_symintnode(symbol, hint=int(seen_symbols(holder)[symbol]))
 
 
 def in_terms_of(size: Any, known: Mapping[Any, Any]) -> Any:
-    """A size, or another number, with formulas in place of symbols: a number where none is left."""
+    """Return a size, or another number, with formulas of `known` in place of symbols: a number where none is left."""
     if not isinstance(size, VARYING) or size.node.expr.free_symbols.isdisjoint(known):
         return size
     formula = size.node.expr.xreplace(known)
@@ -95,27 +94,27 @@ def in_terms_of(size: Any, known: Mapping[Any, Any]) -> Any:
 
 
 def fix(number: Any) -> None:
-    """Make a number the one that was seen: another one is compiled anew."""
+    """Guard a number to be its captured value: for another value, the graph is compiled anew."""
     kinds = {torch.SymFloat: float, torch.SymBool: bool}
     kinds.get(type(number), int)(number)
 
 
 def seen(number: torch.SymFloat) -> float | None:
-    """The value that a float had when the graph was captured, None where it depends on the data; adds no guard."""
+    """Return the value of a float when the graph was captured, None where it depends on the data; add no guard."""
     return float(number.node.hint) if number.node.has_hint() else None
 
 
 def unguarded() -> AbstractContextManager[None]:
-    """What is asked about sizes in here, by this thread, is answered by those that were seen, and guards nothing."""
+    """Return a context in which captured values answer this thread's questions about sizes, without guards."""
     return ShapeEnv().suppress_guards()
 
 
 @contextmanager
 def without_guards(sizes: Iterable[Any]) -> Iterator[None]:
-    """Nothing in here may ask about sizes so that the answer becomes a guard.
+    """Check that nothing in this context adds a guard on sizes.
 
     Raises:
-        AssertionError: something did.
+        AssertionError: a guard was added.
     """
     shape_env = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
     before = len(shape_env.guards) if shape_env is not None else 0
@@ -125,9 +124,9 @@ def without_guards(sizes: Iterable[Any]) -> Iterator[None]:
 
 
 def any_length(shape_env: ShapeEnv) -> int:
-    """A symbol for the length of a chunk, of which nothing is assumed but that it is 2 or more.
+    """Return a symbol for the length of a chunk, about which only one fact is assumed: it is 2 or more.
 
-    Code compiled for it is right for 1, too: the symbol has no value that could be specialised on.
+    Code compiled for it is right for 1, too: the symbol has no value that torch could specialise on.
     """
     with shape_env.ignore_fresh_unbacked_symbols():
         length: Any = shape_env.create_unbacked_symint()

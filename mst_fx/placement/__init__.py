@@ -1,4 +1,4 @@
-"""Where each value of an aten graph lies across the mini-sequences, and what runs before, in and behind the loop.
+"""Where each value of an aten graph lies across the chunks, and what runs before, in and after the loop.
 
 In: an aten graph and the placeholder that carries the tokens.
 Out: Placements, Stages.

@@ -1,4 +1,4 @@
-"""Which dim of the stream is the axis: the longest one that every op respects."""
+"""Which dim of the stream is the axis: the longest one whose positions every op keeps apart."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from mst_fx.placement.rules import Spans, shape_of
 
 @dataclass(frozen=True)
 class Choice:
-    """An axis that every op respects.
+    """An axis whose positions every op keeps apart.
 
     Attributes:
         axis: the split of the stream.
-        placements: that follow.
-        length: positions, as hinted.
-        saved: bytes of the split values that need not exist at once.
+        placements: the placements that follow from it.
+        length: positions of the axis, as `hint` tells.
+        avoided: bytes of the split values that need not exist at once, with chunks of one position.
     """
 
     axis: Split
     placements: Placements
     length: int
-    saved: float
+    avoided: float
 
 
 def choose_axis(graph: Graph, stream: Node) -> Choice:
-    """The longest axis that every op respects, among those that save at least half of what the best one does.
+    """Return the longest axis that every op keeps apart and that avoids at least half of the bytes of the best one.
 
     Args:
-        graph: aten ops.
-        stream: the placeholder among whose dims, and parts of dims, the axis is chosen.
+        graph: an aten graph.
+        stream: the placeholder whose dims, and factors of dims, are tried as the axis.
 
     Raises:
-        Refusal: no dim of the stream can be split, with the reason that the longest one met.
-        Unequal: sizes have to be made equal first.
+        Refusal: no dim of the stream can be split; the reason is that of the longest one.
+        Unequal: two sizes have to be made equal first.
     """
     shape = shape_of(stream)
     candidates = [Split(dim) for dim in _splittable(stream, shape)]
@@ -57,16 +57,16 @@ def choose_axis(graph: Graph, stream: Node) -> Choice:
         try:
             found.append(_chosen(graph, stream, axis))
         except (Refusal, Unequal) as refusal:
-            if not _is_last(axis, shape) or is_symbolic(length):  # features are mixed as a rule
+            if not _is_last(axis, shape) or is_symbolic(length):  # most ops mix features
                 refusals.append((hint(length), refusal))
         except Spans as spans:
-            parts = [part for part in spans.parts if not any(map(is_symbolic, part))]
-            candidates += [Split(axis.dim, axis.outer * outer, axis.inner * inner) for outer, inner in parts]
+            factors = [pair for pair in spans.factors if not any(map(is_symbolic, pair))]
+            candidates += [Split(axis.dim, axis.outer * outer, axis.inner * inner) for outer, inner in factors]
             text = f"{spans.node.target} spreads the split dim over several dims"
             refusals.append((0, Refusal(Reason.AXIS_MIXED, spans.node, text)))
     if found:
-        most = max(choice.saved for choice in found)
-        good = (choice for choice in found if 2 * choice.saved >= most)
+        most = max(choice.avoided for choice in found)
+        good = (choice for choice in found if 2 * choice.avoided >= most)
         return max(good, key=lambda choice: (choice.length, -choice.axis.dim))
     if refusals:
         raise max(refusals, key=lambda entry: entry[0])[1]
@@ -89,7 +89,7 @@ def _is_last(axis: Split, shape: tuple[int, ...]) -> bool:
 
 
 def _forbid_features(graph: Graph, placements: Placements, axis: Split) -> None:
-    """Raise a refusal where the last dim holds features: products of the stream do not keep it apart."""
+    """Raise a refusal where the last dim holds features: no product of the stream keeps its positions apart."""
     products = [node for node in graph.nodes if node.target in CONTRACTIONS]
     streamed = [node for node in products if placements.of.get(node) != WHOLE]
     for node in streamed:
@@ -101,7 +101,7 @@ def _forbid_features(graph: Graph, placements: Placements, axis: Split) -> None:
 
 
 def _splittable(stream: Node, shape: tuple[int, ...]) -> list[int]:
-    """Every dim; where one length is only known at run time, that dim alone."""
+    """Return every dim; where one size is only known at run time, that dim alone."""
     dynamic = [dim for dim in range(len(shape)) if is_symbolic(shape[dim])]
     if len(dynamic) > 1:
         raise Refusal(Reason.DYNAMIC, stream, f"several dims of {list(shape)} are only known at run time")

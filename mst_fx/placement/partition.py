@@ -1,8 +1,8 @@
-"""Aten graph + placements -> what runs before, in and after the loop.
+"""Partition an aten graph into stages by its placements.
 
-prologue   whole values that cost something (a weight's cast): once, before
+prologue   whole values that cost something (the cast of a weight): once, before the loop
 loop       split values, and the views of whole values that they read
-epilogue   what reads a sum over the axis (the division of a mean): once, after
+epilogue   what reads a sum over the axis (the division of a mean): once, after the loop
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from mst_fx.placement.run_on_chunk import numbers_read
 
 @dataclass(frozen=True)
 class Stages:
-    """A region's aten graph, cut in three.
+    """A region's aten graph, partitioned into three stages.
 
     Attributes:
         graph: the whole aten graph.
         placements: of every value before and in the loop.
         stream: the placeholder that carries the tokens.
         axis: the split of the stream.
-        length: positions of the axis; symbolic where only known at run time.
+        length: positions of the axis; symbolic where it is only known at run time.
         prologue, loop, epilogue: nodes in graph order.
-        operands: what the loop reads: placeholders and results of the prologue.
+        operands: what the loop reads: placeholders and values of the prologue.
         results: what the loop gives: values that the epilogue reads or that leave the region.
-        outputs: what the region gives: loop results or values of the epilogue.
+        outputs: what the region gives: results of the loop or values of the epilogue.
     """
 
     graph: Graph
@@ -66,20 +66,20 @@ class Stages:
         return is_symbolic(self.length)
 
     def results_behind(self, outputs: Iterable[Node]) -> set[Node]:
-        """The loop's results that make these outputs, straight or by way of the epilogue."""
+        """Return the loop's results that these outputs are, or that the epilogue makes them from."""
         behind = ancestors(outputs, lambda node: node.all_input_nodes if node in self.epilogue else ())
         return behind.intersection(self.results)
 
     def placement(self, node: Node) -> Placement:
-        """Of a tensor-valued node of the loop."""
+        """Return the placement of a node of the loop whose value is one tensor."""
         return cast(Placement, self.placements.of[node])
 
 
 class Numbers(Exception):  # noqa: N818 - control flow within the analysis
-    """The loop reads numbers that are only known at run time, in ops that take no tensor there.
+    """Ops of the loop read numbers that are only known at run time, where they take no tensor.
 
     Attributes:
-        read: (the op, the number) for each.
+        read: pairs of an op and a number that it reads.
     """
 
     def __init__(self, read: list[tuple[Node, Node]]) -> None:
@@ -87,16 +87,16 @@ class Numbers(Exception):  # noqa: N818 - control flow within the analysis
         self.read = read
 
 
-def cut(lowered: GraphModule, stream: Node) -> Stages:
-    """Choose the axis among the dims of `stream` (a placeholder of `lowered`) and cut the graph.
+def partition(lowered: GraphModule, stream: Node) -> Stages:
+    """Choose the axis among the dims of `stream` (a placeholder of `lowered`) and partition the graph into stages.
 
-    What an output depends on stands in exactly one stage, and reads nothing of a later stage: whole values that cost
-    something in the prologue, what reads a sum in the epilogue, all else in the loop.
+    Each node that an output depends on is in exactly one stage and reads nothing of a later stage: whole values that
+    cost something are in the prologue, what reads a sum is in the epilogue, all else is in the loop.
 
     Raises:
-        Refusal: no dim of the stream can be split, or a result does not lie along it.
+        Refusal: no dim of the stream can be split, or an output does not lie along it.
         Numbers: numbers have to be fixed first.
-        Unequal: sizes have to be made equal first.
+        Unequal: two sizes have to be made equal first.
     """
     graph, choice = lowered.graph, choose_axis(lowered.graph, stream)
     placements = choice.placements
@@ -125,13 +125,13 @@ def cut(lowered: GraphModule, stream: Node) -> Stages:
 
 
 def _outputs(graph: Graph) -> tuple[Node, ...]:
-    """What the graph returns; one value may stand there twice."""
+    """Return the outputs of the graph; one value may be in them twice."""
     returned: Any = graph.output_node().args[0]
     return (returned,) if isinstance(returned, Node) else tuple(returned)
 
 
 def _check_output(node: Node, placements: Placements) -> None:
-    """Raise a refusal for what a loop cannot give: what no chunk changes, and rows in an order that only it knows."""
+    """Raise a refusal for an output that a loop cannot give: a whole value, or rows that each chunk sorts."""
     if node in placements.epilogue:
         return
     placement = placements.of[node]
@@ -142,7 +142,7 @@ def _check_output(node: Node, placements: Placements) -> None:
 
 
 def _loop(graph: Graph, placements: Placements, results: tuple[Node, ...]) -> tuple[Node, ...]:
-    """What computes the results, back to the graph's inputs and to what the prologue makes."""
+    """Return the nodes that compute the results from the graph's inputs and the values of the prologue."""
 
     def ends(node: Node) -> bool:
         return _is_placeholder(node) or node in placements.made or (_is_whole(node, placements) and _costs(node))
@@ -156,16 +156,16 @@ def _loop(graph: Graph, placements: Placements, results: tuple[Node, ...]) -> tu
 
 
 def _read_by_chunk(node: Node, placements: Placements) -> list[Node]:
-    """The tensors that a node of the loop reads: a split value's sizes are those of the chunk, not of the whole."""
-    order = inverted(node, placements.of[node])
-    if order is not None:
-        return [order]
+    """Return the tensors that a node of the loop reads: the sizes of a split value come from the chunk."""
+    permutation = inverted(node, placements.of[node])
+    if permutation is not None:
+        return [permutation]
     counted = positions_of(node) if split_of(placements.of[node]) is not None else ()
     return [n for n in node.all_input_nodes if n not in counted and not is_size(n.meta.get("val"))]
 
 
 def _prologue(graph: Graph, placements: Placements, operands: tuple[Node, ...]) -> tuple[Node, ...]:
-    """What makes the whole values that the loop and the epilogue read."""
+    """Return the nodes that make the whole values that the loop and the epilogue read."""
     read = [node for node in (*operands, *_operands(placements.epilogue)) if not _is_placeholder(node)]
     made = (node for node in read if node in placements.made or _is_whole(node, placements))
     return in_order(graph, ancestors(made, stop=_is_placeholder))
@@ -176,7 +176,10 @@ def _is_whole(node: Node, placements: Placements) -> bool:
 
 
 def _check_operand(node: Node, placements: Placements) -> None:
-    """One body serves every chunk: no size but the split axis may be left for run time."""
+    """Raise a refusal for an operand with a size, other than the axis, that is only known at run time.
+
+    One body serves every chunk.
+    """
     value, placement = node.meta.get("val"), placements.of[node]
     if not isinstance(value, torch.Tensor):
         raise Refusal(Reason.DYNAMIC, node, f"the loop reads {node}, which is no tensor")
@@ -188,14 +191,14 @@ def _check_operand(node: Node, placements: Placements) -> None:
 
 
 def _costs(node: Node) -> bool:
-    """Whether a whole node cannot be made for free inside the loop.
+    """Return whether a whole value would cost something in every chunk.
 
     It draws a number, computes something from a tensor, or reads a number that is only known at run time.
     """
-    free = node.target in VIEWS or node.target in FILLS
-    if free and any(is_size(operand.meta.get("val")) for operand in node.all_input_nodes):
+    costs_nothing = node.target in VIEWS or node.target in FILLS
+    if costs_nothing and any(is_size(operand.meta.get("val")) for operand in node.all_input_nodes):
         return not is_size(node.meta.get("val"))
-    return node.target in DRAWS or (not free and bool(node.all_input_nodes))
+    return node.target in DRAWS or (not costs_nothing and bool(node.all_input_nodes))
 
 
 def _operands(nodes: Iterable[Node]) -> list[Node]:

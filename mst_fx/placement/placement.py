@@ -1,12 +1,12 @@
-"""How a value of a region lies across the mini-sequences: split along a dim, a partial sum, whole, or sorted by each.
+"""How a value of a region lies across the chunks: split along a dim, a partial sum, whole, or sorted in each chunk.
 
 Split / Partial / Whole are DTensor's Shard / Partial / Replicate, in time instead of space; Routed has no counterpart.
 
 Terms
-  axis    the one factor that is cut into mini-sequences, of length L; usually the tokens of one sequence
+  axis    the one factor that is split into chunks, of length L; usually the tokens of one sequence
   outer   the factors that a view merged in front of the axis: a dim of size outer * L * inner
-  inner   the factors that a view merged behind it
-  sure    true whatever the sizes are that are only known at run time; asking adds no guard
+  inner   the factors that a view merged after it
+  sure    true for all values of the sizes that are only known at run time; asking adds no guard
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from mst_fx.core.sizes import hint, number, sure
 
 
 def same_shape(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether two shapes are surely equal."""
+    """Return whether two shapes are equal for all values of their sizes."""
     return len(a) == len(b) and all(sure(x == y) for x, y in zip(a, b, strict=True))
 
 
 @dataclass(frozen=True)
 class Split:
-    """Dim `dim` of size outer * L * inner is cut along L."""
+    """Dim `dim` of size outer * L * inner is split along L."""
 
     dim: int
     outer: int = 1
     inner: int = 1
 
     def axis_length(self, shape: Sequence[int]) -> int:
-        """L, for a value of this shape."""
+        """Return L, in positions, for a value of this shape."""
         return shape[self.dim] // (self.outer * self.inner)
 
     def moved(self, dim: int) -> Split:
-        """The same axis in another dim of the same make-up."""
+        """Return the same axis in another dim, with the same outer and inner factors."""
         return Split(dim, self.outer, self.inner)
 
     def chunk_shape(self, shape: Sequence[int], length: int) -> list[int]:
-        """The shape of a mini-sequence with `length` positions of the axis."""
+        """Return the shape of a chunk with `length` positions of the axis."""
         chunk = list(shape)
         chunk[self.dim] = self.outer * length * self.inner
         return chunk
@@ -51,25 +51,25 @@ class Split:
 
 @dataclass(frozen=True)
 class Whole:
-    """Every mini-sequence sees all of it (a weight, a scale)."""
+    """Every chunk reads all of it (a weight, a scale)."""
 
 
 @dataclass(frozen=True)
 class Partial:
-    """The value is the sum of what the mini-sequences compute."""
+    """The value is the sum of what the chunks compute."""
 
 
 @dataclass(frozen=True)
 class Routed:
-    """A value of one mini-sequence that is no part of the whole's: its rows were sorted (see `rules.routing`).
+    """A value of each chunk that is no slice of a whole value: the chunk sorts its own rows (see `rules.routing`).
 
     Attributes:
-        kind: "rows" in sorted order; the "order" that sorts; its "inverse"; "counts" of the keys and the ends of their
-            "groups"; "opaque" for memory without a meaning.
-        key: the node whose values were sorted.
-        split: how the rows would lie, unsorted.
-        per: how many sorted rows come from one row that an order names.
-        by: the sort; another one of the same key may put rows of equal keys in another order.
+        kind: "rows" that are sorted; the permutation that sorts them ("order") and its "inverse"; "counts" of the keys
+            and the ends of their "groups"; "opaque" for memory whose values have no meaning.
+        key: the node whose values are sorted.
+        split: how the rows would lie if they were not sorted.
+        per: how many sorted rows come from one row that the permutation names.
+        by: the node that sorts; another sort of the same key may permute rows of equal keys in another way.
     """
 
     kind: Literal["rows", "order", "inverse", "counts", "groups", "opaque"]
@@ -85,19 +85,19 @@ PARTIAL = Partial()
 
 
 def adds_up(placement: object) -> bool:
-    """Whether what the mini-sequences compute, added up, is the value of the whole."""
+    """Return whether what the chunks compute, added up, is the whole value."""
     return placement == PARTIAL or (isinstance(placement, Routed) and placement.kind in ("counts", "groups"))
 
 
 def split_of(placement: object) -> Split | None:
-    """How a mini-sequence's share of a value is shaped, None where it has the shape of the whole."""
+    """Return the split that gives a value its shape in one chunk; None where it has the shape of the whole value."""
     if isinstance(placement, Routed) and placement.kind not in ("counts", "groups"):
         return placement.split
     return placement if isinstance(placement, Split) else None
 
 
 def through_view(split: Split, before: Sequence[int], after: Sequence[int]) -> Split | None:
-    """Where the axis lies after `before`-shaped memory is read as `after`; None where no single dim holds it."""
+    """Return where the axis lies if memory of shape `before` is read as `after`; None where no single dim holds it."""
     if _is_empty(before):
         return None
     axis = split.axis_length(before)
@@ -113,28 +113,28 @@ def through_view(split: Split, before: Sequence[int], after: Sequence[int]) -> S
 
 
 def _is_empty(shape: Sequence[int]) -> bool:
-    """Whether a shape held nothing when it was captured: any factors would do, and none can be divided by."""
+    """Return whether a shape had no element when it was captured: any factors fit, and no size can be divided by."""
     return any(hint(size) == 0 for size in shape)
 
 
-def _refines(part: Split, split: Split) -> bool:
-    return sure(part.outer % split.outer == 0) and sure(part.inner % split.inner == 0)
+def _refines(candidate: Split, split: Split) -> bool:
+    return sure(candidate.outer % split.outer == 0) and sure(candidate.inner % split.inner == 0)
 
 
 def refinements(split: Split, before: Sequence[int], after: Sequence[int]) -> list[Split]:
-    """The parts of an axis that a view spreads over several dims, as splits of the value before the view."""
+    """Return the splits, by one factor of the axis each, of a value whose axis a view spreads over several dims."""
     if _is_empty(before):
         return []
     in_front = prod(before[: split.dim])
     behind = prod(before[split.dim + 1 :])
-    parts = []
+    finer = []
     for dim, size in enumerate(after):
         front, back = prod(after[:dim]), prod(after[dim + 1 :])
         if not sure(size <= 1) and sure(front % in_front == 0) and sure(back % behind == 0):
             outer, inner = number(front // in_front), number(back // behind)
             if outer is None or inner is None:
                 continue
-            part = Split(split.dim, outer, inner)
-            if sure(part.outer * size * part.inner == before[split.dim]) and _refines(part, split):
-                parts.append(part)
-    return parts
+            candidate = Split(split.dim, outer, inner)
+            if sure(candidate.outer * size * candidate.inner == before[split.dim]) and _refines(candidate, split):
+                finer.append(candidate)
+    return finer

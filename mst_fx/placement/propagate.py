@@ -1,12 +1,12 @@
 """Aten graph, split axis -> the placement of every value, or a refusal.
 
-1. Guess: the given placeholders are split, everything else is whole.
+1. Guess that the given placeholders are split and everything else is whole.
 2. Walk forward through the rules.
 3. A rule that needs a whole operand split raises a demand: follow it back to the placeholders (or to an op that can
-   make the rows of one mini-sequence by itself), split those too, and walk again.
-4. A partial sum stays one through linear ops; what else reads it belongs to the epilogue, which runs once, after the
-   loop.
-5. A sum that does not depend on the given placeholders (a count of labels) is whole: it is known before the loop.
+   make the rows of one chunk alone), split those too, and walk again.
+4. A partial sum stays one through linear ops; any other op that reads it belongs to the epilogue, which runs once,
+   after the loop.
+5. A sum that does not depend on the given placeholders (a count of labels) is whole: it is computed before the loop.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from mst_fx.core.aten_ops import DRAWS, FILLS, MADE_IN_PARTS, is_mutable, is_random
+from mst_fx.core.aten_ops import DRAWS, FILLS, MADE_IN_CHUNKS, is_mutable, is_random
 from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data, hint, is_size, sure
 from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.placement.rules import (
     Demand,
-    Result,
+    NodePlacement,
     args_of,
     argument,
     demands_of,
@@ -40,26 +40,26 @@ from mst_fx.placement.rules import (
 
 @dataclass(frozen=True)
 class Placements:
-    """The outcome: where each value lies.
+    """Where each value of a graph lies.
 
     Attributes:
         of: placement of each node that runs before or in the loop (a tuple for several results).
         epilogue: the nodes that run once, after the loop, in graph order.
-        made: split values that are made whole, before the loop, and split then.
+        made: values that are made whole before the loop and then split.
     """
 
-    of: Mapping[Node, Result]
+    of: Mapping[Node, NodePlacement]
     epilogue: tuple[Node, ...]
     made: frozenset[Node] = frozenset()
 
 
 class Unequal(Exception):  # noqa: N818 - control flow within the analysis
-    """Two sizes that vary must be the same for a region to be split; when the graph was captured, they were.
+    """Two sizes that vary must be equal for a region to be split; they were when the graph was captured.
 
     Attributes:
-        node: of the first size.
-        size: of the dim that is to hold the axis.
-        needed: what the axis makes of it.
+        node: the node whose value has the first size.
+        size: the size of the dim that must hold the axis.
+        needed: the size that the axis needs there.
     """
 
     def __init__(self, node: Node, size: Any, needed: Any) -> None:
@@ -70,12 +70,12 @@ class Unequal(Exception):  # noqa: N818 - control flow within the analysis
 
 
 def propagate(graph: Graph, seeds: Mapping[Node, Split], until: Node | None = None) -> Placements:
-    """Place every value of `graph` (in front of `until`) when the values `seeds` are split.
+    """Place every value of `graph` (in front of `until`, if given), where the values of `seeds` are split.
 
     Raises:
-        Refusal: an op without a rule, or one that makes positions of the axis depend on one another.
-        Spans: the axis must be cut along a part of it.
-        Unequal: two sizes would have to be the same.
+        Refusal: an op has no rule, or makes positions of the axis depend on one another.
+        Spans: only a factor of the axis can be split.
+        Unequal: two sizes have to be made equal first.
     """
     nodes = [node for node in graph.nodes if node.op != "output"]
     if until is not None:
@@ -97,7 +97,12 @@ def propagate(graph: Graph, seeds: Mapping[Node, Split], until: Node | None = No
 
 
 def _check_fits(node: Node, split: Split, seeds: Mapping[Node, Split]) -> None:
-    """What a demand comes down to is a guess: the value must have the axis."""
+    """Raise an error unless a value that a demand would split has the axis; demands only guess that.
+
+    Raises:
+        Refusal: it has not.
+        Unequal: it has only at the sizes that were captured.
+    """
     seed, axis = next(iter(seeds.items()))
     shape = shape_of(node)
     if split.dim < len(shape):
@@ -105,13 +110,13 @@ def _check_fits(node: Node, split: Split, seeds: Mapping[Node, Split]) -> None:
         if sure(size == needed):
             return
         if hint(size) == hint(needed) and not (depends_on_data(size) or depends_on_data(needed)):
-            raise Unequal(node, size, needed)  # `gather` takes fewer rows than there are: nobody has compared them
+            raise Unequal(node, size, needed)  # `gather` takes fewer rows than there are: it does not compare them
     raise mixed(node, f"is needed split as {split}, and has no such axis")
 
 
 class _Walk:
     def __init__(self) -> None:
-        self.placements: dict[Node, Result] = {}
+        self.placements: dict[Node, NodePlacement] = {}
 
     def of(self, arg: Any) -> Placement:
         if not isinstance(arg, Node):
@@ -136,42 +141,42 @@ def _walk(nodes: Sequence[Node], seeds: frozenset[Node], forced: Mapping[Node, S
             continue
         known = placement == PARTIAL and node not in dependent and _is_small(node, seeds)
         flow.placements[node] = WHOLE if known else placement
-    made = (node for node in forced if node.op == "call_function" and node.target not in MADE_IN_PARTS)
+    made = (node for node in forced if node.op == "call_function" and node.target not in MADE_IN_CHUNKS)
     return Placements(flow.placements, tuple(epilogue), frozenset(made))
 
 
-def _placed(node: Node, flow: _Walk, forced: Mapping[Node, Split]) -> Result | None:
-    """The placement; None for what waits until a sum is whole."""
+def _placed(node: Node, flow: _Walk, forced: Mapping[Node, Split]) -> NodePlacement | None:
+    """Return a node's placement; None for a node that has to wait until a sum is complete."""
     if any(flow.placements[operand] == PARTIAL for operand in node.all_input_nodes):
         return PARTIAL if is_linear(node, flow) else None
-    if node in forced and node.target not in FILLS:  # a fill reads no more than its operand's dtype
+    if node in forced and node.target not in FILLS:  # a fill reads only its operand's dtype
         _check_forced(node, flow)
     return forced.get(node) or _place(node, flow)
 
 
 def _is_small(node: Node, seeds: frozenset[Node]) -> bool:
-    """Whether nothing that a value is made of is larger than what is split."""
+    """Return whether none of the tensors that a value is made from is larger than the largest seed."""
     limit = max(hint(seed.meta["val"].numel()) for seed in seeds)
     tensors = (made.meta["val"] for made in ancestors([node]) if isinstance(made.meta.get("val"), torch.Tensor))
     return all(hint(tensor.numel()) <= limit for tensor in tensors)
 
 
 def _check_forced(node: Node, flow: _Walk) -> None:
-    """What makes a part by itself must not read parts of something."""
+    """Raise a refusal for an op that has to make the rows of one chunk alone, and reads a value that is not whole."""
     if any(flow.placements[operand] != WHOLE for operand in node.all_input_nodes):
         raise mixed(node, "is needed split one way, and its operand is split another way")
 
 
-def _place(node: Node, flow: _Walk) -> Result:
+def _place(node: Node, flow: _Walk) -> NodePlacement:
     if node.op == "placeholder":
         return WHOLE
     if node.op != "call_function":
         raise Refusal(Reason.UNKNOWN_OP, node, f"{node.op} {node.target} stands in the region")
     if is_size(node.meta.get("val")):
-        return WHOLE  # a size of the whole; what is split takes its sizes from the chunk
+        return WHOLE  # a size of the whole value; a split value takes its sizes from the chunk
     if node.target is operator.getitem:
-        source, index = args_of(node)
-        placement = flow.placements[source]
+        data, index = args_of(node)
+        placement = flow.placements[data]
         return placement[index] if isinstance(placement, tuple) else placement
     routed = route(node, flow)
     if routed is not None:
@@ -201,11 +206,11 @@ def forbid_effects(node: Node) -> None:
 
 
 def _draws_a_seed(node: Node) -> bool:
-    """Whether one number is drawn, for the whole region, as a dropout of ours does."""
+    """Return whether a node draws one number for the whole region, as our own dropout does."""
     return node.target in DRAWS and argument(node, "size") in ([], ())
 
 
-def _check_epilogue(node: Node, placements: Mapping[Node, Result], epilogue: Mapping[Node, None]) -> None:
+def _check_epilogue(node: Node, placements: Mapping[Node, NodePlacement], epilogue: Mapping[Node, None]) -> None:
     for operand in node.all_input_nodes:
         if operand not in epilogue and placements[operand] not in (WHOLE, PARTIAL):
             text = f"{node.target} needs a sum over the axis and every position of it"
@@ -213,7 +218,7 @@ def _check_epilogue(node: Node, placements: Mapping[Node, Result], epilogue: Map
 
 
 def origins(node: Node, split: Split) -> dict[Node, Split]:
-    """The placeholders and self-made values to split so that `node` comes out as `split`."""
+    """Return the placeholders, and the values that a chunk makes alone, to split so that `node` lies as `split`."""
     if node.op == "placeholder":
         return {node: split}
     demands = demands_of(node, split)

@@ -1,4 +1,4 @@
-"""A node of an aten graph, run on fewer positions of the axis than it was traced for."""
+"""Run a node of an aten graph on fewer positions of the axis than it was traced for."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.fx import Node, map_arg
 from mst_fx.core.aten_ops import FILLS, GROUP_NORMS, RESHAPES
 from mst_fx.core.sizes import is_size
 from mst_fx.placement.placement import Placement, split_of
-from mst_fx.placement.rules import Result, argument, inverted, positions_of
+from mst_fx.placement.rules import NodePlacement, argument, inverted, positions_of
 from mst_fx.placement.rules.view import dim_of
 
 aten = torch.ops.aten
 
 
-def numbers_read(node: Node, placement: Result | Placement) -> list[Node]:
-    """The operands of a node that `run_resized` needs as numbers: those that are no sizes of what is split."""
+def numbers_read(node: Node, placement: NodePlacement | Placement) -> list[Node]:
+    """Return the operands of a node that `run_resized` needs as numbers: all but the sizes of a split value."""
     split, target = split_of(placement), node.target
     args: Sequence[Any] = node.args
     kwargs: Mapping[str, Any] = node.kwargs
@@ -37,23 +37,25 @@ def numbers_read(node: Node, placement: Result | Placement) -> list[Node]:
     return [operand for operand in found if is_size(operand.meta.get("val"))]
 
 
-def run_resized(node: Node, placement: Result | Placement, length: int, env: Mapping[Node, Any]) -> Any:
-    """The node's value for `length` positions.
+def run_resized(node: Node, placement: NodePlacement | Placement, length: int, env: Mapping[Node, Any]) -> Any:
+    """Return the node's value for `length` positions of the axis.
 
     Args:
-        node: to run.
-        placement: of its value; sizes that it names are replaced where it is split.
-        length: positions of the axis that the operands hold.
-        env: the operands' values; a size of the whole need not be there, and is not read.
+        node: the node to run.
+        placement: the placement of its value; where that is split, the sizes among the arguments are replaced.
+        length: positions of the axis in the operands.
+        env: the operands' values; it needs no size of a whole value, which is not read.
     """
     args: Any
     kwargs: Any
     args, kwargs = map_arg((node.args, node.kwargs), env.get)
     target: Any = node.target
-    order = inverted(node, placement)
-    if order is not None:
-        positions = torch.arange(env[order].shape[0], dtype=env[order].dtype, device=env[order].device)
-        return aten.index_put.default(torch.empty_like(env[order]), [env[order]], positions)
+    permutation = inverted(node, placement)
+    if permutation is not None:
+        positions = torch.arange(
+            env[permutation].shape[0], dtype=env[permutation].dtype, device=env[permutation].device
+        )
+        return aten.index_put.default(torch.empty_like(env[permutation]), [env[permutation]], positions)
     if target in GROUP_NORMS:
         args, kwargs = _replaced(target, args, kwargs, "N", args[0].shape[0])
     split = split_of(placement)
@@ -69,14 +71,14 @@ def run_resized(node: Node, placement: Result | Placement, length: int, env: Map
     if target in FILLS:
         args, kwargs = _replaced(target, args, kwargs, "size", sizes)
     if target == aten.slice.Tensor and dim_of(node) == split.dim:
-        return args[0]  # a full slice: the rule allows no other
+        return args[0]  # a full slice: the rule refuses any other
     return target(*args, **kwargs)
 
 
 def _replaced(
     target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str, value: object
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Arguments with another value for one of them."""
+    """Return the arguments with another value for the one of this name."""
     if name in kwargs:
         return args, {**kwargs, name: value}
     position = [argument.name for argument in target._schema.arguments].index(name)
@@ -84,7 +86,7 @@ def _replaced(
 
 
 def _own_positions(node: Node, x: torch.Tensor, env: Mapping[Node, Any]) -> tuple[Any, ...]:
-    """The indices of a pick; those that count all positions count the mini-sequence's."""
+    """Return the indices of a pick; those that count all positions count the positions of the chunk."""
     counted = positions_of(node)
     indices: list[Any] = []
     for dim, index in enumerate(argument(node, "indices")):

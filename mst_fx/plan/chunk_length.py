@@ -72,9 +72,9 @@ def default_lengths(extent: Extent, wish: Wish, accumulate: Accumulate, *, recom
         length = max(1, -(-extent.length // wish.num_chunks))
         return Lengths(length, length)
     if wish.chunk_tokens is not None:
-        length = _bounded(extent, max(1, wish.chunk_tokens // extent.tokens))
+        length = _bounded(extent, max(1, wish.chunk_tokens // extent.tokens_per_position))
         return Lengths(length, length)
-    length = _even(extent, max(1, _rows(extent, accumulate) // extent.tokens))
+    length = _even(extent, max(1, _rows(extent, accumulate) // extent.tokens_per_position))
     return Lengths(length, _bounded(extent, FORWARD_FACTOR * length) if recomputes else length)
 
 
@@ -84,10 +84,10 @@ def _rows(extent: Extent, accumulate: Accumulate) -> int:
     A float32 sum doubles the traffic, and its final cast takes memory that the chunks can use before. Shorter chunks
     would cost time and save nothing.
     """
-    aim = CHUNK_BYTES * extent.tokens // max(1, extent.widest)
+    aim = CHUNK_BYTES * extent.tokens_per_position // max(1, extent.widest)
     rows = int(min(MAX_ROWS * extent.sharing, max(MIN_ROWS * extent.sharing, aim)))
     if accumulate == "float32" and extent.wide:
-        rows = max(rows, extent.cast * extent.tokens // extent.wide)
+        rows = max(rows, extent.cast * extent.tokens_per_position // extent.wide)
     return max(rows - rows % TILE, min(rows, TILE))
 
 
@@ -95,7 +95,8 @@ def shorter(terms: Terms, lengths: Lengths) -> Lengths | None:
     """Return half the length; None where the user fixes the length, or where products would have too few rows."""
     extent = terms.extent
     half = _even(extent, -(-lengths.chunk // 2))
-    if terms.wish.fixes_length or half >= lengths.chunk or half * extent.tokens < LEAST_ROWS * extent.sharing:
+    tokens = half * extent.tokens_per_position
+    if terms.wish.fixes_length or half >= lengths.chunk or tokens < LEAST_ROWS * extent.sharing:
         return None
     return Lengths(half, half)
 

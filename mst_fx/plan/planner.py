@@ -34,18 +34,18 @@ class Offer:
         terms: what its chunk lengths are chosen by.
         memory: bytes, as a function of the chunk length.
         cost: work and traffic, for the time.
-        free: whether a loop recomputes nothing: it makes the gradients in the forward, or there are none.
+        recomputes_nothing: whether a loop makes the gradients in the forward, or there are none.
         repeated: whether the region is in a checkpointed block, which backward recomputes in any case.
-        kept: whether such a block saves the results of the region's loop nevertheless.
+        saves_results: whether such a block saves the results of the region's loop nevertheless.
         due: whether it is looped even if it is small: its length varies, and it would be looped at a long one.
     """
 
     terms: Terms
     memory: RegionMemory
     cost: RegionCost
-    free: bool
+    recomputes_nothing: bool
     repeated: bool = False
-    kept: bool = False
+    saves_results: bool = False
     due: bool = False
 
     @property
@@ -61,7 +61,7 @@ class Offer:
     @property
     def recomputes(self) -> bool:
         """Whether a loop recomputes what would not be recomputed without it."""
-        return not (self.free or self.repeated)
+        return not (self.recomputes_nothing or self.repeated)
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class _Planner:
         First come the loops that recompute nothing. Then come the others, one by one: those in checkpointed blocks
         first, and those that free most bytes for their time first. Then chunks get shorter where a region holds most.
         """
-        cheap = {n for n, offer in enumerate(self.offers) if offer.free or offer.due or offer.wish.loop}
+        cheap = {n for n, offer in enumerate(self.offers) if offer.recomputes_nothing or offer.due or offer.wish.loop}
         state = self._looped(cheap.intersection(self.candidates))
         yield state
         for number in sorted((n for n in self.candidates if state[n] is None), key=self._price):
@@ -294,5 +294,5 @@ def held(offer: Offer, lengths: Lengths | None) -> Held:
         return Held(memory.whole_forward, memory.saved_whole, max(0, backward - memory.saved_whole))
     chunk, forward = min(lengths.chunk, length), min(lengths.forward, length)
     backward = memory.backward.peak(chunk) if memory.backward is not None else memory.rescaled
-    kept = memory.forward.results if offer.kept else 0
-    return Held(memory.forward.peak(forward), memory.saved, backward, kept)
+    saved_results = memory.forward.results if offer.saves_results else 0
+    return Held(memory.forward.peak(forward), memory.saved, backward, saved_results)

@@ -1,4 +1,4 @@
-"""Bytes and milliseconds of a region and of a step, as functions of the length of a mini-sequence.
+"""Bytes and milliseconds of a region and of a step, as functions of the chunk length.
 
 In: Work, bodies, the rest of the graph.
 Out: RegionMemory, RegionCost, Extent, Timeline.

@@ -1,4 +1,4 @@
-"""Work -> the numbers of its axis that the length of a mini-sequence is chosen by."""
+"""Work -> the numbers of its axis that chunk lengths are chosen by."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from mst_fx.predict.region_memory import bytes_per_position, is_sink
 
 @dataclass(frozen=True)
 class Extent:
-    """The axis of a region, and how wide its products are.
+    """The length of a region's axis, and how wide its products are.
 
     Attributes:
         length: positions of the axis, as captured.
-        dynamic: whether the length may be another at run time.
-        tokens: rows of the stream behind one position: the batch, where the axis is the sequence.
-        widest: bytes that the widest product (or value, where there is none) holds for one position.
-        sharing: tokens for each row that a matrix meets: 1, or more where tokens are shared out among experts.
-        wide: bytes that all of its widening products hold for one position.
+        dynamic: whether the length varies at run time.
+        tokens_per_position: rows of the stream at one position: the batch, where the axis is the sequence.
+        widest: bytes of the widest product for one position; of the widest value, where there is no product.
+        sharing: tokens for each row that one matrix multiplies: 1, or more where experts share the tokens.
+        wide: bytes of all widening products for one position.
         cast: bytes of the largest gradient that adds up over the chunks in another dtype than its own.
     """
 
     length: int
     dynamic: bool
-    tokens: int
+    tokens_per_position: int
     widest: int
     sharing: float = 1.0
     wide: int = 0
@@ -42,14 +42,14 @@ class Extent:
 
 
 def extent_of(work: Work, at: Hint) -> Extent:
-    """Numbers of a region's axis, of the lengths that `at` tells."""
+    """Return the numbers of a region's axis, with the sizes that `at` tells."""
     stages = work.stages
     products = stages.products
     length = at(stages.length)
     return Extent(
         length=length,
         dynamic=stages.dynamic,
-        tokens=max(1, _tokens(stages, at) // length),
+        tokens_per_position=max(1, _tokens(stages, at) // length),
         widest=max((bytes_per_position(stages, node, at) for node in products or stages.loop), default=0),
         sharing=max([1.0, *(_tokens_per_row(stages, node, at) for node in products)]),
         wide=sum(bytes_per_position(stages, node, at) for node in products if not is_sink(stages, node, at)),
@@ -58,7 +58,7 @@ def extent_of(work: Work, at: Hint) -> Extent:
 
 
 def _tokens(stages: Stages, at: Hint) -> int:
-    """Positions of the stream, whose last dim holds their features; where that is the axis, a product tells."""
+    """Return the tokens of the stream; its last dim holds the features, or, where it is the axis, a product's does."""
     shape = shape_of(stages.stream)
     features = shape[-1]
     if stages.axis.dim == len(shape) - 1 > 0:
@@ -67,14 +67,14 @@ def _tokens(stages: Stages, at: Hint) -> int:
 
 
 def _bytes_cast(work: Work, operand: Node, at: Hint) -> int:
-    """Of the gradient of an operand in half precision that every chunk reads as a whole."""
+    """Return the bytes of the gradient of a whole operand in half precision; 0 for any other operand."""
     value: torch.Tensor = operand.meta["val"]
     adds_up = value.dtype in HALF and work.stages.placement(operand) == WHOLE
     return bytes_of(value, at) if adds_up else 0
 
 
 def _tokens_per_row(stages: Stages, product: Node, at: Hint) -> float:
-    """Tokens for each row that one of the product's matrices meets, where it has one for each group; else 0."""
+    """Return the tokens for each row that one matrix multiplies, where a product has one for each group; else 0."""
     weight = factors(product)[1]
     if stages.placements.of[weight] != WHOLE or len(shape_of(weight)) != 3:
         return 0.0

@@ -1,4 +1,4 @@
-"""Bytes that one loop holds, predicted from its body: results, sums, and the temporaries of one mini-sequence."""
+"""Bytes that one loop holds, predicted from its body: results, sums, and the temporaries of one chunk."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from mst_fx.runtime.result_kinds import Cat, Outer, ResultKind, Rows, Sum
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that one loop holds above its operands.
+    """Bytes that one loop holds besides its operands.
 
     Attributes:
-        results: of the results that the loop writes chunk by chunk, at the whole length.
-        sums: of what adds up over the chunks, in the dtype that it adds up in.
-        cast: of the largest sum in the dtype that it is returned in, where that is another one.
-        returned: of the sums as they are returned.
-        native: of the sums in the dtype of what adds up.
-        fixed: of a mini-sequence's temporaries, those that do not grow with its length.
-        each: of a mini-sequence's temporaries, those of one position.
+        results: bytes of the results that the loop writes chunk by chunk, at the whole length.
+        sums: bytes of the sums over the chunks, in the dtype that they add up in.
+        cast: bytes of the largest sum in the dtype that it is returned in, where that is another one.
+        returned: bytes of the sums in the dtype that they are returned in.
+        native: bytes of the sums in the dtype of the values that add up.
+        fixed: bytes of a chunk's temporaries that do not grow with its length.
+        each: bytes of a chunk's temporaries for one position.
     """
 
     results: int = 0
@@ -43,16 +43,16 @@ class Footprint:
     each: float = 0.0
 
     def temporaries(self, positions: int) -> int:
-        """Of one mini-sequence of that many positions."""
+        """Return the bytes of the temporaries of one chunk of that many positions."""
         return self.fixed + round(self.each * positions)
 
     def peak(self, positions: int) -> int:
-        """Most bytes at once, with mini-sequences of that many positions."""
+        """Return the most bytes at once, with chunks of that many positions."""
         return self.results + self.sums + max(self.temporaries(positions), self.cast)
 
     @property
     def left(self) -> int:
-        """What is left when the loop is over: results and gradients."""
+        """The bytes that remain after the loop: results and gradients."""
         return self.results + self.returned
 
 
@@ -60,11 +60,11 @@ NOTHING = Footprint()
 
 
 def footprint(body: Body, spec: tuple[Any, ...], length: int, at: Hint) -> Footprint:
-    """Of the loop that runs a body.
+    """Return the bytes of the loop that runs a body.
 
     Args:
-        body: of a full chunk.
-        spec: a `loop_operator.LoopSpec`.
+        body: the body of a full chunk.
+        spec: a `loop_operator.LoopSpec` as a tuple.
         length: positions of the whole axis.
         at: tells sizes that vary.
     """
@@ -89,10 +89,10 @@ class _Added:
     """Bytes of one sum over the chunks.
 
     Attributes:
-        sum: in the dtype that it adds up in.
-        returned: in the dtype that it is returned in.
-        native: in the dtype of what adds up.
-        product: of what is made in one dtype and then cast to the other, before it is added.
+        sum: bytes in the dtype that it adds up in.
+        returned: bytes in the dtype that it is returned in.
+        native: bytes in the dtype of the values that add up.
+        product: bytes of a product, as made and as cast to the sum's dtype, before it is added; 0 without a cast.
     """
 
     sum: int
@@ -111,9 +111,9 @@ def _added(kind: Sum, nodes: list[Node], *, several: bool) -> _Added:
 
 
 def _temporaries(body: Body, ins: Sequence[Any], chunk: int, product: int, at: Hint) -> tuple[int, float]:
-    """Bytes of one chunk's temporaries: those that do not grow with its length, and those of one position.
+    """Return the bytes of a chunk's temporaries that do not grow with its length, and those of one position.
 
-    They are a straight line through what a chunk holds and what one twice as long holds.
+    They are a straight line through the bytes of a chunk and of one twice as long.
     """
     whole, on_cpu = whole_nodes(body, at), _is_on_cpu(_inputs(body)[0])
     split = [(node, axis) for node, axis in zip(_inputs(body), ins, strict=True) if axis is not None]
@@ -130,21 +130,29 @@ def _is_on_cpu(node: Node) -> bool:
 
 
 def by_result(body: Body) -> Iterator[tuple[ResultKind, list[Node]]]:
-    """How each result of the loop is made, and the outputs of the body that it is made from."""
+    """Yield the kind of each result of the loop, and the outputs of the body that it is made from."""
     outputs = iter(_outputs(body))
     for kind in body.outs:
         yield kind, list(islice(outputs, kind.outputs))
 
 
 def _split_bytes(kind: Cat | Rows, value: torch.Tensor, chunk: int, length: int) -> int:
-    """Of a result that is written chunk by chunk."""
+    """Return the bytes of a result that is written chunk by chunk, at the whole length."""
     if isinstance(kind, Cat):
         return value.numel() * value.element_size() * length // chunk
     return prod(kind.shape(length)) * value.element_size()
 
 
 def alive(body: Body, fixed: set[Node], times: float, at: Hint, **how: Any) -> float:
-    """Most bytes at once of the temporaries of `times` chunks taken as one; `how` as in `liveness.peak`."""
+    """Return the most bytes at once of a body's temporaries, where one chunk is as long as `times` chunks.
+
+    Args:
+        body: of a chunk.
+        fixed: the nodes whose bytes do not grow with the chunk.
+        times: how many chunks are taken as one.
+        at: tells sizes that vary.
+        how: keyword arguments of `liveness.peak`.
+    """
 
     def size(node: Node) -> float:
         return bytes_made(node, at) * (1 if node in fixed else times)
@@ -162,13 +170,13 @@ def _inputs(body: Body) -> list[Node]:
 
 
 def _is_copied(node: Node, axis: tuple[int, int, int]) -> bool:
-    """Whether a chunk of the operand does not lie in one piece."""
+    """Return whether a chunk of the operand is not contiguous."""
     dim, outer, _ = axis
     return outer * prod(node.meta["val"].shape[:dim]) > 1
 
 
 def whole_nodes(body: Body, at: Hint) -> set[Node]:
-    """What a body computes of the size of a whole operand: its outputs that add up, and what only they are made of."""
+    """Return the nodes of the size of a whole operand: outputs that add up, and what only these are made from."""
     whole: set[Node] = set()
     for kind, (node, *_) in by_result(body):
         while type(kind) is Sum and node.op == "call_function" and node not in whole:

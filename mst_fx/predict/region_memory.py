@@ -1,7 +1,7 @@
-"""Bytes of a region as a function of the length of a mini-sequence, predicted from its graphs. No policy here.
+"""Bytes of a region as a function of the chunk length, predicted from its graphs. No policy here.
 
-A loop holds its results, the sums of what adds up, and the temporaries of one mini-sequence; a region that is not
-looped holds the temporaries of all of them, and keeps the results of its matrix products for backward.
+A loop holds its results, the sums over the chunks, and the temporaries of one chunk; a region that is not looped holds
+the temporaries of the whole length, and saves the results of its matrix products for backward.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ from mst_fx.runtime.result_kinds import Outer, Sum
 
 @dataclass(frozen=True)
 class RegionMemory:
-    """Bytes of a region, in a loop and as written.
+    """Bytes of a region, looped or not.
 
     Attributes:
-        written: of the temporaries of the whole region as its program writes them, before anything is fused.
-        forward: of the loop that runs in the forward; gradients included where they come in the forward.
-        backward: of the loop that runs in the backward, None where there is none.
-        saved: what is kept for backward in a loop, besides what the region reads.
+        written: bytes of the temporaries of the whole region as its program writes them, before any fusion.
+        forward: bytes of the loop in the forward; with the gradients, where they are made in the forward.
+        backward: bytes of the loop in the backward, None where there is none.
+        saved: bytes that the loop saves for backward, besides what the region reads.
         saved_whole: the same without a loop.
-        scaled: of the gradients that were made in the forward, as backward gives them.
-        rescaled: of the largest gradient that was made in the forward and that backward casts while it scales it; those
-            that it does not cast are scaled in place.
-        whole_forward, whole_backward: most at once without a loop, results and gradients included.
-        whole_again: of the backward, where what is saved is computed again right before it: one kernel makes that, too.
-        stream_gradient: of the stream's gradient, where the stream itself is large: nothing in the loop makes it from
-            less.
+        scaled: bytes of the gradients that are made in the forward, as backward returns them.
+        rescaled: bytes of the largest gradient that is made in the forward and that backward casts while it scales it;
+            it scales the others in place.
+        whole_forward, whole_backward: most bytes at once without a loop, with results and gradients.
+        whole_again: the same in the backward, where the saved values are recomputed right before it; the kernels of the
+            backward make them, too.
+        stream_gradient: bytes of the stream's gradient, where the stream itself is large and the loop has no product
+            that makes it from a smaller value.
     """
 
     written: int
@@ -59,9 +60,9 @@ class RegionMemory:
 
 
 def temporary_bytes(stages: Stages, length: int, at: Hint) -> int:
-    """Bytes of the split values that the loop makes and does not return, for `length` positions of the axis.
+    """Return the bytes of the split values that the loop makes and does not return, for `length` positions of the axis.
 
-    Views count nothing. It is what eager execution keeps for backward or frees at the region's end at the latest; a
+    Views count nothing. Eager execution saves these values for backward, or frees them by the end of the region; a
     compiler that fuses elementwise ops makes fewer of them.
     """
     made = (node for node in stages.loop if node not in stages.results and node.target not in VIEWS)
@@ -69,7 +70,7 @@ def temporary_bytes(stages: Stages, length: int, at: Hint) -> int:
 
 
 def bytes_per_position(stages: Stages, node: Node, at: Hint) -> int:
-    """Bytes of a split value for one position of the axis; 0 for a value that is not split."""
+    """Return the bytes of a split value for one position of the axis; 0 for a value that is not split."""
     split, value = split_of(stages.placements.of[node]), node.meta["val"]
     if split is None or not isinstance(value, torch.Tensor):
         return 0
@@ -77,7 +78,7 @@ def bytes_per_position(stages: Stages, node: Node, at: Hint) -> int:
 
 
 def memory_of(work: Work, call: Call, at: Hint) -> RegionMemory:
-    """Predict from the bodies of one length what every length takes; the axis has the length that `at` tells."""
+    """Predict a region's bytes for every chunk length from the bodies of one; the axis is as long as `at` tells."""
     stages = work.stages
     length = at(stages.length)
     forward, backward = (
@@ -88,7 +89,9 @@ def memory_of(work: Work, call: Call, at: Hint) -> RegionMemory:
     gradients = _gradients_saved(work, call, at) if in_forward else []
     saved_whole = sum(bytes_per_position(stages, node, at) for node in _saved_whole(work, at)) * length
     weights = backward.native if backward is not None else 0
-    early, late = (weights + _whole(call, length, at, early=early) for early in (True, False))
+    whole_backward, whole_again = (
+        weights + _whole_backward(call, length, at, at_once=at_once) for at_once in (True, False)
+    )
     return RegionMemory(
         written=temporary_bytes(stages, length, at),
         forward=forward or backward or NOTHING,
@@ -98,14 +101,14 @@ def memory_of(work: Work, call: Call, at: Hint) -> RegionMemory:
         rescaled=max((own for own, saved in gradients if own != saved), default=0),
         saved_whole=saved_whole,
         whole_forward=saved_whole if forward is None else forward.temporaries(length) + forward.left,
-        whole_backward=early,
-        whole_again=late,
+        whole_backward=whole_backward,
+        whole_again=whole_again,
         stream_gradient=_stream_gradient(work, at),
     )
 
 
 def _gradients_saved(work: Work, call: Call, at: Hint) -> list[tuple[int, int]]:
-    """Of each gradient that is made in the forward: its bytes as the operand's, and as it is kept for backward."""
+    """Return, for each gradient made in the forward, its bytes in the operand's dtype and in the dtype saved."""
     kinds = call.backward.outs[-len(work.wanted) :] if work.wanted and call.backward else ()
     values: list[torch.Tensor] = [work.stages.operands[i].meta["val"] for i in work.wanted]
     dtypes = [kind.result if isinstance(kind, Sum) else x.dtype for x, kind in zip(values, kinds, strict=True)]
@@ -114,7 +117,7 @@ def _gradients_saved(work: Work, call: Call, at: Hint) -> list[tuple[int, int]]:
 
 
 def written_after(work: Work, chunk: int, at: Hint) -> int:
-    """Bytes of the temporaries that a loop leaves of those written, and of the stream's gradient if it is large."""
+    """Return the bytes of the temporaries of a chunk of `chunk` positions, plus those of a large stream's gradient."""
     return temporary_bytes(work.stages, min(chunk, at(work.stages.length)), at) + _stream_gradient(work, at)
 
 
@@ -124,7 +127,7 @@ def _stream_gradient(work: Work, at: Hint) -> int:
 
 
 def _saved_whole(work: Work, at: Hint) -> list[Node]:
-    """What a region that is not looped saves for backward: its products, and what they read for a factor's gradient."""
+    """Return what a region without a loop saves for backward: its products, and what the gradients of factors read."""
     if work.backward == "none":
         return []
     stages = work.stages
@@ -137,30 +140,30 @@ def _saved_whole(work: Work, at: Hint) -> list[Node]:
 
 
 def is_sink(stages: Stages, product: Node, at: Hint) -> bool:
-    """Whether a product is smaller than what it is made from: nothing behind it needs it in backward."""
+    """Return whether a product is smaller than an operand: no later node needs it in backward."""
     largest = max(
         bytes_per_position(stages, node, at) for node in product.all_input_nodes if node in stages.placements.of
     )
     return bytes_per_position(stages, product, at) < largest
 
 
-def _whole(call: Call, length: int, at: Hint, *, early: bool) -> int:
-    """Most bytes of the backward of a region that is not looped, gradients of weights left out.
+def _whole_backward(call: Call, length: int, at: Hint, *, at_once: bool) -> int:
+    """Return the most bytes at once in the backward of a region without a loop, except gradients of weights.
 
-    What is reduced is reduced in the forward.
+    The forward has computed its reductions.
 
     Args:
-        call: of the region.
-        length: positions of its axis.
+        call: the call of the region's loop.
+        length: positions of the axis.
         at: tells sizes that vary.
-        early: whether a gradient is multiplied as soon as its factors are there, and each of these has its own kernel.
+        at_once: whether a product runs as soon as its factors are there, and each of these has its own kernel.
     """
     if call.backward is None:
         return 0
     chunk = LoopSpec(*call.spec.backward_spec).chunk
     fixed = whole_nodes(call.backward, at)
     outer = [(nodes[0], nodes[1]) for kind, nodes in by_result(call.backward) if isinstance(kind, Outer)]
-    pairs = outer if early else ()
+    pairs = outer if at_once else ()
     return round(
         alive(call.backward, fixed, length / chunk, at, reductions_apart=True, ordered=False, multiplied=pairs)
     )

@@ -1,8 +1,8 @@
-"""What a compiler saves for backward of the values outside the regions, and what their backward needs beside it.
+"""Which values outside the regions a compiler saves for backward, and what their backward needs besides.
 
-Matrix products, attention and what nobody knows are dear: they are not computed twice, and what they read is saved as
-well, since it would have to lie in memory once more. All else is computed again from what it is made of, and that is
-saved; or the value itself, where it is at most half as large.
+Matrix products, attention and unknown ops are expensive: a compiler does not recompute them, and saves their operands,
+too, which their backward reads from memory. It recomputes any other value from its origins and saves these, or saves
+the value itself where it has at most half the bytes of its origins.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from mst_fx.recognise.reader import Reader
 aten = torch.ops.aten
 
 ATTENTION = 3
-"""Attention's backward holds so many times what it reads and makes: gradients, and sums of them in float32."""
+"""Attention's backward holds this many times its operands and results: gradients, and their sums in float32."""
 
 
 class Need(IntEnum):
-    """What backward needs of a value: nothing, its numbers, which may be computed again, or the value in memory."""
+    """What backward needs of a value: nothing, its numbers, which can be recomputed, or the value in memory."""
 
     NOTHING = 0
     NUMBERS = 1
@@ -35,41 +35,41 @@ class Need(IntEnum):
 
 
 def saved_values(reader: Reader, regions: Mapping[Node, int], blocks: Container[Node], at: Hint) -> dict[Node, int]:
-    """Bytes saved for backward, by the node that makes them; results of regions and of blocks are among them.
+    """Return the bytes saved for backward, by the node that makes them, with the outputs of regions and of blocks.
 
     Args:
         reader: of the graph.
         regions: the number of the region of each node that belongs to one.
-        blocks: the nodes that run subgraphs; what these read is theirs.
+        blocks: the nodes that run subgraphs; what they read is counted with the subgraphs.
         at: tells sizes that vary.
     """
     made = {node: size for node in reader.owner.graph.nodes if (size := _bytes_made(node, at))}
     needs = _needs(reader, made, regions, blocks)
-    sources: dict[Node, frozenset[Node]] = {}
+    origins: dict[Node, frozenset[Node]] = {}
     saved: set[Node] = set()
     for node in made:
-        behind = frozenset().union(*(sources.get(operand, frozenset()) for operand in node.all_input_nodes))
+        behind = frozenset().union(*(origins.get(operand, frozenset()) for operand in node.all_input_nodes))
         if is_view(node):
-            sources[node] = behind
-        elif node in regions or node in blocks or needs[node] is Need.MEMORY or _is_dear(reader, node):
-            sources[node] = frozenset([node])
+            origins[node] = behind
+        elif node in regions or node in blocks or needs[node] is Need.MEMORY or _is_expensive(reader, node):
+            origins[node] = frozenset([node])
         else:
             is_smaller = 2 * made[node] <= sum(map(made.__getitem__, behind))
-            sources[node] = frozenset([node]) if is_smaller else behind
-        saved.update(sources[node] if needs[node] else ())
+            origins[node] = frozenset([node]) if is_smaller else behind
+        saved.update(origins[node] if needs[node] else ())
     return {node: made[node] for node in saved}
 
 
 def _needs(
     reader: Reader, made: dict[Node, int], regions: Mapping[Node, int], blocks: Container[Node]
 ) -> Mapping[Node, Need]:
-    """What backward needs of each value; views hand it on to what they are views of."""
+    """Return what backward needs of each value; a need of a view is one of the value that it views."""
     needs: dict[Node, Need] = defaultdict(lambda: Need.NOTHING)
     for node in reversed(made):
         if node in blocks:
             continue
         views = is_view(node)
-        if not (views or node in regions or reader.multiplies(node)) and _is_dear(reader, node):
+        if not (views or node in regions or reader.multiplies(node)) and _is_expensive(reader, node):
             needs[node] = Need.MEMORY  # attention's backward reads its result
         for operand in node.all_input_nodes:
             if node in regions:
@@ -83,7 +83,7 @@ def _needs(
 
 
 def _needed(reader: Reader, node: Node, operand: Node) -> Need:
-    """What the backward of a node needs of one of its operands."""
+    """Return what the backward of a node needs of one of its operands."""
     ops = reader.ops(node)
     if ops is not None and ops <= BILINEAR:
         others = [other for other in node.all_input_nodes if other is not operand]
@@ -92,24 +92,24 @@ def _needed(reader: Reader, node: Node, operand: Node) -> Need:
         divides = aten.div.Tensor in ops and node.all_input_nodes[0] is not operand
         if ops <= LINEAR or not (read or divides):
             return Need.NOTHING
-    return Need.MEMORY if _is_dear(reader, node) else Need.NUMBERS
+    return Need.MEMORY if _is_expensive(reader, node) else Need.NUMBERS
 
 
 def passing_bytes(reader: Reader, node: Node, at: Hint) -> int:
-    """Bytes that the backward of a node outside the regions needs at once, beside what is saved."""
+    """Return the bytes that the backward of a node outside the regions needs at once, besides the saved values."""
     made = _bytes_made(node, at)
     if not made:
         return 0
     if reader.does(node, LOOK_UPS):  # the gradient of the table adds up in float32
         tables = [x for x in _read_by(node) if isinstance(x, torch.nn.Parameter) and x.dtype in HALF]
         return sum(4 * at(table.numel()) + bytes_of(table, at) for table in tables)
-    if not _is_dear(reader, node):
+    if not _is_expensive(reader, node):
         return 0
     return (made + activation_bytes(node, at)) * (1 if reader.multiplies(node) else ATTENTION)
 
 
 def activation_bytes(node: Node, at: Hint) -> int:
-    """Bytes of the operands that carry gradients and are no parameters."""
+    """Return the bytes of the operands that carry gradients and are no parameters."""
     activations = (x for x in _read_by(node) if x.requires_grad and not isinstance(x, torch.nn.Parameter))
     return sum(bytes_of(x, at) for x in activations)
 
@@ -118,14 +118,14 @@ def _read_by(node: Node) -> list[torch.Tensor]:
     return [x for operand in node.all_input_nodes for x in tensors_of(operand)]
 
 
-def _is_dear(reader: Reader, node: Node) -> bool:
-    """Whether a compiler would rather save a node's result than compute it once more."""
+def _is_expensive(reader: Reader, node: Node) -> bool:
+    """Return whether a compiler saves a node's result rather than recompute it."""
     ops = reader.ops(node)
     return ops is None or not all(op is overwritten or is_recomputed(op) for op in ops)
 
 
 def _bytes_made(node: Node, at: Hint) -> int:
-    """Bytes of what a node makes and what carries gradients."""
+    """Return the bytes of the tensors that a node makes and that carry gradients."""
     if node.op in ("placeholder", "get_attr", "output"):
         return 0
     return sum(bytes_of(x, at) for x in tensors_of(node) if x.requires_grad)

@@ -1,8 +1,8 @@
-"""The memory of a whole graph over one training step, region by region: what else is alive while a loop runs.
+"""The memory of a whole graph over one training step: what else is alive while a loop runs.
 
-A step goes through the graph once forward and once back. What backward needs is saved on the way; what backward makes
-is a gradient. What the nodes outside the regions save is told in `saved_activations`; inside a checkpointed block it is
-only alive while backward passes the block.
+A step goes through the graph once forward and once back. The forward saves what the backward needs; the backward makes
+gradients. `saved_activations` tells what the nodes outside the regions save; inside a checkpointed block it is alive
+only while backward passes the block.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ class Held:
     """Bytes of one region, looped or not.
 
     Attributes:
-        forward: most at once in its forward.
-        saved: kept for its backward.
-        backward: most at once in its backward, besides what is saved.
-        kept: results that the checkpointed block around it saves, and does not compute again.
+        forward: most bytes at once in its forward.
+        saved: bytes saved for its backward.
+        backward: most bytes at once in its backward, besides the saved ones.
+        saved_results: bytes of results that the checkpointed block around it saves and does not recompute.
     """
 
     forward: int = 0
     saved: int = 0
     backward: int = 0
-    kept: int = 0
+    saved_results: int = 0
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the graph: nodes outside the regions, or one region.
+    """Consecutive nodes of the graph outside the regions, or one region.
 
     Attributes:
-        saved: bytes kept for backward by the nodes.
-        passing: most bytes that one of the nodes needs beside that, in backward.
+        saved: bytes that the nodes save for backward.
+        passing: most bytes that the backward of one of the nodes needs besides these.
         gradients: bytes of the gradients of graph inputs that backward makes here.
-        region: number of the region that this is, None for other nodes.
-        block: number of the checkpointed block around it, None outside of any.
+        region: number of the region, None for other nodes.
+        block: number of the checkpointed block around the segment, None outside of any.
         entry: bytes that a checkpointed block saves, at its first segment.
     """
 
@@ -74,7 +74,7 @@ class Timeline:
     Attributes:
         resident: bytes of its inputs: parameters, buffers, batch.
         segments: in the order of the forward.
-        returned: bytes of its results, which the caller holds while backward runs.
+        returned: bytes of its outputs, which the caller holds while backward runs.
     """
 
     resident: int
@@ -82,31 +82,31 @@ class Timeline:
     returned: int = 0
 
     def peak(self, held: Sequence[Held]) -> int:
-        """Most bytes at once in a step, with the regions as `held` says, by their numbers."""
-        regions = [held[part.region] if part.region is not None else Held() for part in self.segments]
-        parts = list(zip(self.segments, regions, strict=True))
-        return max(self.resident, *self._forward(parts), *self._backward(parts))
+        """Return the most bytes at once in a step, where `held` has the bytes of each region at its number."""
+        regions = [held[segment.region] if segment.region is not None else Held() for segment in self.segments]
+        held_segments = list(zip(self.segments, regions, strict=True))
+        return max(self.resident, *self._forward(held_segments), *self._backward(held_segments))
 
-    def _forward(self, parts: Sequence[Part]) -> Iterator[int]:
-        """Bytes while each segment runs: the inputs, what the segments in front have left, and what it needs itself."""
+    def _forward(self, held_segments: Sequence[HeldSegment]) -> Iterator[int]:
+        """Yield the bytes while each segment runs: the inputs, what earlier segments left, and what it needs itself."""
         alive = self.resident
-        for segment, region in parts:
+        for segment, region in held_segments:
             yield alive + max(region.forward, segment.passing // FORWARD_DIVISOR)
             alive += _left(segment, region)
 
-    def _backward(self, parts: Sequence[Part]) -> Iterator[int]:
-        """Bytes while backward passes each segment, the last one first, and when it is over.
+    def _backward(self, held_segments: Sequence[HeldSegment]) -> Iterator[int]:
+        """Yield the bytes while backward passes each segment, the last one first, and those after it.
 
-        These are the inputs and the results, the gradients of inputs that are there by now, what is saved by the
-        segment and those in front, and what it needs itself. What a checkpointed block computes again is saved from
-        where backward enters the block.
+        These are the inputs and the outputs, the gradients of inputs made so far, what the segment and earlier ones
+        saved, and what it needs itself. What a checkpointed block recomputes is saved from where backward enters the
+        block.
         """
-        alive = self.resident + self.returned + sum(_left(segment, region) for segment, region in parts)
+        alive = self.resident + self.returned + sum(_left(segment, region) for segment, region in held_segments)
         again: Counter[int | None] = Counter()
-        for segment, region in parts:
-            again[segment.block] += segment.saved + region.saved - region.kept
+        for segment, region in held_segments:
+            again[segment.block] += segment.saved + region.saved - region.saved_results
         gradients, block = 0, None
-        for segment, region in reversed(parts):
+        for segment, region in reversed(held_segments):
             if segment.block is not None and segment.block != block:
                 alive += again[segment.block]
             block = segment.block
@@ -116,13 +116,13 @@ class Timeline:
         yield self.resident + gradients
 
 
-Part: TypeAlias = tuple[Segment, Held]
-"""A segment, and what its region holds; nothing where it is none."""
+HeldSegment: TypeAlias = tuple[Segment, Held]
+"""A segment, and what its region holds; nothing where it is no region."""
 
 
 def _left(segment: Segment, region: Held) -> int:
-    """Bytes that a segment leaves behind when it has run; inside a checkpointed block, only what the block keeps."""
-    return segment.entry + (segment.saved + region.saved if segment.block is None else region.kept)
+    """Return the bytes that a segment has saved after it has run; inside a checkpointed block, only what that saves."""
+    return segment.entry + (segment.saved + region.saved if segment.block is None else region.saved_results)
 
 
 def segments_of(
@@ -133,14 +133,14 @@ def segments_of(
     *,
     top: bool,
 ) -> list[Segment]:
-    """The segments of one graph.
+    """Return the segments of one graph.
 
     Args:
         reader: of the graph.
         regions: the number of the region of each node that belongs to one.
-        blocks: the segments of the subgraphs that nodes of the graph run (checkpointed blocks and the like).
+        blocks: the segments of the subgraphs that nodes of the graph run (such as checkpointed blocks).
         at: tells sizes that vary.
-        top: whether the graph's inputs are those of the whole; a subgraph's gradients are its caller's.
+        top: whether this is the captured graph; the gradients of a subgraph's inputs are counted with its caller.
     """
     last = _last_readers(reader, at) if top else {}
     saved = saved_values(reader, regions, blocks, at)
@@ -175,12 +175,12 @@ def segments_of(
 
 
 def resident_bytes(reader: Reader, at: Hint) -> int:
-    """Bytes of the graph's inputs, shared memory counted once."""
+    """Return the bytes of the graph's inputs, shared memory counted once."""
     return _storage_bytes(_inputs(reader), at)
 
 
 def returned_bytes(reader: Reader, at: Hint) -> int:
-    """Bytes of the graph's results, shared memory counted once."""
+    """Return the bytes of the graph's outputs, shared memory counted once."""
     return _storage_bytes(reader.owner.graph.output_node().all_input_nodes, at)
 
 
@@ -194,7 +194,7 @@ def _inputs(reader: Reader) -> list[Node]:
 
 
 def _last_readers(reader: Reader, at: Hint) -> dict[Node, int]:
-    """Bytes of the gradients of graph inputs, by the last node that reads them: there backward makes them first."""
+    """Return the bytes of the gradients of parameters, by the last node that reads them: there backward makes them."""
     gradients: dict[Node, int] = {}
     for node in _inputs(reader):
         value = fake_value(node)

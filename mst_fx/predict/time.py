@@ -1,8 +1,8 @@
-"""Milliseconds that a loop adds to a step: what is computed again, and what shorter matrix products lose. No policy.
+"""Milliseconds that a loop adds to a step: recomputation, and what shorter matrix products lose. No policy here.
 
-A model by the roofline (Williams et al., 2009): a matrix product takes its flops at the rate that its rows allow, all
-else its bytes at the bandwidth of the memory. The rates are a table, not a measurement of the moment: every rank and
-every run comes to the same plan.
+The model is a roofline (Williams et al., 2009): a matrix product computes its flops at the rate that its rows allow,
+any other op moves its bytes at the bandwidth of the memory. The rates are a table, not measured at compile time, so
+that every rank and every run makes the same plan.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from mst_fx.predict.extent import Extent
 from mst_fx.predict.region_memory import RegionMemory, is_sink
 
 EFFICIENCY = ((1, 0.005), (64, 0.31), (128, 0.6), (256, 0.9), (512, 1.0))
-"""(rows, share of the best rate) of bfloat16 products of [rows, 4096] with [4096, 14336], on an H200."""
+"""(rows, share of the best rate) of bfloat16 products of [rows, 4096] and [4096, 14336], on an H200."""
 FLOPS_PER_CYCLE = {8: 2048, 9: 4096, 10: 8192}
-"""Of one multiprocessor's matrix units in half precision without sparsity, by major compute capability."""
+"""Flops per cycle of one multiprocessor's matrix units in half precision, dense, by major compute capability."""
 REACHED_FLOPS, REACHED_BYTES = 0.66, 0.88
 """Shares of the nominal rates that large products and copies reach, on an H200."""
 SINGLE = 0.07
-"""The rate of float32 products, in that of half precision."""
+"""The rate of float32 products, as a share of that of half precision."""
 HOST_MS = 0.03
-"""What the host takes for one mini-sequence, where the device has nothing else to do."""
+"""Milliseconds that the host takes for one chunk, where the device has nothing else to do."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What plans depend on; nothing of it changes while a program runs.
+    """The facts of a device that plans depend on; none of them changes while a program runs.
 
     Attributes:
         kind: "cuda", "cpu", ...
-        memory: bytes in all.
-        flops_per_ms: of large matrix products, in half precision.
-        bytes_per_ms: of its memory.
+        memory: total bytes of memory.
+        flops_per_ms: rate of large matrix products in half precision.
+        bytes_per_ms: bandwidth of the memory.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Device:
 
 
 def device_of(device: torch.device) -> Device:
-    """Describe a device by what its driver says of it; where that is not enough, by nominal rates."""
+    """Describe a device by the properties that its driver reports, and by nominal rates where it reports none."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         clock_khz = getattr(properties, "clock_rate", 1_500_000)
@@ -70,11 +70,11 @@ class RegionCost:
     """Work of a region, forward and backward, over the whole length.
 
     Attributes:
-        flops: of its matrix products in the forward.
-        recomputed: those of them that a loop computes once more for backward.
-        rows: rows of a product for one position, of the product with the fewest.
-        bytes_summed: read and written for one mini-sequence to add up gradients.
-        bytes_finished: read and written once, to cast and to scale what was added up.
+        flops: flops of its matrix products in the forward.
+        recomputed: those of them that a loop recomputes for backward.
+        rows: rows for one position of the product with the fewest rows.
+        bytes_summed: bytes read and written for each chunk to add up gradients.
+        bytes_finished: bytes read and written once, to cast and to scale the sums.
         half: whether the products are in half precision.
     """
 
@@ -86,13 +86,13 @@ class RegionCost:
     bytes_finished: int = 0
 
     def added_ms(self, device: Device, chunk: int, length: int, *, repeated: bool) -> float:
-        """Predicted milliseconds that a loop adds to a training step.
+        """Predict the milliseconds that a loop adds to a training step.
 
         Args:
-            device: that it runs on.
-            chunk: positions of one mini-sequence.
+            device: the device that it runs on.
+            chunk: positions of one chunk.
             length: positions of the whole axis.
-            repeated: the forward is computed again for backward in any case (activation checkpointing).
+            repeated: whether backward recomputes the forward in any case (activation checkpointing).
         """
         rate = device.flops_per_ms * (1.0 if self.half or device.kind == "cpu" else SINGLE)
         again = 0.0 if repeated else self.recomputed / (rate * efficiency(self.rows * chunk))
@@ -103,7 +103,7 @@ class RegionCost:
 
 
 def efficiency(rows: float) -> float:
-    """Share of the best rate that a matrix product of so many rows reaches; between the table's rows, in proportion."""
+    """Return the share of the best rate that a matrix product of this many rows reaches, interpolated in the table."""
     position = bisect_right(EFFICIENCY, (rows, 1.0))
     if position == 0:
         return EFFICIENCY[0][1]
@@ -114,7 +114,7 @@ def efficiency(rows: float) -> float:
 
 
 def cost_of(work: Work, memory: RegionMemory, extent: Extent, at: Hint) -> RegionCost:
-    """Count a region's matrix products, and what is read and written besides.
+    """Count the flops of a region's matrix products, and the bytes that its loop reads and writes besides.
 
     Args:
         work: of the region.
@@ -130,7 +130,7 @@ def cost_of(work: Work, memory: RegionMemory, extent: Extent, at: Hint) -> Regio
     return RegionCost(
         flops=sum(flops.values()),
         recomputed=sum(flops[node] for node in again) if work.backward == "recompute" else 0.0,
-        rows=extent.tokens / extent.sharing,
+        rows=extent.tokens_per_position / extent.sharing,
         bytes_summed=2 * loop.sums,
         bytes_finished=cast + memory.saved + memory.scaled,
         half=stages.stream.meta["val"].dtype in (torch.float16, torch.bfloat16),
@@ -138,6 +138,6 @@ def cost_of(work: Work, memory: RegionMemory, extent: Extent, at: Hint) -> Regio
 
 
 def _flops(product: Node, at: Hint) -> float:
-    """Two for each element of the result and each of the terms that it is the sum of."""
+    """Return the flops of a product: two for each element of the result and each term of its sum."""
     left = factors(product)[0]
     return 2.0 * at(prod(shape_of(product))) * at(shape_of(left)[-1])

@@ -1,6 +1,6 @@
-"""Graph -> its regions, each with everything that the planner asks for. Subgraphs are visited as the graph is.
+"""Graph -> its regions, each with all that the planner needs to know. Subgraphs are surveyed in the same way.
 
-What was found out about one node or region is known for all that are like it.
+The analysis of one node or region serves all that are alike.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from mst_fx.bodies.call import Call, assembled
 from mst_fx.bodies.work import Work, analysed
-from mst_fx.capture.decomposed import Opened
+from mst_fx.capture.decomposed import Decomposed
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.provenance import module_path
@@ -50,22 +50,22 @@ class Surveyor:
 
     Attributes:
         config: the user's options.
-        patterns: to recognise regions by.
-        marked: names of sizes that have to vary.
+        patterns: the patterns that recognise regions.
+        marked: names of the sizes that have to vary.
     """
 
     config: Config
     patterns: Sequence[Pattern]
     marked: frozenset[str] = frozenset()
-    _opened: dict[Hashable, Opened | None] = field(default_factory=dict)
+    _decomposed: dict[Hashable, Decomposed | None] = field(default_factory=dict)
     _works: dict[Hashable, Work] = field(default_factory=dict)
     _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
     _memories: dict[tuple[Work, Lengths, Hint], RegionMemory] = field(default_factory=dict)
     _verified: dict[tuple[Work, Lengths], Verified | Refusal] = field(default_factory=dict)
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
-        """Find the regions of a graph as captured, and of its subgraphs."""
-        reader, report = without_dead_code(gm, self._opened, around.mode), Report()
+        """Find the regions of a captured graph, and of its subgraphs."""
+        reader, report = without_dead_code(gm, self._decomposed, around.mode), Report()
         if self.config.returned_logits == "drop":
             reader, report = self._without_logits(reader)
         reader, cuts, sizes = self._cut_early(reader)
@@ -78,8 +78,8 @@ class Surveyor:
             try:
                 if isinstance(found.outcome, Refusal):
                     raise found.outcome
-                part = self._best_part(graph, found.outcome)
-                sites.append(Site(found.pattern, part.region, part.work, around, part.terms))
+                candidate = self._best_candidate(graph, found.outcome)
+                sites.append(Site(found.pattern, candidate.region, candidate.work, around, candidate.terms))
             except Refusal as refusal:
                 report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
             except Exception as error:
@@ -94,7 +94,7 @@ class Surveyor:
         return Surveyed(reader, tuple(sites), report, children, around, sizes)
 
     def _without_logits(self, reader: Reader) -> tuple[Reader, Report]:
-        """A reader of the graph that returns None in place of what regions make for its caller."""
+        """Return a reader of the graph with None in place of the large outputs of regions with a loss, and a report."""
         regions = [
             found.outcome
             for found in discover(reader, self.patterns, strict=self.config.strict)
@@ -106,11 +106,11 @@ class Surveyor:
         return (self._changed(reader, rebuilt(reader.owner, [], dropped=leaving)) if leaving else reader), report
 
     def _changed(self, reader: Reader, gm: GraphModule) -> Reader:
-        """A reader of another graph in place of the one that was read."""
-        return Reader(gm, self._opened, reader.outer)
+        """Return a reader of a graph that replaces the graph of `reader`."""
+        return Reader(gm, self._decomposed, reader.outer)
 
     def _cut_early(self, reader: Reader) -> tuple[Reader, Report, tuple[Any, ...]]:
-        """A reader of the graph in which heads project only the tokens that are read, and the sizes fixed in it."""
+        """Return a reader of the graph after its early cuts, the report on these, and the sizes that they fix."""
         report, sizes = Report(), dict[str, Any]()
         while True:
             heads = list(cut_heads(reader, self.marked, strict=self.config.strict))
@@ -126,33 +126,35 @@ class Surveyor:
             reader = self._changed(reader, rebuilt(reader.owner, edits))
 
     def _is_worth_cutting(self, head: CutHead) -> bool:
-        """Whether the projection makes much, or may at another length: a cut costs nothing."""
+        """Return whether the projection makes enough bytes, or may at another length: an early cut costs nothing."""
         varies = any(map(is_symbolic, fake_value(head.region.stream).shape))
         return head.bytes_before >= self.config.least_bytes or (varies and self.config.min_bytes is None)
 
-    def _best_part(self, graph: _Graph, region: Region) -> _Part:
-        """The largest part that can be looped; where large values are returned, the one that leaves the fewest bytes.
+    def _best_candidate(self, graph: _Graph, region: Region) -> _Candidate:
+        """Return the largest region that can be looped; if large values are returned, the one that leaves fewest bytes.
+
+        The candidates are the region and the smaller ones inside it.
 
         Raises:
-            Refusal: neither the region nor any part of it can be looped.
+            Refusal: none of them can be looped.
         """
-        parts: list[_Part] = []
+        candidates: list[_Candidate] = []
         refusal: Refusal | None = None
         left: Region | None = region
-        while left is not None and (left.returned or not parts):
+        while left is not None and (left.returned or not candidates):
             try:
-                part, work = self._with_front(graph, left) or (left, self._analysed(graph, left))
-                parts.append(_Part(part, work, self._terms(part, work, hint)))
+                looped, work = self._with_front(graph, left) or (left, self._analysed(graph, left))
+                candidates.append(_Candidate(looped, work, self._terms(looped, work, hint)))
             except Refusal as error:
                 refusal = refusal or error
             left = left.smaller
-        if not parts:
+        if not candidates:
             assert refusal is not None
             raise refusal
-        return min(parts, key=lambda part: written_after(part.work, part.terms.lengths.chunk, hint))
+        return min(candidates, key=lambda each: written_after(each.work, each.terms.lengths.chunk, hint))
 
     def _with_front(self, graph: _Graph, region: Region) -> tuple[Region, Work] | None:
-        """The region and what stands in front of it, if its tokens stay apart there, too: the longest axis is split."""
+        """Return the region with its front, and its work; None unless the longest dim of tokens can then be split."""
         whole = with_front(graph.reader, region, graph.taken)
         if whole is None:
             return None
@@ -184,14 +186,14 @@ class Surveyor:
         return terms_of(extent_of(work, at), wish, self.config.accumulate, recomputes=recomputes)
 
     def call(self, work: Work, lengths: Lengths) -> Call:
-        """The bodies for these lengths; the same ones for all regions that are alike."""
+        """Return the call with bodies for these lengths; regions that are alike share it."""
         key = (work, lengths)
         if key not in self._calls:
             self._calls[key] = assembled(work, lengths.chunk, lengths.forward, self.config.accumulate)
         return self._calls[key]
 
     def verified(self, site: Site, lengths: Lengths) -> Verified | Refusal | None:
-        """Whether the loop was run and is right (option `verify`), once for regions that are alike; None unasked."""
+        """Return the outcome of running the loop (option `verify`), the same for regions alike; None without it."""
         if not self.config.verify:
             return None
         from mst_fx.verify.verify import verified
@@ -206,10 +208,10 @@ class Surveyor:
         return Refusal(found.reason, site.region.last, found.text) if isinstance(found, Refusal) else found
 
     def offer(self, site: Site, at: Hint = hint, *, due: bool = False) -> Offer:
-        """What the planner has to know of a region.
+        """Return what the planner has to know of a region.
 
         Args:
-            site: of the region.
+            site: the region.
             at: tells sizes that vary.
             due: as in `Offer`.
         """
@@ -217,12 +219,19 @@ class Surveyor:
         terms = site.terms if at is hint else self._terms(site.region, work, at)
         written = temporary_bytes(work.stages, terms.extent.length, at)
         if written < self.config.least_bytes and not (due or terms.wish.loop):
-            memory = RegionMemory(written)  # it is left alone: no need to trace what its loop would be
+            memory = RegionMemory(written)  # it is not looped: no need to trace its bodies
         else:
             memory = self._memory(work, terms.lengths, at)
         cost = cost_of(work, memory, terms.extent, at)
-        free = work.backward != "recompute"
-        return Offer(terms, memory, cost, free=free, repeated=around.repeated, kept=around.kept, due=due)
+        return Offer(
+            terms,
+            memory,
+            cost,
+            recomputes_nothing=work.backward != "recompute",
+            repeated=around.repeated,
+            saves_results=around.saves_results,
+            due=due,
+        )
 
     def _memory(self, work: Work, lengths: Lengths, at: Hint) -> RegionMemory:
         key = (work, lengths, at)
@@ -233,13 +242,13 @@ class Surveyor:
 
 @dataclass(frozen=True, eq=False)
 class _Graph:
-    """What a survey knows of a graph before it looks at its regions.
+    """What a survey knows of a graph before it analyses its regions.
 
     Attributes:
-        reader: of it.
-        around: what stands around it.
+        reader: of the graph.
+        around: what is around the graph.
         taken: the nodes of its regions.
-        sizes: that its early cuts need fixed.
+        sizes: the sizes that its early cuts need fixed.
     """
 
     reader: Reader
@@ -249,8 +258,8 @@ class _Graph:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A region, or a part of it, that can be looped: its work, and what its length is chosen by."""
+class _Candidate:
+    """A region that can be looped, its work, and the terms that its chunk lengths are chosen by."""
 
     region: Region
     work: Work
@@ -258,7 +267,7 @@ class _Part:
 
 
 def _apart(heads: Sequence[CutHead]) -> list[CutHead]:
-    """Those that share no node with an earlier one: where two projections are joined before the cut, one waits."""
+    """Return the heads that share no node with an earlier one: of two projections joined before the cut, one waits."""
     chosen: list[CutHead] = []
     taken: set[Node] = set()
     for head in heads:
@@ -269,24 +278,24 @@ def _apart(heads: Sequence[CutHead]) -> list[CutHead]:
 
 
 def _strange(reader: Reader) -> Report:
-    """A word about ops on DTensors and nested tensors: the first of each kind."""
+    """Return a report with a refusal for ops on DTensors, and one for ops on nested tensors: the first of each."""
     nodes = [node for node in reader.owner.graph.nodes if node.op.startswith("call_")]
     found = [strange for strange in map(strange_tensors, nodes) if strange is not None]
     first = {strange.reason: strange for strange in reversed(found)}
-    told = []
+    refusals = []
     for reason, strange in first.items():
         count = sum(other.reason == reason for other in found)
-        told.append(Refusal(reason, strange.node, f"{strange.text}, as {count} op(s) of the graph do"))
-    return Report(refusals=tuple(refused("all", refusal) for refusal in told))
+        refusals.append(Refusal(reason, strange.node, f"{strange.text}, as {count} op(s) of the graph do"))
+    return Report(refusals=tuple(refused("all", refusal) for refusal in refusals))
 
 
 def _has_loss(region: Region) -> bool:
-    """Whether a gradient comes from something else than the large values that are returned."""
+    """Return whether an output other than the large values that are returned carries gradients."""
     return any(has_gradient(node) for node in region.outputs if node not in region.returned)
 
 
 def _leaving(reader: Reader, region: Region) -> Iterator[Node]:
-    """The large values of a region that the graph returns, as they are or in another form."""
+    """Yield the large values of a region that the graph returns, as they are or as a reader of the same size."""
     for value in region.returned:
         for node in (value, *value.users):
             if reader.numel(node) == reader.numel(value) and any(user.op == "output" for user in node.users):

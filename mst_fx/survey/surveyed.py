@@ -1,4 +1,4 @@
-"""What a survey of a graph finds, and what follows from it for the graph as a whole: its timeline, its device."""
+"""What a survey of a graph finds, and what follows from that for the whole graph: its timeline and its device."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from mst_fx.report.report import Report, refused
 
 @dataclass(frozen=True)
 class Around:
-    """What stands around a graph.
+    """What is around a graph.
 
     Attributes:
-        repeated: whether it is in a block that is computed again for backward in any case.
-        kept: whether the results of its loops are kept nevertheless. In a row of checkpointed blocks each keeps what it
-            is given; what the last one gives is computed again for its readers, a whole loop for one tensor.
-        overwritten: what graphs around it write to when it has run.
-        mode: that it runs in.
+        repeated: whether it is in a checkpointed block, which backward recomputes in any case.
+        saves_results: whether the results of its loops are saved nevertheless. In a row of checkpointed blocks each
+            saves its inputs; the results of the last one are recomputed for their readers, a whole loop for one tensor.
+        overwritten: what graphs around it write to after it has run.
+        mode: the mode that it runs in.
     """
 
     repeated: bool = False
-    kept: bool = False
+    saves_results: bool = False
     overwritten: Overwritten = field(default_factory=dict)
     mode: Mode = TOP_MODE
 
     def inside(self, reader: Reader, child: Nested) -> Around:
-        """The same for a subgraph of a graph.
+        """Return the same for a subgraph of the graph.
 
         Raises:
             Refusal: the subgraph runs in several modes.
@@ -53,7 +53,9 @@ class Around:
             if reader.modes[other] != reader.modes[first]:
                 raise Refusal(Reason.GRAD_MODE, other, f"{child.name} runs in several modes")
         overwritten = written_when_run(reader, child, self.overwritten)
-        return Around(self.repeated or child.repeated, self.kept or child.last, overwritten, reader.modes[first])
+        return Around(
+            self.repeated or child.repeated, self.saves_results or child.last, overwritten, reader.modes[first]
+        )
 
 
 TOP = Around()
@@ -65,10 +67,10 @@ class Site:
 
     Attributes:
         pattern: name of the pattern that recognised it.
-        region: where.
+        region: its nodes, live-ins and outputs.
         work: what its loop has to do.
-        around: what stands around its graph.
-        terms: what its length is chosen by.
+        around: what is around its graph.
+        terms: what its chunk lengths are chosen by.
     """
 
     pattern: str
@@ -79,21 +81,21 @@ class Site:
 
     @property
     def recomputes(self) -> bool:
-        """Whether its loop computes again what would not be computed again without it."""
+        """Whether its loop recomputes what would not be recomputed without it."""
         return self.work.backward == "recompute" and not self.around.repeated
 
 
 @dataclass(frozen=True, eq=False)
 class Surveyed:
-    """One graph.
+    """What a survey finds in one graph.
 
     Attributes:
         reader: of the graph, in which heads project only the tokens that are read.
-        sites: its regions, in graph order.
-        report: what was refused, and cut.
-        children: its subgraphs, by attribute, and the nodes that run them.
-        around: what stands around it.
-        sizes: that its early cuts need fixed.
+        sites: its regions that can be looped, in graph order.
+        report: refusals, early cuts, and outputs dropped.
+        children: its subgraphs, by the name of the attribute, each with the nodes that run it.
+        around: what is around the graph.
+        sizes: the sizes that its early cuts need fixed.
     """
 
     reader: Reader
@@ -104,21 +106,21 @@ class Surveyed:
     sizes: tuple[Any, ...] = ()
 
     def all_sites(self) -> Iterator[Site]:
-        """Those of the graph and of its subgraphs."""
+        """Yield the sites of the graph and of its subgraphs."""
         yield from self.sites
         for child, _ in self.children.values():
             yield from child.all_sites()
 
     def without(self, refusals: Mapping[Site, Refusal]) -> Surveyed:
-        """The same graph, in which these regions are refused."""
+        """Return the same for the graph with these regions refused."""
         left = tuple(site for site in self.sites if site not in refusals)
-        told = tuple(refused(site.pattern, refusals[site]) for site in self.sites if site in refusals)
+        added = tuple(refused(site.pattern, refusals[site]) for site in self.sites if site in refusals)
         children = {name: (child.without(refusals), callers) for name, (child, callers) in self.children.items()}
-        return replace(self, sites=left, report=self.report.joined(Report(refusals=told)), children=children)
+        return replace(self, sites=left, report=self.report.joined(Report(refusals=added)), children=children)
 
 
 def timeline_of(surveyed: Surveyed, at: Hint = hint) -> Timeline:
-    """The memory of the whole graph, of the lengths that `at` tells; its regions are numbered as in `all_sites`."""
+    """Return the memory of the whole graph, at the sizes that `at` tells; regions are numbered as in `all_sites`."""
     numbers = {site: number for number, site in enumerate(surveyed.all_sites())}
     segments = tuple(_segments(surveyed, numbers, count(), at, top=True))
     return Timeline(resident_bytes(surveyed.reader, at), segments, returned_bytes(surveyed.reader, at))
@@ -133,12 +135,12 @@ def _segments(
         for caller in callers:
             inner = _segments(child, numbers, fresh, at, top=False)
             block = next(fresh) if child.around.repeated else None
-            blocks[caller] = [replace(part, block=block) if part.block is None else part for part in inner]
+            blocks[caller] = [replace(segment, block=block) if segment.block is None else segment for segment in inner]
     return segments_of(surveyed.reader, regions, blocks, at, top=top)
 
 
 def device_of_graph(surveyed: Surveyed) -> Device:
-    """The device of the regions; the CPU where there are none."""
+    """Return the device of the regions; the CPU where there are none."""
     site = next(surveyed.all_sites(), None)
     value: Any = site.work.stages.stream.meta["val"] if site is not None else torch.empty(0)
     return device_of(value.device)

@@ -1,25 +1,40 @@
-"""What the options `modules` and `disable` mean for a graph, as far as a report should tell."""
+"""Notes for the report on the options `modules` and `disable`."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+
+from torch.fx import GraphModule
 
 from mst_fx.core.config import Config, is_in
-from mst_fx.core.provenance import module_path
+from mst_fx.core.provenance import graph_break, module_path
 from mst_fx.survey.surveyed import Surveyed
 
 log = logging.getLogger("mst_fx")
 
 
+def within_breaks(config: Config, gm: GraphModule) -> tuple[Config, tuple[str, ...]]:
+    """Return the options that hold for a graph, and a sentence where they are not the user's; it is a warning.
+
+    A graph that ends in a graph break gives its results to the rest of the function, which may read logits of any kind.
+    """
+    reason = graph_break(gm)
+    if config.returned_logits == "keep" or not reason:
+        return config, ()
+    note = f"returned_logits: {config.returned_logits!r} does not hold before a graph break ({reason})"
+    return replace(config, returned_logits="keep"), (note,)
+
+
 def left_out(config: Config) -> tuple[str, ...]:
-    """A word about the patterns that the option `disable` names."""
+    """Return a note that names the patterns of the option `disable`, if there are any."""
     return (f"disable: without {', '.join(sorted(config.disable))}",) if config.disable else ()
 
 
 def unmatched(config: Config, surveyed: Surveyed) -> tuple[str, ...]:
-    """A sentence for each path that matches no module, or asks for a loop where there is none; each is a warning.
+    """Return, and log as a warning, a note for each path that matches no module, or no region that can be looped.
 
-    Paths are those of one graph: a model that is captured in several has its modules in one of them each.
+    The check sees one graph: where a model is captured in several graphs, a path may match a module of another one.
     """
     modules = _modules(surveyed)
     regions = {module_path(node) for site in surveyed.all_sites() for node in site.region.nodes}
@@ -35,6 +50,6 @@ def unmatched(config: Config, surveyed: Surveyed) -> tuple[str, ...]:
 
 
 def _modules(surveyed: Surveyed) -> set[str]:
-    """The paths of the modules that made the graph and its subgraphs."""
+    """Return the paths of the modules whose calls made the graph and its subgraphs."""
     own = {module_path(node) for node in surveyed.reader.owner.graph.nodes}
     return own.union(*(_modules(child) for child, _ in surveyed.children.values()))

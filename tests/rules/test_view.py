@@ -178,7 +178,7 @@ def test_the_split_dim_itself_is_neither_cut_nor_joined(function):
 def test_a_view_that_spreads_the_axis_names_its_parts():
     with pytest.raises(Spans) as spans:
         placed(Call(lambda x: aten.view.default(x, [2, 3, 4]), [values(6, 4)]), Split(0))
-    assert spans.value.parts == [(1, 3), (2, 1)]
+    assert spans.value.factors == [(1, 3), (2, 1)]
 
 
 def test_whole_operands_stay_whole():

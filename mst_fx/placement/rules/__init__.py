@@ -1,14 +1,14 @@
-"""The placement rules: for each aten op, where its result lies when its operands lie where they do.
+"""The placement rules: for each aten op, the placement of its result, given the placements of its operands.
 
-Ops join families, one family a file; an op with the tag `pointwise` needs no entry. Importing this package fills the
-table.
+Each file has the rules of some families of ops; an op with the tag `pointwise` needs no entry. Importing this package
+fills the table of rules.
 """
 
 from mst_fx.placement.rules import contraction as contraction
 from mst_fx.placement.rules import creation as creation
 from mst_fx.placement.rules import indexing as indexing
 from mst_fx.placement.rules import loss as loss
-from mst_fx.placement.rules import mixing as mixing
+from mst_fx.placement.rules import moves_along_dims as moves_along_dims
 from mst_fx.placement.rules import pointwise as pointwise
 from mst_fx.placement.rules import reduction as reduction
 from mst_fx.placement.rules import view as view
@@ -16,7 +16,7 @@ from mst_fx.placement.rules import writing as writing
 from mst_fx.placement.rules.indexing import positions_of as positions_of
 from mst_fx.placement.rules.linear import is_linear as is_linear
 from mst_fx.placement.rules.registry import Demand as Demand
-from mst_fx.placement.rules.registry import Result as Result
+from mst_fx.placement.rules.registry import NodePlacement as NodePlacement
 from mst_fx.placement.rules.registry import Spans as Spans
 from mst_fx.placement.rules.registry import args_of as args_of
 from mst_fx.placement.rules.registry import argument as argument

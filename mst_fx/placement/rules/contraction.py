@@ -1,4 +1,4 @@
-"""Matrix products: split rows give split rows; a contraction over the axis gives a partial sum."""
+"""Matrix products: a product of split rows has split rows; a contraction over the axis makes a partial sum."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mst_fx.placement.rules.registry import Demand, Flow, args_of, back, mixed, 
 
 
 def factors(node: Node) -> tuple[Any, Any]:
-    """The two operands that are multiplied."""
+    """Return the two operands that are multiplied: left [.., n, k] and right [.., k, m]."""
     left, right = args_of(node)[:2] if node.target in GROUPED_PRODUCTS else args_of(node)[-2:]
     return left, right
 
@@ -45,7 +45,7 @@ def product_plus(node: Node, flow: Flow) -> Placement:
 
 @back(*PRODUCTS, *PRODUCTS_PLUS)
 def product_back(node: Node, split: Split) -> dict[Node, Split]:
-    """Rows come from the left operand, columns from the right one, a batch from both, and a bias has its share."""
+    """Rows come from the left operand, columns from the right one, a batch from both; a bias may have the dim, too."""
     left, right = map(_node, factors(node))
     rank = len(shape_of(node))
     demands = {}
@@ -72,15 +72,26 @@ def _product(node: Node, flow: Flow, left: object, right: object) -> Placement:
     if a == WHOLE and b == WHOLE:
         return WHOLE
     if isinstance(a, Split) and b == WHOLE:
-        return _one_split(node, a, free=rows, partner=right, shared={inner: rows, **batch})
+        return _one_split(node, a, uncontracted=rows, partner=right, shared={inner: rows, **batch})
     if isinstance(b, Split) and a == WHOLE:
-        return _one_split(node, b, free=inner, partner=left, shared={**batch, rows: inner})
+        return _one_split(node, b, uncontracted=inner, partner=left, shared={**batch, rows: inner})
     raise mixed(node, f"combines values placed as {a} and {b}")
 
 
-def _one_split(node: Node, split: Split, free: int, partner: object, shared: dict[int, int]) -> Placement:
-    """Only one operand is split: along its free dim the result is; along a shared dim the partner must be too."""
-    if split.dim == free:
+def _one_split(node: Node, split: Split, uncontracted: int, partner: object, shared: dict[int, int]) -> Placement:
+    """Return the result's split, where one operand is split along a dim that is not contracted.
+
+    Args:
+        node: the product.
+        split: of the operand that is split.
+        uncontracted: the dim of this operand that only the result shares.
+        partner: the other operand, which is whole.
+        shared: for other dims of the operand, the dim of the partner that must be split with it.
+
+    Raises:
+        Demand: the operand is split along a shared dim.
+    """
+    if split.dim == uncontracted:
         return split
     raise Demand(_node(partner), split.moved(shared[split.dim]))
 

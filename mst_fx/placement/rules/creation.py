@@ -1,4 +1,4 @@
-"""Ops that make a value from a shape: whole, unless a user needs the rows of one mini-sequence only."""
+"""Ops that make a value from a shape: it is whole, unless a reader needs only the rows of one chunk."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mst_fx.placement.rules.registry import Flow, back, rule
 
 @rule(*FILLS, *RANGES, *DRAWS, *SCALARS)
 def create(node: Node, flow: Flow) -> Placement:
-    """No operand's rows end up in the result."""
+    """The result contains no rows of an operand."""
     return WHOLE
 
 
 @back(*FILLS, *RANGES)
-def part(node: Node, split: Split) -> dict[Node, Split]:
-    """A fill makes any part of itself alone; a range is made whole before the loop, and split."""
+def made_alone(node: Node, split: Split) -> dict[Node, Split]:
+    """A fill makes the rows of one chunk alone; a range is made whole before the loop, and then split."""
     return {}

@@ -1,4 +1,4 @@
-"""Ops that a partial sum may go through inside the loop: f(a + b) = f(a) + f(b) in the operands that are sums."""
+"""Ops that may read a partial sum inside the loop: f(a + b) = f(a) + f(b) in the operands that are partial sums."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mst_fx.placement.rules.registry import Flow, args_of
 
 
 def is_linear(node: Node, flow: Flow) -> bool:
-    """Whether the sum of what the mini-sequences make of their parts is what the op makes of the sums."""
+    """Return whether the op's results for each chunk's operands add up to its result for the sums of these operands."""
     placements: list[Placement] = [flow.of(operand) for operand in node.all_input_nodes]
     if any(placement not in (WHOLE, PARTIAL) for placement in placements):
         return False
@@ -28,6 +28,6 @@ def is_linear(node: Node, flow: Flow) -> bool:
 
 
 def _rounds(node: Node) -> bool:
-    """Whether a sum is cast to a dtype that does not hold it: what is cut off the parts adds up, too."""
+    """Return whether a sum is cast to a dtype that cannot hold it: the rounding errors of the summands add up, too."""
     before, after = (value.meta["val"].dtype for value in (args_of(node)[0], node))
     return after == torch.bool or torch.promote_types(before, after) != after

@@ -6,12 +6,12 @@ from torch.fx import Node
 
 from mst_fx.core.aten_ops import LOSSES, MEAN, NONE
 from mst_fx.placement.placement import PARTIAL, WHOLE, Split
-from mst_fx.placement.rules.registry import Demand, Flow, Result, args_of, mixed, rule, shape_of
+from mst_fx.placement.rules.registry import Demand, Flow, NodePlacement, args_of, mixed, rule, shape_of
 
 
 @rule(*LOSSES)
-def nll_loss(node: Node, flow: Flow) -> Result:
-    """(loss, total weight): per row, with no weight, or sums; a mean has been opened into sum / weight."""
+def nll_loss(node: Node, flow: Flow) -> NodePlacement:
+    """(loss, total weight): losses of rows, or their sum; a mean is decomposed into sum / weight before."""
     scores, target, weight, reduction = args_of(node)[:4]
     split = flow.of(scores)
     if not isinstance(split, Split):

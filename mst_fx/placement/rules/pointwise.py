@@ -15,7 +15,7 @@ from mst_fx.placement.rules.registry import Demand, Flow, back, mixed, rule, sha
 
 @rule("pointwise", *COPIES, overwritten, *UNTAGGED_POINTWISE)
 def pointwise(node: Node, flow: Flow) -> Placement:
-    """Every operand that has the split dim must be split there; a size of 1 broadcasts."""
+    """Every operand that has the split dim must be split along it; a size of 1 broadcasts."""
     if not isinstance(node.meta["val"], torch.Tensor):
         raise Refusal(Reason.UNKNOWN_OP, node, f"{node.target} has several results and no rule of its own")
     rank = len(shape_of(node))
@@ -28,7 +28,7 @@ def pointwise(node: Node, flow: Flow) -> Placement:
 
 @back("pointwise", *COPIES, overwritten, *UNTAGGED_POINTWISE)
 def aligned(node: Node, split: Split) -> dict[Node, Split]:
-    """Operands that have the dim at full size."""
+    """The operands that have the split dim at full size."""
     shape = shape_of(node)
     demands = {}
     for operand in node.all_input_nodes:
@@ -41,7 +41,11 @@ def aligned(node: Node, split: Split) -> dict[Node, Split]:
 
 
 def aligned_split(node: Node, flow: Flow, rank: int) -> Split | None:
-    """The split that the operands bring, in the result's dims."""
+    """Return the split of the operands, in the result's dims; None if no operand is split.
+
+    Raises:
+        Refusal: two operands are split differently.
+    """
     found: Split | None = None
     for operand in node.all_input_nodes:
         placement = flow.of(operand)
@@ -54,7 +58,7 @@ def aligned_split(node: Node, flow: Flow, rank: int) -> Split | None:
 
 
 def demand_aligned(node: Node, flow: Flow, split: Split, rank: int) -> None:
-    """Ask for the split of operands that are whole but have the dim."""
+    """Raise a `Demand` for an operand that is whole but has the split dim."""
     for operand in node.all_input_nodes:
         shape = shape_of(operand)
         dim = split.dim - rank + len(shape)

@@ -1,4 +1,4 @@
-"""Reductions, scans and normalisations: free over other dims; a sum over the split dim is a partial sum."""
+"""Reductions, scans and normalisations: over other dims only; but a sum over the split dim is a partial sum."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mst_fx.core.aten_ops import GROUP_NORMS, LAYER_NORMS, REDUCTIONS, REDUCTION
 from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.placement.rules.registry import (
     Flow,
-    Result,
+    NodePlacement,
     args_of,
     argument,
     back,
@@ -25,7 +25,7 @@ from mst_fx.placement.rules.registry import (
 
 @rule(*SUMS)
 def total(node: Node, flow: Flow) -> Placement:
-    """A sum over the split dim adds up over the mini-sequences."""
+    """A sum over the split dim adds up over the chunks."""
     split, dims = flow.of(args_of(node)[0]), _dims(node)
     if isinstance(split, Split) and split.dim in dims:
         return PARTIAL
@@ -34,7 +34,7 @@ def total(node: Node, flow: Flow) -> Placement:
 
 @rule(*REDUCTIONS)
 def reduce(node: Node, flow: Flow) -> Placement:
-    """Over other dims only."""
+    """The split dim must not be reduced."""
     split, dims = flow.of(args_of(node)[0]), _dims(node)
     if isinstance(split, Split) and split.dim in dims:
         raise mixed(node, "reduces over the split dim")
@@ -42,15 +42,15 @@ def reduce(node: Node, flow: Flow) -> Placement:
 
 
 @rule(*REDUCTIONS_TO_TWO)
-def reduce_to_two(node: Node, flow: Flow) -> Result:
-    """Two results, placed alike."""
+def reduce_to_two(node: Node, flow: Flow) -> NodePlacement:
+    """Both results have the same placement."""
     placement: Any = reduce(node, flow)
     return (placement, placement)
 
 
 @back(*SUMS, *REDUCTIONS, *REDUCTIONS_TO_TWO)
 def reduce_back(node: Node, split: Split) -> dict[Node, Split]:
-    """The dims that are gone stood among the others."""
+    """The operand has the reduced dims among those of the result."""
     operand: Any = args_of(node)[0]
     dim = split.dim
     if len(result_shape(node)) < len(shape_of(operand)):
@@ -60,8 +60,8 @@ def reduce_back(node: Node, split: Split) -> dict[Node, Split]:
 
 
 @rule(*SCANS)
-def along(node: Node, flow: Flow) -> Result:
-    """Ops that keep the shape and mix one dim."""
+def along(node: Node, flow: Flow) -> NodePlacement:
+    """The op keeps the shape and mixes one dim, which must not be the split one."""
     split = flow.of(args_of(node)[0])
     if isinstance(split, Split) and split.dim == argument(node, "dim") % len(shape_of(args_of(node)[0])):
         raise mixed(node, "mixes the split dim")
@@ -70,14 +70,14 @@ def along(node: Node, flow: Flow) -> Result:
 
 @back(*SCANS)
 def along_back(node: Node, split: Split) -> dict[Node, Split]:
-    """Every other dim is that of the operand."""
+    """The operand lies as the result."""
     operand: Any = args_of(node)[0]
     return {operand: split}
 
 
 @rule(*LAYER_NORMS)
-def layer_norm(node: Node, flow: Flow) -> Result:
-    """Normalisation over the last dims; the statistics keep the leading dims."""
+def layer_norm(node: Node, flow: Flow) -> NodePlacement:
+    """The op normalises over the last dims; the statistics keep the leading dims."""
     split: Any = flow.of(args_of(node)[0])
     normalized: Any = args_of(node)[1]
     if any(flow.of(arg) != WHOLE for arg in args_of(node)[2:]):
@@ -88,8 +88,8 @@ def layer_norm(node: Node, flow: Flow) -> Result:
 
 
 @rule(*GROUP_NORMS)
-def group_norm(node: Node, flow: Flow) -> Result:
-    """Normalisation of each image over groups of its channels; the statistics keep the images."""
+def group_norm(node: Node, flow: Flow) -> NodePlacement:
+    """The op normalises each image over groups of its channels; the statistics keep the dim of the images."""
     split: Any = flow.of(args_of(node)[0])
     if any(flow.of(arg) != WHOLE for arg in args_of(node)[1:]):
         raise mixed(node, "has a split weight")
@@ -99,7 +99,7 @@ def group_norm(node: Node, flow: Flow) -> Result:
 
 
 def _dims(node: Node) -> set[int]:
-    """The reduced dims; all of them where the op names none."""
+    """Return the reduced dims: all dims where the op names none."""
     rank = len(shape_of(args_of(node)[0]))
     dims = argument(node, "dim") if takes(node, "dim") else None
     if dims is None or dims == []:
@@ -108,7 +108,7 @@ def _dims(node: Node) -> set[int]:
 
 
 def _without(node: Node, split: Placement, dims: set[int]) -> Placement:
-    """The placement once `dims` are gone, or kept with size 1."""
+    """Return the placement after `dims` are removed, or reduced to size 1."""
     if not isinstance(split, Split):
         return split
     if len(result_shape(node)) == len(shape_of(args_of(node)[0])):

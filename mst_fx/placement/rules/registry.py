@@ -1,8 +1,8 @@
 """The table of placement rules, and what a rule may ask and raise.
 
 A rule is a function of the node and a `Flow`, which tells the operands' placements. It returns the placement of the
-result (a tuple for several results) or raises a `Demand` or a `Refusal`. It never sees a `Partial` operand: what reads
-a sum runs after the loop.
+result (a tuple for several results), or raises a `Demand`, `Spans` or a `Refusal`. It never sees a `Partial` operand:
+an op that reads a sum runs after the loop.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from mst_fx.core.aten_ops import is_pointwise
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.placement.placement import Placement, Split, same_shape
 
-Result: TypeAlias = Placement | tuple[Placement, ...]
+NodePlacement: TypeAlias = Placement | tuple[Placement, ...]
 
 
 class Demand(Exception):  # noqa: N818 - control flow within propagation
-    """`node`, so far whole, must be split for its user's sake."""
+    """`node`, which is whole so far, must be split for an op that reads it."""
 
     def __init__(self, node: Node, split: Split) -> None:
         super().__init__(f"{node} must be split as {split}")
@@ -32,31 +32,35 @@ class Demand(Exception):  # noqa: N818 - control flow within propagation
 
 
 class Spans(Exception):  # noqa: N818 - control flow within propagation
-    """A view spreads the axis over several dims; `parts` are the factors that it can be cut along instead.
+    """A view spreads the axis over several dims; `factors` are the factors of the axis that can be split instead.
 
-    Each part is (outer, inner), relative to the axis.
+    Each factor is a pair (outer, inner), relative to the axis.
     """
 
-    def __init__(self, node: Node, parts: list[tuple[int, int]]) -> None:
+    def __init__(self, node: Node, factors: list[tuple[int, int]]) -> None:
         super().__init__(f"{node} spreads the axis over several dims")
         self.node = node
-        self.parts = parts
+        self.factors = factors
 
 
 class Flow(Protocol):
     """What a rule may ask."""
 
     def of(self, arg: Any) -> Placement:
-        """Placement of an operand; whole for anything that is no tensor."""
+        """Return the placement of an operand; whole for anything that is no tensor."""
         ...
 
 
-Rule: TypeAlias = Callable[[Node, Flow], Result]
+Rule: TypeAlias = Callable[[Node, Flow], NodePlacement]
 _RULES: dict[Any, Rule] = {}
 
 
 def rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Register the decorated function for these op overloads."""
+    """Register the decorated function as the rule of these op overloads.
+
+    Raises:
+        ValueError: one of them has a rule already.
+    """
 
     def register(function: Rule) -> Rule:
         for target in targets:
@@ -69,7 +73,7 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
 
 
 def rule_for(target: Any) -> Rule | None:
-    """The rule of an op, None where there is none."""
+    """Return the rule of an op, None if it has none."""
     if target in _RULES:
         return _RULES[target]
     return _RULES["pointwise"] if is_pointwise(target) else None
@@ -80,10 +84,10 @@ _BACKS: dict[Any, Back] = {}
 
 
 def back(*targets: Any) -> Callable[[Back], Back]:
-    """Register how the operands of these ops must be split for a result split as demanded.
+    """Register the decorated function, which tells how the operands of these ops must be split for a split result.
 
-    Such a function returns the demands on the operands; none at all where the op can make the part by itself. What it
-    says is only a guess to try: the forward rules judge it.
+    Such a function returns the demands on the operands; none where the op can make the rows of one chunk alone. The
+    demands are only a guess: the rules decide.
     """
 
     def register(function: Back) -> Back:
@@ -94,13 +98,13 @@ def back(*targets: Any) -> Callable[[Back], Back]:
 
 
 def demands_of(node: Node, split: Split) -> dict[Node, Split]:
-    """What a demand on a node asks of its operands.
+    """Return how the operands of a node must be split for its result to lie as `split`.
 
     Raises:
-        Refusal: no operand can bring the split.
+        Refusal: no operand can be split so.
     """
     if node.target is operator.getitem:
-        node = args_of(node)[0]  # one of several results: all of them lie alike
+        node = args_of(node)[0]  # one of several results: all of them are split alike
     if node.target in _BACKS:
         return _BACKS[node.target](node, split)
     if is_pointwise(node.target):
@@ -112,21 +116,21 @@ def demands_of(node: Node, split: Split) -> dict[Node, Split]:
 
 
 def shape_of(arg: Any) -> tuple[int, ...]:
-    """Shape of a tensor node, () for anything else."""
+    """Return the shape of a node's tensor, () for anything else."""
     value = arg.meta.get("val") if isinstance(arg, Node) else None
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
 def result_shape(node: Node) -> tuple[int, ...]:
-    """Shape of the value, of the first one where there are several."""
+    """Return the shape of a node's result, of the first one where there are several."""
     value = node.meta["val"]
     return tuple((value[0] if isinstance(value, tuple | list) else value).shape)
 
 
 def args_of(node: Node) -> tuple[Any, ...]:
-    """The positional arguments of the schema, as given, by keyword as well, or by default.
+    """Return the positional arguments of an op's schema: as given, also by keyword, or their defaults.
 
-    The rule of an op knows their types better than fx does.
+    They are untyped here: the rule of an op knows their types.
     """
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.args
@@ -135,7 +139,7 @@ def args_of(node: Node) -> tuple[Any, ...]:
 
 
 def argument(node: Node, name: str) -> Any:
-    """An argument of an aten op by its name, its default where it is left out."""
+    """Return an argument of an aten op by its name, or its default where it is left out."""
     position, default = _arguments(node.target)[name]
     if position is not None and position < len(node.args):
         return node.args[position]
@@ -143,7 +147,7 @@ def argument(node: Node, name: str) -> Any:
 
 
 def takes(node: Node, name: str) -> bool:
-    """Whether an aten op has an argument of this name."""
+    """Return whether an aten op has an argument of this name."""
     return name in _arguments(node.target)
 
 
@@ -154,7 +158,7 @@ def _positional(op: torch._ops.OpOverload) -> list[tuple[str, Any]]:
 
 @cache
 def _arguments(op: Any) -> dict[str, tuple[int | None, Any]]:
-    """Position, None for those that have none, and default of the arguments of an op."""
+    """Return the position (None for a keyword-only one) and the default of each argument of an op, by name."""
     return {
         given.name: (None if given.kwarg_only else position, given.default_value)
         for position, given in enumerate(op._schema.arguments)
@@ -162,5 +166,5 @@ def _arguments(op: Any) -> dict[str, tuple[int | None, Any]]:
 
 
 def mixed(node: Node, text: str) -> Refusal:
-    """The refusal of an op that makes the tokens depend on one another."""
+    """Return the refusal of an op that makes positions of the axis depend on one another."""
     return Refusal(Reason.AXIS_MIXED, node, f"{node.target} {text}")

@@ -1,4 +1,4 @@
-"""Ops that move, add, remove or cut dims; an op that cuts or joins the split dim itself is refused."""
+"""Ops that permute, add, remove, slice or join dims; an op that slices or joins the split dim itself is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mst_fx.placement.placement import WHOLE, Placement, Split, refinements, sam
 from mst_fx.placement.rules.registry import (
     Demand,
     Flow,
-    Result,
+    NodePlacement,
     Spans,
     args_of,
     argument,
@@ -36,30 +36,34 @@ def reshape(node: Node, flow: Flow) -> Placement:
 
 @back(*RESHAPES)
 def reshape_back(node: Node, split: Split) -> dict[Node, Split]:
-    """The same memory, read the other way."""
+    """The same memory, read in the operand's shape."""
     return {operand_of(node): _viewed(node, split, shape_of(node), shape_of(args_of(node)[0]))}
 
 
 def _viewed(node: Node, split: Split, before: tuple[int, ...], after: tuple[int, ...]) -> Split:
-    """Where the axis lies when the memory is read in another shape."""
+    """Return where the axis lies when the memory is read in another shape.
+
+    Raises:
+        Spans: no single dim of the new shape holds the axis.
+    """
     result = through_view(split, before, after)
     if result is None:
-        parts = refinements(split, before, after)
-        raise Spans(node, [(part.outer // split.outer, part.inner // split.inner) for part in parts])
+        finer = refinements(split, before, after)
+        raise Spans(node, [(each.outer // split.outer, each.inner // split.inner) for each in finer])
     return result
 
 
 @rule(*PERMUTES)
 def permute(node: Node, flow: Flow) -> Placement:
-    """The split dim moves."""
+    """The split dim moves to another place."""
     split = flow.of(args_of(node)[0])
-    return split.moved(dim_order(node).index(split.dim)) if isinstance(split, Split) else WHOLE
+    return split.moved(dim_permutation(node).index(split.dim)) if isinstance(split, Split) else WHOLE
 
 
 @back(*PERMUTES)
 def permute_back(node: Node, split: Split) -> dict[Node, Split]:
-    """Where the split dim came from."""
-    return {operand_of(node): split.moved(dim_order(node)[split.dim])}
+    """The split dim is at another place of the operand."""
+    return {operand_of(node): split.moved(dim_permutation(node)[split.dim])}
 
 
 @rule(aten.expand.default)
@@ -72,7 +76,7 @@ def expand(node: Node, flow: Flow) -> Placement:
 
 @back(aten.expand.default)
 def expand_back(node: Node, split: Split) -> dict[Node, Split]:
-    """A dim that the operand lacks, or has with size 1, is repeated to any length."""
+    """The operand is split, unless it lacks the dim or has it with size 1: then it is repeated to any length."""
     operand = operand_of(node)
     dim = split.dim - len(shape_of(node)) + len(shape_of(operand))
     repeated = dim < 0 or (sure(shape_of(operand)[dim] == 1) and not sure(shape_of(node)[split.dim] == 1))
@@ -90,40 +94,40 @@ def repeat(node: Node, flow: Flow) -> Placement:
 
 
 @rule(*SLICES)
-def cut(node: Node, flow: Flow) -> Result:
-    """Cutting another dim is free; a full slice of the split dim is none."""
+def take_slices(node: Node, flow: Flow) -> NodePlacement:
+    """Any other dim may be sliced; a slice of all positions of the split dim leaves the value as it is."""
     split = flow.of(args_of(node)[0])
     dim = dim_of(node)
-    pieces = node.meta["val"]
+    results = node.meta["val"]
     if isinstance(split, Split) and split.dim == dim:
-        if isinstance(pieces, torch.Tensor) and same_shape(pieces.shape, shape_of(args_of(node)[0])):
+        if isinstance(results, torch.Tensor) and same_shape(results.shape, shape_of(args_of(node)[0])):
             return split
         raise mixed(node, "cuts the split dim")
-    return split if isinstance(pieces, torch.Tensor) else (split,) * len(pieces)
+    return split if isinstance(results, torch.Tensor) else (split,) * len(results)
 
 
 @back(aten.slice.Tensor)
 def slice_back(node: Node, split: Split) -> dict[Node, Split]:
-    """A slice along the demanded dim is made whole, and then split."""
+    """A slice along the demanded dim is made whole before the loop, and then split."""
     return {} if dim_of(node) == split.dim else {operand_of(node): split}
 
 
 @rule(*SELECTS)
-def pick(node: Node, flow: Flow) -> Result:
-    """The picked dim goes away."""
+def pick(node: Node, flow: Flow) -> NodePlacement:
+    """The picked dim is removed; it must not be the split one."""
     split = flow.of(args_of(node)[0])
     dim = dim_of(node)
     if isinstance(split, Split):
         if split.dim == dim:
             raise mixed(node, "picks one position of the split dim")
         split = split.moved(split.dim - (split.dim > dim))
-    pieces = node.meta["val"]
-    return split if isinstance(pieces, torch.Tensor) else (split,) * len(pieces)
+    results = node.meta["val"]
+    return split if isinstance(results, torch.Tensor) else (split,) * len(results)
 
 
 @rule(*DIAGONALS)
 def diagonal(node: Node, flow: Flow) -> Placement:
-    """Two dims go away, and one comes behind all others."""
+    """Two dims are removed, and one is added after all others."""
     split, lost = flow.of(args_of(node)[0]), _diagonal_dims(node)
     if not isinstance(split, Split):
         return WHOLE
@@ -134,7 +138,7 @@ def diagonal(node: Node, flow: Flow) -> Placement:
 
 @back(*DIAGONALS)
 def diagonal_back(node: Node, split: Split) -> dict[Node, Split]:
-    """The two dims stood among the others."""
+    """The operand has the two dims among those of the result."""
     if split.dim == len(shape_of(node)) - 1:
         raise mixed(node, "makes the dim that is needed split")
     dim = split.dim
@@ -149,30 +153,30 @@ def _diagonal_dims(node: Node) -> list[int]:
 
 
 @back(aten.split.Tensor, aten.split_with_sizes.default)
-def pieces_back(node: Node, split: Split) -> dict[Node, Split]:
-    """Pieces of another dim."""
+def split_back(node: Node, split: Split) -> dict[Node, Split]:
+    """The operand is split along the same dim."""
     return {operand_of(node): split}
 
 
 @back(*SELECTS)
 def select_back(node: Node, split: Split) -> dict[Node, Split]:
-    """The picked dim stood among the others."""
+    """The operand has the picked dim among those of the result."""
     return {operand_of(node): split.moved(split.dim + (split.dim >= dim_of(node)))}
 
 
 @rule(*JOINS)
 def join(node: Node, flow: Flow) -> Placement:
-    """All parts must be split alike, and not along the joined dim."""
-    parts: list[Any] = list(args_of(node)[0])
-    split = next((p for p in map(flow.of, parts) if isinstance(p, Split)), None)
+    """All operands must be split alike, and not along the joined dim."""
+    operands: list[Any] = list(args_of(node)[0])
+    split = next((p for p in map(flow.of, operands) if isinstance(p, Split)), None)
     if split is None:
         return WHOLE
-    for part in parts:
-        if len(shape_of(part)) != len(shape_of(parts[0])):
+    for operand in operands:
+        if len(shape_of(operand)) != len(shape_of(operands[0])):
             raise mixed(node, "joins values of different ranks")
-        if flow.of(part) == WHOLE:
-            raise Demand(part, split)
-        if flow.of(part) != split:
+        if flow.of(operand) == WHOLE:
+            raise Demand(operand, split)
+        if flow.of(operand) != split:
             raise mixed(node, "joins values that are split differently")
     dim = dim_of(node, rank=len(result_shape(node)))
     if node.target == aten.stack.default:
@@ -184,33 +188,33 @@ def join(node: Node, flow: Flow) -> Placement:
 
 @back(*JOINS)
 def join_back(node: Node, split: Split) -> dict[Node, Split]:
-    """The parts lie alike; the new dim of a stack is none of theirs."""
+    """All operands are split alike; they lack the new dim of a stack."""
     dim = dim_of(node, rank=len(result_shape(node)))
     before = split.moved(split.dim - (node.target == aten.stack.default and split.dim > dim))
-    return {part: before for part in args_of(node)[0]}
+    return {operand: before for operand in args_of(node)[0]}
 
 
-def dim_order(node: Node) -> list[int]:
-    """For each dim of the result of a permutation, the dim of the operand."""
+def dim_permutation(node: Node) -> list[int]:
+    """Return, for each dim of the result of a permute, the dim of the operand."""
     rank = len(shape_of(node))
-    order = list(range(rank))
+    dims = list(range(rank))
     if node.target == aten.permute.default:
         return [dim % rank for dim in args_of(node)[1]]
     if rank > 1:
         a, b = (0, 1) if node.target == aten.t.default else (args_of(node)[1] % rank, args_of(node)[2] % rank)
-        order[a], order[b] = order[b], order[a]
-    return order
+        dims[a], dims[b] = dims[b], dims[a]
+    return dims
 
 
 def dim_of(node: Node, rank: int | None = None) -> int:
-    """The `dim` argument, counted from the left."""
+    """Return the `dim` argument, counted from the left."""
     dim = argument(node, "dim")
     assert isinstance(dim, int)
     return dim % (rank or len(shape_of(args_of(node)[0])))
 
 
 def operand_of(node: Node) -> Node:
-    """The tensor that is viewed."""
+    """Return the tensor that the op reads first."""
     operand = args_of(node)[0]
     assert isinstance(operand, Node)
     return operand

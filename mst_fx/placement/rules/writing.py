@@ -1,4 +1,4 @@
-"""Writes at indices along another dim than the split one: what is written to, and what is written, are split alike."""
+"""Writes at indices along another dim than the split one: the operand and the values written to it are split alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mst_fx.core.aten_ops import PART_WRITES, PUTS, ROW_WRITES, SCATTERS
+from mst_fx.core.aten_ops import PUTS, ROW_WRITES, SCATTERS, SLICE_WRITES
 from mst_fx.core.sizes import sure
 from mst_fx.placement.placement import WHOLE, Placement, Split
 from mst_fx.placement.rules.indexing import picks_of
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 @rule(*SCATTERS)
 def scatter(node: Node, flow: Flow) -> Placement:
-    """The value, the index and what is written have the same rows."""
+    """The operand, the index and the values written have the same rows."""
     operands = node.all_input_nodes
     split = next((placement for placement in map(flow.of, operands) if isinstance(placement, Split)), None)
     if split is None:
@@ -31,7 +31,7 @@ def scatter(node: Node, flow: Flow) -> Placement:
 
 @rule(*ROW_WRITES)
 def write_rows(node: Node, flow: Flow) -> Placement:
-    """The index is whole."""
+    """The index is whole; the operand and the values written are split alike, along another dim."""
     index: Any = argument(node, "index")
     operands = [operand for operand in node.all_input_nodes if operand is not index]
     split = next((placement for placement in map(flow.of, operands) if isinstance(placement, Split)), None)
@@ -45,7 +45,7 @@ def write_rows(node: Node, flow: Flow) -> Placement:
 
 @rule(*PUTS)
 def put(node: Node, flow: Flow) -> Placement:
-    """The indices are whole and name no position of the split dim; what is written broadcasts."""
+    """The indices are whole and name no position of the split dim; the values written broadcast."""
     value, values = args_of(node)[0], argument(node, "values")
     if all(flow.of(operand) == WHOLE for operand in node.all_input_nodes):
         return WHOLE
@@ -53,49 +53,49 @@ def put(node: Node, flow: Flow) -> Placement:
     if any(flow.of(index) != WHOLE for index in picks.indices.values()):
         raise mixed(node, "writes where split indices say")
     split, brought = flow.of(value), flow.of(values)
-    added = len(picks.picked) + len(picks.kept) - len(shape_of(values))
+    added = len(picks.picked) + len(picks.unindexed) - len(shape_of(values))
     if split == WHOLE and isinstance(brought, Split):
-        dim = picks.comes_from(brought.dim + added)
+        dim = picks.dim_in_value(brought.dim + added)
         if dim is None:
             raise mixed(node, "writes split values to rows")
         raise Demand(value, brought.moved(dim))
     assert isinstance(split, Split)
-    lies = picks.lies(split.dim)
-    if lies is None:
+    place = picks.dim_in_result(split.dim)
+    if place is None:
         raise mixed(node, "writes along the split dim")
-    own = lies - added
+    own = place - added
     written = {values: split.moved(own)} if own >= 0 and not sure(shape_of(values)[own] == 1) else {}
     if not written and brought != WHOLE:
         raise mixed(node, "joins values that are split differently")
     return _alike(node, flow, split, {value: split, **written})
 
 
-@rule(*PART_WRITES)
-def write_part(node: Node, flow: Flow) -> Placement:
-    """A value with a part of another dim replaced; both are split alike."""
-    value, part, dim = args_of(node)[:3]
+@rule(*SLICE_WRITES)
+def write_slice(node: Node, flow: Flow) -> Placement:
+    """A slice, or one position, of another dim is replaced; the operand and the values written are split alike."""
+    value, written, dim = args_of(node)[:3]
     dim = dim % len(shape_of(value))
     lost = node.target == aten.select_scatter.default
-    split, inner = flow.of(value), flow.of(part)
+    split, inner = flow.of(value), flow.of(written)
     if not isinstance(split, Split):
         if not isinstance(inner, Split):
             return WHOLE
         split = inner.moved(inner.dim + (lost and inner.dim >= dim))
     _forbid_along(node, split)
     own = split.moved(split.dim - (lost and split.dim > dim))
-    return _alike(node, flow, split, {value: split, part: own})
+    return _alike(node, flow, split, {value: split, written: own})
 
 
 @back(*SCATTERS)
 def scatter_back(node: Node, split: Split) -> dict[Node, Split]:
-    """Value, index and what is written lie as the result."""
+    """The operand, the index and the values written lie as the result."""
     _forbid_along(node, split)
     return dict.fromkeys(node.all_input_nodes, split)
 
 
-@back(*ROW_WRITES, *PUTS, *PART_WRITES)
+@back(*ROW_WRITES, *PUTS, *SLICE_WRITES)
 def value_back(node: Node, split: Split) -> dict[Node, Split]:
-    """The value lies as the result; what is written is asked for by the rule."""
+    """The operand lies as the result; the rule demands the values written."""
     return {args_of(node)[0]: split}
 
 
@@ -105,7 +105,7 @@ def _forbid_along(node: Node, split: Split) -> None:
 
 
 def _alike(node: Node, flow: Flow, result: Split, expected: dict[Node, Split]) -> Split:
-    """The result's split, if each operand is split as expected; ask for those that are whole."""
+    """Return the result's split if each operand is split as expected; demand that of operands that are whole."""
     for operand, split in expected.items():
         if flow.of(operand) == WHOLE:
             raise Demand(operand, split)

@@ -1,4 +1,4 @@
-"""Ops that mix or move positions along some dims and leave every other dim as it is."""
+"""Ops that move or mix positions along some dims (flips, pads, pools, searches): any other dim may be split."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mst_fx.core.aten_ops import (
     UNFOLDS,
 )
 from mst_fx.placement.placement import WHOLE, Placement, Split
-from mst_fx.placement.rules.registry import Demand, Flow, Result, args_of, argument, back, mixed, rule, shape_of
+from mst_fx.placement.rules.registry import Demand, Flow, NodePlacement, args_of, argument, back, mixed, rule, shape_of
 
 
 def _named(name: str) -> Callable[[Node, int], set[int]]:
-    """The dims that an argument names."""
+    """Return a function that tells the dims that an argument names."""
 
     def dims(node: Node, rank: int) -> set[int]:
         found: Any = argument(node, name)
@@ -39,12 +39,12 @@ def _last(count: int) -> Callable[[Node, int], set[int]]:
 
 
 def _rolled(node: Node, rank: int) -> set[int]:
-    """Without dims the value is rolled as one long row."""
+    """Return the rolled dims: all of them where none is named, as the value is then rolled as one row."""
     return _named("dims")(node, rank) or set(range(rank))
 
 
 def _padded(node: Node, rank: int) -> set[int]:
-    """Pads come in pairs, those of the last dim first."""
+    """Return the padded dims; the argument has pairs of pads, those of the last dim first."""
     pad: Any = argument(node, "pad")
     pairs = zip(pad[::2], pad[1::2], strict=True)
     return {rank - 1 - place for place, pair in enumerate(pairs) if pair != (0, 0)}
@@ -60,12 +60,12 @@ MIXED: dict[Any, Callable[[Node, int], set[int]]] = {
     **dict.fromkeys(CHANNEL_SHUFFLES, lambda node, rank: {1}),
     **dict.fromkeys(PIXEL_SHUFFLES, _last(3)),
 }
-"""Which dims an op mixes, given the rank of its operand."""
+"""The dims that an op mixes, given its node and the rank of its operand."""
 
 
 @rule(*MIXED)
-def mix(node: Node, flow: Flow) -> Result:
-    """Any other dim may be split."""
+def mix(node: Node, flow: Flow) -> NodePlacement:
+    """Any dim that the op does not mix may be split."""
     operand: Any = args_of(node)[0]
     split = flow.of(operand)
     if isinstance(split, Split) and split.dim in MIXED[node.target](node, len(shape_of(operand))):
@@ -84,7 +84,7 @@ def mix_back(node: Node, split: Split) -> dict[Node, Split]:
 
 @rule(*SEARCHES)
 def look_for(node: Node, flow: Flow) -> Placement:
-    """What is looked for may be split, not what it is looked for in."""
+    """The values that are looked up may be split, the values that they are compared with may not."""
     value, among = args_of(node)[:2]
     if flow.of(among) != WHOLE:
         raise mixed(node, "looks values up among split ones")
@@ -93,13 +93,13 @@ def look_for(node: Node, flow: Flow) -> Placement:
 
 @back(*SEARCHES)
 def look_for_back(node: Node, split: Split) -> dict[Node, Split]:
-    """What is looked for lies as the result."""
+    """The values that are looked up lie as the result."""
     return {args_of(node)[0]: split}
 
 
 @rule(*SORTED_SEARCHES)
 def search(node: Node, flow: Flow) -> Placement:
-    """Values that are looked for in one whole row, or each in the row of its own."""
+    """Values are looked up in one whole row, or each in the sorted row at its own place."""
     rows, values = args_of(node)[:2]
     operands = [operand for operand in node.all_input_nodes if operand is not values]
     split = flow.of(values)
@@ -122,5 +122,5 @@ def search(node: Node, flow: Flow) -> Placement:
 
 @back(*SORTED_SEARCHES)
 def search_back(node: Node, split: Split) -> dict[Node, Split]:
-    """What is looked for lies as the result; the rule asks for the rows."""
+    """The values that are looked up lie as the result; the rule demands the sorted rows."""
     return {args_of(node)[1]: split}
