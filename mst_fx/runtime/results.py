@@ -81,7 +81,7 @@ def _views(x: torch.Tensor, axis: Axis, length: int) -> tuple[torch.Tensor, ...]
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous value aligned to 16 bytes, as torch allocates memory: compiled bodies may read so many."""
+    """Return a contiguous value, aligned as torch allocates memory: compiled bodies may read 16 bytes at a time."""
     return x.clone() if x.data_ptr() % 16 else x
 
 
