@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from mst_fx.bodies.call import Call, assembled
 from mst_fx.bodies.work import Work, analysed
-from mst_fx.capture.decomposed import Opened
+from mst_fx.capture.decomposed import Decomposed
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.provenance import module_path
@@ -27,10 +27,10 @@ from mst_fx.predict.extent import extent_of
 from mst_fx.predict.region_memory import RegionMemory, memory_of, temporary_bytes, written_after
 from mst_fx.predict.time import cost_of
 from mst_fx.recognise.dead_code import without_dead_code
+from mst_fx.recognise.decomposed_nodes import strange_tensors
 from mst_fx.recognise.discover import discover, nested
 from mst_fx.recognise.early_cut import CutHead, cut_heads
 from mst_fx.recognise.norm_in_front import with_front
-from mst_fx.recognise.opening import strange_tensors
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.rebuild import Edit, nodes_of, rebuilt
@@ -57,7 +57,7 @@ class Surveyor:
     config: Config
     patterns: Sequence[Pattern]
     marked: frozenset[str] = frozenset()
-    _opened: dict[Hashable, Opened | None] = field(default_factory=dict)
+    _decomposed: dict[Hashable, Decomposed | None] = field(default_factory=dict)
     _works: dict[Hashable, Work] = field(default_factory=dict)
     _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
     _memories: dict[tuple[Work, Lengths, Hint], RegionMemory] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Surveyor:
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
         """Find the regions of a graph as captured, and of its subgraphs."""
-        reader, report = without_dead_code(gm, self._opened, around.mode), Report()
+        reader, report = without_dead_code(gm, self._decomposed, around.mode), Report()
         if self.config.returned_logits == "drop":
             reader, report = self._without_logits(reader)
         reader, cuts, sizes = self._cut_early(reader)
@@ -107,7 +107,7 @@ class Surveyor:
 
     def _changed(self, reader: Reader, gm: GraphModule) -> Reader:
         """A reader of another graph in place of the one that was read."""
-        return Reader(gm, self._opened, reader.outer)
+        return Reader(gm, self._decomposed, reader.outer)
 
     def _cut_early(self, reader: Reader) -> tuple[Reader, Report, tuple[Any, ...]]:
         """A reader of the graph in which heads project only the tokens that are read, and the sizes fixed in it."""
