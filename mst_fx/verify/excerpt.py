@@ -236,7 +236,7 @@ def _stages_of(work: Work) -> tuple[Any, ...]:
     """Return a key that is equal for two regions whose stages and gradients are alike."""
     stages = work.stages
     targets = [[node.target for node in stage] for stage in (stages.prologue, stages.loop, stages.epilogue)]
-    return (stages.axis, targets, work.backward, work.wanted, work.differentiable, work.kept)
+    return (stages.axis, targets, work.backward, work.wanted, work.differentiable, work.reused)
 
 
 def first_line(error: BaseException) -> str:
