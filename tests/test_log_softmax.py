@@ -19,7 +19,7 @@ PART = 8
 
 @pytest.fixture(autouse=True)
 def _short_parts(monkeypatch):
-    monkeypatch.setattr(log_softmax, "PART", PART)
+    monkeypatch.setattr(log_softmax, "TILE", PART)
 
 
 def in_parts(x, kind):

@@ -175,8 +175,3 @@ def _ops_of(graph: Graph, position_of: dict[Node, int], results: Sequence[Node])
         return None
     found = {op for op in ancestors(results) if op.op != "placeholder"}
     return Decomposed(position_of, in_order(graph, found))
-
-
-Opened = Decomposed
-open_alone = decompose_alone
-open_together = decompose_together

@@ -125,7 +125,7 @@ def alone(region: Region, change: Change | None = None) -> Region:
         live_ins=tuple(node_of[node] for node in region.live_ins),
         stream=node_of[region.stream],
         before=node_of[region.last],
-        early=(),
+        moved_ahead=(),
         modes={node_of[node]: mode for node, mode in region.modes.items()},
         returned=tuple(node_of[node] for node in region.returned if node in node_of),
         smaller=None,
@@ -236,7 +236,7 @@ def _stages_of(work: Work) -> tuple[Any, ...]:
     """Return a key that is equal for two regions whose stages and gradients are alike."""
     stages = work.stages
     targets = [[node.target for node in stage] for stage in (stages.prologue, stages.loop, stages.epilogue)]
-    return (stages.axis, targets, work.backward, work.wanted, work.differentiable, work.kept)
+    return (stages.axis, targets, work.backward, work.wanted, work.differentiable, work.reused)
 
 
 def first_line(error: BaseException) -> str:
