@@ -19,7 +19,7 @@ import mst_fx
 from mst_fx.placement.rules import registry
 from mst_fx.recognise import pattern
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDERS = ("", ".github", "examples", "examples/benchmarks", "mst_fx", "passes", "tests")
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 WITH_EXAMPLES = ("README.md", "mst_fx/README.md", "passes/README.md")

@@ -6,9 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from beside import beside_eager, leaf
-from graphs import captured
-
-from mst_fx.capture.fingerprint import likeness_of_node
 
 
 def gated(x, gate, up, down):
@@ -57,12 +54,3 @@ def test_alike_regions_for_which_it_is_one_and_two(first):
 
     (report,) = beside_eager(program, lambda _: [leaf(2, 9, 4), leaf(4, 12)])
     assert len(report.regions) == 2
-
-
-def test_nodes_that_read_one_tensor_and_two_are_not_alike():
-    def program(x, y):
-        return x * x.contiguous() + x * y.contiguous() + y * y.contiguous()
-
-    gm = captured(program, torch.randn(3, 4), torch.randn(3, 4))
-    one, two, other = (likeness_of_node(node) for node in gm.graph.nodes if "mul" in str(node.target))
-    assert one == other != two

@@ -223,14 +223,6 @@ def test_a_budget_that_nothing_keeps_to():
     assert "activation checkpointing" in plans.advice
 
 
-@pytest.mark.parametrize(
-    ("budget", "count"),
-    [("40GiB", 40 * GIB), ("1.5 TB", 1.5e12), (0.25, 20 * GIB), (1.0, 80 * GIB), (12345, 12345), (None, None)],
-)
-def test_spellings_of_a_budget(budget, count):
-    assert Config(memory_budget=budget).budget_bytes(DEVICE.memory) == count
-
-
 sizes = st.integers(0, 4 * GIB)
 
 

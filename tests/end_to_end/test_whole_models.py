@@ -7,8 +7,8 @@ import torch
 import torch._dynamo.testing
 from models import MlpLM, NanoGPT, tokens
 from numerics import assert_as_good_as_eager, looped
-from test_models import V, make
 from torch import nn
+from transformer_models import V, make
 
 import mst_fx
 

@@ -1,22 +1,12 @@
-"""What a program writes around a region: to its results, to what it reads, by ops of every kind."""
+"""What a program writes around a region: to its results, to what it reads, through `.data`, into buffers."""
 
 from __future__ import annotations
 
-import operator
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from beside import beside_eager, leaf
+from beside import leaf, report_beside_eager
 from torch.utils.checkpoint import checkpoint
-
-
-def reports_of(program, *shapes, inputs=None, **options):
-    given = inputs or (lambda _: [leaf(*shape) for shape in shapes])
-    (report,) = beside_eager(program, given, **options)
-    return report
-
 
 MLP = (3, 7, 4), (4, 16), (16, 4)
 HEAD = (3, 7, 4), (33, 4)
@@ -65,7 +55,7 @@ def viewed(y, x):
     "after", [copied, added_up, one_column, residual, measured, stored, viewed], ids=lambda after: after.__name__
 )
 def test_a_result_is_read_and_then_written(after, inner):
-    report = reports_of(lambda x, up, down: after(mlp(x, up, down), x), *MLP, inner=inner)
+    report = report_beside_eager(lambda x, up, down: after(mlp(x, up, down), x), *MLP, inner=inner)
     assert [region.pattern for region in report.regions] == ["mlp"]
 
 
@@ -80,7 +70,7 @@ def test_a_loss_is_logged_and_then_scaled(inner):
     def inputs(_):
         return [*(leaf(*shape) for shape in HEAD), torch.randint(0, 33, (3, 7))]
 
-    report = reports_of(program, inputs=inputs, inner=inner)
+    report = report_beside_eager(program, inputs=inputs, inner=inner)
     assert [region.backward for region in report.regions] == ["in_forward"]
 
 
@@ -92,84 +82,7 @@ def test_a_result_that_shares_memory_with_another_one():
         y.mul_(2)
         return total, view * 1, y
 
-    reports_of(program, *MLP)
-
-
-def foreach(x, up, down, b):
-    y = mlp(x, up, down)
-    with torch.no_grad():
-        torch._foreach_add_([b], 1.0)
-    return y
-
-
-def foreach_inside(x, up, down, b):
-    h = x @ up
-    torch._foreach_mul_([h], 2.0)
-    return h @ down
-
-
-def by_keyword(x, up, down, b):
-    h = x @ up
-    F.relu(input=h, inplace=True)
-    return h @ down
-
-
-def operand_by_keyword(x, up, down, b):
-    h = x @ up + b
-    torch.clamp_(input=b, min=0)
-    return (h + b).tanh() @ down
-
-
-def sorted_into(x, up, down, b):
-    y = mlp(x, up, down)
-    with torch.no_grad():
-        torch.sort(up[0], out=(b, torch.empty(16, dtype=torch.long)))
-    return y
-
-
-def statistics(x, up, down, b):
-    F.batch_norm((x @ up).flatten(0, 1), b, torch.ones_like(b), training=True)
-    return mlp(x, up, down)
-
-
-def observed(x, up, down, b):
-    """Training for quantisation: the range and the scale that were seen are arguments far from the first."""
-    on, zero = torch.ones(1, dtype=torch.long), torch.zeros(1, dtype=torch.int32)
-    low, high, scale = torch.zeros(1), torch.zeros(1), torch.ones(1)
-    h = (x @ up) * scale
-    torch.fused_moving_avg_obs_fake_quant(x.detach().float(), on, on, low, high, scale, zero, 0.1, 0, 255, -1)
-    return (h * scale).tanh() @ down, high
-
-
-@pytest.mark.parametrize(
-    "program",
-    [foreach, foreach_inside, by_keyword, operand_by_keyword, sorted_into, statistics, observed],
-    ids=lambda program: program.__name__,
-)
-def test_writes_of_every_kind_are_seen(program):
-    """`beside_eager` compares what is left in the arguments, too."""
-    reports_of(program, inputs=lambda _: [*(leaf(*shape) for shape in MLP), torch.zeros(16, dtype=torch.float64)])
-
-
-def second(a, b):
-    b.add_(a.sum())
-
-
-def test_a_custom_op_writes_to_more_than_its_first_argument():
-    with torch.library._scoped_library("mst_fx_tests", "FRAGMENT") as library:
-        library.define("second(Tensor a, Tensor(b!) b) -> ()")
-        library.impl("second", second, "CompositeExplicitAutograd")
-
-        def program(x, up, down, a, b):
-            h = x @ up + b
-            torch.ops.mst_fx_tests.second(a, b)
-            return (h + b).relu() @ down
-
-        def inputs(_):
-            return [*(leaf(*shape) for shape in MLP), *torch.ones(2, 16, dtype=torch.float64).unbind()]
-
-        (refusal,) = reports_of(program, inputs=inputs).refusals
-        assert refusal.reason == "MUTATION"
+    report_beside_eager(program, *MLP)
 
 
 def weight_data(x, up, down):
@@ -192,7 +105,7 @@ def two_uses(x, up, down):
 
 @pytest.mark.parametrize("program", [weight_data, stream_data, two_uses], ids=lambda program: program.__name__)
 def test_what_backward_reads_again_is_written_through_data(program):
-    report = reports_of(program, *MLP)
+    report = report_beside_eager(program, *MLP)
     assert {refusal.reason for refusal in report.refusals} == {"MUTATION"}
     assert "reads again" in report.refusals[0].text
 
@@ -203,7 +116,7 @@ def test_what_gradients_in_the_forward_were_made_of_is_written_through_data():
         head.data.mul_(3)
         return loss
 
-    (refusal,) = reports_of(program, *HEAD).refusals
+    (refusal,) = report_beside_eager(program, *HEAD).refusals
     assert refusal.reason == "MUTATION"
 
 
@@ -220,7 +133,7 @@ def test_a_bias_of_which_nothing_is_saved_is_updated_behind_the_region(scalar):
         return [*(leaf(*shape) for shape in HEAD), torch.zeros(33, dtype=torch.float64)]
 
     for inner in ("eager", "aot_eager"):
-        report = reports_of(program, inputs=inputs, inner=inner)
+        report = report_beside_eager(program, inputs=inputs, inner=inner)
         assert len(report.regions) == scalar  # the gradients are there already, or have to be made again
         assert [refusal.reason for refusal in report.refusals] == ([] if scalar else ["MUTATION"])
 
@@ -237,7 +150,7 @@ def test_a_metric_without_gradients_in_front_of_the_loss():
     def inputs(_):
         return [*(leaf(*shape) for shape in HEAD), torch.randint(0, 33, (3, 7))]
 
-    assert len(reports_of(program, inputs=inputs).regions) == 1
+    assert len(report_beside_eager(program, inputs=inputs).regions) == 1
 
 
 @pytest.mark.parametrize("outside", [torch.sum, lambda y: y.square().sum()], ids=["sum", "squares"])
@@ -282,11 +195,11 @@ def without_gradient(x, up, down):
 @pytest.mark.parametrize("program", [slots, rows_in_a_loop, beside_a_gradient], ids=lambda program: program.__name__)
 def test_a_result_that_is_written_into_a_buffer_has_its_gradient(program, inner):
     """The write is the only reader that can send one back, and has no value of its own."""
-    assert len(reports_of(program, *MLP, inner=inner).regions) >= 1
+    assert len(report_beside_eager(program, *MLP, inner=inner).regions) >= 1
 
 
 def test_a_result_that_is_written_into_a_buffer_without_gradient():
-    reports_of(without_gradient, *MLP)
+    report_beside_eager(without_gradient, *MLP)
 
 
 def test_a_loss_that_is_written_into_a_buffer_beside_another_one():
@@ -296,7 +209,7 @@ def test_a_loss_that_is_written_into_a_buffer_beside_another_one():
         penalty[:] = logits.logsumexp(-1)
         return loss, penalty.sum()
 
-    reports_of(program, inputs=lambda _: [*(leaf(*shape) for shape in HEAD), torch.randint(0, 33, (3, 7))])
+    report_beside_eager(program, inputs=lambda _: [*(leaf(*shape) for shape in HEAD), torch.randint(0, 33, (3, 7))])
 
 
 def test_a_teacher_is_updated_in_the_block_that_the_loop_is_put_in_front_of():
@@ -309,7 +222,7 @@ def test_a_teacher_is_updated_in_the_block_that_the_loop_is_put_in_front_of():
         return F.kl_div(student, target.softmax(-1), reduction="sum"), confidence
 
     shapes = [*HEAD, HEAD[1]]
-    reports_of(program, inputs=lambda _: [leaf(*shape) for shape in shapes[:2]] + [leaf(*shapes[2]).detach()])
+    report_beside_eager(program, inputs=lambda _: [leaf(*shape) for shape in shapes[:2]] + [leaf(*shapes[2]).detach()])
 
 
 def losses_of(x, head, labels):
@@ -345,50 +258,7 @@ def test_losses_that_are_read_by_a_write_and_then_written(program):
         labels = torch.randint(0, 5, (3, 7))
         return [*(leaf(*shape) for shape in HEAD), labels, torch.zeros(3, 7, dtype=torch.float64)]
 
-    reports_of(program, inputs=inputs)
-
-
-def shifted_right(x, up, down, m):
-    h = x @ up + m
-    m >>= 1
-    return (h + m).tanh() @ down
-
-
-def by_its_dunder(x, up, down, m):
-    h = x @ up + m
-    m.__imul__(2)
-    return (h + m).tanh() @ down
-
-
-@pytest.mark.parametrize("program", [shifted_right, by_its_dunder], ids=lambda program: program.__name__)
-def test_operators_in_place(program):
-    reports_of(program, inputs=lambda _: [*(leaf(*shape) for shape in MLP), torch.full((3, 7, 1), 8)])
-
-
-@pytest.mark.parametrize("join", [operator.and_, operator.or_], ids=lambda join: join.__name__)
-def test_operators_whose_names_end_as_those_in_place_write_nothing(join):
-    def program(x, up, down, known):
-        h = x @ up
-        return (h * join(known, h > 0)) @ down
-
-    def inputs(_):
-        return [*(leaf(*shape) for shape in MLP), torch.arange(16) % 3 == 0]
-
-    assert len(reports_of(program, inputs=inputs).regions) == 1
-
-
-@pytest.mark.parametrize("function", [torch.batch_norm, torch.ops.aten.batch_norm.default], ids=["torch", "aten"])
-def test_running_statistics_of_functions_without_names(function):
-    def program(x, up, down, mean, var):
-        h = x @ up - mean
-        rows = x.detach().repeat(1, 1, 4).flatten(0, 1)
-        function(rows, None, None, mean, var, True, 0.1, 1e-5, False)
-        return (h * mean).tanh() @ down
-
-    (refusal,) = reports_of(
-        program, inputs=lambda _: [*(leaf(*shape) for shape in MLP), *torch.ones(2, 16).double().unbind()]
-    ).refusals
-    assert refusal.reason == "MUTATION"
+    report_beside_eager(program, inputs=inputs)
 
 
 def test_tokens_that_are_written_into_memory_made_for_them():
@@ -397,105 +267,7 @@ def test_tokens_that_are_written_into_memory_made_for_them():
         tokens[:, :7] = x
         return mlp(tokens, up, down)
 
-    reports_of(program, *MLP)
-
-
-class Scaled(torch.autograd.Function):
-    """Its backward, which runs before that of what is in front of it, notes how large gradients are."""
-
-    @staticmethod
-    def forward(ctx, x, weight, scale):
-        ctx.save_for_backward(x, weight)
-        ctx.scale = scale
-        return x * weight
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        ctx.scale.data.copy_(grad.abs().amax())
-        return grad * weight, grad * x, None
-
-
-def by_its_backward(x, up, down, count):
-    return Scaled.apply((x @ up + count).tanh() @ down, down[0], count)
-
-
-def filled_by_numpy(x, up, down, count):
-    h = x @ up + count
-    count.numpy().fill(2.0)
-    return (h + count).tanh() @ down
-
-
-def added_by_numpy(x, up, down, count):
-    h = x @ up + count
-    array = count.numpy()
-    np.add(array, 1.0, array)
-    return (h + count).tanh() @ down
-
-
-def put_by_numpy(x, up, down, count):
-    h = x @ up + count
-    count.numpy().put([0, 1], [3.0, 4.0])
-    return (h + count).tanh() @ down
-
-
-@torch._dynamo.allow_in_graph
-def counted(count, x):
-    count.add_(1)
-    return x * 2
-
-
-@torch._dynamo.allow_in_graph
-def counted_in_data(count, x):
-    count.data.add_(1)
-    return x * 2
-
-
-class Counted(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, count):
-        count.add_(1)
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 2, None
-
-
-def allowed_between(x, up, down, count):
-    h = x @ up + count
-    return (h + counted(count, x.detach()).mean() + count).tanh() @ down
-
-
-def allowed_and_unread(x, up, down, count):
-    counted(count, x.detach())
-    return mlp(x, up, down)
-
-
-def allowed_and_hidden(x, up, down, count):
-    h = x @ up + count
-    return (h + counted_in_data(count, x.detach()).mean() + count).tanh() @ down
-
-
-def by_a_custom_function(x, up, down, count):
-    h = x @ up + count
-    y = Counted.apply(x, count)
-    return (h + count).tanh() @ down + y
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        *(allowed_between, allowed_and_unread, allowed_and_hidden, by_a_custom_function),
-        *(by_its_backward, filled_by_numpy, added_by_numpy, put_by_numpy),
-    ],
-    ids=lambda program: program.__name__,
-)
-def test_functions_that_no_schema_tells_of(program):
-    def inputs(_):
-        return [*(leaf(*shape) for shape in MLP), torch.ones(16, dtype=torch.float64)]
-
-    reports_of(program, inputs=inputs, inner="aot_eager")
+    report_beside_eager(program, *MLP)
 
 
 def recomputed(function, *args):
@@ -522,7 +294,7 @@ def test_a_checkpointed_block_writes_to_what_a_region_in_front_of_it_reads(progr
     def inputs(_):
         return [*(leaf(*shape) for shape in MLP), torch.ones(4, dtype=torch.float64)]
 
-    reports_of(program, inputs=inputs, inner="aot_eager")
+    report_beside_eager(program, inputs=inputs, inner="aot_eager")
 
 
 def in_a_block(x, up, down, bias):
@@ -546,7 +318,7 @@ def test_what_a_checkpointed_block_reads_is_written_behind_it(program):
     def inputs(_):
         return [*(leaf(*shape) for shape in MLP), leaf(16)]
 
-    (refusal,) = reports_of(program, inputs=inputs, inner="aot_eager").refusals
+    (refusal,) = report_beside_eager(program, inputs=inputs, inner="aot_eager").refusals
     assert refusal.reason == "MUTATION"
     assert "Tensor.add_" in refusal.text
 
@@ -589,7 +361,7 @@ def squared_inside(x, head, _):
 )
 def test_results_that_their_own_backward_reads_are_written_through_data(program):
     shapes = MLP if program in (binary_gate, masked_column) else (*HEAD, (1,))
-    (refusal,) = reports_of(program, *shapes).refusals
+    (refusal,) = report_beside_eager(program, *shapes).refusals
     assert refusal.reason == "MUTATION"
 
 
@@ -615,7 +387,7 @@ def one_of_two_outs(x, up, down):
 
 @pytest.mark.parametrize("program", [norm_under_no_grad, norm_in_data, one_of_two_outs], ids=lambda p: p.__name__)
 def test_one_of_several_results_is_written_without_a_gradient(program):
-    report = reports_of(program, *MLP, inner="aot_eager")
+    report = report_beside_eager(program, *MLP, inner="aot_eager")
     assert {refusal.reason for refusal in report.refusals} <= {"MUTATION"}
 
 

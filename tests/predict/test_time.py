@@ -6,8 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from predictions import Sizes, cross_entropy, gelu, inputs_of, log_probabilities, swiglu
-from test_predictions import offer
+from predictions import Sizes, cross_entropy, gelu, inputs_of, log_probabilities, offer, swiglu
 
 from mst_fx.predict.time import EFFICIENCY, Device, RegionCost, device_of, efficiency
 

@@ -12,18 +12,16 @@ from functools import cache, partial
 import pytest
 import torch
 import torch.distributed as dist
+from surrounding_modes import Counts, Looks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy, silu
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import mst_fx
-from mst_fx.core.clean_room import clean_room
 from mst_fx.pipeline import rewrite
 from mst_fx.recognise.pattern import patterns
 
@@ -95,31 +93,6 @@ def check_model(around, **options):
 
 
 GUARDED = pytest.mark.skipif(torch.__version__ < "2.13", reason="2.11's Dynamo guards on what a mode counts")
-
-
-class Counts(TorchFunctionMode):
-    def __init__(self):
-        self.calls = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.calls += 1
-        return func(*args, **(kwargs or {}))
-
-
-class Looks(TorchDispatchMode):
-    """A mode that asks to be there for what compilers do."""
-
-    def __init__(self):
-        super().__init__()
-        self.fakes = 0
-
-    @classmethod
-    def ignore_compile_internals(cls):
-        return True
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.fakes += any(isinstance(x, torch._subclasses.FakeTensor) for x in args)
-        return func(*args, **(kwargs or {}))
 
 
 def no_fakes(x):
@@ -198,66 +171,6 @@ def test_modes_and_hooks_see_no_fakes_of_ours_and_are_given_back():
     assert not dispatches.fakes
 
 
-def switched_on():
-    """What is on, so that it can be compared."""
-    x = torch.ones(1, requires_grad=True)
-    x * x  # saves
-    return {
-        "functions": torch._C._len_torch_function_stack(),
-        "dispatch": torch._C._len_torch_dispatch_stack(),
-        "transforms": torch._C._functorch.peek_interpreter_stack() is not None,
-        "anomaly": torch.is_anomaly_enabled(),
-        "inference": torch.is_inference_mode_enabled(),
-        "compiled autograd": torch._dynamo.compiled_autograd.compiled_autograd_enabled,
-        "cache": torch.is_autocast_cache_enabled(),
-        "grad": torch.is_grad_enabled(),
-    }
-
-
-def test_the_room_is_clean_and_all_is_given_back():
-    packed = []
-
-    def pack(x):
-        packed.append(x)
-        return x
-
-    def fails(found):
-        with clean_room():
-            count = len(packed)
-            found.update(switched_on())
-            assert len(packed) == count
-            raise KeyError
-
-    def inside(value):
-        before = switched_on()
-        found = {}
-        with pytest.raises(KeyError):
-            fails(found)
-        assert switched_on() == before
-        assert not any(found[name] for name in ("functions", "dispatch", "transforms", "anomaly", "compiled autograd"))
-        assert not any(found[name] for name in ("inference", "cache"))
-        assert all(before[name] for name in ("functions", "dispatch", "transforms", "anomaly", "compiled autograd"))
-        return value
-
-    with ExitStack() as stack:
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, pack))
-        for around in (Counts(), Looks(), torch.autograd.set_detect_anomaly(True), torch.autocast("cpu")):
-            stack.enter_context(around)
-        stack.enter_context(torch._dynamo.compiled_autograd._enable(torch.compile))
-        torch.vmap(inside)(torch.ones(2))
-    assert packed
-
-
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_the_room_has_the_grad_mode_and_no_inference_mode(mode):
-    with mode():
-        before = switched_on()
-        with clean_room():
-            assert torch.is_grad_enabled() == before["grad"]
-            assert not torch.is_inference_mode_enabled()
-        assert switched_on() == before
-
-
 def selective():
     return create_selective_checkpoint_contexts([torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
 
@@ -323,30 +236,6 @@ def test_two_threads_compile_at_once():
     for values in made:
         torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-12)
     assert len(made) == 2
-
-
-def test_one_thread_at_a_time_is_in_the_room():
-    entered, may_leave, events = threading.Event(), threading.Event(), []
-
-    def first():
-        with clean_room():
-            entered.set()
-            may_leave.wait(10)
-            events.append("the first leaves")
-
-    def second():
-        with clean_room():
-            events.append("the second enters")
-
-    threads = [threading.Thread(target=run) for run in (first, second)]
-    threads[0].start()
-    assert entered.wait(10)
-    threads[1].start()
-    threads[1].join(0.5)
-    may_leave.set()
-    for thread in threads:
-        thread.join()
-    assert events == ["the first leaves", "the second enters"]
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])

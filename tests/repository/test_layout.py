@@ -60,10 +60,17 @@ def test_patterns_import_one_module_of_the_engine():
 
 
 def test_every_package_is_installed():
-    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     listed = set(re.findall(r'"(mst_fx[.\w]*)",', pyproject.split("packages = [")[1].split("]")[0]))
     folders = {path.parent.relative_to(ROOT.parent) for path in ROOT.rglob("__init__.py")}
     assert {".".join(folder.parts) for folder in folders} | {"mst_fx.passes"} == listed
+
+
+def test_tests_stand_where_their_modules_do():
+    """A folder for each package, one for the whole, one for the repository; shared modules hold no test."""
+    tests = Path(__file__).parents[1]
+    folders = {path.parent.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")}
+    assert folders == {*PACKAGES, "passes", "placement/rules", "end_to_end", "repository"}
 
 
 def private_names(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""Which dim of the stream becomes the axis."""
+"""Which dim of the stream becomes the axis, and what runs before the loop."""
 
 import pytest
 import torch
@@ -49,3 +49,10 @@ def test_features_alone_cannot_be_split():
     with pytest.raises(Refusal) as refused:
         axis_of(lambda x, w: torch.cumsum(x, 0) @ w, (4, 8), (8, 16))
     assert "cumsum" in refused.value.text
+
+
+def test_a_seed_is_drawn_before_the_loop():
+    x = torch.ones(6, 5, dtype=torch.float64)
+    module = aten_graph(Call(lambda x: x + torch.randint(0, 9, ()), [x]))
+    stages = cut(module, placeholders(module)[0])
+    assert [node.target for node in stages.prologue] == [torch.ops.aten.randint.low]

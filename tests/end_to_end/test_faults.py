@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -188,12 +187,6 @@ def test_a_fault_of_a_cut_costs_the_cut(monkeypatch):
     assert {(refusal.pattern, refusal.reason) for refusal in report.refusals} == {("cut", "INTERNAL")}
 
 
-def test_an_op_that_torch_lacks_is_told():
-    with pytest.raises(AttributeError) as raised:
-        torch.ops.aten.no_such_op  # noqa: B018
-    assert faults.missing_name(raised.value) == "torch.ops.aten.no_such_op"
-
-
 WITHOUT = """
 import importlib, sys
 import torch, torch._dynamo, torch._inductor.compile_fx, torch._inductor.lowering
@@ -218,52 +211,3 @@ def test_a_missing_name_breaks_neither_the_import_nor_a_compile(name):
     run = subprocess.run([sys.executable, "-c", WITHOUT, name], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("mst_fx: ") == 1
-
-
-def test_paths_that_match_nothing_are_told(graph, caplog):
-    paths = {"layers.7.mlp": False, "*.down": True, "tokens": True}
-    with caplog.at_level(logging.WARNING, "mst_fx"):
-        report = run(graph, modules=paths)
-    assert len(report.regions) == 2
-    assert [note.split("'")[1] for note in report.notes] == ["layers.7.mlp", "tokens"]
-    assert "matches no module of this graph" in str(report)
-    assert len(caplog.records) == 2
-
-
-def test_patterns_that_are_left_out_are_told(graph):
-    report = run(graph, disable=("gated_mlp", "mlp", "head"))
-    assert "no pattern matched" in str(report)
-    assert "disable: without gated_mlp, head, mlp" in str(report)
-
-
-def test_explain_of_what_is_compiled_already():
-    model, batch = MlpLM(), tokens()
-    expected = str(mst_fx.explain(model, *batch, options=LOOP_ALL))
-    for compiled in (torch.compile(model, backend="eager"), torch.compile(model.forward, backend="eager")):
-        told = str(mst_fx.explain(compiled, *batch, options=LOOP_ALL))
-        assert told.startswith(expected)
-        assert "compiled already" in told
-    model.compile(backend="eager")
-    report = mst_fx.explain(model, *batch, options=LOOP_ALL)
-    assert len(report.regions) == 2
-    assert "compiled already" in str(report)
-
-
-def test_explain_of_what_nobody_captures():
-    with torch.compiler.set_stance("force_eager"):
-        assert "no graph was captured" in str(mst_fx.explain(MlpLM(), *tokens()))
-
-
-def test_explain_tells_of_its_own_compile_alone():
-    made = {}
-
-    def explained(length):
-        made[length] = mst_fx.explain(MlpLM(), *tokens(1, 36), options={"min_bytes": 0, "chunk_tokens": length})
-
-    threads = [threading.Thread(target=explained, args=(length,)) for length in (9, 12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for length, report in made.items():
-        assert [region.chunks for region in report.regions] == 2 * [36 // length]

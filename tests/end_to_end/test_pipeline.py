@@ -1,4 +1,4 @@
-"""The backend as torch.compile sees it: options, modes, failures, refusals, the explanation."""
+"""The backend as torch.compile sees it: options, failures, refusals, lengths."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from graphs import text
-from models import D, Gelu, MlpLM, V, tokens
+from models import D, MlpLM, tokens
 from numerics import looped, relative_error
 from torch import nn
 
 import mst_fx
-from mst_fx import engine, pipeline
+from mst_fx import engine
 
 QUICK = {"min_bytes": 0, "chunk_tokens": 16, "inner": "eager"}
 
@@ -59,35 +58,6 @@ def test_wrong_options_are_errors(options, message):
         compiled(torch.ones(2))
 
 
-def test_mode_and_foreign_options_reach_inductor(monkeypatch):
-    from torch._inductor import compile_fx as module
-
-    seen = []
-    original = module.compile_fx
-    monkeypatch.setattr(module, "compile_fx", lambda *a, **k: seen.append(k.get("config_patches")) or original(*a, **k))
-    torch.compile(lambda x: x + 1, backend=mst_fx.backend, mode="max-autotune-no-cudagraphs")(torch.ones(2))
-    torch.compile(lambda x: x + 2, backend=mst_fx.backend, options={"epilogue_fusion": False, "strict": True})(
-        torch.ones(2)
-    )
-    patches = [entry for entry in seen if entry]  # compile_fx calls itself
-    assert patches[0]["max_autotune"] is True
-    assert patches[1]["epilogue_fusion"] is False
-    assert "strict" not in patches[1]
-
-
-def test_mode_reaches_a_callable():
-    seen = {}
-
-    def inner(gm, inputs, **kwargs):
-        seen.update(kwargs)
-        return gm
-
-    torch.compile(lambda x: x + 1, backend=mst_fx.backend, options={"inner": inner, "triton.cudagraphs": True})(
-        torch.ones(2)
-    )
-    assert seen == {"options": {"triton.cudagraphs": True}}
-
-
 def broken(*args, **kwargs):
     raise KeyError("a bug")
 
@@ -121,22 +91,6 @@ def test_a_looped_graph_that_does_not_compile_is_compiled_unlooped(caplog):
     assert "does not compile" in caplog.text
 
 
-def test_cpp_wrapper_is_refused():
-    refusal = pipeline._engine(torch.fx.symbolic_trace(lambda x: x), mst_fx.Config(), {"cpp_wrapper": True})
-    assert refusal.reason is mst_fx.Reason.BACKEND
-
-
-def test_explain():
-    report = mst_fx.explain(MlpLM(), *tokens(2), options={"min_bytes": 0, "chunk_tokens": 32})
-    mlp, head = report.regions
-    assert (mlp.pattern, mlp.module, mlp.backward) == ("gated_mlp", "mlp.down", "recompute")
-    assert (head.pattern, head.backward, head.axis) == ("head", "in_forward", "dim 1 (37 positions)")
-    assert mlp.chunks == head.chunks == 3
-    assert "models.py" in mlp.source
-    assert "self.down(F.silu(self.gate(x)) * self.up(x))" in mlp.source
-    assert "2 looped, 0 left alone" in str(report)
-
-
 def test_what_is_left_alone_is_handed_on_as_it_is():
     """So it compiles to the same code as without mst_fx."""
     model, batch, seen = MlpLM(), tokens(2), []
@@ -152,21 +106,6 @@ def test_what_is_left_alone_is_handed_on_as_it_is():
     assert ours == plain
 
 
-def test_explain_of_a_small_model_says_why_not():
-    report = mst_fx.explain(MlpLM(), *tokens())
-    assert [refusal.reason for refusal in report.refusals] == ["SMALL", "SMALL"]
-    assert "min_bytes is 67,108,864" in str(report)
-
-
-def test_explain_counts_graphs():
-    def broken_in_two(x):
-        y = x + 1
-        torch._dynamo.graph_break()
-        return y * 2
-
-    assert mst_fx.explain(broken_in_two, torch.ones(2)).graphs == 2
-
-
 def test_disabled_pattern():
     report = mst_fx.explain(MlpLM(), *tokens(), options={"min_bytes": 0, "disable": ["gated_mlp", "mlp"]})
     assert [region.pattern for region in report.regions] == ["head"]
@@ -175,24 +114,6 @@ def test_disabled_pattern():
 def test_num_chunks():
     report = mst_fx.explain(MlpLM(), *tokens(2, 40), options={"min_bytes": 0, "num_chunks": 4})
     assert [region.chunks for region in report.regions] == [4, 4]
-
-
-class Head(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.mlp, self.head = nn.Embedding(V, D), Gelu(), nn.Linear(D, V)
-
-    def forward(self, ids, labels):
-        x = self.tokens(ids)
-        logits = self.head(x + self.mlp(x))
-        return logits, F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
-
-def test_returned_logits_are_explained():
-    report = mst_fx.explain(Head(), *tokens(), options={"min_bytes": 0})
-    region = report.regions[-1]
-    assert "Returned logits have to exist: " in str(region)
-    assert "returned_logits='detach' does without it" in str(region)
 
 
 def test_noise_inside_is_refused():
@@ -238,33 +159,3 @@ def test_ragged_lengths_through_inductor_with_one_compile():
         for ours, eager in zip(*grads, strict=True):
             assert relative_error(ours, eager) < 1e-5
     assert len(mst_fx.reports()) - before == 2
-
-
-CACHE_PROBE = """
-import sys, torch
-from torch._dynamo.utils import counters
-sys.path.insert(0, {tests!r})
-from numerics import gradients, looped, relative_error
-for activation in {activations}:
-    torch._dynamo.reset()
-    counters.clear()
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(16, 48), getattr(torch.nn, activation)(), torch.nn.Linear(48, 16))
-    step = lambda x: model(x).square().mean()
-    x = [torch.randn(1, 48, 16)]
-    eager = gradients(model, step, x)
-    ours = gradients(model, looped(step, inner="inductor"), x)
-    assert all(relative_error(ours[name], value) < 1e-5 for name, value in eager.items())
-    print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"])
-"""
-
-
-def test_a_second_process_hits_both_caches(tmp_path, monkeypatch):
-    """And a program that differs inside the loop alone does not."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    hits = []
-    for activations in (["SiLU"], ["SiLU", "GELU"]):
-        code = CACHE_PROBE.format(tests=str(Path(__file__).parent), activations=activations)
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        hits += run.stdout.splitlines()
-    assert hits == ["0 0", "2 1", "0 0"]

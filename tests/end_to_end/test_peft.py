@@ -6,7 +6,7 @@ import pytest
 import torch
 from memory_probe import saved_bytes
 from numerics import assert_as_good_as_eager, looped
-from test_models import SIZES, V, loss_of, transformers
+from transformer_models import SIZES, V, loss_of, transformers
 
 peft = pytest.importorskip("peft")
 

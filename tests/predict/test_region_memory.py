@@ -5,30 +5,16 @@ from __future__ import annotations
 import predictions
 import pytest
 import torch
-from graphs import captured
 from memory_probe import saved_bytes
 from numerics import looped
-from predictions import HEADS, MLPS, Sizes, inputs_of, peaks, peaks_without_a_loop
-
-from mst_fx.core.config import Config
-from mst_fx.recognise.pattern import patterns
-from mst_fx.survey.survey import Surveyor
+from predictions import CHUNK, HEADS, MLPS, Sizes, inputs_of, offer, peaks, peaks_without_a_loop
 
 SIZES = Sizes(t=2048, d=64, ff=512, v=4096)
-CHUNK = 256
 
 
 @pytest.fixture(autouse=True)
 def _reset():
     torch._dynamo.reset()
-
-
-def offer(fn, inputs, **options):
-    """What the planner is told of the one region of a function."""
-    config = Config(min_bytes=0, chunk_tokens=CHUNK, **options)
-    surveyor = Surveyor(config, patterns())
-    (site,) = surveyor.survey(captured(fn, *inputs)).all_sites()
-    return surveyor.offer(site)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
