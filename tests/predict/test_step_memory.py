@@ -1,15 +1,24 @@
-"""The peak of a step, from plain numbers of bytes."""
+"""The peak of a step: from plain numbers of bytes, and what a product needs as it is measured."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from graphs import captured
 from hypothesis import given
 from hypothesis import strategies as st
+from memory_probe import peak_bytes
 
+from mst_fx.core.config import Config
 from mst_fx.predict import step_memory
 from mst_fx.predict.step_memory import Held, Segment, Timeline
+from mst_fx.recognise.pattern import patterns
+from mst_fx.survey.survey import Surveyor
+from mst_fx.survey.surveyed import timeline_of
 
 sizes = st.integers(0, 1000)
 
@@ -50,6 +59,26 @@ def test_forward_needs_half_of_what_backward_needs(passing, expected):
     """A block keeps 100 bytes that backward does not need: there alone forward holds more than backward."""
     block = (Segment(region=0, block=0), Segment(passing=passing, block=0))
     assert peak(*block, held=[Held(kept=100)]) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_a_square_product_needs_is_measured(dtype, bias):
+    """Its result in forward; in backward the gradients of its result and of its tokens."""
+    x, w, b = (torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((4096, 256), (256, 256), (256,)))
+    w, b = torch.nn.Parameter(w), torch.nn.Parameter(b) if bias else None
+
+    def backward():
+        torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+
+    y = F.linear(x, w, b)
+    measured = peak_bytes(lambda: F.linear(x, w, b)), peak_bytes(backward)
+    surveyed = Surveyor(Config(), patterns()).survey(captured(lambda x, w, b: F.linear(x, w, b), x, w, b))
+    needs = [replace(part, saved=0, gradients=0) for part in timeline_of(surveyed).segments]
+    kept = 10 * max(measured)  # in a block that keeps what backward does not need, forward makes the peak
+    block = Segment(region=0, block=0), *(replace(part, block=0) for part in needs)
+    assert peak(*block, held=[Held(kept=kept)]) - kept == pytest.approx(measured[0], rel=0.1)
+    assert peak(*needs) == pytest.approx(measured[1], rel=0.1)
 
 
 @given(st.lists(st.builds(Segment, saved=sizes, passing=sizes, gradients=sizes, block=st.sampled_from([None, 1]))))
