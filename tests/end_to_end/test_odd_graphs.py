@@ -199,16 +199,6 @@ def test_tuples_that_a_region_reads(program):
     assert looped_regions(reports) == 1 or program in OPAQUE
 
 
-def unread(x, up, down):
-    (x @ up).relu() @ down
-    return x * 2
-
-
-def unread_beside_another(x, up, down):
-    (x @ up).tanh() @ down
-    return (x @ up).relu() @ down
-
-
 def of_an_embedding(x, ids, up, scale, table, down):
     """Both the weight and the rows of the table are made in front of the loop."""
     return (F.linear(x, F.normalize(up, dim=1) * scale) + F.embedding(ids, table)) @ down
@@ -232,13 +222,6 @@ class Embedded(nn.Module):
 
 def test_a_computed_weight_beside_an_embedding_of_a_module():
     beside_eager(Embedded, lambda _: (leaf(7, 4), indices(13, 7)))
-
-
-@pytest.mark.parametrize(("program", "loops"), [(unread, 0), (unread_beside_another, 1)], ids=["alone", "beside"])
-def test_an_mlp_that_nobody_reads(program, loops):
-    (report,) = beside_eager(program, mlp_inputs)
-    assert len(report.regions) == loops
-    assert not report.refusals  # it is not there any more
 
 
 def test_a_second_mlp_without_a_residual():
