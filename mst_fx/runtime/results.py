@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Protocol
 
 import torch
@@ -156,7 +157,8 @@ class _Rows(_Allocated):
         a, b = next(outs), next(outs)
         if self._whole is None:
             self._whole = torch.empty(self._kind.shape(self._total), dtype=a.dtype, device=a.device)
-            rows = self._whole.view(-1, self._whole.shape[-1])
+            *leading, columns = self._whole.shape
+            rows = self._whole.view(prod(leading), columns)
             self._places = iter(rows.split(rows.shape[0] // self._total * self._length))
         place = next(self._places)
         torch.mm(a, b, out=place)

@@ -262,3 +262,17 @@ def test_ops_on_nested_tensors_are_told_and_left_alone():
     assert len(report.regions) == 1
     assert [refusal.reason for refusal in report.refusals] == ["SUBCLASS"]
     assert "works on values of NestedTensor" in report.refusals[0].text
+
+
+def adapted_mlp(x, up, a, b, down):
+    return (x @ up + x @ a @ b).tanh() @ down
+
+
+@pytest.mark.parametrize(("rank", "features"), [(0, 4), (2, 0)])
+def test_matrices_without_columns(rank, features):
+    """As adapters of rank 0, and the smallest tails of adaptive softmaxes, have them."""
+
+    def given(_):
+        return leaf(3, 7, 4), weight(4, 8), weight(4, rank), weight(rank, 8), weight(8, features)
+
+    assert looped_regions(beside_eager(adapted_mlp, given, inner="eager")) == 1
