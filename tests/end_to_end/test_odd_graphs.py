@@ -273,6 +273,6 @@ def test_matrices_without_columns(rank, features):
     """As adapters of rank 0, and the smallest tails of adaptive softmaxes, have them."""
 
     def given(_):
-        return leaf(3, 7, 4), weight(4, 8), weight(4, rank), weight(rank, 8), weight(8, features)
+        return leaf(21, 4), weight(4, 8), weight(4, rank), weight(rank, 8), weight(8, features)
 
     assert looped_regions(beside_eager(adapted_mlp, given, inner="eager")) == 1
