@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from mst_fx.recognise.pattern import Pattern, Reader, Region, grow, region_of_mlp, register
+from mst_fx.recognise.pattern import Pattern, Reader, Region, grow, register, whole_region
 
 
 @register
@@ -25,7 +25,7 @@ class Experts(Pattern):
         growth = grow(reader, node, stream) if stream is not None else None
         if stream is None or growth is None or not any(multiplies_by_experts(reader, n) for n in growth.nodes):
             return None
-        return region_of_mlp(reader, growth, stream)
+        return whole_region(reader, growth, stream)
 
 
 def multiplies_by_experts(reader: Reader, node: Node) -> bool:

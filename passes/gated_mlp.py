@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from mst_fx.recognise.pattern import Growth, Pattern, Reader, Region, grow, region_of_mlp, register
+from mst_fx.recognise.pattern import Growth, Pattern, Reader, Region, grow, register, whole_region
 
 ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
 """Ops that add an adapter's output to a projection."""
@@ -27,7 +27,7 @@ class GatedMlp(Pattern):
         growth = grow(reader, node, up.activation) if up is not None else None
         if up is None or growth is None or not growth.sinks or not is_gated(reader, growth):
             return None
-        return region_of_mlp(reader, growth, up.activation)
+        return whole_region(reader, growth, up.activation)
 
 
 def is_gated(reader: Reader, growth: Growth) -> bool:

@@ -16,8 +16,8 @@ from mst_fx.recognise.pattern import (
     Refusal,
     Region,
     ancestors,
+    best_region,
     grow,
-    region_of_head,
     register,
 )
 
@@ -59,7 +59,7 @@ class Head(Pattern):
             return None
         if sum(map(reader.numel, outputs_of(growth))) >= reader.numel(node):
             return None  # a fused projection, split into its outputs
-        return region_of_head(reader, growth, head.activation)
+        return best_region(reader, growth, head.activation)
 
 
 def forbid_foreign_logits(reader: Reader, loss: Node) -> None:

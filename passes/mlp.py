@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from mst_fx.passes.gated_mlp import is_gated
-from mst_fx.recognise.pattern import Pattern, Reader, Region, grow, region_of_mlp, register
+from mst_fx.recognise.pattern import Pattern, Reader, Region, grow, register, whole_region
 
 
 @register
@@ -24,4 +24,4 @@ class Mlp(Pattern):
         growth = grow(reader, node, up.activation) if up is not None else None
         if up is None or growth is None or not growth.sinks or is_gated(reader, growth):
             return None
-        return region_of_mlp(reader, growth, up.activation)
+        return whole_region(reader, growth, up.activation)

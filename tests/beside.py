@@ -51,6 +51,17 @@ def beside_eager(
     return [report for report in mst_fx.reports() if not any(report is other for other in known)]
 
 
+def report_beside_eager(
+    program: Callable[..., Any],
+    *shapes: Sequence[int],
+    inputs: Callable[[int], Sequence[Any]] | None = None,
+    **options: Any,
+) -> mst_fx.Report:
+    """The report of the one compile of one call, of normal numbers in these shapes where no inputs are given."""
+    (report,) = beside_eager(program, inputs or (lambda _: [leaf(*shape) for shape in shapes]), **options)
+    return report
+
+
 def looped_regions(reports: Sequence[mst_fx.Report]) -> int:
     """How many regions of the first compile run as loops."""
     return len(reports[0].regions)

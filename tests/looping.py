@@ -10,11 +10,13 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mst_fx.bodies.body import Body, Gradients, axis_of, connected, forward_body, gradient_body
+from mst_fx.bodies.body import Body, Gradients, axis_of, forward_body, gradient_body
+from mst_fx.bodies.connected import connected
+from mst_fx.capture.decompositions import decompositions
 from mst_fx.capture.lower import execute
 from mst_fx.core.aten_ops import FILLS
 from mst_fx.core.refusal import Refusal
-from mst_fx.placement.partition import Stages
+from mst_fx.placement.partition import Stages, partition
 from mst_fx.placement.placement import PARTIAL, WHOLE, Split
 from mst_fx.placement.propagate import propagate
 from mst_fx.placement.rules import NodePlacement, Spans
@@ -23,6 +25,7 @@ from mst_fx.runtime.loop_operator import LoopSpec, run_loop
 from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12, "equal_nan": True}
+CLOSE = {"rtol": 1e-9, "atol": 1e-11, "equal_nan": True}
 
 
 class Call(NamedTuple):
@@ -35,6 +38,11 @@ class Call(NamedTuple):
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
     """Reproducible normal values; ties are practically impossible."""
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def learnt(*shape: int, seed: int = 0) -> torch.Tensor:
+    """The same, with a gradient."""
+    return values(*shape, seed=seed).requires_grad_()
 
 
 def indices(*shape: int, below: int, seed: int = 0) -> torch.Tensor:
@@ -199,3 +207,23 @@ def differentiably_looped(
 
 def is_scalar(node: Node) -> bool:
     return node.meta["val"].numel() == 1
+
+
+def check_loop(call: Call, chunk: int, in_forward: bool = False, any_length: bool = False) -> Stages:
+    """The stages, once their loop has given what eager execution gives, values and gradients."""
+    module = aten_graph(call, decompositions())
+    stages = partition(module, placeholders(module)[0])
+    chunk = min(chunk, stages.length)
+    results = differentiably_looped(module, stages, call.inputs, chunk, in_forward, any_length)
+    expected = as_list(call.function(*call.inputs))
+    torch.testing.assert_close(results, expected, **CLOSE)
+    ours, eager = (_gradients(outputs, call.inputs) for outputs in (results, expected))
+    torch.testing.assert_close(ours, eager, **CLOSE)
+    return stages
+
+
+def _gradients(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Of all outputs at once; the upstream gradient is not 1."""
+    leaves = [x for x in inputs if x.requires_grad]
+    upstream = [torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y) for y in outputs]
+    return torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)

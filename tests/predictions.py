@@ -12,6 +12,11 @@ from memory_probe import peak_bytes
 from numerics import looped
 
 import mst_fx
+from mst_fx.plan.planner import Offer
+from mst_fx.recognise.pattern import patterns
+from mst_fx.survey.survey import Surveyor
+
+CHUNK = 256
 
 
 def swiglu(x, gate, up, down):
@@ -92,3 +97,11 @@ def _peak(compiled: Callable, inputs: list[torch.Tensor], device: str) -> int:
 
 def _resident(inputs: list[torch.Tensor]) -> int:
     return sum(x.untyped_storage().nbytes() for x in inputs)
+
+
+def offer(fn: Callable, inputs: list[torch.Tensor], **options) -> Offer:
+    """What the planner is told of the one region of a function."""
+    config = mst_fx.Config(min_bytes=0, chunk_tokens=CHUNK, **options)
+    surveyor = Surveyor(config, patterns())
+    (site,) = surveyor.survey(captured(fn, *inputs)).all_sites()
+    return surveyor.offer(site)

@@ -1,29 +1,26 @@
-"""Stages -> the aten bodies of one mini-sequence: its results, or its gradients.
+"""Stages -> the aten bodies of one chunk: one computes its outputs, the other its gradients.
 
-A body is made by running the loop's nodes on fake operands of one chunk, with the sizes that a node names replaced by
-the chunk's, and by tracing that run. The body of the gradients is the VJP of the same run, so it is right by
-construction. Every shape is compared with what its placement says.
+A trace records a run of the loop's nodes on fake operands of one chunk; the chunk's sizes replace those that a node
+names. The body of the gradients is the VJP of the same run, so it is right by construction. Each shape is compared with
+the one that its placement says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node, map_arg
-from torch.utils._pytree import tree_leaves
 
 from mst_fx.bodies.derivatives import reads_log_softmax, run_on_logits
 from mst_fx.bodies.factors import take_out_products
-from mst_fx.bodies.log_softmax import reduces_wide_rows, run_in_parts
-from mst_fx.capture.lower import on_fakes, trace
-from mst_fx.core.aten_ops import WITHOUT_GRADIENT
+from mst_fx.bodies.log_softmax import reduces_wide_rows, run_in_tiles
+from mst_fx.capture.lower import trace
 from mst_fx.core.config import Accumulate
-from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.sizes import hint, is_symbolic, sure
+from mst_fx.core.sizes import is_symbolic, sure
 from mst_fx.core.values import HALF
 from mst_fx.kernels.write_order import products_late
 from mst_fx.ops.overwritten import overwritten
@@ -37,49 +34,54 @@ from mst_fx.runtime.results import example
 
 @dataclass(frozen=True)
 class Body:
-    """One chunk's computation and how its outputs become results."""
+    """The aten graph of one chunk, and how its outputs become results.
+
+    Attributes:
+        module: the aten graph.
+        outs: the kind of each result; one result may take several outputs.
+    """
 
     module: GraphModule
     outs: tuple[ResultKind, ...]
 
     @property
     def literals(self) -> tuple[tuple[Any, ...], ...]:
-        """`outs` of the loop operator."""
+        """The argument `outs` of the loop operator."""
         return tuple(kind.literal for kind in self.outs)
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """What the gradient body shall compute.
+    """The gradients that a body computes.
 
     Attributes:
         wanted: positions of the loop's operands that need a gradient.
         differentiable: positions of the loop's results that have one.
-        in_forward: compute the results too, with 1 as the upstream gradient.
+        in_forward: whether the body computes the results, too, with 1 as the upstream gradient.
         accumulate: dtype policy for gradients of whole operands in half precision.
-        kept: positions of the loop's results that are given, and not computed again.
-        cast: whether what adds up is returned in the dtype of its operand, and not in the one it adds up in.
+        reused: positions of the loop's results that the body reads and does not recompute.
+        cast: whether a gradient that adds up is returned in the dtype of its operand, and not in that of the sum.
     """
 
     wanted: tuple[int, ...]
     differentiable: tuple[int, ...]
     in_forward: bool
     accumulate: Accumulate
-    kept: tuple[int, ...] = ()
+    reused: tuple[int, ...] = ()
     cast: bool = True
 
 
 def axis_of(stages: Stages, node: Node) -> Axis | None:
-    """The `ins` entry of an operand."""
+    """Return the entry of an operand in `ins` of the loop operator: (dim, outer, inner), None for a whole one."""
     placement = stages.placement(node)
     return (placement.dim, placement.outer, placement.inner) if isinstance(placement, Split) else None
 
 
 def strides_of(stages: Stages) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """Layouts of the whole operands that are not contiguous, as `strides` of the loop operator.
+    """Return (position, strides) of each whole operand that is not contiguous: `strides` of the loop operator.
 
-    One that is known at run time only, or in which elements share memory, is none that a copy could be brought to: such
-    an operand is read as contiguous memory.
+    A copy cannot take a layout that is known only at run time, or in which elements share memory: such an operand is
+    read as contiguous memory, and has no entry.
     """
     found = []
     for position, node in enumerate(stages.operands):
@@ -91,7 +93,7 @@ def strides_of(stages: Stages) -> tuple[tuple[int, tuple[int, ...]], ...]:
 
 
 def _has_own_elements(value: torch.Tensor) -> bool:
-    """Whether no two elements share memory."""
+    """Return whether no two elements share memory."""
     reach = 1
     for stride, size in sorted((stride, size) for stride, size in zip(value.stride(), value.shape, strict=True)):
         if size > 1 and stride < reach:
@@ -101,32 +103,39 @@ def _has_own_elements(value: torch.Tensor) -> bool:
 
 
 def forward_body(stages: Stages, length: int | None, *, factored: bool = True) -> Body:
-    """The body that computes the results of `length` positions, of any number of them for None.
+    """Trace the body that computes the outputs of one chunk.
 
     Args:
-        stages: of the region.
-        length: of the mini-sequence.
-        factored: whether products at its end leave it (see `factors`).
+        stages: the stages of the region.
+        length: positions of the chunk; None for a body that takes any number of them.
+        factored: whether matrix products at its end move out (see `factors`).
     """
 
-    def run(*pieces: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return _run_chunk(stages, _merged(stages, stages.operands, pieces))
+    def run(*chunks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return _run_chunk(stages, merged(stages, stages.operands, chunks))
 
-    module = trace(run, partial(_chunk_inputs, stages, stages.operands), length)
+    module = trace(run, partial(chunk_inputs, stages, stages.operands), length)
     kinds = [_result_kind(stages, node) for node in stages.results]
     return _finished(module, kinds, factored)
 
 
 def gradient_body(stages: Stages, gradients: Gradients, length: int | None, *, factored: bool = True) -> Body:
-    """The body that computes gradients; its inputs are upstream gradients, kept results, operands. Else as above."""
-    upstream = [] if gradients.in_forward else [stages.results[i] for i in gradients.differentiable]
-    kept = [stages.results[i] for i in gradients.kept]
-    inputs = [*upstream, *kept, *stages.operands]
+    """Trace the body that computes gradients of one chunk; it takes upstream gradients, reused results, and operands.
 
-    def run(*pieces: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        given = iter(_merged(stages, inputs, pieces))
+    Args:
+        stages: the stages of the region.
+        gradients: the gradients to compute.
+        length: positions of the chunk; None for a body that takes any number of them.
+        factored: whether matrix products at its end move out (see `factors`).
+    """
+    upstream = [] if gradients.in_forward else [stages.results[i] for i in gradients.differentiable]
+    reused = [stages.results[i] for i in gradients.reused]
+    inputs = [*upstream, *reused, *stages.operands]
+
+    def run(*chunks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = iter(merged(stages, inputs, chunks))
         tangents = [next(given) for _ in upstream]
-        known = {node: next(given) for node in kept}
+        known = {node: next(given) for node in reused}
         operands = [x.detach() for x in given]
         leaves = [operands[i].requires_grad_() for i in gradients.wanted]
         results = _run_chunk(stages, operands, known)
@@ -135,7 +144,7 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None, *, f
         grads = torch.autograd.grad(sinks, leaves, seeds, materialize_grads=True)
         return (*results, *grads) if gradients.in_forward else grads
 
-    module = trace(run, partial(_chunk_inputs, stages, inputs), length)
+    module = trace(run, partial(chunk_inputs, stages, inputs), length)
     products_late(module)
     kinds = [_result_kind(stages, node) for node in stages.results] if gradients.in_forward else []
     kinds += [_gradient_kind(stages, stages.operands[i], gradients) for i in gradients.wanted]
@@ -149,92 +158,27 @@ def _finished(module: GraphModule, kinds: Sequence[ResultKind], factored: bool) 
     return Body(module, tuple(kinds))
 
 
-def connected(
-    stages: Stages, wanted: Sequence[int], reached: Container[Node]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Which gradients there are, in the loop as in eager execution: a count has none, nor has what is detached.
-
-    Args:
-        stages: of the region.
-        wanted: positions of the loop's operands that need a gradient.
-        reached: results that a gradient may come back from.
-
-    Returns:
-        Positions of the operands that get one, and of the results that have one.
-
-    Raises:
-        Refusal: a gradient would have to come back through an op that torch cannot differentiate.
-    """
-
-    def run(*pieces: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        operands = _merged(stages, stages.operands, pieces)
-        leaves = [operands[position].requires_grad_() for position in wanted]
-        env = _computed(stages, operands)
-        results = [env[node] for node in stages.results]
-        ends = [i for i, x in enumerate(results) if x.requires_grad and stages.results[i] in reached]
-        _forbid_missing_derivatives(env, [results[i] for i in ends])
-        if not ends or not any(map(_cuts_gradients, stages.loop)):
-            return (tuple(wanted) if ends else ()), tuple(ends)
-        sinks = [results[i] for i in ends]
-        grads = torch.autograd.grad(sinks, leaves, [torch.ones_like(x) for x in sinks], allow_unused=True)
-        return tuple(i for i, grad in zip(wanted, grads, strict=True) if grad is not None), tuple(ends)
-
-    return on_fakes(run, partial(_chunk_inputs, stages, stages.operands), hint(stages.length))
-
-
-def _forbid_missing_derivatives(env: Mapping[Node, Any], sinks: Sequence[torch.Tensor]) -> None:
-    """Raise a refusal for the first op without a derivative between the sinks and what they are made of."""
-    missing = {
-        value.grad_fn: node
-        for node, values in env.items()
-        for value in tree_leaves(values)
-        if isinstance(value, torch.Tensor)
-        and value.grad_fn is not None
-        and value.grad_fn.name().endswith("NotImplemented")
-    }
-    pending: list[Any] = [sink.grad_fn for sink in sinks] if missing else []
-    seen: set[Any] = {None}
-    while pending:
-        step = pending.pop()
-        if step in missing:
-            raise Refusal(Reason.UNKNOWN_OP, missing[step], f"{missing[step].target} has no derivative")
-        if step not in seen:
-            seen.add(step)
-            pending += [before for before, _ in step.next_functions]
-
-
-def _cuts_gradients(node: Node) -> bool:
-    """Whether an operand that may need a gradient gets none from a value that is made of it: an order has none."""
-    made = all(map(_is_floating, tree_leaves(node.meta.get("val"))))
-    reads = any(_is_floating(operand.meta.get("val")) for operand in node.all_input_nodes)
-    return reads and (not made or node.target in (overwritten, *WITHOUT_GRADIENT))
-
-
-def _is_floating(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _chunk_inputs(stages: Stages, nodes: Sequence[Node], length: int) -> list[torch.Tensor]:
-    """What the loop hands to a body for these operands and results (upstream gradients are like these)."""
+def chunk_inputs(stages: Stages, nodes: Sequence[Node], length: int) -> list[torch.Tensor]:
+    """Return examples of what the loop hands to a body for operands, results, and gradients of results."""
     layouts = {stages.operands[position]: strides for position, strides in strides_of(stages)}
     return [example(node.meta["val"], axis_of(stages, node), length, layouts.get(node)) for node in nodes]
 
 
-def _merged(stages: Stages, nodes: Sequence[Node], pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Mini-sequences in the shapes of the graph, from those in which a body takes them."""
-    merged = list(pieces)
-    for position, (node, piece) in enumerate(zip(nodes, pieces, strict=True)):
+def merged(stages: Stages, nodes: Sequence[Node], chunks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return chunks in the shapes of the graph; a body takes them with the axis as a dim of its own."""
+    shaped = list(chunks)
+    for position, (node, chunk) in enumerate(zip(nodes, chunks, strict=True)):
         split = stages.placement(node)
         if isinstance(split, Split) and (split.outer, split.inner) != (1, 1):
-            length = piece.shape[split.dim + (split.outer != 1)]
-            merged[position] = piece.view(split.chunk_shape(node.meta["val"].shape, length))
-    return merged
+            length = chunk.shape[split.dim + (split.outer != 1)]
+            shaped[position] = chunk.view(split.chunk_shape(node.meta["val"].shape, length))
+    return shaped
 
 
 class _Known(torch.autograd.Function):
-    """A value that is there already, in place of one computed from the operands; gradients go to the operands.
+    """Replace a value computed from the operands by one that is known; gradients go to the operands.
 
-    What computed it and nothing else is dead code.
+    Ops that only computed the value become dead code.
     """
 
     @staticmethod
@@ -249,14 +193,14 @@ class _Known(torch.autograd.Function):
 def _run_chunk(
     stages: Stages, operands: Sequence[torch.Tensor], known: Mapping[Node, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, ...]:
-    env = _computed(stages, operands, known)
+    env = computed(stages, operands, known)
     return tuple(env[node] for node in stages.results)
 
 
-def _computed(
+def computed(
     stages: Stages, operands: Sequence[torch.Tensor], known: Mapping[Node, torch.Tensor] | None = None
 ) -> dict[Node, Any]:
-    """The values of one mini-sequence."""
+    """Run the loop's nodes on one chunk; return the values of operands and nodes."""
     length = axis_length([axis_of(stages, node) for node in stages.operands], operands)
     env: dict[Node, Any] = dict(zip(stages.operands, operands, strict=True))
     inside = set(stages.loop)
@@ -267,7 +211,7 @@ def _computed(
         elif reads_log_softmax(node, inside):
             env[node] = run_on_logits(node, env)
         elif reduces_wide_rows(node):
-            env[node] = run_in_parts(node, env)
+            env[node] = run_in_tiles(node, env)
         else:
             env[node] = run_resized(node, placement, length, env)
         if known and node in known:

@@ -1,4 +1,4 @@
-"""Work + the length of a mini-sequence -> the bodies and the literals of one call of `mini_sequence`."""
+"""Work and the length of a chunk -> the bodies and the literals of one call of `mini_sequence`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ class Call:
 
     Attributes:
         spec: the literals.
-        forward, forward_tail: bodies of the loop that only computes results, of a full chunk and of the ragged one;
-            None where gradients come in the forward.
-        backward, backward_tail: of the loop that computes gradients; None where none are needed.
+        forward: body of the loop that only computes results; None where the forward computes gradients, too.
+        forward_tail: the same for the ragged last chunk, None where there is none.
+        backward: body of the loop that computes gradients; None where there are none.
+        backward_tail: the same for the ragged last chunk, None where there is none.
     """
 
     spec: CallSpec
@@ -34,22 +35,22 @@ class Call:
 
     @property
     def bodies(self) -> tuple[Body | None, ...]:
-        """In the order of the arguments of `mini_sequence`."""
+        """The bodies in the order of the arguments of `mini_sequence`."""
         return (self.forward, self.forward_tail, self.backward, self.backward_tail)
 
 
 def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate) -> Call:
-    """Trace the bodies.
+    """Trace the bodies of one region and assemble its call.
 
     Args:
-        work: of the region.
-        chunk: positions of the axis in one mini-sequence of the loop that computes gradients.
-        forward_chunk: the same for the loop that only computes results.
+        work: the work of the region.
+        chunk: positions of one chunk in the loop that computes gradients.
+        forward_chunk: positions of one chunk in the loop that only computes results.
         accumulate: dtype policy for gradients of whole operands in half precision.
     """
     stages = work.stages
     ins = tuple(axis_of(stages, node) for node in stages.operands)
-    spec = CallSpec(work.backward, (), (), work.differentiable, work.wanted, work.kept)
+    spec = CallSpec(work.backward, (), (), work.differentiable, work.wanted, work.reused)
     call = Call(spec)
     in_forward = work.backward == "in_forward"
     if not in_forward:
@@ -58,11 +59,11 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
         spec = spec._replace(forward_spec=tuple(forward_spec))
         call = Call(spec, full, tail)
     if work.backward != "none":
-        # backward casts while it scales, unless one chunk is all, or may be: that adds nothing up in another dtype
+        # the backward casts while it scales; where one chunk is all, or may be, nothing adds up in another dtype
         cast = not in_forward or stages.dynamic or stages.length <= chunk
-        gradients = Gradients(work.wanted, work.differentiable, in_forward, accumulate, work.kept, cast)
+        gradients = Gradients(work.wanted, work.differentiable, in_forward, accumulate, work.reused, cast)
         full, tail = _full_and_tail(stages, chunk, partial(gradient_body, stages, gradients))
-        read = () if in_forward else (*work.differentiable, *work.kept)
+        read = () if in_forward else (*work.differentiable, *work.reused)
         given = tuple(axis_of(stages, stages.results[i]) for i in read)
         strides = tuple((len(given) + position, of_operand) for position, of_operand in strides_of(stages))
         spec = spec._replace(backward_spec=tuple(LoopSpec(VERSION, chunk, given + ins, full.literals, strides)))
@@ -71,9 +72,9 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
 
 
 def _full_and_tail(stages: Stages, chunk: int, make: Callable[..., Body]) -> tuple[Body, Body | None]:
-    """The body of a full chunk, and that of the ragged last one: for any length where that is known at run time.
+    """Return the body of a full chunk, and that of the ragged last one: for any length if only run time knows it.
 
-    A body of few positions may end in other ops than one of many, and products leave both or none.
+    A short body may end in other ops than a long one; products move out of both or none.
     """
     ragged = None if stages.dynamic else stages.length % chunk
     full, tail = make(chunk), make(ragged) if ragged != 0 else None

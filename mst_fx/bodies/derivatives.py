@@ -1,4 +1,4 @@
-"""Derivatives of our own, where autograd's formula goes over a wide value once more than it has to.
+"""Derivatives of our own, where autograd's formula reads a wide value once more than needed.
 
 Axes: T tokens, V classes.
 """
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def reads_log_softmax(node: Node, inside: Container[Node]) -> bool:
-    """Whether a node is the negative log-likelihood of rows of a log-softmax that is computed with it."""
+    """Return whether a node is the negative log-likelihood of rows of a log-softmax among `inside`."""
     if node.target != aten.nll_loss_forward.default:
         return False
     scores: Any = node.args[0]
@@ -25,16 +25,17 @@ def reads_log_softmax(node: Node, inside: Container[Node]) -> bool:
 
 
 def run_on_logits(node: Node, env: Mapping[Node, Any]) -> Any:
-    """The value of such a node; its gradient goes to the logits, past the log-softmax."""
+    """Return the values of such a node; its gradient goes to the logits, past the log-softmax."""
     scores: Any = node.args[0]
     arguments: Any = map_arg(node.args, env.get)
     return _Picked.apply(env[scores.args[0]], arguments[0].detach(), *arguments[1:])
 
 
 class _Picked(torch.autograd.Function):
-    """The gradient of the logits is (onehot - softmax) times what comes to the row.
+    """The gradient of the logits is (onehot - softmax) times the gradient of the row's picked score.
 
-    Autograd makes [T, V] rows of one entry, and log-softmax's derivative sums each of them up: the sum is the entry.
+    Autograd makes rows [T, V] with one entry each, and the derivative of log-softmax sums up each row: the sum is that
+    entry.
     """
 
     @staticmethod
@@ -63,5 +64,5 @@ class _Picked(torch.autograd.Function):
         each_T1 = torch.where(counts_T, -each, 0).unsqueeze(1)
         classes_V = torch.arange(scores_TV.shape[1], dtype=torch.int32, device=scores_TV.device)
         hot_TV = classes_V == label_T.to(torch.int32).unsqueeze(1)
-        grad_TV = (hot_TV.to(wide) - exp(scores_TV.to(wide))) * each_T1  # of near numbers the difference is exact
+        grad_TV = (hot_TV.to(wide) - exp(scores_TV.to(wide))) * each_T1  # the difference of near numbers is exact
         return grad_TV.to(ctx.dtype), None, None, None, None, None

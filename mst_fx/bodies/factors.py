@@ -1,4 +1,4 @@
-"""Matrix products at the end of a body leave it: the runtime multiplies their factors straight into the results.
+"""Matrix products at the end of a body move out: the runtime multiplies their factors directly into the results.
 
 Sum ending in A^T B          -> Outer  one sum, no gradient of a chunk
 Cat ending in A1 B1 + A2 B2  -> Rows   written in place, no copy of a chunk
@@ -22,11 +22,11 @@ Factors: TypeAlias = tuple[Node, Node]
 
 
 def take_out_products(module: GraphModule, kinds: Sequence[ResultKind]) -> tuple[ResultKind, ...]:
-    """Replace outputs of the body by factors where that is possible; tell how the outputs add up from now on.
+    """Replace outputs of a body by factors where that is possible; return the new kinds of the results.
 
     Args:
-        module: a body; changed in place.
-        kinds: of its outputs, Cat or Sum.
+        module: the body; it is changed in place.
+        kinds: the kind of each output, Cat or Sum.
     """
     (output,) = (node for node in module.graph.nodes if node.op == "output")
     values: Any = output.args[0]
@@ -44,21 +44,21 @@ def take_out_products(module: GraphModule, kinds: Sequence[ResultKind]) -> tuple
 
 
 def _outer(value: Node, kind: Sum) -> tuple[list[Factors], ResultKind]:
-    """A and B with value = A^T B."""
+    """Return the factors A and B with value = A^T B, and their kind; no factors where the value is no product."""
     transposed = False
-    source = value
-    while source.target in (aten.t.default, aten.detach.default):
-        transposed ^= source.target == aten.t.default
-        (source,) = source.all_input_nodes
-    if source.target != aten.mm.default:
+    product = value
+    while product.target in (aten.t.default, aten.detach.default):
+        transposed ^= product.target == aten.t.default
+        (product,) = product.all_input_nodes
+    if product.target != aten.mm.default:
         return [], kind
-    left, right = source.all_input_nodes if len(source.all_input_nodes) == 2 else source.all_input_nodes * 2
-    factors = (right, _t(left, source)) if transposed else (_t(left, source), right)
+    left, right = product.all_input_nodes if len(product.all_input_nodes) == 2 else product.all_input_nodes * 2
+    factors = (right, _t(left, product)) if transposed else (_t(left, product), right)
     return [factors], Outer(kind.dtype, kind.result)
 
 
 def _rows(value: Node, kind: ResultKind) -> tuple[list[Factors], ResultKind]:
-    """The products that add up to the rows of a result whose chunks lie one behind the other."""
+    """Return the products that add up to the rows of a result whose chunks lie one after the other, and their kind."""
     assert isinstance(kind, Cat)
     sizes = list(value.meta["val"].shape)
     contiguous = kind.outer == 1 and prod(sizes[: kind.dim]) == 1
@@ -68,12 +68,12 @@ def _rows(value: Node, kind: ResultKind) -> tuple[list[Factors], ResultKind]:
 
 
 def _summands(value: Node) -> list[Factors]:
-    """Factors of the products that a value is the sum of, row by row; none where it is anything else."""
+    """Return factors of the products that add up to a value, row by row; none where it is anything else."""
     rows = value
     while rows.target in (*RESHAPES, aten.detach.default) and len(rows.users) == 1:
         rows = rows.all_input_nodes[0]
     if len(rows.users) > 1 or not _has_rows_of(rows, value):
-        return []  # the body needs it all the same, or its rows are not those of the result
+        return []  # the body reads it, too, or its rows are not those of the result
     if rows.target == aten.mm.default:
         left, right = rows.args
         assert isinstance(left, Node)
@@ -81,19 +81,19 @@ def _summands(value: Node) -> list[Factors]:
         return [(left, right)]
     if rows.target == aten.add.Tensor and not rows.kwargs and len(rows.all_input_nodes) == 2:
         operands = rows.all_input_nodes
-        parts = [_summands(operand) if _has_rows_of(operand, rows) else [] for operand in operands]
-        return parts[0] + parts[1] if all(parts) else []
+        summands = [_summands(operand) if _has_rows_of(operand, rows) else [] for operand in operands]
+        return summands[0] + summands[1] if all(summands) else []
     return []
 
 
-def _has_rows_of(part: Node, value: Node) -> bool:
-    """Whether a value has as many rows as another one, of as many columns, in the same dtype: none is repeated."""
-    a, b = part.meta["val"], value.meta["val"]
+def _has_rows_of(rows: Node, value: Node) -> bool:
+    """Return whether two values have as many rows, as many columns, and the same dtype: no row is repeated."""
+    a, b = rows.meta["val"], value.meta["val"]
     return a.dtype == b.dtype and a.shape[-1:] == b.shape[-1:] and sure(a.numel() == b.numel())
 
 
 def _t(node: Node, before: Node) -> Node:
-    """The transpose of a matrix; the operand itself where the matrix is a transpose already."""
+    """Return the transpose of a matrix; if the matrix is a transpose, its operand."""
     if node.target == aten.t.default:
         return node.all_input_nodes[0]
     graph = node.graph

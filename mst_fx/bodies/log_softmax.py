@@ -1,10 +1,10 @@
-"""The log-softmax of wide rows, and its denominator, in a form that compilers make more of.
+"""The log-softmax of wide rows, and its denominator, in a form that compilers fuse better.
 
-As written, a softmax and what reads it become one kernel. It rescales its sum as it goes, two exponentials an element,
-and cannot write its result over logits that it has yet to read again. Here the rows are read once for their sums, in
-parts that stay in registers; what is left is pointwise, and overwrites the logits.
+As written, a softmax and its readers become one kernel. It rescales its sum as it goes, with two exponentials for each
+element, and cannot overwrite logits that it has yet to read again. Here one pass over the rows makes their sums, in
+tiles that stay in registers; the rest is pointwise, and overwrites the logits.
 
-Axes: V classes, at the end; P parts of a row; any dims in front.
+Axes: V classes, at the end; P tiles of a row; any dims before them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.fx import Node, map_arg
 
 aten = torch.ops.aten
 
-PART = 1024
-"""Classes that one block of threads reduces at once: the most that Inductor keeps in registers."""
-WIDE = 8 * PART
+TILE = 1024
+"""Classes of a tile, which one block of threads reduces at once: the most that Inductor holds in registers."""
+WIDE = 8 * TILE
 LOG2_E = 1.4426950408889634
 
 
 def reduces_wide_rows(node: Node) -> bool:
-    """Whether a node is the log-softmax, or its denominator, of rows long enough to be reduced in parts."""
+    """Return whether a node is the log-softmax, or its denominator, of rows of WIDE or more classes."""
     if node.target not in (aten._log_softmax.default, aten.logsumexp.default):
         return False
     x: Any = node.args[0]
@@ -33,8 +33,8 @@ def reduces_wide_rows(node: Node) -> bool:
     return dim in (-1, len(shape) - 1) and isinstance(shape[-1], int) and shape[-1] >= WIDE
 
 
-def run_in_parts(node: Node, env: Mapping[Node, Any]) -> torch.Tensor:
-    """The value of such a node, and its gradient."""
+def run_in_tiles(node: Node, env: Mapping[Node, Any]) -> torch.Tensor:
+    """Return the value of such a node, reduced tile by tile; autograd takes the gradient from here, too."""
     x, _, *flags = map_arg(node.args, env.get)
     if node.target == aten._log_softmax.default:
         return _LogSoftmax.apply(x, flags[0])
@@ -43,7 +43,7 @@ def run_in_parts(node: Node, env: Mapping[Node, Any]) -> torch.Tensor:
 
 
 def exp(x: torch.Tensor) -> torch.Tensor:
-    """One instruction on a GPU after the product; a compiler's `exp` takes ten, for the last bit of it."""
+    """Compute e**x: a product and one instruction on a GPU; a compiler's `exp` takes ten, for its last bit."""
     return torch.exp2(x * LOG2_E)
 
 
@@ -52,7 +52,7 @@ class _LogSoftmax(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, half_to_float: bool) -> torch.Tensor:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         top, log_sum = _row_statistics(wide)
-        scores = (wide - top) - log_sum  # in this order: where one class is all but sure, both differences are exact
+        scores = (wide - top) - log_sum  # in this order, both differences are exact where one class is almost sure
         scores = scores if half_to_float else scores.to(logits.dtype)
         ctx.save_for_backward(scores)
         ctx.dtype = logits.dtype
@@ -81,28 +81,28 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def _row_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest entry of each row, and the logarithm of the sum of exp(entry - largest); both [..., 1]."""
-    part = _part_of(x.shape[-1])
-    even = x.shape[-1] // part * part
-    parts = [_of_parts(x[..., :even].unflatten(-1, (-1, part)))]
+    """Return the largest entry of each row, and the logarithm of the sum of exp(entry - largest); both [..., 1]."""
+    tile = _tile_of(x.shape[-1])
+    even = x.shape[-1] // tile * tile
+    tiles = [_of_tiles(x[..., :even].unflatten(-1, (-1, tile)))]
     if even < x.shape[-1]:
-        parts.append(_of_parts(x[..., even:].unsqueeze(-2)))
-    tops, sums = (torch.cat(column, -1) for column in zip(*parts, strict=True))
+        tiles.append(_of_tiles(x[..., even:].unsqueeze(-2)))
+    tops, sums = (torch.cat(column, -1) for column in zip(*tiles, strict=True))
     top = _base(tops.amax(-1, keepdim=True))
     log_sum = (sums * exp(tops - top)).sum(-1, keepdim=True).log()
     return _buffer(top), _buffer(log_sum)
 
 
-def _part_of(classes: int) -> int:
-    """The longest part that leaves nothing over: Inductor reduces in registers only what lies in one piece."""
-    return next((part for part in range(PART, PART // 8 - 1, -1) if classes % part == 0), PART)
+def _tile_of(classes: int) -> int:
+    """Return the longest tile that divides the row: Inductor reduces in registers only contiguous memory."""
+    return next((tile for tile in range(TILE, TILE // 8 - 1, -1) if classes % tile == 0), TILE)
 
 
-def _of_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest entry of each part, and the sum of exp(entry - largest); both [..., P].
+def _of_tiles(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest entry of each tile, and the sum of exp(entry - largest); both [..., P].
 
-    They are reduced as one long row of parts: Inductor pads the rows of a matrix that is wider than 1,024, and does not
-    keep in registers what it writes with gaps.
+    All tiles are reduced as the rows of one matrix: Inductor pads the rows of a matrix that is wider than 1,024, and
+    does not hold in registers what it writes with gaps.
     """
     rows = x.flatten(0, -2)
     tops = rows.amax(-1)
@@ -111,10 +111,10 @@ def _of_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _base(top: torch.Tensor) -> torch.Tensor:
-    """What is taken off before the exponential: 0 where nothing is finite, as in a part that is masked out."""
+    """Return what to subtract before the exponential: 0 where `top` is infinite, as in a masked tile."""
     return torch.where(top.abs() == torch.inf, 0, top)
 
 
 def _buffer(x: torch.Tensor) -> torch.Tensor:
-    """The same in memory of its own: Inductor would compute it again for every entry of the row."""
+    """Return the same value as a buffer: otherwise Inductor computes it again for each entry of the row."""
     return torch.as_strided(x, x.shape, x.stride())

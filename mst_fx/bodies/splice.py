@@ -1,4 +1,4 @@
-"""Plan + bodies -> the region's nodes are replaced by one call of `mini_sequence`, with its prologue and epilogue."""
+"""One call of `mini_sequence`, with prologue and epilogue, replaces the nodes of a region."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ class Replacement:
     """Everything that goes into the graph for one region.
 
     Attributes:
-        region: what is replaced.
-        stages: its aten graph, cut.
+        region: the region to replace.
+        stages: its aten graph, partitioned.
         call: bodies and literals; regions that are alike share one.
-        kept: whether the results are kept for backward although what is around them is computed again.
+        saves_results: whether the results are saved for backward although the block around them is recomputed.
     """
 
     region: Region
     stages: Stages
     call: Call
-    kept: bool = False
+    saves_results: bool = False
 
 
 BODY_NAMES = ("forward", "forward_tail", "backward", "backward_tail")
 
 
 def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacement: Replacement) -> list[Node]:
-    """The call of the loop, with what runs before and after it; arguments as for `Edit.make`."""
+    """Add the call of the loop with its prologue and epilogue; arguments and return as for `Edit.make`."""
     region, stages, graph = replacement.region, replacement.stages, owner.graph
     env = live_ins_of(stages.graph, region, node_of)
     with graph.inserting_before(place):
@@ -47,7 +47,7 @@ def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacem
             env[node] = captured(graph.node_copy(node, env.__getitem__), node)
         bodies = [_body(owner, name, body) for name, body in zip(BODY_NAMES, replacement.call.bodies, strict=True)]
         operands = [env[node] for node in stages.operands]
-        spec = replacement.call.spec._replace(keeps=replacement.kept)
+        spec = replacement.call.spec._replace(keeps=replacement.saves_results)
         call = graph.call_function(mini_sequence, (*bodies, tuple(spec), *operands))
         call.meta = {key: value for key, value in region.last.meta.items() if key != "example_value"}
         for position, node in enumerate(stages.results):
@@ -59,24 +59,24 @@ def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacem
 
 
 def _laid_out_like(result: Node, value: torch.Tensor) -> Node:
-    """A result of the loop, which is contiguous, with its dims in memory in the order of the captured value's.
+    """Return a result of the loop, which is contiguous, with the dims in memory as in the captured value.
 
-    What reads it was captured for that order: not every view of one is a view of another.
+    Its readers were captured for that layout: not every view of one layout is a view of another.
     """
     strides = [hint(stride) for stride in value.stride()]
     matter = [stride for stride, size in zip(strides, value.shape, strict=True) if stride and hint(size) != 1]
     if matter == sorted(matter, reverse=True):
         return result
-    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
-    inverse = [order.index(dim) for dim in range(len(order))]
+    dims = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    inverse = [dims.index(dim) for dim in range(len(dims))]
     graph = result.graph
-    for target, arguments in (("permute", (order,)), ("contiguous", ()), ("permute", (inverse,))):
+    for target, arguments in (("permute", (dims,)), ("contiguous", ()), ("permute", (inverse,))):
         result = graph.call_method(target, (result, *arguments))
     return result
 
 
 def _body(owner: GraphModule, name: str, body: Body | None) -> Node | None:
-    """A body as an attribute of the module; one that is there already is not put there again."""
+    """Make a body an attribute of the module, if it is none yet; return a node that reads it."""
     if body is None:
         return None
     prefix = f"mini_sequence_{name}_"

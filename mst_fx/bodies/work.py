@@ -1,4 +1,4 @@
-"""Region -> what a loop over it has to do, whatever the length of a mini-sequence. Regions that are alike share it."""
+"""Region -> what a loop over it has to do, whatever the length of a chunk. Regions that are alike share it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch.fx import Node
 
-from mst_fx.bodies.body import connected
+from mst_fx.bodies.connected import connected
 from mst_fx.capture.fingerprint import likeness_of_nodes
 from mst_fx.capture.fixed_sizes import as_if_fixed, equal, fix_all, forbid_lengths, other_dims, to_be_fixed
 from mst_fx.capture.lower import apart, lower
@@ -31,23 +31,23 @@ Backward = Literal["recompute", "in_forward", "none"]
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """The parts of a region, and its gradients.
+    """The stages of a region, and its gradients.
 
     Attributes:
-        stages: the cut aten graph.
+        stages: the partitioned aten graph.
         backward: how gradients are made.
         wanted: positions of the loop's operands that get a gradient.
         differentiable: positions of the loop's results that have one.
-        kept: positions of the results that backward reads in place of computing them again.
-        fixed: positions of the region's live-ins, numbers whose value is a part of the stages.
-        sizes: of its tensors, whose value is, or that are taken as equal.
+        reused: positions of the loop's results that the backward reads and does not recompute.
+        fixed: positions of the region's live-ins that are numbers, and whose values the stages depend on.
+        sizes: sizes of its tensors that the stages take as fixed, or as equal.
     """
 
     stages: Stages
     backward: Backward
     wanted: tuple[int, ...]
     differentiable: tuple[int, ...]
-    kept: tuple[int, ...]
+    reused: tuple[int, ...]
     fixed: tuple[int, ...] = ()
     sizes: tuple[Any, ...] = ()
 
@@ -59,14 +59,14 @@ def analysed(
     marked: Container[str] = (),
     sizes: tuple[Any, ...] = (),
 ) -> Work:
-    """Lower and cut a region, and decide how its gradients are made.
+    """Lower and partition a region, and decide how its gradients are made.
 
     Args:
-        region: any.
+        region: the region.
         config: its `returned_logits` decides which results carry gradients.
-        known: the work of the regions so far; one that is like the region is found there.
-        marked: the sizes that have to vary, by their names.
-        sizes: that are fixed in its graph.
+        known: the work of earlier regions, which one that is alike shares; this work is added.
+        marked: names of the sizes that have to vary.
+        sizes: sizes that are fixed in the region's graph.
 
     Raises:
         Refusal: the region must not be looped.
@@ -81,7 +81,7 @@ def analysed(
 
 
 def _with_sizes_fixed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Container[str]) -> Work:
-    """The work, with the sizes fixed that stand in its way; it ends, as every round fixes one more."""
+    """Return the work, with the sizes fixed that stand in its way; this ends, as each round fixes one more."""
     stream = fake_value(region.stream)
     sizes += other_dims(stream, marked)
     while True:
@@ -100,7 +100,7 @@ def _with_sizes_fixed(region: Region, config: Config, sizes: tuple[Any, ...], ma
 
 
 def _at_the_user(region: Region, refusal: Refusal) -> Refusal:
-    """A refusal that names what the region reads by its name in the captured graph, and the first op that reads it."""
+    """Return the refusal with a live-in's name in the captured graph, and the first node that reads it."""
     node = refusal.node
     if node is None or node.op != "placeholder" or node in region.live_ins:
         return refusal
@@ -111,7 +111,7 @@ def _at_the_user(region: Region, refusal: Refusal) -> Refusal:
 
 
 def fix_for(region: Region, work: Work) -> None:
-    """Fix what the work needs fixed, for this region: another value of it is compiled anew."""
+    """Guard on what the work takes as fixed, for this region: other values compile anew."""
     fix_all((*work.sizes, *(fake_value(region.live_ins[position]) for position in work.fixed)))
 
 
@@ -127,7 +127,7 @@ def _likeness(region: Region) -> Hashable:
 
 
 def _returned(region: Region, output: Node) -> tuple[bool, bool]:
-    """Whether an output is a large value that the graph returns, and whether it returns it as it is."""
+    """Return whether an output is a large value that the graph returns, and whether it returns it as it is."""
     return output in region.returned, any(user.op == "output" for user in output.users)
 
 
@@ -145,12 +145,12 @@ def _analysed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Co
     wanted = tuple(i for i, node in enumerate(stages.operands) if needs_grad[node])
     wanted, differentiable = _gradients(region, stages, wanted, config)
     backward = _backward(stages, differentiable)
-    kept = _kept(region, stages, differentiable) if backward == "recompute" else ()
-    return Work(stages, backward, wanted, differentiable, kept, fixed, sizes)
+    reused = _reused(region, stages, differentiable) if backward == "recompute" else ()
+    return Work(stages, backward, wanted, differentiable, reused, fixed, sizes)
 
 
 def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool]:
-    """Which values need a gradient: those of numbers that have one, and that depend on a live-in that does."""
+    """Return which values need a gradient: real or complex ones that depend on a live-in that needs one."""
     needs: dict[Node, bool] = {}
     for node in stages.graph.nodes:
         value = node.meta.get("val")
@@ -176,8 +176,8 @@ def _forbid_complex(region: Region, needs_grad: Mapping[Node, bool]) -> None:
                 raise Refusal(Reason.COMPLEX, node, f"{node.name} is complex and needs a gradient")
 
 
-def _kept(region: Region, stages: Stages, differentiable: tuple[int, ...]) -> tuple[int, ...]:
-    """Values that are returned as they are exist anyway: their product need not run twice."""
+def _reused(region: Region, stages: Stages, differentiable: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the positions of the results that are returned as they are: they exist anyway, so backward reads them."""
     exist = [all(_returned(region, outer)) for outer in region.outputs]
     returned = {inner for inner, exists in zip(stages.outputs, exist, strict=True) if exists}
     return tuple(i for i in differentiable if stages.results[i] in returned)
@@ -186,7 +186,7 @@ def _kept(region: Region, stages: Stages, differentiable: tuple[int, ...]) -> tu
 def _gradients(
     region: Region, stages: Stages, wanted: tuple[int, ...], config: Config
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Positions of the loop's operands that get a gradient, and of its results from which one can come back."""
+    """Return positions of the loop's operands that get a gradient, and of its results that one can come back from."""
     inside = set(region.nodes)
     detached = region.returned if config.returned_logits == "detach" else ()
     outputs = zip(region.outputs, stages.outputs, strict=True)
@@ -196,9 +196,9 @@ def _gradients(
 
 
 def _backward(stages: Stages, differentiable: tuple[int, ...]) -> Backward:
-    """Gradients come in the forward where one scalar comes out, and recomputing it would cost a matrix product.
+    """Return how gradients are made: in the forward if the region gives one scalar that costs matrix products.
 
-    fp16 needs the true upstream scale: it recomputes.
+    float16 recomputes: it needs the upstream scale when the gradients are made.
     """
     if not differentiable:
         return "none"

@@ -2,8 +2,6 @@
 
 A trace costs milliseconds, one more op in it a fraction of one. So one trace takes all nodes, each on the values that
 were captured, and none on what another node of the trace gives.
-
-Private torch API: dispatch modes, versions of values. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mst_fx.capture.decompositions import decompositions
@@ -25,6 +22,7 @@ from mst_fx.capture.lower import execute, lower, mutates, traced, tracing
 from mst_fx.core.aten_ops import is_mutable
 from mst_fx.core.graph_walk import ancestors, in_order
 from mst_fx.core.modes import Mode
+from mst_fx.core.torch_private import TorchDispatchMode
 from mst_fx.core.values import fake_value
 
 log = logging.getLogger("mst_fx")
@@ -175,8 +173,3 @@ def _ops_of(graph: Graph, position_of: dict[Node, int], results: Sequence[Node])
         return None
     found = {op for op in ancestors(results) if op.op != "placeholder"}
     return Decomposed(position_of, in_order(graph, found))
-
-
-Opened = Decomposed
-open_alone = decompose_alone
-open_together = decompose_together

@@ -3,8 +3,6 @@
 A mean over rows becomes a sum and a division, so that the sum can add up over the chunks. The total weight of a loss
 becomes a sum of its own, which depends on no logits. Random numbers become a hash of their position. An op without a
 placement rule takes torch's own decomposition, if it has one. Other ops stay whole, so autograd's own formulas apply.
-
-Private torch API: the decomposition table. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -15,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._decomp import decomposition_table
 from torch.nn.functional import embedding, linear
 
 from mst_fx.core.aten_ops import MEAN, NONE, SUM, is_mutable, is_random
 from mst_fx.core.sizes import sure
+from mst_fx.core.torch_private import decomposition_table
 from mst_fx.ops.seeded_random import uniform_like
 from mst_fx.placement.rules import rule_for
 

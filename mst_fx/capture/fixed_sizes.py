@@ -143,7 +143,7 @@ def forbid_lengths(node: Node, number: Any, stream: torch.Tensor, marked: Contai
         marked: names of the sizes that have to vary.
 
     Raises:
-        Refusal: as above (NUMBER).
+        Refusal: the number depends on the data or on such a length (NUMBER).
     """
     if depends_on_data(number):
         raise Refusal(Reason.NUMBER, node, f"{node.target} takes a number that depends on the data")

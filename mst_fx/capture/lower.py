@@ -2,9 +2,6 @@
 
 The lowering decomposes composite ops (see `decompositions`), turns autocast's casts into nodes and no_grad blocks into
 detach nodes, and makes writes to values of the region itself out-of-place.
-
-Private torch API: fake tensors and tensors of torch.func's transforms, the fake mode of the captured values, facts
-about sizes that vary, modules that write their code late. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -15,11 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node, map_arg
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta
 from torch.fx.traceback import set_current_meta as set_current_meta
 from torch.utils._pytree import tree_map_only
@@ -30,6 +23,7 @@ from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.graph_modules import layout_free
 from mst_fx.core.modes import Mode
 from mst_fx.core.sizes import any_length, is_symbolic, number, unguarded
+from mst_fx.core.torch_private import FakeTensorMode, ShapeEnv, enable_python_dispatcher, make_fx
 from mst_fx.core.values import fake_value
 from mst_fx.ops.overwritten import WithoutWrites
 

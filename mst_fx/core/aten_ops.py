@@ -6,8 +6,8 @@ Kernels         whether a compiler generates a kernel for the op, and fuses it w
 Backward        what the op's backward reads, and whether a compiler recomputes the op's result for it
 Reading         what a node of a captured graph is, by the ops that it decomposes into
 
-Every op that has a placement rule has a place in each of the last three (`tests/test_aten_ops.py`). Ops that torch tags
-as pointwise stand in a list only where they differ from other elementwise ops.
+Every op that has a placement rule has a place in each of the last three (`tests/core/test_aten_ops.py`). Ops that torch
+tags as pointwise stand in a list only where they differ from other elementwise ops.
 """
 
 from __future__ import annotations

@@ -23,9 +23,10 @@ from mst_fx.recognise.reader import Reader
 FORWARD_DIVISOR = 2
 """What backward needs of a node beside the saved values, by what its forward needs beside them.
 
-An assumption; no measurement of it is on record. It fits a product whose result is as large as what it reads: backward
-makes the gradients of both, forward makes the result alone. It decides a peak only where a checkpointed block keeps
-more than backward needs of it: anywhere else backward holds at least as much at the same segment.
+Measured for a product whose result is as large as what it reads (`tests/predict/test_step_memory.py`): backward makes
+the gradients of both, forward makes the result alone. For other nodes it is an assumption; no measurement of them is on
+record. It decides a peak only where a checkpointed block keeps more than backward needs of it: anywhere else backward
+holds at least as much at the same segment.
 """
 
 

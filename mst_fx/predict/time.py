@@ -124,7 +124,7 @@ def cost_of(work: Work, memory: RegionMemory, extent: Extent, at: Hint) -> Regio
     """
     stages, loop = work.stages, memory.backward or memory.forward
     cast = loop.sums + loop.returned if loop.cast else 0
-    kept = {stages.results[i] for i in work.kept}
+    kept = {stages.results[i] for i in work.reused}
     flops = {node: _flops(node, at) for node in stages.products}
     again = [node for node in flops if node not in kept and not is_sink(stages, node, at)]
     return RegionCost(

@@ -1,4 +1,4 @@
-"""The captured graph, read: where regions begin and end, and what is cut or left out in front of them.
+"""Patterns find regions in the captured graph: where they begin and end, and what is cut or left out before them.
 
 In: a captured graph, patterns.
 Out: Region or Refusal; copies of the graph with parts replaced.

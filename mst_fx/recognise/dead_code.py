@@ -1,4 +1,4 @@
-"""A captured graph without what nobody reads: compilers leave it out, and no gradient comes back from it."""
+"""Dead code leaves the captured graph: compilers leave it out, too, and no gradient comes back from it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 from torch.fx import GraphModule, Node
 
-from mst_fx.capture.decomposed import Opened
+from mst_fx.capture.decomposed import Decomposed
 from mst_fx.core.modes import Mode
 from mst_fx.core.values import storages_of, tensors_of
 from mst_fx.recognise.effects import writes
@@ -14,12 +14,12 @@ from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.rebuild import rebuilt
 
 
-def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None], outer: Mode) -> Reader:
-    """A reader of the graph without the values, and the writes, that nobody reads and that do nothing else.
+def without_dead_code(gm: GraphModule, known: dict[Hashable, Decomposed | None], outer: Mode) -> Reader:
+    """Return a reader of the graph without the values and the writes that nobody reads, if they do nothing else.
 
     Args:
-        gm: stays as it is; it is what is read where all of it is of use.
-        known: what was opened before, as for `Reader`.
+        gm: the graph; it stays as it is, and is read itself where nothing in it is in the way.
+        known: earlier decompositions, as for `Reader`.
         outer: the mode that the graph runs in.
     """
     reader, dead = Reader(gm, known, outer), set[Node]()
@@ -29,14 +29,14 @@ def without_dead_code(gm: GraphModule, known: dict[Hashable, Opened | None], out
     for node in reversed(gm.graph.nodes):
         written = [storages_of(target) for target in reader.written_by(node)]
         lost = all(storages and storages.isdisjoint(read) for storages in written)
-        lost &= node not in reader.data_writes  # backward may read what an op has saved
+        lost &= node not in reader.data_writes  # the backward may read it: an op may have saved this memory
         if _is_unread(node, dead) and lost and reader.is_known(node):
             dead.add(node)
         else:
             read.update(*map(storages_of, node.all_input_nodes))
     reads = (tensor for node in dead for operand in node.all_input_nodes for tensor in tensors_of(operand))
     if not any(tensor.is_floating_point() for tensor in reads):
-        return reader  # none of them stands in a region's way: not worth a copy
+        return reader  # no dead node is in a region's way: not worth a copy
     return Reader(rebuilt(gm, [], dead=dead), known, outer)
 
 

@@ -1,4 +1,4 @@
-"""Graph -> the regions that the patterns recognise, and what they refuse. A node belongs to one region at most."""
+"""All patterns are asked about all nodes of a graph, for regions and refusals. A node is in one region at most."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mst_fx.recognise.region import Region
 
 @dataclass(frozen=True)
 class Found:
-    """What a pattern said of a node."""
+    """A pattern's answer about a node."""
 
     pattern: str
     outcome: Region | Refusal
@@ -27,9 +27,12 @@ def discover(reader: Reader, patterns: Sequence[Pattern], *, strict: bool = Fals
     """Ask every pattern about every node, in graph order; the first pattern that takes a node has it.
 
     Args:
-        reader: of the graph.
+        reader: reads the graph.
         patterns: in the order in which they are asked.
-        strict: raise a pattern's exceptions; else they are refusals.
+        strict: raise a pattern's exceptions; otherwise they become refusals.
+
+    Returns:
+        Regions and refusals, in graph order of the nodes that were asked about.
     """
     taken: set[Node] = set()
     refused: set[tuple[Reason, Node | None]] = set()
@@ -55,10 +58,10 @@ def discover(reader: Reader, patterns: Sequence[Pattern], *, strict: bool = Fals
 
 
 def _match(pattern: Pattern, reader: Reader, node: Node, failed: set[tuple[str, str]], strict: bool) -> Region | None:
-    """What a pattern says of a node; that it fails in the same way again is told once.
+    """Ask a pattern about a node; None, too, where it fails again with an exception of the same type.
 
     Raises:
-        Refusal: the pattern does, or fails.
+        Refusal: the pattern raises it, or fails for the first time.
     """
     try:
         return pattern.match(reader, node)
@@ -77,11 +80,11 @@ class Nested:
     """A subgraph that a higher-order operator of the graph runs.
 
     Attributes:
-        name: of the attribute that holds it.
+        name: the attribute that holds it.
         module: the subgraph.
         callers: the nodes that run it.
-        repeated: whether it is run again for backward (activation checkpointing).
-        last: whether it is the last one of several that are, and others read what it gives.
+        repeated: whether it runs again in the backward (activation checkpointing).
+        last: whether it is the last one of several repeated ones, and nodes of the graph read its outputs.
     """
 
     name: str
@@ -92,7 +95,7 @@ class Nested:
 
 
 def nested(owner: GraphModule) -> Iterator[Nested]:
-    """The subgraphs that run as if they stood in the graph around them, gradients included."""
+    """Yield the subgraphs that run as if they stood in the graph around them, gradients included."""
     repeated = [node for node in owner.graph.nodes if str(node.target) in REPEATED]
     last = repeated[-1] if len(repeated) > 1 and any(_readers(repeated[-1])) else None
     callers_of: dict[str, list[Node]] = {}
@@ -107,7 +110,7 @@ def nested(owner: GraphModule) -> Iterator[Nested]:
 
 
 def _readers(caller: Node) -> Iterator[Node]:
-    """Who reads what a subgraph gives, but for the graph's own caller."""
+    """Yield the nodes that read a subgraph's outputs, without the output of the graph."""
     for user in caller.users:
         if user.target == operator.getitem:
             yield from _readers(user)

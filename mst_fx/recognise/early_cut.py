@@ -1,7 +1,7 @@
-"""A head whose logits are cut along the tokens at once: the cut moves in front of the projection.
+"""An early cut: where logits are cut along the tokens right after the projection, the cut moves in front of it.
 
-`head(x)[:, :-1]` becomes `head(x[:, :-1])`, and `head(x)[:, -1]` projects one token. What nobody reads is not computed,
-and what is left can be looped along the tokens.
+`head(x)[:, :-1]` becomes `head(x[:, :-1])`, and `head(x)[:, -1]` projects one token. Logits that nobody reads are not
+computed, and the others can be looped along the tokens.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close
 
 aten = torch.ops.aten
-MAX = 2**63 - 1  # how aten writes an open end
+MAX = 2**63 - 1  # how aten writes that a slice has no end
 
 
 @dataclass(frozen=True)
 class CutHead:
-    """A projection whose result is cut.
+    """A projection whose logits are cut.
 
     Attributes:
         region: the nodes from the projection to the cut.
         cut_first: the aten graph that computes the same from fewer tokens.
-        bytes_before, bytes_after: of what the projection makes.
-        sizes: to be fixed where the cut is moved.
+        bytes_before: bytes of the projection's value.
+        bytes_after: bytes of the value after the cut.
+        sizes: the sizes to fix where the cut is moved.
     """
 
     region: Region
@@ -53,12 +54,12 @@ class CutHead:
 
 
 def cut_heads(reader: Reader, marked: Container[str] = (), *, strict: bool = False) -> Iterator[CutHead | Refusal]:
-    """The projections of the graph that may project less, and what an exception about one is told as.
+    """Yield the projections of the graph whose cut can move, and a refusal for each exception on the way.
 
     Args:
-        reader: of the graph.
-        marked: the sizes that have to vary, by their names.
-        strict: raise such exceptions.
+        reader: reads the graph.
+        marked: names of the sizes that have to vary.
+        strict: raise exceptions, and make no refusals of them.
     """
     for node in reader.owner.graph.nodes:
         try:
@@ -70,7 +71,7 @@ def cut_heads(reader: Reader, marked: Container[str] = (), *, strict: bool = Fal
             sizes = other_dims(fake_value(region.stream), marked)
             cut_first = _cut_first(region, apart(as_if_fixed([fake_value(node) for node in region.live_ins], sizes)))
         except Refusal:
-            continue  # it stays as it was written; the pattern of heads has more to say about it
+            continue  # it stays as it was; the pattern of heads says more about it
         except Exception as error:
             yield refusal_for(error, node, "a cut of logits", strict=strict)
             continue
@@ -80,9 +81,9 @@ def cut_heads(reader: Reader, marked: Container[str] = (), *, strict: bool = Fal
 
 
 def _chain(reader: Reader, head: Node) -> tuple[list[Node], Node] | None:
-    """The nodes from a widening contraction to the cut of its result, each the only reader of the one before.
+    """Return the nodes from a widening contraction to a cut, and its activation; None where there is no such chain.
 
-    One value on the way may also be returned.
+    Each node is the only reader of the one before; one value on the way may also be returned.
     """
     contraction = reader.widening(head)
     if contraction is None:
@@ -96,33 +97,33 @@ def _chain(reader: Reader, head: Node) -> tuple[list[Node], Node] | None:
         (user,) = readers
         if reader.obstacle(user) is not None or reader.multiplies(user) or reader.written_by(user):
             return None
-        opened = reader.opened(user)
-        cuts = opened is not None and any(node.target in CUTS for node in opened.ops)
+        decomposed = reader.decomposed(user)
+        cuts = decomposed is not None and any(node.target in CUTS for node in decomposed.ops)
         nodes.append(user)
         if cuts and reader.numel(user) < reader.numel(nodes[-2]):
-            shares = returned and leaves(user)  # whoever gets both may write to one, and finds it in the other
+            shares = returned and leaves(user)  # the caller may write to one of the two and read the other
             return None if shares else (nodes, contraction.activation)
 
 
 def _cut_first(region: Region, examples: list[Any]) -> GraphModule | None:
-    """The region's aten graph, traced on these values, with its cuts moved in front; None where none can be."""
+    """Return the region's aten graph, traced on these values, with its cuts moved ahead; None where no cut can move."""
     lowered = lower(region.owner, region.nodes, region.live_ins, region.outputs, region.modes, examples=examples)
-    stream = region.live_ins.index(region.stream)
+    position = region.live_ins.index(region.stream)
     moved = None
     for _ in range(len(lowered.graph.nodes)):  # each cut moves at most once
-        again = next(_moved(moved or lowered, stream, examples), None)
+        again = next(_moved(moved or lowered, position, examples), None)
         if again is None:
             break
         moved = again
         if len(region.outputs) > 1:
-            break  # what is returned is made of the parts on both sides of one cut
+            break  # a returned value is joined of the ranges on both sides of one cut
     if moved is not None and any(mode.grad for mode in region.modes.values()):
         _revalue(moved, examples)
     return moved
 
 
 def _revalue(module: GraphModule, examples: list[Any]) -> None:
-    """Give the nodes fake values that tell whether they need a gradient."""
+    """Give the nodes fake values that say whether they need a gradient."""
     env: dict[Node, Any] = {}
     given = iter(examples)
     with tracing(examples), without_autocast(), torch.enable_grad():
@@ -132,9 +133,9 @@ def _revalue(module: GraphModule, examples: list[Any]) -> None:
                 node.meta["val"] = env[node]
 
 
-def _moved(lowered: GraphModule, stream: int, examples: list[Any]) -> Iterator[GraphModule]:
-    """The graph with one cut moved, for each cut that can be."""
-    tokens = [node for node in lowered.graph.nodes if node.op == "placeholder"][stream]
+def _moved(lowered: GraphModule, position: int, examples: list[Any]) -> Iterator[GraphModule]:
+    """Yield the graph with one cut moved, for each cut that can move; the stream is the placeholder at `position`."""
+    stream = [node for node in lowered.graph.nodes if node.op == "placeholder"][position]
     for cut in lowered.graph.nodes:
         if (
             cut.target not in CUTS
@@ -142,25 +143,25 @@ def _moved(lowered: GraphModule, stream: int, examples: list[Any]) -> Iterator[G
             or args_of(cut)[4:] not in ((), (1,))
         ):
             continue
-        source, axis = args_of(cut)[0], Split(dim_of(cut))
+        uncut, axis = args_of(cut)[0], Split(dim_of(cut))
         try:
-            sources = origins(source, axis)
-            placements = propagate(lowered.graph, sources, until=cut).of
+            starts = origins(uncut, axis)
+            placements = propagate(lowered.graph, starts, until=cut).of
         except (Refusal, Spans, Demand, Unequal):
             continue
-        if tokens not in sources or any(split.inner != 1 for split in sources.values()):
+        if stream not in starts or any(split.inner != 1 for split in starts.values()):
             continue
-        projects = any(node.target in CONTRACTIONS for node in between(sources, source))
-        if not projects or placements.get(source) != axis:
+        projects = any(node.target in CONTRACTIONS for node in between(starts, uncut))
+        if not projects or placements.get(uncut) != axis:
             continue
-        yield _retraced(lowered, cut, sources, placements, examples)
+        yield _retraced(lowered, cut, starts, placements, examples)
 
 
 def _retraced(
-    lowered: GraphModule, cut: Node, sources: Mapping[Node, Split], placements: Mapping[Node, Any], examples: list[Any]
+    lowered: GraphModule, cut: Node, starts: Mapping[Node, Split], placements: Mapping[Node, Any], examples: list[Any]
 ) -> GraphModule:
-    """Trace the graph once more: what leads to the cut runs on the positions that it keeps."""
-    way = _Way(cut, sources, placements, frozenset(lowered.graph.output_node().all_input_nodes))
+    """Trace the graph once more: the nodes that lead to the cut run on the positions that the cut takes."""
+    way = _Way(cut, starts, placements, frozenset(lowered.graph.output_node().all_input_nodes))
 
     def run(*values: Any) -> Any:
         env: dict[Node, Any] = {}
@@ -183,52 +184,52 @@ def _retraced(
 
 @dataclass(frozen=True)
 class _Way:
-    """What leads to a cut.
+    """The nodes that lead to a cut.
 
     Attributes:
-        cut: of the last value on the way.
-        sources: that the way begins with, and how each lies along the axis.
-        placements: of the nodes on the way.
-        returned: what the graph gives back.
+        cut: the cut of the last value on the way.
+        starts: the values that the way begins with, and how each lies along the axis.
+        placements: placements of the nodes on the way.
+        returned: the outputs of the graph.
     """
 
     cut: Node
-    sources: Mapping[Node, Split]
+    starts: Mapping[Node, Split]
     placements: Mapping[Node, Any]
     returned: Container[Node]
 
     def cut_first(self, env: Mapping[Node, Any]) -> dict[Node, Any]:
-        """The value of the cut, and of what is on the way and returned: that is put together of three parts.
+        """Return the values of the cut, and of the returned nodes on the way: these are joined of three ranges.
 
-        The positions in front of the cut, those that it keeps, and those behind: each position lies in one of them,
-        wherever the cut begins and ends.
+        The ranges are the positions before the cut, those that it takes, and those after it: each position lies in one
+        of them, wherever the cut begins and ends.
         """
-        source, (start, end) = args_of(self.cut)[0], _bounds(self.cut, env)
-        kept = self._part(env, start, end)
-        value = kept[source].select(dim_of(self.cut), 0) if self.cut.target == aten.select.int else kept[source]
+        uncut, (start, end) = args_of(self.cut)[0], _bounds(self.cut, env)
+        taken = self._on_range(env, start, end)
+        value = taken[uncut].select(dim_of(self.cut), 0) if self.cut.target == aten.select.int else taken[uncut]
         whole = {}
-        for node in between(self.sources, source):
+        for node in between(self.starts, uncut):
             if node in self.returned:
-                pieces = [self._part(env, 0, start)[node]] if start not in (0, None) else []
-                pieces.append(kept[node])
-                if end is not None:  # a cut may end in front of its start
-                    done = sum(self.placements[node].axis_length(piece.shape) for piece in pieces)
-                    pieces.append(self._part(env, done if len(pieces) > 1 else end, None)[node])
-                whole[node] = torch.cat(pieces, self.placements[node].dim)
+                ranges = [self._on_range(env, 0, start)[node]] if start not in (0, None) else []
+                ranges.append(taken[node])
+                if end is not None:  # a cut may end before its start
+                    done = sum(self.placements[node].axis_length(x.shape) for x in ranges)
+                    ranges.append(self._on_range(env, done if len(ranges) > 1 else end, None)[node])
+                whole[node] = torch.cat(ranges, self.placements[node].dim)
         return {self.cut: value, **whole}
 
-    def _part(self, env: Mapping[Node, Any], start: Any, end: Any) -> dict[Node, Any]:
-        """The values on the way, of the positions [start, end) of the axis."""
-        short = {node: _positions(env[node], split, start, end) for node, split in self.sources.items()}
-        node, split = next(iter(self.sources.items()))
+    def _on_range(self, env: Mapping[Node, Any], start: Any, end: Any) -> dict[Node, Any]:
+        """Return the values on the way at the positions [start, end) of the axis."""
+        short = {node: _positions(env[node], split, start, end) for node, split in self.starts.items()}
+        node, split = next(iter(self.starts.items()))
         length = short[node].shape[split.dim] // split.outer
-        for node in between(self.sources, args_of(self.cut)[0]):
+        for node in between(self.starts, args_of(self.cut)[0]):
             short[node] = run_resized(node, self.placements[node], length, {**env, **short})
         return short
 
 
 def _bounds(cut: Node, env: Mapping[Node, Any]) -> tuple[Any, Any]:
-    """First position that a cut keeps, and the one behind the last; None for the end."""
+    """Return the first position that a cut takes, and the one after the last; None for the end of the axis."""
     bounds = [env.get(arg, arg) for arg in args_of(cut)[2:4]]
     if cut.target == aten.select.int:
         return bounds[0], bounds[0] + 1 if bounds[0] != -1 else None
@@ -237,7 +238,7 @@ def _bounds(cut: Node, env: Mapping[Node, Any]) -> tuple[Any, Any]:
 
 
 def _positions(value: torch.Tensor, split: Split, start: Any, end: Any) -> torch.Tensor:
-    """Positions [start, end) of the axis; negative ones count from its end."""
+    """Return the positions [start, end) of the axis; negative ones count from its end."""
     if split.outer == 1:
         return aten.slice.Tensor(value, split.dim, start, end)
     rows = aten.slice.Tensor(value.unflatten(split.dim, (split.outer, -1)), split.dim + 1, start, end)

@@ -1,4 +1,4 @@
-"""What a torch-level node of a captured graph writes to."""
+"""Effects of a torch-level node: the operands that it writes to, and gradients that come back from it."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ _SIDE_EFFECTS = {
     "embedding": ("max_norm", ("weight",)),
     "embedding_bag": ("max_norm", ("weight",)),
 }
-"""Functions that update some of their arguments: the argument that tells whether they do, and those."""
+"""Functions that may update arguments: the argument that says whether they do, and the updated ones."""
 
 
 DATA = frozenset(["_get_data_attr"])
-"""What gives a view that shares no version with its base: autograd does not notice that it is written."""
+"""Functions whose view shares no version with its base: autograd does not notice a write to it."""
 DETACHED = DATA | {"detach"}
-"""What gives a view without a gradient."""
+"""Functions and methods that give a view without a gradient."""
 
 
 def writes(node: Node) -> bool:
-    """Whether a torch-level node writes to one of its operands."""
+    """Return whether a torch-level node writes to one of its operands, by its name and its schema."""
     return bool(written_by(node))
 
 
 def written_by(node: Node) -> tuple[Node, ...]:
-    """The operands that a torch-level node writes to."""
+    """Return the operands that a torch-level node writes to, by its name and its schema."""
     found: list[Node] = []
     map_arg(tuple(_written(node)), found.append)
     for subgraph in subgraphs_of(node):
@@ -64,7 +64,7 @@ def written_by(node: Node) -> tuple[Node, ...]:
 
 
 def _written_in(caller: Node, subgraph: GraphModule) -> list[Node]:
-    """The operands of a higher-order operator that its subgraph writes to; all, where it is not known which it has."""
+    """Return the operands of a higher-order operator that its subgraph writes to; all where that is not known."""
     targets = [target for inner in subgraph.graph.nodes for target in written_by(inner)]
     written, placeholders = storages_of_all(targets), subgraph.graph.find_nodes(op="placeholder")
     is_known = all(fake_value(given) is not None for given in placeholders)
@@ -72,29 +72,29 @@ def _written_in(caller: Node, subgraph: GraphModule) -> list[Node]:
         return []
     pairs = handed(caller, subgraph)
     if not is_known or any(storages_of(given) != storages_of(operand) for given, operand in pairs):
-        return caller.all_input_nodes  # the backward of a custom function has what its forward has saved
+        return caller.all_input_nodes  # a custom backward reads what its forward has saved
     return [operand for given, operand in pairs if not written.isdisjoint(storages_of(given))]
 
 
 def sends_back(node: Node) -> bool:
-    """Whether a gradient may come back from a reader: from its value, or from what it writes to (`out[0] = value`)."""
+    """Return whether a gradient may come back from a node: its value, or an operand that it writes (`out[0] = x`)."""
     return any(map(has_gradient, (node, *written_by(node))))
 
 
 def gradients_in(graph: Graph) -> list[Node]:
-    """The nodes that differentiate a part of the graph itself (`torch.autograd.grad` within the compiled function)."""
+    """Return the nodes that differentiate within the graph (`torch.autograd.grad` in the compiled function)."""
     return [node for node in graph.nodes if node.target is torch.autograd.grad]
 
 
 def writes_data(node: Node) -> bool:
-    """Whether a node writes to what `.data` gave, or to a view of it; or its subgraph does."""
+    """Return whether a node, or its subgraph, writes to a value of `.data`, or to a view of one."""
     if any(lies_behind(target, DATA) for target in written_by(node)):
         return True
     return any(writes_data(inner) for subgraph in subgraphs_of(node) for inner in subgraph.graph.nodes)
 
 
 def leaves(node: Node, without: Node | None = None) -> bool:
-    """Whether the caller of the graph gets a value, or a view of it other than by way of `without`."""
+    """Return whether the caller of the graph gets a value, or a view of it; views by way of `without` do not count."""
 
     def views(base: Node) -> list[Node]:
         return [user for user in base.users if user is not without and (user.op == "output" or is_view(user))]
@@ -103,7 +103,7 @@ def leaves(node: Node, without: Node | None = None) -> bool:
 
 
 def lies_behind(node: Node, names: Container[str]) -> bool:
-    """Whether a value is a view that one of these functions or methods gave, or a view of such a view."""
+    """Return whether a value is a view made by one of these functions or methods, or a view of such a view."""
 
     def viewed(view: Node) -> list[Node]:
         memory = storages_of(view) if is_view(view) else set()
@@ -113,7 +113,7 @@ def lies_behind(node: Node, names: Container[str]) -> bool:
 
 
 def subgraphs_of(node: Node) -> list[GraphModule]:
-    """The subgraphs that a higher-order operator runs."""
+    """Return the subgraphs that a higher-order operator runs."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return []
     owner, held = node.graph.owning_module, [operand for operand in node.all_input_nodes if operand.op == "get_attr"]
@@ -122,14 +122,14 @@ def subgraphs_of(node: Node) -> list[GraphModule]:
 
 
 def handed(caller: Node, subgraph: GraphModule) -> list[tuple[Node, Node]]:
-    """The placeholders of a subgraph, each with the operand that its caller hands to it, which are the last ones."""
+    """Return pairs of a subgraph's placeholder and the operand for it: the last operands of the caller."""
     placeholders = subgraph.graph.find_nodes(op="placeholder")
     pairs = zip(reversed(placeholders), reversed(tree_leaves(caller.args)), strict=False)
     return [(given, operand) for given, operand in pairs if isinstance(operand, Node)]
 
 
 def _written(node: Node) -> Iterator[Any]:
-    """The arguments that are written: nodes, or lists of them."""
+    """Yield the arguments that a node writes to: nodes, or lists of nodes."""
     if node.op not in ("call_function", "call_method"):
         return
     if "out" in node.kwargs:
@@ -155,7 +155,7 @@ def _written(node: Node) -> Iterator[Any]:
 
 
 def _name(node: Node) -> str:
-    """Of a function, a method or an operator, `__imul__` being `imul`."""
+    """Return the name of the function, method or operator that a node calls; `imul` for `__imul__`."""
     if node.op == "call_method":
         name = str(node.target)
     elif isinstance(node.target, torch._ops.OpOverload):
@@ -172,7 +172,7 @@ def _is_operator(target: Any) -> bool:
 
 
 class _Mutable(NamedTuple):
-    """An argument that an operator writes to; one that is given by name alone has a position behind all others."""
+    """An argument that an operator writes to; a keyword-only one has a position after all others."""
 
     position: int
     name: str
@@ -183,7 +183,7 @@ _OPERATORS_OF_TORCH = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
 def _operator(node: Node) -> Any:
-    """The operator that a node calls; methods, and functions of torch written in C++, stand for that of their name."""
+    """Return the operator that a node calls, by its name for methods and for functions of torch written in C++."""
     target: Any = node.target
     if node.op == "call_method" or (isinstance(target, BuiltinFunctionType) and not _is_operator(target)):
         target = getattr(torch.ops.aten, _name(node), None)
@@ -192,7 +192,7 @@ def _operator(node: Node) -> Any:
 
 @functools.cache
 def _mutable_arguments(called: Any) -> tuple[_Mutable, ...]:
-    """Those of an operator, or of all its overloads; none of None."""
+    """Return the mutable arguments of an operator, or of all its overloads; none for None."""
     if called is None:
         return ()
     is_packet = isinstance(called, torch._ops.OpOverloadPacket)
@@ -211,7 +211,7 @@ def _is_list(given: Any) -> bool:
 
 
 def _arguments(node: Node, name: str) -> dict[str, Any]:
-    """The arguments of a function that may write in place, by name, defaults included as far as it tells them."""
+    """Return the arguments of a function that may write in place, by name, with the defaults where it tells them."""
     signature = _signature(node.target) if node.op == "call_function" else None
     if name in _SIDE_EFFECTS and (signature is None or _operator(node) is not None):
         names = [argument.name for argument in getattr(torch.ops.aten, name).default._schema.arguments]

@@ -1,12 +1,12 @@
-"""From a value that is larger than what it is made from to the region of everything that is made of it.
+"""A growth begins at a node that makes a large value, and takes in all that is made of it; then it becomes a region.
 
 Terms
-  start     what makes the first large value: a contraction that widens the stream, or rows picked more than once
-  source    what the start reads: the stream
-  large     more elements than the source; what depends on the start and is not large is a result
+  start     the node that makes the first large value: a widening contraction, or one that picks rows more than once
+  stream    the operand of the start that carries the tokens
+  large     more elements than the stream; a value that depends on the start and is not large is small again
   up        a contraction that makes a large value from one that is not
-  sink      a contraction that makes a result from a large value (a down-projection)
-  returned  a large value that the graph's caller gets, itself, viewed or joined with others, so that it must exist
+  sink      a contraction of a large value to one that is not (a down-projection)
+  returned  a large value that the graph's caller gets, as it is, viewed or joined with others, so that it must exist
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import is_size
 from mst_fx.core.values import fake_value, has_gradient, is_view
 from mst_fx.recognise.reader import Reader
-from mst_fx.recognise.region import Region, close, needs_gradient, with_parts
-from mst_fx.recognise.sorted_rows import company, with_orders
+from mst_fx.recognise.region import Region, close, needs_gradient, with_items
+from mst_fx.recognise.sorted_rows import required_by, with_permutations
 
 
 @dataclass(frozen=True)
 class Growth:
-    """What grew from a start.
+    """The nodes that grow from a start.
 
     Attributes:
-        nodes: the start and what large values are made into, closed: no large value is read outside unless returned.
-        ups: the contractions among them that make large values from values that are not large, in graph order.
-        sinks: those that make values that are not large from large ones, in graph order.
+        nodes: the start and all readers of large values: outside of them, nothing but the caller reads a large value.
+        ups: the contractions among them that make large values from values that are not, in graph order.
+        sinks: the contractions of large values to values that are not, in graph order.
         returned: the large values among them that the graph returns.
-        obstacle: why something that reads a large value cannot be looped, None where the nodes are closed.
+        obstacle: why a reader of a large value cannot be looped, None where there is no such reader.
     """
 
     nodes: frozenset[Node]
@@ -46,29 +46,29 @@ class Growth:
     obstacle: Refusal | None
 
 
-def grow(reader: Reader, start: Node, source: Node) -> Growth | None:
-    """Take in every reader of a large value, what other large values those read, who writes, and what lies in between.
+def grow(reader: Reader, start: Node, stream: Node) -> Growth | None:
+    """Take in all readers of large values, the other large values that these read, all writers, and nodes in between.
 
-    Where that fails, and a contraction narrowed a large value to one that is still larger than the source (which is of
-    low rank), that size is the limit of what is large.
+    Where that fails, and a contraction has narrowed a large value to one that is still larger than the stream (which is
+    of low rank then), the search begins again: large is what has more elements than that value.
 
     Args:
-        reader: of the graph.
+        reader: reads the graph.
         start: the node to start from.
-        source: what it reads.
+        stream: the operand of the start that carries the tokens.
 
     Returns:
         The growth, None where large values meet in a matrix product, as in attention, or are widened once more.
     """
-    key = (grow, start, source)  # every pattern asks
+    key = (grow, start, stream)  # every pattern asks for it
     if key not in reader.remembered:
-        reader.remembered[key] = _grow(reader, start, source)
+        reader.remembered[key] = _grow(reader, start, stream)
     growth: Growth | None = reader.remembered[key]
     return growth
 
 
-def _grow(reader: Reader, start: Node, source: Node) -> Growth | None:
-    limit: int | None = reader.numel(source)
+def _grow(reader: Reader, start: Node, stream: Node) -> Growth | None:
+    limit: int | None = reader.numel(stream)
     while limit is not None and reader.numel(start) > limit:
         attempt = _Attempt(reader, start, limit)
         growth = attempt.growth()
@@ -79,11 +79,11 @@ def _grow(reader: Reader, start: Node, source: Node) -> Growth | None:
 
 
 class _Attempt:
-    """Growing with one limit of what is large.
+    """An attempt to grow with one limit: values with more elements are large.
 
     Attributes:
-        alien: whether it failed: large values met in a product, or were widened once more.
-        narrowed: the size of the first large value that a contraction made of a larger one: the next limit to try.
+        failed: whether it has failed: large values met in a product, or were widened once more.
+        narrowed: elements of the first large value that a contraction made of a larger one: the next limit to try.
     """
 
     def __init__(self, reader: Reader, start: Node, limit: int) -> None:
@@ -93,31 +93,31 @@ class _Attempt:
         self.sinks: list[Node] = []
         self.returned: list[Node] = []
         self.obstacle: Refusal | None = None
-        self.alien = False
+        self.failed = False
         self.narrowed: int | None = None
         self.projects = reader.widening(start) is not None
 
     def growth(self) -> Growth | None:
-        """Take in nodes until none has to come along any more; None where the attempt failed."""
+        """Take in nodes until no more are needed; return None where the attempt fails."""
         pending = [self.start]
         while pending:
             node = pending.pop()
             if node not in self.inside:
                 self.inside.add(node)
                 pending += self._operands(node) + self._readers(node)
-            if self.alien:
+            if self.failed:
                 return None
             if not pending:
-                pending += company(self.reader, self.inside)
+                pending += required_by(self.reader, self.inside)
         order = self.reader.order.__getitem__
         ups, sinks = tuple(sorted(self.ups, key=order)), tuple(sorted(self.sinks, key=order))
-        return Growth(frozenset(with_parts(self.inside)), ups, sinks, tuple(self.returned), self.obstacle)
+        return Growth(frozenset(with_items(self.inside)), ups, sinks, tuple(self.returned), self.obstacle)
 
     def _is_large(self, node: Node) -> bool:
         return self.reader.numel(node) > self.limit
 
     def _readers(self, node: Node) -> list[Node]:
-        """Who has to come along with a node: readers of a large value, and whoever writes to it."""
+        """Return the users that come in with a node: the readers and the writers of a large value."""
         if not self._is_large(node):
             return []
         writers = [user for user in node.users if node in self.reader.written_by(user)]
@@ -126,46 +126,53 @@ class _Attempt:
         return [user for user in node.users if user not in leaves] + writers
 
     def _is_shown(self, node: Node) -> bool:
-        """Whether a node gives large values to the caller; a small part of one is a result like others."""
+        """Return whether a node gives large values to the caller; a small slice of one is an ordinary output."""
         return self._is_large(node) and only_returns(self.reader, node)
 
     def _operands(self, node: Node) -> list[Node]:
-        """The large operands that come along with a node: made in the loop, in place of being read by it."""
+        """Return the large operands that come in with a node: the loop makes them, and does not read them."""
         contraction = self.reader.contraction(node)
         if contraction is not None and not self._is_large(contraction.activation):
             self.ups += [node] if self._is_large(node) else []
             return []
         if contraction is not None:
-            self._weigh(node, contraction.activation)
+            self._record_contraction(node, contraction.activation)
             operands = [contraction.weight] if fake_value(contraction.weight).dim() > 2 else []
         else:
-            self.alien |= self.reader.multiplies(node)
+            self.failed |= self.reader.multiplies(node)
             self.obstacle = self.obstacle or obstacle_to(self.reader, node)
-            self.alien |= self.obstacle is not None and _mixes(self.reader, self.obstacle)
+            self.failed |= self.obstacle is not None and _mixes(self.reader, self.obstacle)
             operands = node.all_input_nodes if node is not self.start else []
         if self.obstacle is not None:
             return []
         return [operand for operand in operands if self._is_large(operand) and _can_be_made(self.reader, operand)]
 
-    def _weigh(self, node: Node, activation: Node) -> None:
-        """Tell what a contraction of a large value is."""
+    def _record_contraction(self, node: Node, activation: Node) -> None:
+        """Record a contraction of a large value: a sink, a second widening, or one that narrows."""
         before, after = self.reader.numel(activation), self.reader.numel(node)
         if not self._is_large(node):
             self.sinks.append(node)
         elif self.projects and after > before:
-            self.alien = True
+            self.failed = True
         elif self.projects and after < before:
             self.narrowed = self.narrowed or after
 
 
 def _mixes(reader: Reader, obstacle: Refusal) -> bool:
-    """Whether an obstacle is an op of several tensors that nobody knows: attention, a scan, ..."""
+    """Return whether an obstacle is an unknown op of several tensors: attention, a scan, ..."""
     opaque = obstacle.reason in (Reason.UNKNOWN_OP, Reason.RANDOM)
     return opaque and obstacle.node is not None and len(reader.tensor_operands(obstacle.node)) != 1
 
 
-def region_of_head(reader: Reader, growth: Growth, stream: Node) -> Region:
-    """What to loop of a head, the best first: up to one scalar; large values alone; what stands behind returned logits.
+def best_region(reader: Reader, growth: Growth, stream: Node) -> Region:
+    """Return the best region in a growth; `smaller` of each holds the next best.
+
+    The best one goes up to one scalar; the next holds the growth alone; the last, the nodes after returned values.
+
+    Args:
+        reader: reads the graph.
+        growth: of a wide projection; its outputs are small.
+        stream: the value that carries the tokens.
 
     Raises:
         Refusal: none of these can be closed.
@@ -177,9 +184,9 @@ def region_of_head(reader: Reader, growth: Growth, stream: Node) -> Region:
     if growth.returned:
         chain += _behind_returned(reader, scalar or growth.nodes, growth.returned)
     region, refusal = None, None
-    for nodes, source in reversed(chain):
+    for nodes, its_stream in reversed(chain):
         try:
-            region = close(reader, nodes, source, growth.returned, region)
+            region = close(reader, nodes, its_stream, growth.returned, region)
         except Refusal as error:
             refusal = error
     if region is None:
@@ -188,32 +195,37 @@ def region_of_head(reader: Reader, growth: Growth, stream: Node) -> Region:
     return region
 
 
-def region_of_mlp(reader: Reader, growth: Growth, stream: Node) -> Region:
-    """Everything that grew, as one region whose outputs are the results.
+def whole_region(reader: Reader, growth: Growth, stream: Node) -> Region:
+    """Return all nodes of a growth as one region, with the sorts and permutations of their rows.
+
+    Args:
+        reader: reads the graph.
+        growth: its outputs become those of the region.
+        stream: the value that carries the tokens.
 
     Raises:
-        Refusal: there is an obstacle, a large value is returned, or one of `close`.
+        Refusal: there is an obstacle, a large value is returned (ESCAPES), or the nodes cannot be closed (see `close`).
     """
     if growth.obstacle is not None:
         raise growth.obstacle
     for node in growth.returned:
         raise Refusal(Reason.ESCAPES, node, f"{op_name(node)} is returned")
-    nodes = with_orders(reader, growth.nodes, stream)
-    while stream in nodes and stream.all_input_nodes:  # picked in an order: the rows that it was picked from
+    nodes = with_permutations(reader, growth.nodes, stream)
+    while stream in nodes and stream.all_input_nodes:  # rows that a permutation picked: the rows that they come from
         stream = stream.all_input_nodes[0]
     return close(reader, nodes, stream)
 
 
 def only_returns(reader: Reader, node: Node) -> bool:
-    """Whether a node views large values, or puts them together, for the caller of the graph and for nobody else."""
+    """Return whether a node views or joins large values for the caller of the graph alone."""
     ops = (reader.ops(node) or set()) if all(user.op == "output" for user in node.users) else set()
     return bool(ops) and ops <= {*SHOWN_TO_CALLERS}
 
 
 def to_a_scalar(reader: Reader, growth: Growth) -> frozenset[Node] | None:
-    """The nodes and what turns their results into one scalar, if that alone carries gradients to the rest of the graph.
+    """Return the nodes with those that make one scalar of their outputs; None if other outputs carry gradients, too.
 
-    Values that must exist because they are returned do not count.
+    Large values that are returned do not count as outputs here.
     """
     nodes = growth.nodes
     if not any(map(has_gradient, nodes)):
@@ -235,17 +247,17 @@ def to_a_scalar(reader: Reader, growth: Growth) -> frozenset[Node] | None:
         if reader.numel(node) == 1 and has_gradient(node):
             scalars.append(node)
     for scalar in scalars:
-        part = with_parts(nodes | ancestors([scalar], stop=lambda node: node not in grown))
-        ends = {node for node in part if needs_gradient(node, part)}
+        nodes_to_scalar = with_items(nodes | ancestors([scalar], stop=lambda node: node not in grown))
+        ends = {node for node in nodes_to_scalar if needs_gradient(node, nodes_to_scalar)}
         if ends - {*growth.returned} == {scalar}:
-            return frozenset(part)
+            return frozenset(nodes_to_scalar)
     return None
 
 
 def _behind_returned(
     reader: Reader, nodes: Iterable[Node], returned: tuple[Node, ...]
 ) -> list[tuple[frozenset[Node], Node]]:
-    """The nodes that depend on returned values, with such a value (or a view of it) as their stream."""
+    """Return the nodes that depend on returned values, and such a value (or a view of it) as their stream."""
     given, dependent = set(returned), set[Node]()
     for node in sorted(nodes, key=reader.order.__getitem__):
         operands = set(node.all_input_nodes)
@@ -256,7 +268,7 @@ def _behind_returned(
 
 
 def obstacle_to(reader: Reader, node: Node) -> Refusal | None:
-    """Why a node that reads large values must not be in a region."""
+    """Return why a node that reads large values must not be in a region, None where it may."""
     if is_size(fake_value(node)):
         return None
     obstacle = reader.obstacle(node)
@@ -266,7 +278,7 @@ def obstacle_to(reader: Reader, node: Node) -> Refusal | None:
 
 
 def _can_be_made(reader: Reader, node: Node) -> bool:
-    """Whether a large operand can be made in the loop as well, in place of being read by it."""
+    """Return whether the loop can make a large operand, and need not read it."""
     if node.op in ("placeholder", "get_attr"):
         return False
     return reader.widening(node) is not None or obstacle_to(reader, node) is None

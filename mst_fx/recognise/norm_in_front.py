@@ -1,11 +1,11 @@
-"""What stands in front of a region and belongs to its tokens alone: a norm, mostly, whose value nobody else reads.
+"""The front of a region, a norm in most cases, joins the region if only the region reads it.
 
-With it in the loop, the value and its gradient never exist at the whole length, and what is saved for backward is what
-the norm reads, which backward would need in any case.
+In the loop, the front's value and its gradient never exist at the whole length. The forward saves what the norm reads,
+which the backward would need in any case.
 
 Terms
-  stream  what the region reads the tokens from
-  front   nodes that make it from an earlier value of its shape, and that nobody outside of the region reads
+  stream  the live-in that carries the tokens
+  front   nodes that make the stream from an earlier value of its shape, and that only the region reads
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from mst_fx.recognise.region import Region, close
 
 
 def with_front(reader: Reader, region: Region, taken: Collection[Node]) -> Region | None:
-    """The region and its front, None where there is none.
+    """Return the region with its front, None where it has none.
 
     Args:
-        reader: of the graph.
+        reader: reads the graph.
         region: as recognised.
         taken: nodes that belong to regions.
     """
@@ -41,10 +41,11 @@ def with_front(reader: Reader, region: Region, taken: Collection[Node]) -> Regio
 
 
 def _front(reader: Reader, region: Region, taken: Collection[Node]) -> tuple[frozenset[Node], Node] | None:
-    """The longest front, and the stream that it reads.
+    """Return the longest front and the stream that it reads, None where there is no front.
 
-    Going back from the region's stream, last node first, all is taken that may be. A front is whole wherever one value
-    as large as the stream is read, and all else that it reads is given.
+    The search goes back from the region's stream, last node first, and takes every node that may be in a front. The
+    nodes so far are a front if they read one value as large as the stream, and otherwise only values that no front
+    could make.
     """
     inside, front = set(region.nodes), set[Node]()
     made, given = {region.stream}, set[Node]()
@@ -67,17 +68,17 @@ def _front(reader: Reader, region: Region, taken: Collection[Node]) -> tuple[fro
 
 
 def _belongs(reader: Reader, node: Node, inside: set[Node]) -> bool:
-    """Whether a node only computes something for the region, token by token as far as its ops can tell."""
+    """Return whether a node computes a value for the region alone, token by token as far as its ops can tell."""
     if not node.op.startswith("call_") or not inside.issuperset(node.users):
         return False
     if not all(isinstance(fake_value(value), torch.Tensor) for value in (node, *reader.tensor_operands(node))):
-        return False  # a tuple, or a part of one
+        return False  # a tuple, or an item of one
     computes = reader.is_pure(node) and not reader.multiplies(node) and reader.obstacle(node) is None
     return computes and not any(reader.written_by(user) for user in node.users)
 
 
 def _is_like(value: Node, stream: Node) -> bool:
-    """Whether a loop may read it in place of the stream, for no more memory."""
+    """Return whether a loop may read a value in place of the stream, for no more memory."""
     a, b = fake_value(value), fake_value(stream)
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return False

@@ -1,4 +1,4 @@
-"""What a file in passes/ provides (one pattern that recognises a kind of subgraph), and what it may use for that."""
+"""What a file in passes/ defines (one pattern, which recognises regions of one kind), and what it may use for that."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from mst_fx.core.graph_walk import ancestors as ancestors
 from mst_fx.core.refusal import Reason as Reason
 from mst_fx.core.refusal import Refusal as Refusal
 from mst_fx.recognise.growth import Growth as Growth
+from mst_fx.recognise.growth import best_region as best_region
 from mst_fx.recognise.growth import grow as grow
-from mst_fx.recognise.growth import region_of_head as region_of_head
-from mst_fx.recognise.growth import region_of_mlp as region_of_mlp
+from mst_fx.recognise.growth import whole_region as whole_region
 from mst_fx.recognise.reader import Contraction as Contraction
 from mst_fx.recognise.reader import Reader as Reader
 from mst_fx.recognise.region import Region as Region
 
 
 class Pattern(ABC):
-    """Recognises regions of one kind. Growing, planning, looping and splicing are the engine's.
+    """Recognises regions of one kind. The engine grows, plans, loops and splices them.
 
     Attributes:
-        name: as in reports and in the option `disable`.
-        priority: patterns with a lower number are asked first.
+        name: the name in reports and in the option `disable`.
+        priority: the engine asks patterns with a lower number first.
     """
 
     name: ClassVar[str]
@@ -34,10 +34,10 @@ class Pattern(ABC):
 
     @abstractmethod
     def match(self, reader: Reader, node: Node) -> Region | None:
-        """The region that `node` begins, None where the node begins no such region.
+        """Return the region that `node` begins, None where the node begins no such region.
 
         Raises:
-            Refusal: the node does begin such a region, but something in it must not be looped.
+            Refusal: the node begins such a region, but something in it must not be looped.
         """
 
 
@@ -46,7 +46,7 @@ _REGISTRY: dict[str, Pattern] = {}
 
 
 def register(pattern: PatternClass) -> PatternClass:
-    """Class decorator: make the pattern known to every later compile.
+    """Make a pattern known to every later compile: a class decorator.
 
     Raises:
         ValueError: another pattern has the name.
@@ -58,7 +58,7 @@ def register(pattern: PatternClass) -> PatternClass:
 
 
 def patterns(disable: tuple[str, ...] = ()) -> list[Pattern]:
-    """All registered patterns but the disabled ones, in order of priority.
+    """Return all registered patterns but the disabled ones, by priority and name.
 
     Raises:
         ValueError: `disable` holds a name that no pattern has; the message lists the names.

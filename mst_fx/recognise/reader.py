@@ -1,7 +1,7 @@
-"""Reading a captured graph: what a torch-level node amounts to, however the user spelled it.
+"""The reader of a captured graph tells what a torch-level node is, however the user spelled it.
 
-A node is classed by the aten ops it opens into, so `F.linear`, `x @ w`, `torch.addmm` and an `einsum` are all
-contractions, and a custom activation of ten nodes is ten elementwise nodes. No list of names is kept.
+It goes by the aten ops that the node decomposes into, so `F.linear`, `x @ w`, `torch.addmm` and an `einsum` are all
+contractions, and a custom activation of ten nodes is ten elementwise nodes. There is no list of names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from mst_fx.capture.decomposed import Opened
+from mst_fx.capture.decomposed import Decomposed
 from mst_fx.core.aten_ops import (
     CONTRACTIONS,
     GROUPED_PRODUCTS,
@@ -35,15 +35,15 @@ from mst_fx.core.sizes import hint, is_size, sure
 from mst_fx.core.values import fake_value, tensors_of
 from mst_fx.placement.propagate import forbid_effects, forbid_unruled
 from mst_fx.placement.rules.contraction import factors
+from mst_fx.recognise.decomposed_nodes import decomposed_nodes, strange_tensors
 from mst_fx.recognise.effects import gradients_in, writes, writes_data, written_by
-from mst_fx.recognise.opening import opened_nodes, strange_tensors
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """activation [.., n, k] times weight [k, m] or [m, k]; or times one such matrix a group, [g, k, m].
+    """activation [.., n, k] times weight [k, m] or [m, k], or times one such matrix for each group, [g, k, m].
 
     A convolution whose kernel is one position wide is such a product, too; its weight is [m, k, 1, ..].
     """
@@ -57,29 +57,29 @@ class Reader:
     """Reads the nodes of one graph.
 
     Args:
-        owner: holds the graph.
-        known: what was opened before, in this graph or another one of the same compile: a node like an earlier one
+        owner: the module that holds the graph.
+        known: earlier decompositions, of this graph or another one of the same compile: a node like an earlier one
             costs nothing.
         outer: the mode that the graph runs in.
     """
 
     def __init__(
-        self, owner: GraphModule, known: dict[Hashable, Opened | None] | None = None, outer: Mode = TOP
+        self, owner: GraphModule, known: dict[Hashable, Decomposed | None] | None = None, outer: Mode = TOP
     ) -> None:
         self.owner = owner
         self.outer = outer
         self.order = {node: position for position, node in enumerate(owner.graph.nodes)}
         self.modes = modes_of(owner.graph, outer)
-        self.remembered: dict[Any, Any] = {}  # by other stages, about nodes of this graph
+        self.remembered: dict[Any, Any] = {}  # facts about nodes of this graph, which other stages store
         self.differentiated = ancestors(gradients_in(owner.graph))
         self._written: dict[Node, tuple[Node, ...]] = {}
-        self._opened = opened_nodes(owner, {} if known is None else known)
+        self._decomposed = decomposed_nodes(owner, {} if known is None else known)
 
     def written_by(self, node: Node) -> tuple[Node, ...]:
-        """The operands that a node writes to, as its name and its schema tell, or as was seen when it was opened."""
+        """Return the operands that a node writes to, by its name, its schema, or the trace that decomposed it."""
         if node not in self._written:
-            opened = self._opened.get(node)
-            seen = (node.all_input_nodes[position] for position in opened.written) if opened is not None else ()
+            decomposed = self._decomposed.get(node)
+            seen = (node.all_input_nodes[position] for position in decomposed.written) if decomposed is not None else ()
             self._written[node] = tuple(dict.fromkeys((*written_by(node), *seen)))
         return self._written[node]
 
@@ -88,20 +88,20 @@ class Reader:
         """The nodes that write to memory through `.data`."""
         return [node for node in self.owner.graph.nodes if self.written_by(node) and writes_data(node)]
 
-    def opened(self, node: Node) -> Opened | None:
-        """What one node opens into; None where it cannot be opened (no fake values, a data-dependent op, ...)."""
-        found = self._opened.get(node)
+    def decomposed(self, node: Node) -> Decomposed | None:
+        """Return the aten ops of a node; None where it has none (no fake values, a data-dependent op, ...)."""
+        found = self._decomposed.get(node)
         return found if found is not None and found.understood else None
 
     def contraction(self, node: Node) -> Contraction | None:
-        """The node as activation times weight, None where it is something else."""
-        opened = self.opened(node)
-        if opened is None or not isinstance(fake_value(node), torch.Tensor):
+        """Return the node as activation times weight, None where it is something else."""
+        decomposed = self.decomposed(node)
+        if decomposed is None or not isinstance(fake_value(node), torch.Tensor):
             return None
-        products = [op for op in opened.ops if op.target in CONTRACTIONS]
+        products = [op for op in decomposed.ops if op.target in CONTRACTIONS]
         if len(products) != 1:
             return None
-        left, right = (_operand(node, opened, arg) for arg in factors(products[0]))
+        left, right = (_operand(node, decomposed, arg) for arg in factors(products[0]))
         if left is None or right is None or left is right:
             return None
         weights = self._weights(left, right, products[0].target)
@@ -111,10 +111,10 @@ class Reader:
         return Contraction(activation, weight, _rank(weight) == 3 and products[0].target not in ONE_PRODUCT)
 
     def _weights(self, left: Node, right: Node, product: object) -> list[Node]:
-        """Which of two factors are weights: what is made of parameters, or an input if it looks like a weight."""
+        """Return the factors that are weights: made of parameters, or an input that looks like a weight."""
         found = [operand for operand in (left, right) if self._is_learnt(operand)]
         if found:
-            return found  # two of them are an adapter and its weight, being merged: no tokens
+            return found  # two learnt factors merge an adapter into its weight: there are no tokens
         roots = {operand: self._input_behind(operand) for operand in (left, right)}
         if _rank(left) == _rank(right) == 3 and product not in ONE_PRODUCT:
             return [operand for operand, root in roots.items() if _is_input(root) and _rank(root) == 3]
@@ -124,9 +124,9 @@ class Reader:
         return [weight] if _is_matrix(weight) else []
 
     def widening(self, node: Node) -> Contraction | None:
-        """The node as a contraction that makes more elements than its activation has, None where it is none.
+        """Return the node as a contraction that makes more elements than its activation has, None where it is none.
 
-        Of an activation of low rank counts what it was projected from: an adapter gives back what it took.
+        For an activation of low rank, the value that it was projected from counts: an adapter restores that size.
         """
         contraction = self.contraction(node)
         if contraction is None or self.numel(node) <= self.numel(self.unprojected(contraction.activation)):
@@ -134,52 +134,52 @@ class Reader:
         return contraction
 
     def unprojected(self, activation: Node) -> Node:
-        """What an activation of low rank was projected from; the activation itself where it was not.
+        """Return the value that an activation of low rank was projected from; any other activation as it is.
 
-        Of a projection that narrows what another one has widened, as in an MLP, counts what that one has read.
+        For a projection that narrows what another one has widened, as in an MLP, the input of the latter counts.
         """
-        source = activation
-        while self.contraction(source) is None and len(self.tensor_operands(source)) == 1:
-            (source,) = self.tensor_operands(source)
-        before = self.contraction(source)
+        origin = activation
+        while self.contraction(origin) is None and len(self.tensor_operands(origin)) == 1:
+            (origin,) = self.tensor_operands(origin)
+        before = self.contraction(origin)
         if before is None or self.numel(before.activation) <= self.numel(activation):
             return activation
         narrow = self._widened_from(before.activation)
         return before.activation if narrow is None else max(narrow, activation, key=self.numel)
 
     def _widened_from(self, large: Node) -> Node | None:
-        """What a contraction made a large value of, straight or by way of values as large; None if none did."""
+        """Return what a contraction made a large value of, directly or by way of values as large; None if none did."""
 
         def as_large(node: Node) -> list[Node]:
             operands = self.tensor_operands(node) if self.contraction(node) is None else []
             return [operand for operand in operands if self.numel(operand) >= self.numel(large)]
 
-        sources = list[Node]()
+        origins = list[Node]()
         for node in walk([large], as_large):
             contraction = self.contraction(node)
             if contraction is not None and self.numel(contraction.activation) < self.numel(node):
-                sources.append(self.unprojected(contraction.activation))
-        return max(sources, key=self.numel, default=None)
+                origins.append(self.unprojected(contraction.activation))
+        return max(origins, key=self.numel, default=None)
 
     def ops(self, node: Node) -> set[object] | None:
-        """The ops that a node opens into, but those that compute sizes; None where it cannot be opened."""
-        opened = self.opened(node)
-        if opened is None:
+        """Return the ops that a node decomposes into, without those that compute sizes; None where that fails."""
+        decomposed = self.decomposed(node)
+        if decomposed is None:
             return None
-        return {op.target for op in opened.ops if op.op == "call_function" and not is_size(op.meta.get("val"))}
+        return {op.target for op in decomposed.ops if op.op == "call_function" and not is_size(op.meta.get("val"))}
 
     def does(self, node: Node, ops: tuple[object, ...]) -> bool:
-        """Whether the node opens into one of the ops."""
+        """Return whether the node decomposes into one of the ops, among others."""
         return not (self.ops(node) or set()).isdisjoint(ops)
 
     def unviewed(self, node: Node) -> Node:
-        """The value that a node is a view of, or a cast; the node itself where it is none."""
+        """Return the value that a node views or casts; the node itself where it does neither."""
         while not (_is_input(node) or _is_one_of_several(node)) and self._does_only(node, VIEWS_AND_CASTS):
             node = node.all_input_nodes[0]
         return node
 
     def _is_learnt(self, node: Node) -> bool:
-        """Whether a value is made of parameters alone."""
+        """Return whether a value is made of parameters alone."""
         key = ("learnt", node)
         if key not in self.remembered:
             operands = self.tensor_operands(node)
@@ -189,54 +189,54 @@ class Reader:
         return learnt
 
     def _input_behind(self, node: Node) -> Node:
-        """The input of the graph that a node views, casts or picks rows of; whatever else is made of none."""
+        """Return the graph input that a node views, casts or picks rows of; otherwise some value that is no input."""
         while not _is_input(node) and self._does_only(node, PICKS):
             node = node.all_input_nodes[0]
         return node
 
     def _does_only(self, node: Node, ops: tuple[object, ...]) -> bool:
-        """Whether a node makes something of its operands by these ops alone."""
+        """Return whether a node computes its value from operands with these ops alone."""
         found = self.ops(node)
         return found is not None and found <= {*ops} and bool(node.all_input_nodes)
 
     def fills(self, node: Node) -> bool:
-        """Whether the node makes memory of one value, of no value, or of positions."""
+        """Return whether the node makes new memory: of one value, uninitialised, or of positions."""
         found = self.ops(node) or set()
         return bool(found) and found <= {*MADE_OF_NOTHING}
 
     def repeats(self, node: Node) -> Node | None:
-        """What the node repeats, or picks rows of more than once; None where it does nothing of the kind."""
+        """Return the operand that the node repeats, or picks rows of more than once; None where it does neither."""
         if not self._does_only(node, (*PICKS, *REPEATS)) or not self.does(node, REPEATS):
             return None
-        source = node.all_input_nodes[0]
-        return source if self.numel(node) > self.numel(source) else None
+        operand = node.all_input_nodes[0]
+        return operand if self.numel(node) > self.numel(operand) else None
 
     def rank(self, node: Node) -> int:
-        """Dims of the node's value, -1 for what is no tensor."""
+        """Return the number of dims of the node's value, -1 where it is no tensor."""
         return _rank(node)
 
     def tensor_operands(self, node: Node) -> list[Node]:
-        """The operands that are tensors, or tuples of them; no sizes, no subgraphs."""
+        """Return the operands that are tensors or tuples of tensors: no sizes, no subgraphs."""
         return [operand for operand in node.all_input_nodes if tensors_of(operand)]
 
     def multiplies(self, node: Node) -> bool:
-        """Whether the node opens into a matrix product of any kind, as attention does."""
+        """Return whether the node decomposes into a matrix product of any kind, as attention does."""
         return self.does(node, CONTRACTIONS)
 
     def obstacle(self, node: Node) -> Refusal | None:
-        """Why a region must not run through this node; None where each of its ops has a placement rule."""
-        opened = self.opened(node)
+        """Return why a region must not contain this node; None where each of its ops has a placement rule."""
+        decomposed = self.decomposed(node)
         if (strange := strange_tensors(node)) is not None:
             return strange
-        if opened is None:
+        if decomposed is None:
             return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} cannot be opened into aten ops")
-        if any(op.op == "get_attr" for op in opened.ops):
+        if any(op.op == "get_attr" for op in decomposed.ops):
             return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} holds a constant tensor")
-        # opened alone, a write to an operand ends in a copy into it; in a region the operand is a value like any other
+        # decomposed alone, a write to an operand ends in a copy into it; in a region the operand is an ordinary value
         written = aten.copy_.default if writes(node) else None
-        ops = [op for op in opened.ops if op.op == "call_function" and op.target != written]
+        ops = [op for op in decomposed.ops if op.op == "call_function" and op.target != written]
         try:
-            for forbid in (forbid_effects, forbid_unruled):  # what an op does comes before that nobody knows it
+            for forbid in (forbid_effects, forbid_unruled):  # an op's effect is a better reason than a missing rule
                 for op in ops:
                     forbid(op)
         except Refusal as refusal:
@@ -244,30 +244,30 @@ class Reader:
         return None
 
     def is_pure(self, node: Node) -> bool:
-        """Whether the node does nothing but compute its value: it writes nothing and draws no random numbers."""
+        """Return whether the node only computes its value: it writes nothing and draws no random numbers."""
         return not self.written_by(node) and self.is_known(node)
 
     def is_known(self, node: Node) -> bool:
-        """Whether it is known what the node computes, or writes, and that it draws no random numbers."""
+        """Return whether the pass knows what the node computes or writes, and it draws no random numbers."""
         if is_size(fake_value(node)):
             return node.op.startswith("call_")
-        opened = self.opened(node)
-        ops = opened.ops if opened is not None else ()
-        return opened is not None and not any(is_random(op.target) for op in ops)
+        decomposed = self.decomposed(node)
+        ops = decomposed.ops if decomposed is not None else ()
+        return decomposed is not None and not any(is_random(op.target) for op in ops)
 
     def numel(self, node: Node) -> int:
-        """Elements of the node's value as captured, added up where it is a tuple."""
+        """Return the number of elements of the node's captured value; for a tuple, the sum over its tensors."""
         return sum(prod(map(hint, tensor.shape)) for tensor in tensors_of(node))
 
 
-def _operand(node: Node, opened: Opened, arg: Any) -> Node | None:
-    """The operand of the node that a factor of the product is a view or cast of."""
+def _operand(node: Node, decomposed: Decomposed, arg: Any) -> Node | None:
+    """Return the operand of the node that a factor of the product is a view or cast of."""
     while isinstance(arg, Node) and arg.op == "call_function":
         tensors = [node for node in arg.all_input_nodes if isinstance(node.meta.get("val"), torch.Tensor)]
         if len(tensors) != 1:
             break
         arg = tensors[0]
-    return node.all_input_nodes[opened.position_of[arg]] if arg in opened.position_of else None
+    return node.all_input_nodes[decomposed.position_of[arg]] if arg in decomposed.position_of else None
 
 
 def _rank(node: Node) -> int:
@@ -290,7 +290,7 @@ def _is_one_of_several(node: Node) -> bool:
 
 
 def _is_weight(node: Node) -> bool:
-    """A matrix that comes into the graph, or a view or cast of one."""
+    """Return whether a node is a matrix that comes into the graph, or a view or cast of one."""
     if not _is_matrix(node):
         return False
     return _is_input(node) or (len(node.all_input_nodes) == 1 and _is_weight(node.all_input_nodes[0]))

@@ -1,4 +1,4 @@
-"""A captured graph -> a copy of it with regions replaced, subgraphs replaced, and nodes left out."""
+"""A captured graph is copied with regions and subgraphs replaced, and nodes left out."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mst_fx.recognise.region import Region
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of a copied graph.
+    """One change of a copied graph.
 
     Attributes:
-        region: what is replaced.
-        make: puts nodes in front of a given one, and returns those that stand for the region's outputs. It takes the
-            copied module, that node, and a map from the original's nodes to the copy's.
-        detached: values that the graph shall return without a gradient.
+        region: the region to replace.
+        make: adds nodes in front of a given node, and returns those that stand for the region's outputs. It takes the
+            copied module, the given node, and a map from the original's nodes to the copy's.
+        detached: values that the copy returns without a gradient.
     """
 
     region: Region
@@ -35,14 +35,14 @@ def rebuilt(
     dropped: Collection[Node] = (),
     dead: Collection[Node] = (),
 ) -> GraphModule:
-    """A copy of the graph over the same attributes.
+    """Return a copy of the graph over the same attributes, with the edits.
 
     Args:
-        gm: stays as it is.
-        edits: to be made in the copy.
-        children: other subgraphs for it, by attribute.
-        dropped: values in place of which it returns None.
-        dead: nodes that it does without: nobody reads them but each other.
+        gm: the original; it stays as it is.
+        edits: changes of the copy, made in this order.
+        children: new subgraphs of the copy, by attribute.
+        dropped: values in place of which the copy returns None.
+        dead: nodes to leave out: no other nodes read them.
     """
     graph = Graph()
     node_of: dict[Node, Node] = {}
@@ -50,7 +50,7 @@ def rebuilt(
     gone = [node_of[node] for node in dropped]
     graph.output(map_arg(output, lambda node: None if node in gone else node))
     for node in gone:
-        if not node.users:  # a view for the caller alone
+        if not node.users:  # only the caller has read it
             graph.erase_node(node)
     for node in sorted(dead, reverse=True):
         graph.erase_node(node_of[node])
@@ -69,9 +69,9 @@ def rebuilt(
 
 
 def _place(graph: Graph, region: Region, node_of: Mapping[Node, Node]) -> Node:
-    """A mark where the region's replacement goes, which stays when the nodes around it are replaced."""
+    """Put a mark where the region's replacement goes; it stays when the nodes around it are replaced."""
     before = node_of[region.before]
-    for node in region.early:
+    for node in region.moved_ahead:
         if before < node_of[node]:
             before.prepend(node_of[node])
     with graph.inserting_before(before):
@@ -81,7 +81,7 @@ def _place(graph: Graph, region: Region, node_of: Mapping[Node, Node]) -> Node:
 def nodes_of(
     owner: GraphModule, place: Node, node_of: Mapping[Node, Node], region: Region, lowered: GraphModule
 ) -> list[Node]:
-    """The nodes of an aten graph; arguments as for `Edit.make`."""
+    """Copy the nodes of a region's aten graph in front of `place`; arguments and return as for `Edit.make`."""
     env = live_ins_of(lowered.graph, region, node_of)
     with owner.graph.inserting_before(place):
         for node in lowered.graph.nodes:
@@ -94,13 +94,13 @@ def nodes_of(
 
 
 def live_ins_of(lowered: Graph, region: Region, node_of: Mapping[Node, Node]) -> dict[Node, Node]:
-    """The copy's nodes that stand for the placeholders of a region's aten graph."""
+    """Return the copy's node for each placeholder of a region's aten graph."""
     placeholders = (node for node in lowered.nodes if node.op == "placeholder")
     return {inner: node_of[outer] for inner, outer in zip(placeholders, region.live_ins, strict=True)}
 
 
 def _replace(graph: Graph, region: Region, values: Sequence[Node], node_of: dict[Node, Node]) -> None:
-    """The values stand for the region's outputs, for later edits as well."""
+    """Let the values stand for the region's outputs, for later edits, too, and erase the region's nodes."""
     erased = [node_of[node] for node in reversed(region.nodes)]
     for outer, value in zip(region.outputs, values, strict=True):
         value.meta = dict(outer.meta)
@@ -111,7 +111,7 @@ def _replace(graph: Graph, region: Region, values: Sequence[Node], node_of: dict
 
 
 def _detach(graph: Graph, values: Sequence[Node]) -> None:
-    """The graph returns these values, and what is made of them for its caller alone, without a gradient."""
+    """Let the graph return these values, and what it makes of them for its caller alone, without a gradient."""
     returned = graph.output_node()
     for node in [node for value in values for node in (value, *value.users) if returned in node.users]:
         with graph.inserting_before(returned):
@@ -121,7 +121,7 @@ def _detach(graph: Graph, values: Sequence[Node]) -> None:
 
 
 def captured(copy: Node, node: Node) -> Node:
-    """Captured graphs keep values under another name than traced ones, and are run on any layout."""
+    """Make a node copied from a traced graph a captured one: other key for its value, ops for any layout; return it."""
     copy.target = layout_free(copy.target)
     value: Any = node.meta.get("val")
     copy.meta = {"example_value": value} if value is not None else {}

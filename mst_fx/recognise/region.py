@@ -20,8 +20,8 @@ from mst_fx.core.provenance import module_path, op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data
 from mst_fx.core.values import fake_value, has_gradient, is_view, storages_of
+from mst_fx.recognise.decomposed_nodes import strange_tensors
 from mst_fx.recognise.effects import leaves, sends_back
-from mst_fx.recognise.opening import strange_tensors
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.write_checks import (
     forbid_gradients_behind_detach,
@@ -33,20 +33,20 @@ from mst_fx.recognise.write_checks import (
 
 @dataclass(frozen=True)
 class Region:
-    """Nodes in graph order, what they read from outside, and what they give back.
+    """Nodes, what they read from outside, and what the rest of the graph reads of them.
 
     Attributes:
         owner: the module whose graph holds the nodes.
-        nodes: every node of the region.
+        nodes: every node of the region, in graph order.
         outputs: the nodes whose values the rest of the graph reads.
         live_ins: values read from outside, in order of first use.
         stream: the live-in that carries the tokens.
-        before: the node of the graph that the loop is put in front of.
-        early: nodes behind that place that make live-ins, and are moved in front of it.
-        modes: of the nodes.
-        returned: large values that the caller of the graph gets, made by the nodes or read by them.
-        smaller: a part of the region to loop where the whole cannot be, None where there is none.
-        front: nodes among them that make the stream of the recognised region (see `norm_in_front`).
+        before: the node of the graph that the loop goes in front of.
+        moved_ahead: nodes after that place that make live-ins, and move in front of it.
+        modes: the mode of each node.
+        returned: large values that the caller of the graph gets, made or read by the nodes.
+        smaller: a smaller region to loop where this one cannot be, None where there is none.
+        front: the nodes that make the stream of the recognised region (see `norm_in_front`).
     """
 
     owner: GraphModule
@@ -55,7 +55,7 @@ class Region:
     live_ins: tuple[Node, ...]
     stream: Node
     before: Node
-    early: tuple[Node, ...]
+    moved_ahead: tuple[Node, ...]
     modes: Mapping[Node, Mode]
     returned: tuple[Node, ...] = ()
     smaller: Region | None = None
@@ -80,13 +80,21 @@ def close(
     smaller: Region | None = None,
     front: frozenset[Node] = frozenset(),
 ) -> Region:
-    """Nodes -> a region, if one call can stand in their place.
+    """Make a region of nodes, if one call can stand in their place.
+
+    Args:
+        reader: reads the graph.
+        nodes: in any order.
+        stream: the live-in that carries the tokens.
+        returned: as in `Region`.
+        smaller: as in `Region`.
+        front: as in `Region`.
 
     Raises:
-        Refusal: a size depends on the data, a value leaves the nodes and comes back, no place is behind all live-ins
-            and in front of all readers, or memory that the nodes read or make is written to in between.
+        Refusal: a size depends on the data, a value leaves the nodes and comes back, no place is after all live-ins and
+            before all readers, or a node writes to memory of the region in between.
     """
-    inside = _without_foreign_parts(with_parts(nodes))
+    inside = _without_foreign_items(with_items(nodes))
     inside = _without_shown_views(sorted(inside, key=reader.order.__getitem__))
     ordered = tuple(sorted(inside, key=reader.order.__getitem__))
     outputs = tuple(node for node in ordered if not inside.issuperset(node.users))
@@ -112,18 +120,19 @@ def close(
             text = f"{op_name(user)} reads several values at once, which {op_name(node)} makes outside of the region"
             raise Refusal(Reason.UNKNOWN_OP, user, text)
     _check_derivatives(reader, ordered)
-    before, early = _place(reader, ordered, outputs, live_ins)
-    moved = {operand for node in early for operand in (node, *node.all_input_nodes)}
+    before, moved_ahead = _place(reader, ordered, outputs, live_ins)
+    moved = {operand for node in moved_ahead for operand in (node, *node.all_input_nodes)}
     forbid_writes_between(reader, ordered, {*live_ins, *moved}, before, returned)
     forbid_writes_to_saved(reader, ordered)
     forbid_gradients_behind_detach(reader, ordered)
     forbid_writes_to_shared(reader, ordered, outputs)
     modes = {node: reader.modes[node] for node in ordered}
-    return Region(reader.owner, ordered, outputs, live_ins, stream, before, early, modes, returned, smaller, front)
+    place = (before, moved_ahead)
+    return Region(reader.owner, ordered, outputs, live_ins, stream, *place, modes, returned, smaller, front)
 
 
 def _check_derivatives(reader: Reader, nodes: Iterable[Node]) -> None:
-    """A loop has one kind of derivative, in the backward of the whole graph."""
+    """Raise a refusal for nodes that are differentiated otherwise than in the backward of the whole graph."""
     for node in nodes:
         if reader.modes[node].dual:
             raise Refusal(Reason.GRAD_MODE, node, f"{op_name(node)} is differentiated in forward mode")
@@ -133,30 +142,30 @@ def _check_derivatives(reader: Reader, nodes: Iterable[Node]) -> None:
 
 
 def needs_gradient(node: Node, inside: Collection[Node]) -> bool:
-    """Whether what reads the value outside can send a gradient back."""
+    """Return whether a reader of the value outside can send a gradient back."""
     readers = (user for user in node.users if user not in inside)
     return has_gradient(node) and any(user.op == "output" or sends_back(user) for user in readers)
 
 
-def with_parts(nodes: Collection[Node]) -> set[Node]:
-    """The nodes, and the parts of their values that are tuples."""
-    return descendants(nodes, _parts)
+def with_items(nodes: Collection[Node]) -> set[Node]:
+    """Return the nodes, and the items of those values that are tuples."""
+    return descendants(nodes, _items)
 
 
-def _parts(node: Node) -> list[Node]:
+def _items(node: Node) -> list[Node]:
     is_tuple = isinstance(fake_value(node), (tuple, list))
     return [user for user in node.users if is_tuple and user.target is operator.getitem]
 
 
-def _without_foreign_parts(nodes: set[Node]) -> set[Node]:
-    """The nodes but the parts of tuples that are made outside: the region reads these, each by itself."""
-    return {n for n in nodes if n.target is not operator.getitem or _is_part_inside(n, nodes)}
+def _without_foreign_items(nodes: set[Node]) -> set[Node]:
+    """Return the nodes without the items of tuples that are made outside: each item is a live-in."""
+    return {n for n in nodes if n.target is not operator.getitem or _is_item_inside(n, nodes)}
 
 
 def _without_shown_views(nodes: Sequence[Node]) -> set[Node]:
-    """The nodes but views that the graph's caller gets beside what they are views of.
+    """Return the nodes without the views that the graph's caller gets together with their base.
 
-    Who writes to one of them finds it in the other: they are made of the loop's result, as they were of the region's.
+    The caller may write to one and read the other. So these views are made of the loop's result, outside of the region.
     """
     inside = set(nodes)
     for node in reversed(nodes):
@@ -168,18 +177,17 @@ def _without_shown_views(nodes: Sequence[Node]) -> set[Node]:
     return inside
 
 
-def _is_part_inside(part: Node, nodes: Collection[Node]) -> bool:
-    source = part.all_input_nodes[0]
-    return source in nodes or not isinstance(fake_value(source), (tuple, list))
+def _is_item_inside(item: Node, nodes: Collection[Node]) -> bool:
+    whole = item.all_input_nodes[0]
+    return whole in nodes or not isinstance(fake_value(whole), (tuple, list))
 
 
 def _place(
     reader: Reader, nodes: tuple[Node, ...], outputs: tuple[Node, ...], live_ins: tuple[Node, ...]
 ) -> tuple[Node, tuple[Node, ...]]:
-    """Where the loop goes: the node to put it in front of, and the nodes to move in front of it.
+    """Return the node that the loop goes in front of, and the nodes that move in front of it: later live-ins.
 
-    No output has been read there, and no mode is in force that is not the nodes' own. Live-ins that are made later are
-    moved up.
+    No output has been read there, and no mode is in force but those of the nodes.
     """
     inside = set(nodes)
     readers = [user for node in outputs for user in node.users if user not in inside and user.op != "output"]
@@ -187,7 +195,7 @@ def _place(
     grad = any(reader.modes[node].grad for node in nodes)
     place = first_reader
 
-    def is_foreign(mode: Mode) -> bool:  # a loop cannot be traced in inference mode, and has no forward-mode formula
+    def is_foreign(mode: Mode) -> bool:  # no trace of a loop in inference mode, no forward-mode formula
         autocast = ((), reader.modes[nodes[0]].autocast)
         return mode.grad != grad or mode.inference or mode.dual or mode.autocast not in autocast
 
@@ -202,10 +210,10 @@ def _place(
 def _made_after(
     reader: Reader, place: Node, first_reader: Node, live_ins: tuple[Node, ...], inside: Collection[Node]
 ) -> tuple[Node, ...]:
-    """What must be moved in front of `place` for the live-ins to be known there.
+    """Return the nodes that must move in front of `place`, so that the live-ins exist there, in graph order.
 
     Raises:
-        Refusal: one of them is more than a plain computation, or depends on the region.
+        Refusal: one of them does more than compute a value, or depends on the region (NOT_CONVEX).
     """
 
     def late(nodes: Iterable[Node]) -> list[Node]:

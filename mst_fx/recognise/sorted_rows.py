@@ -1,8 +1,8 @@
-"""What has to come into a region with nodes that are in it: for the graph's sake, and for the order of their rows.
+"""Nodes that come into a region with its nodes: those in between, writes, and the sorts that permute its rows.
 
 Terms
-  key     what is sorted: the expert of each row
-  order   an integer value made by the sort, one number a row
+  key           the value that is sorted: the expert of each row
+  permutation   an integer value that the sort makes, one number for each row
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from mst_fx.core.values import fake_value, storages_of, storages_of_all
 from mst_fx.recognise.reader import Reader
 
 
-def company(reader: Reader, inside: set[Node]) -> list[Node]:
-    """Nodes outside that have to come in: what stands in between, what writes, and what was made to be written."""
+def required_by(reader: Reader, inside: set[Node]) -> list[Node]:
+    """Return outside nodes that must come in: nodes in between, writes, and new memory that is made for a write."""
     users = dict.fromkeys(user for node in inside for user in node.users if user not in inside)
     writers = [
         user for user in users if not inside.isdisjoint(reader.written_by(user)) and _is_seen(reader, user, inside)
@@ -32,9 +32,9 @@ def company(reader: Reader, inside: set[Node]) -> list[Node]:
 
 
 def _is_seen(reader: Reader, write: Node, inside: set[Node]) -> bool:
-    """Whether a write to a value of the region changes what the region reads, or another value that it gives.
+    """Return whether a write to a value of the region changes what the region reads, or another output of it.
 
-    What is written when all of the region has been read is written to the loop's result, as to any value.
+    A write after all reads of the region writes to the loop's result, as to any value.
     """
     memory = storages_of_all(reader.written_by(write))
     given = read = 0
@@ -46,28 +46,28 @@ def _is_seen(reader: Reader, write: Node, inside: set[Node]) -> bool:
     return read > 0 or given > 1
 
 
-def with_orders(reader: Reader, nodes: frozenset[Node], stream: Node) -> set[Node]:
-    """The nodes, all between them and the keys that their rows are sorted by, and what brings the rows back.
+def with_permutations(reader: Reader, nodes: frozenset[Node], stream: Node) -> set[Node]:
+    """Return the nodes, all nodes between them and the keys of their rows, and the nodes that restore the rows.
 
-    An order is a mini-sequence's own: it must be made inside, and no row may leave in it.
+    Each chunk has a permutation of its own: the region must make it inside, and must give no permuted rows.
     """
     inside = set(nodes)
     sorts = _sorts_behind(reader, nodes, stream)
     if not sorts:
         return inside
     keys = {reader.unviewed(sort.all_input_nodes[0]) for sort in sorts}
-    orders = {node for node in descendants(sorts) if _is_order(reader, node, sorts)}
+    permutations = {node for node in descendants(sorts) if _is_permutation(reader, node, sorts)}
     while True:
         later = descendants(inside)
-        back = {node for node in later if not orders.isdisjoint(set(node.all_input_nodes) - later)}
-        more = {*back, *company(reader, inside | keys)} - inside - keys
+        back = {node for node in later if not permutations.isdisjoint(set(node.all_input_nodes) - later)}
+        more = {*back, *required_by(reader, inside | keys)} - inside - keys
         if not more:
             return inside
         inside |= more
 
 
 def _sorts_behind(reader: Reader, nodes: frozenset[Node], stream: Node) -> set[Node]:
-    """The sorts behind what the nodes read; what is as large as the stream is no order, nor made of one."""
+    """Return the sorts that lead to the nodes, by way of values smaller than the stream: permutations are smaller."""
     large = reader.numel(stream)
     behind = ancestors(nodes, stop=lambda node: node in nodes or reader.numel(node) >= large) - nodes
     return {node for node in behind if reader.does(node, SORTS)}
@@ -83,7 +83,7 @@ def is_picked_by_top_k(node: Node) -> bool:
     return named and isinstance(dim, int) and dim % fake_value(node).dim() == fake_value(node).dim() - 1
 
 
-def _is_order(reader: Reader, node: Node, sorts: set[Node]) -> bool:
+def _is_permutation(reader: Reader, node: Node, sorts: set[Node]) -> bool:
     value = fake_value(node)
     rows = min(reader.numel(sort.all_input_nodes[0]) for sort in sorts)
     whole = isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool

@@ -1,7 +1,7 @@
-"""Writes around a region that one loop in its place would change the meaning of.
+"""Refusals of writes around a region whose meaning would change if a loop replaced it.
 
-The program reads and writes in the order of its lines. A loop reads all that the region reads at once, in one place of
-the graph, reads it again in backward, and gives results that lie in memory of their own.
+The program reads and writes in the order of its lines. A loop reads everything in one place of the graph, reads it
+again in the backward, and gives results in memory of their own.
 """
 
 from __future__ import annotations
@@ -24,21 +24,32 @@ if TYPE_CHECKING:
     from mst_fx.recognise.region import Region
 
 Overwritten: TypeAlias = Mapping[torch.UntypedStorage, Node]
-"""Memory, as captured, and a node that writes to it."""
+"""Memory of captured values, and a node that writes to it."""
 
 
 def forbid_writes_between(
     reader: Reader, nodes: Sequence[Node], live_ins: Collection[Node], before: Node, returned: Collection[Node]
 ) -> None:
-    """The region runs in one place: nothing may change what it reads between there and where it read it before.
+    """Raise a refusal for a write that would have another effect once the region runs in one place.
 
-    Nor may it change what others read: neither what it reads itself, nor a value of its own that has been read outside
-    before it is written. What others write to its values they write to the loop's results, when all else is read.
+    Nothing may change what the region reads between that place and its own nodes. The region may not change what
+    others read: its live-ins, or a value of its own that is read outside before the write. Others may write to its
+    values after its last read: they write to the loop's results then.
+
+    Args:
+        reader: reads the graph.
+        nodes: the region, in graph order.
+        live_ins: what it reads, and what the nodes that move ahead make and read.
+        before: the node that the loop goes in front of.
+        returned: large values that the caller of the graph gets.
+
+    Raises:
+        Refusal: as above (MUTATION).
     """
     inside, order = set(nodes), reader.order
     foreign = storages_of_all(live_ins)
     own = storages_of_all(inside) - foreign
-    kept = storages_of_all(returned)
+    returned_memory = storages_of_all(returned)
     read, seen, changed = (set[torch.UntypedStorage]() for _ in range(3))
     node, end = min(before, nodes[0], key=order.__getitem__), max(order[before], order[nodes[-1]])
     while order.get(node, end + 1) <= end:
@@ -48,7 +59,7 @@ def forbid_writes_between(
             wrong = written & (foreign | seen) or operands & changed
             read |= operands
         else:
-            wrong = written & (foreign if order[node] >= order[before] else foreign & read) or written & kept
+            wrong = written & (foreign if order[node] >= order[before] else foreign & read) or written & returned_memory
             changed |= written & own
             seen |= operands & own if reader.written_by(node) else operands & own - storages_of(node)
         if wrong:
@@ -58,9 +69,17 @@ def forbid_writes_between(
 
 
 def forbid_writes_to_shared(reader: Reader, nodes: Sequence[Node], outputs: Sequence[Node]) -> None:
-    """Raise a refusal for a write to memory that two results have in common: each result of a loop has its own.
+    """Raise a refusal for a write to memory that two outputs share: each result of a loop has memory of its own.
 
     Where the graph's caller gets both, the caller may write.
+
+    Args:
+        reader: reads the graph.
+        nodes: the region, in graph order.
+        outputs: those of its nodes that others read.
+
+    Raises:
+        Refusal: as above (MUTATION).
     """
     inside = set(nodes)
     each = [storages_of(node) for node in outputs]
@@ -77,14 +96,17 @@ def forbid_writes_to_shared(reader: Reader, nodes: Sequence[Node], outputs: Sequ
 
 
 def forbid_late_writes(reader: Reader, region: Region, around: Overwritten, *, recomputes: bool) -> None:
-    """Raise a refusal for a write, behind the region, to what its backward reads.
+    """Raise a refusal for a write after the region to memory that its backward reads.
 
     Args:
-        reader: of the graph.
-        region: has gradients.
-        around: what the graphs around this one write to when it has run.
-        recomputes: whether all that it has read is read again. Else only what is written through `.data` matters: eager
-            execution, which may have saved it, computes gradients with the new value.
+        reader: reads the graph.
+        region: a region with gradients.
+        around: what the graphs around this one write to after it has run.
+        recomputes: whether the backward reads all live-ins again. Otherwise only writes through `.data` matter: eager
+            execution, which may have saved the value, computes gradients with the new one.
+
+    Raises:
+        Refusal: as above (MUTATION).
     """
     end = max(reader.order[region.before], reader.order[region.last])
     later = {**around, **written_behind(reader, end)}
@@ -96,20 +118,20 @@ def forbid_late_writes(reader: Reader, region: Region, around: Overwritten, *, r
 
 
 def written_behind(reader: Reader, position: int) -> Overwritten:
-    """The memory that nodes of a graph write to behind a position of its order, and the last node that does."""
+    """Return the memory that nodes after a position of the graph's order write to, and the last such node of each."""
     nodes = (node for node in reader.owner.graph.nodes if reader.order[node] > position)
     return {memory: node for node in nodes for memory in storages_of_all(reader.written_by(node))}
 
 
 def written_when_run(reader: Reader, child: Nested, around: Overwritten) -> Overwritten:
-    """What `forbid_late_writes` needs to know of a subgraph: its own names of the memory that is written to later.
+    """Return `around` of `forbid_late_writes` for a subgraph: memory of its placeholders that is written to later.
 
-    A subgraph that runs again for backward writes again what it writes.
+    A subgraph that runs again in the backward writes again, too.
 
     Args:
-        reader: of the graph that runs the subgraph.
+        reader: reads the graph that runs the subgraph.
         child: the subgraph.
-        around: the same for the graph itself.
+        around: the same for that graph.
     """
     found: dict[torch.UntypedStorage, Node] = {}
     for caller in child.callers:
@@ -121,7 +143,7 @@ def written_when_run(reader: Reader, child: Nested, around: Overwritten) -> Over
 
 
 def forbid_gradients_behind_detach(reader: Reader, nodes: Sequence[Node]) -> None:
-    """Raise a refusal for a write to a detached view that gives it a gradient of its own, apart from its base's."""
+    """Raise a refusal for a write that gives a detached view a gradient of its own, which its base does not have."""
     for node in nodes:
         for target in reader.written_by(node) if reader.modes[node].grad else ():
             others = (operand for operand in node.all_input_nodes if operand is not target)
@@ -131,10 +153,10 @@ def forbid_gradients_behind_detach(reader: Reader, nodes: Sequence[Node]) -> Non
 
 
 def forbid_writes_to_saved(reader: Reader, nodes: Sequence[Node]) -> None:
-    """Nothing may be written through `.data` that an earlier op may have saved: its backward would read the new value.
+    """Raise a refusal for a write through `.data` to what an earlier op may have saved: its backward reads the new one.
 
-    Neither may the region write so to what any op has saved, nor may others to what the region's ops have. Of any other
-    write that autograd does not see, eager execution tells that the saved value has changed.
+    Neither may the region write so to what any op has saved, nor may others to what the region's ops have saved. After
+    any other write that autograd does not see, eager execution reports that the saved value has changed.
     """
     inside = set(nodes)
     given = storages_of_all(operand for node in nodes for operand in node.all_input_nodes if operand not in inside)
@@ -147,7 +169,7 @@ def forbid_writes_to_saved(reader: Reader, nodes: Sequence[Node]) -> None:
 
 
 def _may_have_saved(reader: Reader, node: Node, memory: Collection[torch.UntypedStorage]) -> bool:
-    """Whether the backward of a node may read memory: its operands, or its result where it is more than a product."""
+    """Return whether the backward of a node may read memory: its operands, or its value unless a product made it."""
     if not (reader.modes[node].grad and sends_back(node)):
         return False
     reads = any(not storages_of(operand).isdisjoint(memory) for operand in node.all_input_nodes)

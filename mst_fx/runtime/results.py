@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Protocol
 
 import torch
@@ -81,7 +82,7 @@ def _views(x: torch.Tensor, axis: Axis, length: int) -> tuple[torch.Tensor, ...]
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous value aligned to 16 bytes, as torch allocates memory: compiled bodies may read so many."""
+    """Return a contiguous value, aligned as torch allocates memory: compiled bodies may read 16 bytes at a time."""
     return x.clone() if x.data_ptr() % 16 else x
 
 
@@ -156,7 +157,8 @@ class _Rows(_Allocated):
         a, b = next(outs), next(outs)
         if self._whole is None:
             self._whole = torch.empty(self._kind.shape(self._total), dtype=a.dtype, device=a.device)
-            rows = self._whole.view(-1, self._whole.shape[-1])
+            *leading, columns = self._whole.shape
+            rows = self._whole.view(prod(leading), columns)
             self._places = iter(rows.split(rows.shape[0] // self._total * self._length))
         place = next(self._places)
         torch.mm(a, b, out=place)

@@ -27,10 +27,10 @@ from mst_fx.predict.extent import extent_of
 from mst_fx.predict.region_memory import RegionMemory, memory_of, temporary_bytes, written_after
 from mst_fx.predict.time import cost_of
 from mst_fx.recognise.dead_code import without_dead_code
+from mst_fx.recognise.decomposed_nodes import strange_tensors
 from mst_fx.recognise.discover import discover, nested
 from mst_fx.recognise.early_cut import CutHead, cut_heads
 from mst_fx.recognise.norm_in_front import with_front
-from mst_fx.recognise.opening import strange_tensors
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.rebuild import Edit, nodes_of, rebuilt

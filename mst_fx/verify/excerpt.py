@@ -4,8 +4,6 @@ A small region runs at its own sizes, with its own stages. A larger one runs at 
 known at run time, that is a short length; otherwise each size is replaced by a smaller one, the same wherever it
 occurs, and the nodes are analysed anew. Such an excerpt stands for the region only where the stages of both are alike,
 op by op.
-
-Private torch API: fake tensors, and the symbols of sizes that vary. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from math import log2, prod
 from typing import Any, TypeAlias
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
@@ -28,6 +25,7 @@ from mst_fx.core.config import Config
 from mst_fx.core.graph_modules import module_over
 from mst_fx.core.refusal import Refusal
 from mst_fx.core.sizes import expression, hint, in_terms_of, seen
+from mst_fx.core.torch_private import FakeTensorMode
 from mst_fx.core.values import fake_value
 from mst_fx.placement.placement import Split
 from mst_fx.recognise.region import Region, needs_gradient
@@ -125,7 +123,7 @@ def alone(region: Region, change: Change | None = None) -> Region:
         live_ins=tuple(node_of[node] for node in region.live_ins),
         stream=node_of[region.stream],
         before=node_of[region.last],
-        early=(),
+        moved_ahead=(),
         modes={node_of[node]: mode for node, mode in region.modes.items()},
         returned=tuple(node_of[node] for node in region.returned if node in node_of),
         smaller=None,
@@ -236,7 +234,7 @@ def _stages_of(work: Work) -> tuple[Any, ...]:
     """Return a key that is equal for two regions whose stages and gradients are alike."""
     stages = work.stages
     targets = [[node.target for node in stage] for stage in (stages.prologue, stages.loop, stages.epilogue)]
-    return (stages.axis, targets, work.backward, work.wanted, work.differentiable, work.kept)
+    return (stages.axis, targets, work.backward, work.wanted, work.differentiable, work.reused)
 
 
 def first_line(error: BaseException) -> str:

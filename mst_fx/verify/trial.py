@@ -2,8 +2,6 @@
 
 Random ops of the region draw from a generator of ours. A loop draws by design in another way than the program, so a
 region with random ops runs as lowered, in place of as captured.
-
-Private torch API: dispatch modes. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -15,12 +13,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from mst_fx.capture.lower import execute, under
 from mst_fx.core.aten_ops import DRAWS
 from mst_fx.core.clean_room import clean_room, without_autocast
+from mst_fx.core.torch_private import TorchDispatchMode
 from mst_fx.verify.excerpt import Excerpt
 
 aten = torch.ops.aten

@@ -1,0 +1,74 @@
+"""Nodes of a captured graph are decomposed into aten ops: one of each kind, where that can be done."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mst_fx.capture.decomposed import Decomposed, decompose_alone, decompose_together
+from mst_fx.capture.fingerprint import likeness_of_node
+from mst_fx.core.provenance import op_name
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.values import fake_value, is_fake, is_sharded, is_transformed, is_wrapper, tensors_of
+from mst_fx.recognise.effects import writes, written_by
+
+
+def decomposed_nodes(owner: GraphModule, known: dict[Hashable, Decomposed | None]) -> dict[Node, Decomposed | None]:
+    """Return the aten ops of each node that may be decomposed; None for a node that was tried in vain.
+
+    Args:
+        owner: the module that holds the graph.
+        known: earlier decompositions, by the kind of node; one node of each missing kind is decomposed and added.
+    """
+    keys = {node: likeness_of_node(node) for node in owner.graph.nodes if _can_be_decomposed(node)}
+    first = {key: node for node, key in reversed(keys.items()) if key not in known}
+    for key, node in first.items():
+        if writes(node):
+            known[key] = decompose_alone(owner, node, _value_holder(node) or node)
+    pure = [node for node in first.values() if not writes(node)]
+    known.update({keys[node]: decomposed for node, decomposed in decompose_together(owner, pure).items()})
+    return {node: known[key] for node, key in keys.items()}
+
+
+def _reshapes_in_place(node: Node) -> bool:
+    """Return whether decomposing the node would change the shape of a captured value."""
+    packet = getattr(torch.ops.aten, str(node.target), None) if node.op == "call_method" else None
+    if packet is None or not writes(node):
+        return False
+    return any(torch.Tag.inplace_view in getattr(packet, overload).tags for overload in packet.overloads())
+
+
+def _can_be_decomposed(node: Node) -> bool:
+    """Return whether to try to decompose a node.
+
+    A node without tensors is there for its effect (autocast, ...); a transform's values mean nothing outside of it.
+    """
+    calls = node.op in ("call_function", "call_method", "call_module")
+    if not calls or isinstance(node.target, torch._ops.HigherOrderOperator) or _reshapes_in_place(node):
+        return False
+    if strange_tensors(node) is not None or any(map(is_transformed, _near(node))):
+        return False
+    has_values = all(fake_value(operand) is not None for operand in node.all_input_nodes)
+    return has_values and any(map(tensors_of, (node, *node.all_input_nodes)))
+
+
+def strange_tensors(node: Node) -> Refusal | None:
+    """Return a refusal of a node that reads or makes DTensors, or other tensors of tensors: its ops are unknown."""
+    values = [value for value in _near(node) if not is_fake(value)]
+    if any(map(is_sharded, values)):
+        return Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors")
+    for value in values:
+        if value.is_nested or is_wrapper(value):
+            return Refusal(Reason.SUBCLASS, node, f"{op_name(node)} works on values of {type(value).__name__}")
+    return None
+
+
+def _near(node: Node) -> list[torch.Tensor]:
+    return [x for near in (node, *node.all_input_nodes) for x in tensors_of(near)]
+
+
+def _value_holder(node: Node) -> Node | None:
+    """Return the node whose value tells what a node does: itself, or the operand that it writes to."""
+    return node if tensors_of(node) else next(iter(written_by(node)), None)

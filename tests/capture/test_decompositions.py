@@ -1,0 +1,33 @@
+"""What ops open into while a region is lowered."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from looping import Call, aten_graph
+
+from mst_fx.capture.decompositions import decompositions
+
+P = 0.3
+
+
+@pytest.mark.parametrize(
+    ("draw", "mean"),
+    [
+        (lambda x: torch.native_dropout(x, P, True)[0], 1.0),
+        (lambda x: torch.native_dropout(x, P, True)[1].double(), 1 - P),
+        (lambda x: torch.native_dropout(x, P, False)[0], 1.0),
+        (lambda x: F.dropout(x, P), 1.0),
+        (lambda x: F.dropout(x, 1.0), 0.0),
+        (lambda x: torch.bernoulli(x, 0.25), 0.25),
+        (torch.rand_like, 0.5),
+    ],
+)
+def test_every_op_that_is_opened(draw, mean):
+    x = torch.ones(300, 100, dtype=torch.float64)
+    module = aten_graph(Call(draw, [x]), decompositions(), functional=True)
+    drawn = [n.target for n in module.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
+    assert set(drawn) <= {torch.ops.aten.randint.low}
+    torch.manual_seed(6)
+    assert float(module(x).mean()) == pytest.approx(mean, abs=0.02)

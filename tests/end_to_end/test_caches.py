@@ -1,0 +1,36 @@
+"""The caches of the compilers behind the backend, across processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+CACHE_PROBE = """
+import sys, torch
+from torch._dynamo.utils import counters
+sys.path.insert(0, {tests!r})
+from numerics import gradients, looped, relative_error
+for activation in {activations}:
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 48), getattr(torch.nn, activation)(), torch.nn.Linear(48, 16))
+    step = lambda x: model(x).square().mean()
+    x = [torch.randn(1, 48, 16)]
+    eager = gradients(model, step, x)
+    ours = gradients(model, looped(step, inner="inductor"), x)
+    assert all(relative_error(ours[name], value) < 1e-5 for name, value in eager.items())
+    print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+def test_a_second_process_hits_both_caches(tmp_path, monkeypatch):
+    """And a program that differs inside the loop alone does not."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    hits = []
+    for activations in (["SiLU"], ["SiLU", "GELU"]):
+        code = CACHE_PROBE.format(tests=str(Path(__file__).parents[1]), activations=activations)
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        hits += run.stdout.splitlines()
+    assert hits == ["0 0", "2 1", "0 0"]

@@ -1,0 +1,361 @@
+"""The policy: a pure function of numbers, so random numbers test it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mst_fx.core.config import Config, Wish
+from mst_fx.core.readable import readable
+from mst_fx.plan.chunk_length import default_lengths, terms_of
+from mst_fx.plan.planner import LENT_SHARE, Offer, Plans, held
+from mst_fx.plan.planner import make_plans as make_plans_of
+from mst_fx.predict.extent import Extent
+from mst_fx.predict.footprint import Footprint
+from mst_fx.predict.region_memory import RegionMemory
+from mst_fx.predict.step_memory import Held, Segment, Timeline
+from mst_fx.predict.time import Device, RegionCost
+
+GIB = 2**30
+DEVICE = Device("cuda", 80 * GIB, 7e11, 4e9)
+WIDTH, FFN, VOCAB = 4096, 14336, 128256
+
+
+@dataclass(frozen=True)
+class InModule(Offer):
+    """A region of a module."""
+
+    module: str = ""
+
+
+def offered(module: str, extent: Extent, *numbers: Any, **kinds: bool) -> InModule:
+    """A region of which the user has said nothing."""
+    terms = terms_of(extent, Wish(), "float32", recomputes=not kinds["recomputes_nothing"])
+    return InModule(terms, *numbers, **kinds, module=module)
+
+
+def make_plans(offers: list[InModule], timeline: Timeline, device: Device, config: Config) -> Plans:
+    """The plans of regions, with what the user has said of their modules."""
+    said = [
+        terms_of(
+            offer.extent, config.wish_for([offer.module]), config.accumulate, recomputes=not offer.recomputes_nothing
+        )
+        for offer in offers
+    ]
+    offers = [replace(offer, terms=terms) for offer, terms in zip(offers, said, strict=True)]
+    return make_plans_of(offers, timeline, device, config)
+
+
+def mlp(length: int, module: str = "mlp", *, repeated: bool = False) -> InModule:
+    """SwiGLU of Llama-3-8B in bfloat16: six wide values in backward, two kept."""
+    wide, stream, weights = length * FFN * 2, length * WIDTH * 2, 3 * WIDTH * FFN
+    memory = RegionMemory(
+        written=4 * wide,
+        forward=Footprint(results=stream, each=2 * FFN * 2),
+        backward=Footprint(stream, weights * 4, FFN * WIDTH * 2, weights * 2, weights * 2, 0, 6 * FFN * 2),
+        saved_whole=2 * wide,
+        whole_forward=2 * wide + stream,
+        whole_backward=6 * wide + stream + weights * 2,
+        whole_again=6 * wide + stream + weights * 2,
+    )
+    flops = 6.0 * length * WIDTH * FFN
+    cost = RegionCost(flops, flops * 2 / 3, 1.0, weights * 8, half=True)
+    return offered(module, Extent(length, False, 1, FFN * 2), memory, cost, recomputes_nothing=False, repeated=repeated)
+
+
+def head(length: int, module: str = "lm_head") -> InModule:
+    """Cross-entropy over Llama-3's vocabulary: gradients in the forward."""
+    wide, stream, weights = length * VOCAB * 2, length * WIDTH * 2, VOCAB * WIDTH
+    memory = RegionMemory(
+        written=3 * wide,
+        forward=Footprint(stream, weights * 4, 0, weights * 4, weights * 2, 0, 2 * VOCAB * 2),
+        saved=stream + weights * 4,
+        scaled=stream + weights * 2,
+        rescaled=weights * 2,
+        saved_whole=wide,
+        whole_forward=wide,
+        whole_backward=2 * wide + stream + weights * 2,
+    )
+    cost = RegionCost(2.0 * length * weights, 0.0, 1.0, weights * 8, half=True)
+    return offered(module, Extent(length, False, 1, VOCAB * 2), memory, cost, recomputes_nothing=True)
+
+
+def llama(length: int, layers: int, *, checkpointed: bool = False) -> tuple[list[InModule], Timeline]:
+    """Layers of Llama-3-8B with a head: attention saves five streams a layer."""
+    offers = [mlp(length, f"layers.{n}.mlp.down_proj", repeated=checkpointed) for n in range(layers)] + [head(length)]
+    stream = length * WIDTH * 2
+    segments = []
+    for n in range(layers):
+        block = n if checkpointed else None
+        segments.append(Segment(saved=5 * stream, passing=2 * stream, block=block, entry=stream if checkpointed else 0))
+        segments.append(Segment(region=n, gradients=218_000_000 * 2, block=block))
+    segments.append(Segment(region=layers, gradients=VOCAB * WIDTH * 2))
+    return offers, Timeline(layers * 218_000_000 * 2 + 2 * VOCAB * WIDTH * 2, tuple(segments))
+
+
+def looped(plans) -> list[bool]:
+    return [plan.lengths is not None for plan in plans.of]
+
+
+@pytest.mark.parametrize(
+    ("length", "reason"),
+    [
+        (512, "its temporaries are 58,720,256 bytes, min_bytes is 67,108,864"),
+        (2048, "not worth it: looping the 9 regions that are left alone would take 0 B off a step's peak of 9.78 GiB"),
+        (
+            4096,
+            "not worth it: looping the 9 regions that are left alone would take 661.4 MiB off a step's peak of 11.17",
+        ),
+    ],
+)
+def test_short_sequences_cost_nothing(length, reason):
+    """Weights and their gradients make the peak."""
+    offers, timeline = llama(length, 8)
+    plans = make_plans(offers, timeline, DEVICE, Config())
+    assert not any(looped(plans))
+    assert plans.of[0].reason.startswith(reason)
+
+
+def test_a_head_is_looped_as_soon_as_that_saves_memory():
+    assert looped(make_plans(*llama(4096, 1), DEVICE, Config())) == [False, False]
+    assert looped(make_plans(*llama(8192, 1), DEVICE, Config())) == [False, True]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("length", [32768, 131072])
+def test_long_sequences_loop_all(length, checkpointed):
+    offers, timeline = llama(length, 8, checkpointed=checkpointed)
+    plans = make_plans(offers, timeline, DEVICE, Config())
+    assert all(looped(plans))
+    assert plans.peak < 0.9 * plans.peak_whole
+    once_more = 4 * length * WIDTH * FFN / DEVICE.flops_per_ms
+    assert (plans.of[0].added_ms < 0.3 * once_more) == checkpointed  # there nothing is computed that was not before
+
+
+def test_evaluation_loops_the_head():
+    """Nothing is saved, and no gradient is made: the logits alone make the peak."""
+    wide = 8192 * VOCAB * 2
+    memory = RegionMemory(written=3 * wide, forward=Footprint(each=VOCAB * 2), whole_forward=wide)
+    offer = replace(head(8192), memory=memory)
+    plans = make_plans([offer], Timeline(3 * GIB, (Segment(region=0),)), DEVICE, Config())
+    assert looped(plans) == [True]
+    assert plans.peak <= plans.peak_whole - wide / 2
+
+
+def saving(count: int, *, free: bool = False) -> InModule:
+    """A region that saves so many bytes for backward, and none in a loop."""
+    return replace(mlp(32768), memory=RegionMemory(written=GIB, saved_whole=count), recomputes_nothing=free)
+
+
+def decided(*offers: Offer) -> list[bool]:
+    """What is looped of regions in a step that takes a million bytes."""
+    rest = 1_000_000 - sum(offer.memory.saved_whole for offer in offers)
+    segments = tuple(Segment(region=number) for number in range(len(offers)))
+    return looped(make_plans(offers, Timeline(rest, segments), DEVICE, Config()))
+
+
+@pytest.mark.parametrize(("free", "least"), [(False, 100_000), (True, 20_000)])
+def test_what_is_looped_takes_a_real_part_off_the_peak(free, least):
+    """A tenth where something is computed again, a fiftieth where nothing is."""
+    assert decided(saving(least, free=free)) == [True]
+    assert decided(saving(least - 1, free=free)) == [False]
+
+
+def test_each_looped_region_has_a_part_of_its_own_in_the_peak():
+    """Four thousandths."""
+    assert decided(saving(200_000), saving(4_000)) == [True, True]
+    assert decided(saving(200_000), saving(3_999)) == [True, False]
+
+
+def test_small_regions_are_left_alone():
+    offers, timeline = llama(32768, 2)
+    offers[0] = replace(offers[0], memory=replace(offers[0].memory, written=63 * 2**20))
+    plans = make_plans(offers, timeline, DEVICE, Config())
+    assert looped(plans) == [False, True, True]
+    assert plans.of[0].reason == "its temporaries are 66,060,288 bytes, min_bytes is 67,108,864"
+
+
+@pytest.mark.parametrize("config", [Config(), Config(memory_budget=2**50)])
+def test_what_is_due_is_looped_however_small(config):
+    """A longer batch may come; checkpointed MLPs and heads lose nothing."""
+    offers, timeline = llama(64, 1, checkpointed=True)
+    offers = [replace(offer, due=True) for offer in offers]
+    assert looped(make_plans(offers, timeline, DEVICE, config)) == [True, True]
+    assert looped(make_plans(offers, timeline, DEVICE, replace(config, modules={"lm_head": False}))) == [True, False]
+
+
+def test_min_bytes_decides_alone():
+    offers, timeline = llama(512, 2)
+    assert all(looped(make_plans(offers, timeline, DEVICE, Config(min_bytes=0))))
+    assert not any(looped(make_plans(offers, timeline, DEVICE, Config(min_bytes=2**40))))
+
+
+def test_modules():
+    offers, timeline = llama(2048, 3)
+    wishes = {"layers.0.mlp": True, "layers.1.*": {"num_chunks": 4}, "lm_head": False, "layers.1": {"chunk_tokens": 64}}
+    plans = make_plans(offers, timeline, DEVICE, Config(modules=wishes))
+    assert looped(plans) == [True, True, False, False]
+    assert plans.of[1].chunks == 4  # the longest path counts
+    assert plans.of[3].reason == "the option `modules` says so"
+
+
+def test_chunks_of_the_users_length():
+    offers, timeline = llama(2048, 1)
+    plans = make_plans(offers, timeline, DEVICE, Config(chunk_tokens=300))
+    assert [plan.lengths.chunk for plan in plans.of] == [300, 300]
+    tight = Config(chunk_tokens=300, memory_budget=1)
+    assert [plan.lengths.chunk for plan in make_plans(offers, timeline, DEVICE, tight).of] == [300, 300]
+
+
+def test_a_budget_that_nothing_needs_to_be_done_for():
+    offers, timeline = llama(32768, 8)
+    plans = make_plans(offers, timeline, Device("cuda", 2**50, 7e11, 4e9), Config(memory_budget=0.5))
+    assert looped(plans) == [False] * 8 + [True]
+    assert plans.peak <= plans.budget
+
+
+def test_a_budget_takes_what_is_recomputed_anyway_first():
+    offers, timeline = llama(32768, 4)
+    little = replace(offers[2].memory, saved_whole=2**20)
+    offers[2] = replace(offers[2], repeated=True, memory=little)  # though it frees little for its time
+    generous = make_plans(offers, timeline, DEVICE, Config(memory_budget=2**50))
+    plans = make_plans(offers, timeline, DEVICE, Config(memory_budget=generous.peak - 1))
+    assert looped(plans)[2]
+
+
+def test_a_budget_is_met_layer_by_layer():
+    offers, timeline = llama(32768, 8)
+    loose = make_plans(offers, timeline, DEVICE, Config(memory_budget=2**50))
+    middle = make_plans(offers, timeline, DEVICE, Config(memory_budget=loose.peak - 5 * GIB))
+    assert loose.peak - 8 * GIB < middle.peak <= loose.peak - 5 * GIB
+    assert 0 < sum(looped(middle)[:8]) < 8
+
+
+def test_a_budget_shortens_chunks_at_last():
+    offers, timeline = llama(32768, 8, checkpointed=True)
+    default = make_plans(offers, timeline, DEVICE, Config())
+    plans = make_plans(offers, timeline, DEVICE, Config(memory_budget=default.peak - 2**20))
+    assert all(looped(plans))
+    assert plans.peak < default.peak
+    assert min(plan.lengths.chunk for plan in plans.of) < min(plan.lengths.chunk for plan in default.of)
+
+
+def test_a_budget_that_nothing_keeps_to():
+    offers, timeline = llama(32768, 8)
+    plans = make_plans(offers, timeline, DEVICE, Config(memory_budget="1GiB"))
+    assert plans.advice.startswith(f"{readable(plans.peak - GIB)} more, accumulate='native' (float32 sums take ")
+    assert "activation checkpointing" in plans.advice
+
+
+sizes = st.integers(0, 4 * GIB)
+
+
+@st.composite
+def graphs(draw):
+    """Regions of any size in a graph of any size, some of them checkpointed."""
+    offers, segments = [], []
+    for number in range(draw(st.integers(1, 6))):
+        offer = draw(st.sampled_from([mlp, mlp, head]))(
+            draw(st.sampled_from([12288, 256, 2048, 4096, 30000])), f"m.{number}"
+        )
+        block = number if not offer.recomputes_nothing and draw(st.booleans()) else None
+        offers.append(replace(offer, repeated=block is not None))
+        segments.append(Segment(saved=draw(sizes), passing=draw(sizes), block=block, entry=draw(sizes) if block else 0))
+        segments.append(Segment(region=number, gradients=draw(sizes), block=block))
+    return offers, Timeline(draw(sizes), tuple(segments), draw(sizes))
+
+
+def recomputed(offers, plans) -> float:
+    pairs = zip(offers, plans.of, strict=True)
+    return sum(offer.cost.recomputed for offer, plan in pairs if plan.lengths is not None and not offer.repeated)
+
+
+@given(graphs(), st.integers(1, 200 * GIB), st.integers(0, 100 * GIB))
+def test_more_budget_never_means_more_recompute(graph, budget, more):
+    small, large = (make_plans(*graph, DEVICE, Config(memory_budget=b)) for b in (budget, budget + more))
+    assert recomputed(graph[0], large) <= recomputed(graph[0], small)
+    assert sum(plan.added_ms for plan in large.of) <= sum(plan.added_ms for plan in small.of) + 1e-9
+
+
+@given(graphs(), st.integers(1, 200 * GIB))
+def test_a_plan_keeps_to_its_budget_or_says_what_is_missing(graph, budget):
+    plans = make_plans(*graph, DEVICE, Config(memory_budget=budget))
+    if plans.peak > budget:
+        assert plans.advice.startswith(f"{readable(plans.peak - budget)} more")
+        least = make_plans(*graph, DEVICE, Config(memory_budget=1))
+        assert plans.peak == least.peak
+    else:
+        assert plans.advice == ""
+
+
+@given(graphs())
+def test_a_loop_is_never_chosen_for_a_higher_peak(graph):
+    plans = make_plans(*graph, DEVICE, Config())
+    heads = make_plans(*graph, DEVICE, Config(modules={n.module: False for n in graph[0] if not n.recomputes_nothing}))
+    assert peak_before_longer_chunks(graph, plans) <= peak_before_longer_chunks(graph, heads)
+    assert plans.peak <= heads.peak + LENT_SHARE * (plans.peak_whole - heads.peak)
+
+
+def peak_before_longer_chunks(graph, plans) -> int:
+    """The peak with the same loops, in chunks of the default length."""
+    offers, timeline = graph
+    defaults = [
+        default_lengths(offer.extent, Wish(), "float32", recomputes=not offer.recomputes_nothing) for offer in offers
+    ]
+    chosen = [default if chosen else None for default, chosen in zip(defaults, looped(plans), strict=True)]
+    return timeline.peak([held(offer, lengths) for offer, lengths in zip(offers, chosen, strict=True)])
+
+
+@given(graphs())
+def test_longer_chunks_take_back_a_small_part_of_what_loops_save(graph):
+    plans = make_plans(*graph, DEVICE, Config())
+    peak = peak_before_longer_chunks(graph, plans)
+    assert peak <= plans.peak <= peak + LENT_SHARE * (plans.peak_whole - peak)
+
+
+def test_layers_that_are_alike_keep_one_chunk_length():
+    """The first two of these leave room, the last two do not: two bodies to compile in place of one."""
+    offers, timeline = llama(16384, 4)
+    plans = make_plans(offers[:4], Timeline(timeline.resident, timeline.segments[:-1]), DEVICE, Config())
+    assert [plan.lengths.chunk for plan in plans.of] == [4096] * 4
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_chunks_are_longer_where_the_rest_of_a_step_leaves_room(checkpointed):
+    """Alike regions have alike chunks, and added time is what longer ones are for."""
+    graph = llama(32768, 8, checkpointed=checkpointed)
+    plans, short = (make_plans(*graph, DEVICE, config) for config in (Config(), Config(chunk_tokens=4096)))
+    assert [plan.lengths.chunk for plan in plans.of[:8]] == [8192] * 8
+    assert sum(plan.added_ms for plan in plans.of[:8]) < 0.9 * sum(plan.added_ms for plan in short.of[:8])
+
+
+def test_chunks_stay_where_they_make_the_peak():
+    """Nothing else is in memory: two such chunks would take back a third of what the loop saves."""
+    offer = mlp(12288)
+    weights = 3 * WIDTH * FFN * 2
+    plans = make_plans([offer], Timeline(weights, (Segment(region=0, gradients=weights),)), DEVICE, Config())
+    assert plans.of[0].lengths.chunk == 4096
+
+
+@pytest.mark.parametrize("options", [{"min_bytes": 0}, {"chunk_tokens": 4096}, {"num_chunks": 8}])
+def test_chunks_stay_where_the_user_decides(options):
+    plans = make_plans(*llama(32768, 8), DEVICE, Config(**options))
+    assert [plan.lengths.chunk for plan in plans.of[:8]] == [4096] * 8
+
+
+@given(graphs(), st.one_of(st.none(), st.integers(1, 200 * GIB)))
+def test_equal_ranks_come_to_equal_plans(graph, budget):
+    config = Config(memory_budget=budget)
+    assert make_plans(*graph, DEVICE, config) == make_plans(*graph, DEVICE, config)
+
+
+def test_what_a_checkpointed_block_keeps_is_held_from_the_forward_on():
+    block = (Segment(region=0, block=0, entry=1), Segment(saved=10, block=0))
+    behind, alone = Timeline(0, (*block, Segment(passing=100))), Timeline(0, block)
+    assert [behind.peak([Held(saved_results=kept)]) for kept in (0, 10)] == [101, 111]
+    again = [alone.peak([Held(saved_results=kept)]) for kept in (0, 10)]
+    assert again == [11, 11]  # not computed again, not counted again

@@ -1,0 +1,66 @@
+"""Predicted memory against measured memory: what is saved for backward, and the peak of a step."""
+
+from __future__ import annotations
+
+import predictions
+import pytest
+import torch
+from memory_probe import saved_bytes
+from numerics import looped
+from predictions import CHUNK, HEADS, MLPS, Sizes, inputs_of, offer, peaks, peaks_without_a_loop
+
+SIZES = Sizes(t=2048, d=64, ff=512, v=4096)
+
+
+@pytest.fixture(autouse=True)
+def _reset():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("program", [*MLPS, *HEADS], ids=lambda program: program.__name__)
+def test_saved_bytes(program, dtype):
+    inputs = inputs_of(program, SIZES, dtype, "cpu")
+    compiled = looped(program, chunk_tokens=CHUNK, inner="inductor")
+    saved = saved_bytes(lambda: compiled(*inputs), inputs)
+    scalars = 16 if program is predictions.cross_entropy else 0  # the mean's denominator
+    assert 0 <= saved - offer(program, inputs).memory.saved <= scalars
+
+
+def test_one_chunk_needs_no_sums():
+    """What is not added up is multiplied in the dtype of its result."""
+    sizes, options = Sizes(t=32, d=256, ff=1024, v=0), {"dtype": torch.bfloat16, "device": "cpu", "chunk_tokens": 32}
+    wide, native = (peaks(predictions.swiglu, sizes, accumulate=how, **options) for how in ("float32", "native"))
+    assert wide == native
+
+
+@pytest.mark.parametrize("accumulate", ["native", "float32"])
+@pytest.mark.parametrize("chunk", [64, 512])
+def test_peak_of_a_wide_head(accumulate, chunk):
+    """Its gradients are most of what it holds; backward scales them in place, or while it casts them."""
+    sizes = Sizes(t=512, d=512, ff=0, v=8192)
+    options = {"chunk_tokens": chunk, "accumulate": accumulate}
+    measured, predicted = peaks(predictions.cross_entropy, sizes, torch.bfloat16, "cpu", **options)
+    assert abs(measured / predicted - 1) <= 0.1
+
+
+@pytest.mark.parametrize("chunk", [128, 512])
+@pytest.mark.parametrize("program", [*MLPS, *HEADS], ids=lambda program: program.__name__)
+def test_peak(program, chunk):
+    if program is predictions.cross_entropy and torch.__version__ < "2.13":
+        pytest.skip("2.11's C++ fuses the loss with the gradient of the logits, which then has a buffer of its own")
+    measured, predicted = peaks(program, SIZES, torch.float32, "cpu", chunk_tokens=chunk)
+    assert abs(measured / predicted - 1) <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("program", "sizes", "dtype"),
+    [
+        (predictions.swiglu, SIZES, torch.float32),
+        (predictions.pre_normed, SIZES, torch.bfloat16),
+        (predictions.cross_entropy, Sizes(t=512, d=512, ff=0, v=8192), torch.bfloat16),
+    ],
+)
+def test_peak_without_a_loop(program, sizes, dtype):
+    measured, predicted = peaks_without_a_loop(program, sizes, dtype, "cpu")
+    assert abs(measured / predicted - 1) <= 0.1

@@ -1,0 +1,43 @@
+"""What a report tells of a region."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from graphs import captured, rewritten
+from models import D, Gelu, V, tokens
+from torch import nn
+
+import mst_fx
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.mlp, self.head = nn.Embedding(V, D), Gelu(), nn.Linear(D, V)
+
+    def forward(self, ids, labels):
+        x = self.tokens(ids)
+        logits = self.head(x + self.mlp(x))
+        return logits, F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def test_returned_logits_are_explained():
+    torch._dynamo.reset()
+    report = mst_fx.explain(Head(), *tokens(), options={"min_bytes": 0})
+    region = report.regions[-1]
+    assert "Returned logits have to exist: " in str(region)
+    assert "returned_logits='detach' does without it" in str(region)
+
+
+def test_report_tells_the_bytes():
+    def head(x, w, labels):
+        return F.cross_entropy(F.linear(x, w), labels)
+
+    length, width, classes, chunk = 1024, 64, 4096, 128
+    x, w = (torch.randn(size, width, requires_grad=True) for size in (length, classes))
+    labels = torch.randint(0, classes, (length,))
+    _, report = rewritten(captured(head, x, w, labels), chunk_tokens=chunk)
+    (region,) = report.regions
+    assert region.bytes_before == 8 * region.bytes_after
+    assert region.bytes_before == 2 * length * classes * 4  # the logits and their log-softmax
