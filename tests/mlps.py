@@ -94,6 +94,7 @@ def quantised(m, x):
 
 PLAIN = {
     "ReLU": lambda m, x: m.down(F.relu(m.up(x))),
+    "convolution": convolution_of_one_token,
     "squared ReLU": lambda m, x: m.down(F.relu(m.up(x)).square()),
     "NewGELU": lambda m, x: m.down(new_gelu(m.up(x))),
     "QuickGELU": lambda m, x: m.down((y := m.up(x)) * torch.sigmoid(1.702 * y)),
