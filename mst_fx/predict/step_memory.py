@@ -21,11 +21,11 @@ from mst_fx.predict.saved_activations import activation_bytes, passing_bytes, sa
 from mst_fx.recognise.reader import Reader
 
 FORWARD_DIVISOR = 2
-"""What backward needs of a node beside the saved values, by what its forward needs beside them.
+"""The ratio of what the backward and the forward of a node need, besides the saved values.
 
-Measured for a product whose result is as large as what it reads (`tests/predict/test_step_memory.py`): backward makes
-the gradients of both, forward makes the result alone. For other nodes it is an assumption; no measurement of them is on
-record. It decides a peak only where a checkpointed block keeps more than backward needs of it: anywhere else backward
+Measured for a product whose result is as large as its operand (`tests/predict/test_step_memory.py`): backward makes the
+gradients of both, forward makes only the result. For other nodes it is an assumption; no measurement of them is on
+record. It decides a peak only where a checkpointed block saves more than backward needs of it: anywhere else backward
 holds at least as much at the same segment.
 """
 

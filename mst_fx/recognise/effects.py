@@ -45,6 +45,8 @@ _SIDE_EFFECTS = {
 
 DATA = frozenset(["_get_data_attr"])
 """Functions whose view shares no version with its base: autograd does not notice a write to it."""
+SWITCHES_GRADIENTS = ("detach_", "requires_grad_")
+"""Methods that change in place whether a value needs a gradient."""
 DETACHED = DATA | {"detach"}
 """Functions and methods that give a view without a gradient."""
 

@@ -36,7 +36,7 @@ from mst_fx.core.values import fake_value, tensors_of
 from mst_fx.placement.propagate import forbid_effects, forbid_unruled
 from mst_fx.placement.rules.contraction import factors
 from mst_fx.recognise.decomposed_nodes import decomposed_nodes, strange_tensors
-from mst_fx.recognise.effects import gradients_in, writes, writes_data, written_by
+from mst_fx.recognise.effects import SWITCHES_GRADIENTS, gradients_in, writes, writes_data, written_by
 
 aten = torch.ops.aten
 
@@ -87,6 +87,12 @@ class Reader:
     def data_writes(self) -> list[Node]:
         """The nodes that write to memory through `.data`."""
         return [node for node in self.owner.graph.nodes if self.written_by(node) and writes_data(node)]
+
+    @functools.cached_property
+    def switches_gradients(self) -> list[Node]:
+        """The nodes that take the gradient from a value in place, or give it one."""
+        nodes = self.owner.graph.nodes
+        return [node for node in nodes if getattr(node.target, "__name__", node.target) in SWITCHES_GRADIENTS]
 
     def decomposed(self, node: Node) -> Decomposed | None:
         """Return the aten ops of a node; None where it has none (no fake values, a data-dependent op, ...)."""

@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.core.aten_ops import BILINEAR
+from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.values import has_gradient, is_view, storages_of, storages_of_all
@@ -150,6 +151,20 @@ def forbid_gradients_behind_detach(reader: Reader, nodes: Sequence[Node]) -> Non
             if lies_behind(target, DETACHED) and any(map(has_gradient, others)):
                 text = f"{op_name(node)} writes what has a gradient to a detached view"
                 raise Refusal(Reason.MUTATION, node, text)
+
+
+def forbid_gradients_switched_later(reader: Reader, nodes: Sequence[Node], live_ins: Collection[Node]) -> None:
+    """Raise a refusal for a value that loses its gradient in place after the region, or gets one.
+
+    A captured value tells whether it needs a gradient in the end, not whether it did when it was read. So neither the
+    region's live-ins nor what is made of the region may be switched after it.
+    """
+    for node in reader.switches_gradients:
+        switched = set(node.all_input_nodes)
+        made = not ancestors(switched).isdisjoint(nodes)
+        if reader.order[node] > reader.order[nodes[0]] and (made or not switched.isdisjoint(live_ins)):
+            text = f"{op_name(node)} switches gradients of a value that the region makes or has read"
+            raise Refusal(Reason.MUTATION, node, text)
 
 
 def forbid_writes_to_saved(reader: Reader, nodes: Sequence[Node]) -> None:

@@ -6,10 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 CACHE_PROBE = """
 import sys, torch
+from torch._inductor import config
 from torch._dynamo.utils import counters
 sys.path.insert(0, {tests!r})
+config.cpp.vec_isa_ok, config.cpp.simdlen = True, 1  # plain loops are compiled sooner, and are cached alike
 from numerics import gradients, looped, relative_error
 for activation in {activations}:
     torch._dynamo.reset()

@@ -43,6 +43,7 @@ class Blocks(nn.Module):
         return loss if self.alone else loss + x.square().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "count", "alone", "again"),
     [

@@ -14,6 +14,8 @@ transformers = pytest.importorskip("transformers")
 from coverage import TOLERANCE, examine  # noqa: E402 - needs transformers
 from tiny_models import TASKS, cases  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = [
     "FalconForCausalLM",
     "BloomForCausalLM",

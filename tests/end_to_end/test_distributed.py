@@ -25,6 +25,7 @@ def _one_rank(tmp_path):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ddp_reduces_each_parameter_once():
     model = MlpLM().double()
     batch = tokens(2)

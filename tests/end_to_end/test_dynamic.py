@@ -50,6 +50,7 @@ def unmarked(ids, labels):
     return ids, labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "dynamic", "prepared", "more"),
     [(1, True, unmarked, 0), (2, True, unmarked, 0), (2, None, marked, 0), (2, None, unmarked, 1)],
@@ -68,6 +69,7 @@ def test_one_compile_serves_fifty_lengths(batch, dynamic, prepared, more):
     assert len(mst_fx.reports()[-1].regions) == 2
 
 
+@pytest.mark.slow
 def test_gradients_of_many_lengths_through_inductor():
     model = MlpLM()
     compiled = looped(model, inner="inductor", dynamic=True)

@@ -7,6 +7,8 @@ from frugal import quiet
 from fuzzing.check import FAILED, OK, check
 from fuzzing.generate import generate
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES, PARTS = 300, 6
 
 

@@ -265,6 +265,7 @@ def small(x, w, y):
     return (F.cross_entropy(*losses.flat(x, w, y), reduction="none") * 2.0**-12).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sliced_contiguous_logits", "grpo", "loss_and_accuracy", "jensen_shannon"])
 def test_one_compile_serves_every_length(name):
     fn = {**SHIFTED, **PER_TOKEN, **REINFORCEMENT, **DISTILLATION}[name]

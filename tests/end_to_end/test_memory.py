@@ -156,6 +156,7 @@ class Layers(nn.Module):
         return x.square().sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True])
 def test_layers_as_predicted(again):
     """Of a checkpointed layer six wide values are alive at once without a loop; of others three are saved."""
@@ -171,6 +172,7 @@ def test_layers_as_predicted(again):
     assert abs((report.peak - resident) / peaks[1] - 1) <= 0.15
 
 
+@pytest.mark.slow
 def test_nothing_wide_grows_with_a_length_that_varies():
     """One compile; of twice the length, what is saved and the peak take more of [tokens, hidden] alone."""
     weights = tensors((FF, D), (FF, D), (D, FF), (V, D))

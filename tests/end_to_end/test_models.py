@@ -10,6 +10,8 @@ import torch
 from numerics import assert_as_good_as_eager
 from transformer_models import V, loss_of, make
 
+pytestmark = pytest.mark.slow
+
 PATTERNS = {"gpt2": "mlp"}
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from beside import beside_eager, leaf, looped_regions
+from torch.utils.checkpoint import checkpoint
 
 
 def detached_gate(x, up, other, down):
@@ -87,3 +88,49 @@ def test_an_op_without_a_derivative_is_refused_where_a_gradient_needs_one(progra
     (refusal,) = report.refusals
     assert (looped, refusal.pattern, refusal.reason) == ({"head"}, "mlp", "UNKNOWN_OP")
     assert "aten.heaviside.default has no derivative" in refusal.text
+
+
+def mlp(x, up, down):
+    return (x @ up).tanh() @ down
+
+
+def result_detached_in_place(x, up, down):
+    y = mlp(x, up, down)
+    total = y.sum()
+    y.detach_()
+    return total, y
+
+
+def made_of_the_result(x, up, down):
+    y = mlp(x, up, down) * 2
+    total = y.sum()
+    y.detach_()
+    return total, y
+
+
+def result_of_a_checkpoint(x, up, down):
+    y = checkpoint(mlp, x, up, down, use_reentrant=False)
+    total = y.sum()
+    y.detach_()
+    return total, y
+
+
+def tokens_detached_before(x, up, down):
+    tokens = x * 2
+    tokens.detach_()
+    return mlp(tokens, up, down)
+
+
+SWITCHED = [result_detached_in_place, made_of_the_result, result_of_a_checkpoint]
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("program", [*SWITCHED, tokens_detached_before], ids=lambda program: program.__name__)
+def test_gradients_that_are_switched_in_place(program, inner):
+    """A captured value tells what it needs in the end; what was read or made before is left alone."""
+
+    def given(_):
+        return leaf(3, 7, 4), leaf(4, 8), leaf(8, 4)
+
+    reports = beside_eager(program, given, inner=inner)
+    assert looped_regions(reports) == (program is tokens_detached_before)

@@ -81,6 +81,7 @@ def test_a_number_is_not_rounded_to_half_precision(dtype):
     torch.testing.assert_close(compiled(x, 0.7), (x.double() + 0.7).to(dtype), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inner",
     [
@@ -101,6 +102,7 @@ def test_ways_to_read_a_number(inner):
     assert not report.refusals
 
 
+@pytest.mark.slow
 def test_a_number_that_an_op_needs_is_fixed_for_every_layer():
     """Layers that are alike share one body, which holds the value: another value compiles anew, in whatever layer."""
     layers = [Scaled() for _ in range(2)]
@@ -137,6 +139,7 @@ def test_a_number_that_depends_on_the_data(read, looped_too):
         assert "model.down(read(F.gelu(model.up(x))" in refused.source
 
 
+@pytest.mark.slow
 def test_layers_that_differ_in_nothing_share_their_bodies(monkeypatch):
     from mst_fx.bodies import work
 

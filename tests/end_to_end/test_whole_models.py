@@ -74,6 +74,7 @@ class Talkative(NanoGPT):
         return {"loss": loss, "others": (x, [logits.argmax(-1)])}
 
 
+@pytest.mark.slow
 def test_breaks_and_nested_results():
     model = Talkative()
     ids, _ = tokens(2)
@@ -89,6 +90,7 @@ def test_breaks_and_nested_results():
     assert_as_good_as_eager(model, (ids, ids), step=lambda m, *args: m(*args)["loss"])
 
 
+@pytest.mark.slow
 def test_prefill_fills_the_cache_and_projects_one_token():
     model = make("llama").eval()
     model.config.use_cache = True
@@ -107,6 +109,7 @@ def test_prefill_fills_the_cache_and_projects_one_token():
     assert [(region.pattern, region.backward) for region in report.regions] == [("gated_mlp", "none")] * 2
 
 
+@pytest.mark.slow
 def test_prefill_that_cuts_the_logits():
     model = make("llama").eval()
     ids = torch.randint(0, V, (2, 37))

@@ -51,7 +51,7 @@ def test_no_chunk_is_ragged_where_a_length_nearby_divides(extent, length):
 def test_rows_are_enough_for_fast_products_and_no_more():
     assert chunk_of(MLP) == MAX_ROWS
     assert chunk_of(HEAD) == MIN_ROWS
-    assert chunk_of(replace(MLP, tokens=8)) == MAX_ROWS // 8  # a position is a token of each sequence of the batch
+    assert chunk_of(replace(MLP, tokens_per_position=8)) == MAX_ROWS // 8  # of eight sequences
     assert chunk_of(replace(MLP, sharing=16.0)) == MIN_ROWS * 16  # an expert meets a part of the tokens
 
 

@@ -17,6 +17,7 @@ def _reset():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("program", [*MLPS, *HEADS], ids=lambda program: program.__name__)
 def test_saved_bytes(program, dtype):
@@ -34,6 +35,7 @@ def test_one_chunk_needs_no_sums():
     assert wide == native
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", ["native", "float32"])
 @pytest.mark.parametrize("chunk", [64, 512])
 def test_peak_of_a_wide_head(accumulate, chunk):
@@ -44,6 +46,7 @@ def test_peak_of_a_wide_head(accumulate, chunk):
     assert abs(measured / predicted - 1) <= 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [128, 512])
 @pytest.mark.parametrize("program", [*MLPS, *HEADS], ids=lambda program: program.__name__)
 def test_peak(program, chunk):

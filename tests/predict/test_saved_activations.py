@@ -113,6 +113,7 @@ class Frozen(Layer):
         return self.o(y) + self.up(self.down(y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Layer, NormedAndGated, Parallel, NormsBehind, NormsAround, Frozen])
 def test_bytes_saved_by_layers(kind):
     torch.manual_seed(0)

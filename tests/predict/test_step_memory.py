@@ -75,9 +75,9 @@ def test_what_a_square_product_needs_is_measured(dtype, bias):
     measured = peak_bytes(lambda: F.linear(x, w, b)), peak_bytes(backward)
     surveyed = Surveyor(Config(), patterns()).survey(captured(lambda x, w, b: F.linear(x, w, b), x, w, b))
     needs = [replace(part, saved=0, gradients=0) for part in timeline_of(surveyed).segments]
-    kept = 10 * max(measured)  # in a block that keeps what backward does not need, forward makes the peak
+    saved = 10 * max(measured)  # in a block that saves what backward does not need, forward makes the peak
     block = Segment(region=0, block=0), *(replace(part, block=0) for part in needs)
-    assert peak(*block, held=[Held(kept=kept)]) - kept == pytest.approx(measured[0], rel=0.1)
+    assert peak(*block, held=[Held(saved_results=saved)]) - saved == pytest.approx(measured[0], rel=0.1)
     assert peak(*needs) == pytest.approx(measured[1], rel=0.1)
 
 

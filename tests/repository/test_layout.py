@@ -73,6 +73,13 @@ def test_tests_stand_where_their_modules_do():
     assert folders == {*PACKAGES, "passes", "placement/rules", "end_to_end", "repository"}
 
 
+def test_slow_tests_run_unless_they_are_left_out():
+    """`slow` deselects nothing by itself, neither here nor in what every change must pass."""
+    root = Path(__file__).parents[2]
+    (options,) = re.findall(r"^addopts = (.+)$", (root / "pyproject.toml").read_text(), re.M)
+    assert "slow" not in options + (root / ".ci/run").read_text() + (root / "README.md").read_text()
+
+
 def private_names(path: Path) -> set[str]:
     """Names of torch that a file uses and that torch does not document for users, but for pytrees and op overloads."""
     found: set[str] = set()

@@ -68,6 +68,7 @@ def test_regions_that_are_alike_are_traced_once(monkeypatch, widths, kinds, agai
     assert calls == {"lower": kinds, "gradient_body": kinds}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True])
 def test_generated_code_holds_one_body_a_kind(again):
     from torch._inductor.utils import run_and_get_code
