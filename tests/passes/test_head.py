@@ -124,9 +124,9 @@ def test_loss_without_a_head():
 
 def test_logits_of_an_op_that_nobody_knows_are_not_said_to_come_from_outside():
     def fn(x, w, y):
-        return F.cross_entropy(F.conv1d(x, w), y)
+        return F.cross_entropy(F.conv1d(x, w, padding=1), y)
 
-    refusal = refusal_of(fn, torch.randn(2, 4, 9), torch.randn(33, 4, 1), torch.randint(0, 33, (2, 9)))
+    refusal = refusal_of(fn, torch.randn(2, 4, 9), torch.randn(33, 4, 3), torch.randint(0, 33, (2, 9)))
     assert (refusal.pattern, refusal.reason) == ("head", "UNKNOWN_OP")
     assert "conv1d" in refusal.text
 
