@@ -22,7 +22,7 @@ from mst_fx.core.aten_ops import CHECKS, is_mutable
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.graph_modules import layout_free
 from mst_fx.core.modes import Mode
-from mst_fx.core.sizes import any_length, is_symbolic, number, unguarded
+from mst_fx.core.sizes import any_length, number, unguarded
 from mst_fx.core.torch_private import FakeTensorMode, ShapeEnv, enable_python_dispatcher, make_fx
 from mst_fx.core.values import fake_value
 from mst_fx.ops.overwritten import WithoutWrites
@@ -123,7 +123,7 @@ def tracing(examples: Sequence[Any]) -> Iterator[None]:
         stack.enter_context(preserve_node_meta())
         if len(modes) == 1:
             stack.enter_context(modes.pop())
-        if any(map(is_symbolic, _sizes(examples))):
+        if any(isinstance(size, torch.SymInt) for size in _sizes(examples)):  # also one that has turned out to be fixed
             stack.enter_context(enable_python_dispatcher())  # otherwise composite ops ask for their sizes as numbers
             stack.enter_context(unguarded())
         yield

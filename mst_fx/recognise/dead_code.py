@@ -34,10 +34,13 @@ def without_dead_code(gm: GraphModule, known: dict[Hashable, Decomposed | None],
             dead.add(node)
         else:
             read.update(*map(storages_of, node.all_input_nodes))
-    reads = (tensor for node in dead for operand in node.all_input_nodes for tensor in tensors_of(operand))
-    if not any(tensor.is_floating_point() for tensor in reads):
+    if not any(writes(node) or _reads_floats(node) for node in dead):
         return reader  # no dead node is in a region's way: not worth a copy
     return Reader(rebuilt(gm, [], dead=dead), known, outer)
+
+
+def _reads_floats(node: Node) -> bool:
+    return any(tensor.is_floating_point() for operand in node.all_input_nodes for tensor in tensors_of(operand))
 
 
 def _is_unread(node: Node, dead: set[Node]) -> bool:

@@ -47,8 +47,8 @@ def check(program: Program, inner: str) -> Outcome:
     failed = attempt(program, compiling)
     if failed.kind == OK:
         return failed
-    absent = failed.signature == ABSENT and inner == "eager"  # zeros for none are AOTAutograd's, if it gets that far
-    alone = {**compiling, "backend": "aot_eager" if absent else inner}
+    absent = failed.signature == ABSENT  # zeros for none are AOTAutograd's, if it gets that far
+    alone = {**compiling, "backend": "aot_eager" if absent and inner == "eager" else inner}
     del alone["options"]
     plain = attempt(program, alone)
     if plain.kind != OK and (absent or plain.said == failed.said):

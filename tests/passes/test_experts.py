@@ -361,3 +361,20 @@ def test_a_mask_does_not_count_keys_that_may_stand_twice_in_a_row():
     _, report = rewritten(gm)
     assert not report.regions
     assert any("groups that are not those of its rows" in refusal.text for refusal in report.refusals)
+
+
+def test_a_write_to_sorted_keys_that_nobody_reads_again():
+    """As a clamp of the experts' numbers, for biases that a layer may have, or may not."""
+
+    def layer(x, router, up, down):
+        scores, keys = of_top_k(F.linear(x, router).softmax(-1))
+        sorted_keys, permutation = keys.flatten().sort()
+        ends = torch.histc(sorted_keys.float(), 4, 0, 3).cumsum(0).to(torch.int32)
+        sorted_keys.clamp_(max=3)
+        rows = F.silu(torch._grouped_mm(x[permutation // K].bfloat16(), up.bfloat16(), offs=ends))
+        out = torch._grouped_mm(rows, down.bfloat16(), offs=ends).float() * scores.flatten()[permutation, None]
+        return torch.zeros_like(x).index_add(0, permutation // K, out)
+
+    gm = captured(layer, *(torch.randn(shape) for shape in ((N, D), (4, D), (4, D, 4 * D), (4, 4 * D, D))))
+    _, report = rewritten(gm)
+    assert [region.pattern for region in report.regions] == ["experts"]
