@@ -32,8 +32,8 @@ def decomposed_nodes(owner: GraphModule, known: dict[Hashable, Decomposed | None
     return {node: known[key] for node, key in keys.items()}
 
 
-def _reshapes_in_place(node: Node) -> bool:
-    """Return whether decomposing the node would change the shape of a captured value."""
+def reshapes_in_place(node: Node) -> bool:
+    """Return whether a node gives a value another shape in place, or other strides."""
     packet = getattr(torch.ops.aten, str(node.target), None) if node.op == "call_method" else None
     if packet is None or not writes(node):
         return False
@@ -46,7 +46,7 @@ def _can_be_decomposed(node: Node) -> bool:
     A node without tensors is there for its effect (autocast, ...); a transform's values mean nothing outside of it.
     """
     calls = node.op in ("call_function", "call_method", "call_module")
-    if not calls or isinstance(node.target, torch._ops.HigherOrderOperator) or _reshapes_in_place(node):
+    if not calls or isinstance(node.target, torch._ops.HigherOrderOperator) or reshapes_in_place(node):
         return False
     if strange_tensors(node) is not None or any(map(is_transformed, _near(node))):
         return False

@@ -35,7 +35,7 @@ from mst_fx.core.sizes import hint, is_size, sure
 from mst_fx.core.values import fake_value, tensors_of
 from mst_fx.placement.propagate import forbid_effects, forbid_unruled
 from mst_fx.placement.rules.contraction import factors
-from mst_fx.recognise.decomposed_nodes import decomposed_nodes, strange_tensors
+from mst_fx.recognise.decomposed_nodes import decomposed_nodes, reshapes_in_place, strange_tensors
 from mst_fx.recognise.effects import SWITCHES_GRADIENTS, gradients_in, writes, writes_data, written_by
 
 aten = torch.ops.aten
@@ -93,6 +93,11 @@ class Reader:
         """The nodes that take the gradient from a value in place, or give it one."""
         nodes = self.owner.graph.nodes
         return [node for node in nodes if getattr(node.target, "__name__", node.target) in SWITCHES_GRADIENTS]
+
+    @functools.cached_property
+    def reshapes_in_place(self) -> list[Node]:
+        """The nodes that give a value another shape in place."""
+        return [node for node in self.owner.graph.nodes if reshapes_in_place(node)]
 
     def decomposed(self, node: Node) -> Decomposed | None:
         """Return the aten ops of a node; None where it has none (no fake values, a data-dependent op, ...)."""

@@ -25,7 +25,7 @@ from mst_fx.recognise.effects import leaves, sends_back
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.write_checks import (
     forbid_gradients_behind_detach,
-    forbid_gradients_switched_later,
+    forbid_later_changes,
     forbid_writes_between,
     forbid_writes_to_saved,
     forbid_writes_to_shared,
@@ -126,7 +126,7 @@ def close(
     forbid_writes_between(reader, ordered, {*live_ins, *moved}, before, returned)
     forbid_writes_to_saved(reader, ordered)
     forbid_gradients_behind_detach(reader, ordered)
-    forbid_gradients_switched_later(reader, ordered, live_ins)
+    forbid_later_changes(reader, ordered, live_ins)
     forbid_writes_to_shared(reader, ordered, outputs)
     modes = {node: reader.modes[node] for node in ordered}
     place = (before, moved_ahead)

@@ -153,17 +153,19 @@ def forbid_gradients_behind_detach(reader: Reader, nodes: Sequence[Node]) -> Non
                 raise Refusal(Reason.MUTATION, node, text)
 
 
-def forbid_gradients_switched_later(reader: Reader, nodes: Sequence[Node], live_ins: Collection[Node]) -> None:
-    """Raise a refusal for a value that loses its gradient in place after the region, or gets one.
+def forbid_later_changes(reader: Reader, nodes: Sequence[Node], live_ins: Collection[Node]) -> None:
+    """Raise a refusal for a value that gets another shape in place after the region, or loses or gets its gradient.
 
-    A captured value tells whether it needs a gradient in the end, not whether it did when it was read. So neither the
-    region's live-ins nor what is made of the region may be switched after it.
+    A captured value tells what it is in the end, not what it was when it was read. So no value of the region and no
+    live-in may change after it; nor may gradients of what is made of the region.
     """
-    for node in reader.switches_gradients:
-        switched = set(node.all_input_nodes)
-        made = not ancestors(switched).isdisjoint(nodes)
-        if reader.order[node] > reader.order[nodes[0]] and (made or not switched.isdisjoint(live_ins)):
-            text = f"{op_name(node)} switches gradients of a value that the region makes or has read"
+    for node in (*reader.switches_gradients, *reader.reshapes_in_place):
+        changed = set(node.all_input_nodes[:1])
+        made = ancestors(changed) if node in reader.switches_gradients else changed
+        if reader.order[node] > reader.order[nodes[0]] and (
+            not made.isdisjoint(nodes) or not changed.isdisjoint(live_ins)
+        ):
+            text = f"{op_name(node)} changes in place a value that the region makes or has read"
             raise Refusal(Reason.MUTATION, node, text)
 
 

@@ -21,7 +21,7 @@ from mst_fx.predict.time import Device, device_of
 from mst_fx.recognise.discover import Nested
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region
-from mst_fx.recognise.write_checks import Overwritten, forbid_gradients_switched_later, written_when_run
+from mst_fx.recognise.write_checks import Overwritten, forbid_later_changes, written_when_run
 from mst_fx.report.report import Report, refused
 
 
@@ -50,7 +50,7 @@ class Around:
         """
         first, *others = child.callers
         operands = {operand for caller in child.callers for operand in caller.all_input_nodes}
-        forbid_gradients_switched_later(reader, child.callers, operands)
+        forbid_later_changes(reader, child.callers, operands)
         for other in others:
             if reader.modes[other] != reader.modes[first]:
                 raise Refusal(Reason.GRAD_MODE, other, f"{child.name} runs in several modes")

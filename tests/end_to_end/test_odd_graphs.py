@@ -276,3 +276,22 @@ def test_matrices_without_columns(rank, features):
         return leaf(21, 4), weight(4, 8), weight(4, rank), weight(rank, 8), weight(8, features)
 
     assert looped_regions(beside_eager(adapted_mlp, given, inner="eager")) == 1
+
+
+@pytest.mark.parametrize("change", ["transpose_", "squeeze_", "unsqueeze_"])
+def test_tokens_that_get_another_shape_in_place_later(change):
+    """A captured value has the shape that it has in the end."""
+
+    def program(x, up, down):
+        with torch.no_grad():  # eager execution has saved the tokens otherwise, and raises an error
+            tokens = x * 2
+            y = (tokens @ up).tanh() @ down
+            getattr(tokens, change)(*{"transpose_": (0, 1), "squeeze_": (0,), "unsqueeze_": (0,)}[change])
+            return y, tokens + 1
+
+    def given(_):
+        return leaf(1, 7, 4), leaf(4, 8), leaf(8, 4)
+
+    (report,) = beside_eager(program, given, inner="eager")
+    assert not report.regions
+    assert [refusal.reason for refusal in report.refusals] == ["MUTATION"]
