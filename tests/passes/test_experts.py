@@ -296,6 +296,9 @@ COUNTS = {
     "comparison, groups first": lambda keys, groups: (keys.flatten() == torch.arange(groups)[:, None]).sum(1),
     "scatter_add": lambda keys, groups: torch.zeros(groups, dtype=torch.long).scatter_add_(0, *ones_at(keys)),
     "index_add": lambda keys, groups: torch.zeros(groups, dtype=torch.long).index_add_(0, *ones_at(keys)),
+    "index_add of ones made apart": lambda keys, groups: torch.zeros(groups, dtype=torch.long).index_add_(
+        0, keys.flatten(), torch.ones(keys.numel(), dtype=torch.long)
+    ),
     "index_put": lambda keys, groups: torch.zeros(groups, dtype=torch.long).index_put_(
         (keys.flatten(),), ones_at(keys)[1], accumulate=True
     ),
@@ -327,7 +330,11 @@ def of_top_k(scores):
     return scores.topk(K, -1)
 
 
-IN_ALL_WAYS = [(name, None) for name in COUNTS] + [("one_hot", True), ("mask", True), ("scatter_add", True)]
+IN_ALL_WAYS = [(name, None) for name in COUNTS] + [
+    ("one_hot", True),
+    ("mask", True),
+    ("index_add of ones made apart", True),
+]
 
 
 @pytest.mark.parametrize(("name", "dynamic"), IN_ALL_WAYS, ids=str)

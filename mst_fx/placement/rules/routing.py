@@ -62,6 +62,9 @@ def route(node: Node, flow: Flow) -> NodePlacement | None:
     key = None if routed else counted_key(node)
     split = flow.of(key)
     if key is not None and isinstance(split, Split) and feeds_groups(node):
+        ones = _row_add(node)[2] if node.target in ROW_ADDS else None
+        if isinstance(ones, Node) and shape_of(ones) and flow.of(ones) == WHOLE:
+            raise Demand(ones, split)
         return Routed("counts", key_of(key), split)
     starts = node.target in (*SORTS, *COUNTS) and isinstance(flow.of(args_of(node)[0]), Split)
     if not routed and not (starts and len(shape_of(args_of(node)[0])) == 1):
