@@ -21,12 +21,12 @@ from mst_fx.core.aten_ops import (
     FILLS,
     FILLS_LIKE,
     GROUPED_PRODUCTS,
-    RANGES,
     RESHAPES,
     ROW_ADDS,
 )
 from mst_fx.core.graph_walk import descendants
 from mst_fx.core.sizes import sure
+from mst_fx.placement.rules.indexing import counts_up
 from mst_fx.placement.rules.registry import args_of, argument, shape_of, takes
 
 aten = torch.ops.aten
@@ -90,7 +90,9 @@ def _compared(marks: Node, classes: int) -> Node | None:
             continue
         own = _padded(key, rank)
         is_range = [sure(size == 1) for size in _padded(numbers, rank)] == [dim != classes for dim in range(rank)]
-        if is_range and sure(own[classes] == 1) and _counts_up(numbers):
+        while numbers.target in (*RESHAPES, *CASTS):
+            numbers = _node(args_of(numbers)[0])
+        if is_range and sure(own[classes] == 1) and counts_up(numbers):
             return key
     return None
 
@@ -99,16 +101,6 @@ def _padded(node: Node, rank: int) -> tuple[Any, ...]:
     """Return a shape as it broadcasts to a rank."""
     shape = shape_of(node)
     return (1,) * (rank - len(shape)) + tuple(shape)
-
-
-def _counts_up(node: Node) -> bool:
-    while node.target in (*RESHAPES, *CASTS):
-        node = _node(args_of(node)[0])
-    if node.target not in RANGES:
-        return False
-    start = argument(node, "start") if node.target != aten.arange.default else 0
-    step = argument(node, "step") if node.target == aten.arange.start_step else 1
-    return bool(start == 0 and step == 1)
 
 
 def _marked(marks: Node) -> Node | None:

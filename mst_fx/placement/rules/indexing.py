@@ -160,14 +160,21 @@ def _counts_along(index: Node, size: int) -> int | None:
     shape = shape_of(index)
     while index.target in RESHAPES:
         index = args_of(index)[0]
-    if index.target not in RANGES:
+    if not counts_up(index):
         return None
     dims = [dim for dim, own in enumerate(shape) if not sure(own == 1)]
     if len(dims) != 1:
         return None
-    from_zero = index.target == aten.arange.default or args_of(index)[0] == 0
-    by_one = index.target != aten.arange.start_step or argument(index, "step") == 1
-    return dims[0] if from_zero and by_one and sure(shape_of(index)[0] == size) else None
+    return dims[0] if sure(shape_of(index)[0] == size) else None
+
+
+def counts_up(node: Node) -> bool:
+    """Return whether a node makes 0, 1, 2, ..."""
+    if node.target not in RANGES:
+        return False
+    from_zero = node.target == aten.arange.default or args_of(node)[0] == 0
+    by_one = node.target != aten.arange.start_step or argument(node, "step") == 1
+    return bool(from_zero and by_one)
 
 
 def _paired(node: Node, flow: Flow, picks: Picks, table: Split) -> Placement:
