@@ -1,7 +1,4 @@
-"""explain(): compile, run once, and report what is looped, what is not, and why.
-
-Private torch API: the mark of functions that Dynamo leaves alone. Run on torch 2.11, 2.13 and 2.15.
-"""
+"""explain(): compile, run once, and report what is looped, what is not, and why."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from mst_fx.core.torch_private import dynamo
 from mst_fx.pipeline import compiled_and_told
 from mst_fx.report.report import Report
 
@@ -47,13 +45,5 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
 def _uncompiled(fn: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[str, ...]]:
     """Return the function to compile, and a note where `fn` is compiled already."""
     note = "it is compiled already; this is the report of a compile of its own, with the options given to explain()"
-    context = torch._dynamo.eval_frame.DisableContext
-    if getattr(fn, "_torchdynamo_disable", False) or isinstance(getattr(fn, "dynamo_ctx", None), context):
-        return fn, ()
-    wrapped = getattr(fn, "_orig_mod", None) or getattr(fn, "_torchdynamo_orig_callable", None)
-    if wrapped is not None:
-        original, _ = _uncompiled(wrapped)
-        return original, (note,)
-    if isinstance(fn, torch.nn.Module) and getattr(fn, "_compiled_call_impl", None) is not None:
-        return fn._call_impl, (note,)
-    return fn, ()
+    original = None if dynamo.is_disabled(fn) else dynamo.compiled_from(fn)
+    return (fn, ()) if original is None else (_uncompiled(original)[0], (note,))

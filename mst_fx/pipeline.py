@@ -28,9 +28,11 @@ from torch.fx import GraphModule
 
 from mst_fx.core.clean_room import modes_given_back
 from mst_fx.core.config import Config
-from mst_fx.core.faults import PASSING, refusal_for, words_of
+from mst_fx.core.faults import refusal_for, words_of
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.inner_compiler import Compile, inductor_options, inner_compiler, writes_python
+from mst_fx.core.torch_private import inductor
+from mst_fx.core.torch_private.dynamo import PASSING
+from mst_fx.inner_compiler import Compile, inner_compiler, writes_python
 from mst_fx.report.report import Report, record, refused
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ def compiled_and_told(
     gm: GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
 ) -> tuple[Callable[..., Any], Report]:
     """Return the compiled function and the report about it; arguments and errors as for `backend`."""
-    config, foreign = Config.split(options, inductor_options())
+    config, foreign = Config.split(options, inductor.option_names())
     compile_graph = inner_compiler(config, mode, foreign)
     engine = _engine(gm, config, foreign)
     if isinstance(engine, Refusal):

@@ -22,7 +22,7 @@ from mst_fx.capture.lower import execute, lower, mutates, traced, tracing
 from mst_fx.core.aten_ops import is_mutable
 from mst_fx.core.graph_walk import ancestors, in_order
 from mst_fx.core.modes import Mode
-from mst_fx.core.torch_private import TorchDispatchMode
+from mst_fx.core.torch_private.tracing import TorchDispatchMode
 from mst_fx.core.values import fake_value
 
 log = logging.getLogger("mst_fx")

@@ -17,7 +17,7 @@ from torch.nn.functional import embedding, linear
 
 from mst_fx.core.aten_ops import MEAN, NONE, SUM, is_mutable, is_random
 from mst_fx.core.sizes import sure
-from mst_fx.core.torch_private import decomposition_table
+from mst_fx.core.torch_private.tracing import decomposition_table
 from mst_fx.ops.seeded_random import uniform_like
 from mst_fx.placement.rules import rule_for
 

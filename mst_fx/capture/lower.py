@@ -23,7 +23,8 @@ from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.graph_modules import layout_free
 from mst_fx.core.modes import Mode
 from mst_fx.core.sizes import any_length, number, unguarded
-from mst_fx.core.torch_private import FakeTensorMode, ShapeEnv, enable_python_dispatcher, make_fx
+from mst_fx.core.torch_private.symbols import ShapeEnv
+from mst_fx.core.torch_private.tracing import FakeTensorMode, enable_python_dispatcher, make_fx
 from mst_fx.core.values import fake_value
 from mst_fx.ops.overwritten import WithoutWrites
 

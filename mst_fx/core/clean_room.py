@@ -2,9 +2,6 @@
 
 What belongs to the captured program stays on: autocast around it (but not the cache of weights that it has cast, which
 holds values of other traces), the default dtype, deterministic algorithms. Dynamo guards on these.
-
-Private torch API: switches of hooks, modes, transforms and compiled autograd. Run on torch 2.11, 2.13 and
-2.15.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from threading import RLock
 
 import torch
-import torch.overrides
 
 _one_at_a_time = RLock()
 """Anomaly mode, and the stack traces that a trace records, belong to the process, not to the thread."""
@@ -23,18 +19,16 @@ _one_at_a_time = RLock()
 @contextmanager
 def clean_room() -> Iterator[None]:
     """Hide modes, hooks and transforms of the user from the block; one thread enters at a time."""
-    from torch._dynamo.compiled_autograd import _disable as without_compiled_autograd
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as without_transforms
-    from torch.utils._python_dispatch import _disable_current_modes as without_dispatch_modes
+    from mst_fx.core.torch_private import switches  # late: a version may lack one
 
     recorded = torch.is_grad_enabled()
     with ExitStack() as stack:
         stack.enter_context(_one_at_a_time)
-        stack.enter_context(without_transforms())
-        stack.enter_context(without_dispatch_modes())
-        stack.enter_context(_without_function_modes())
-        stack.enter_context(_without_saved_tensor_hooks())
-        stack.enter_context(without_compiled_autograd())
+        stack.enter_context(switches.without_transforms())
+        stack.enter_context(switches.without_dispatch_modes())
+        stack.enter_context(switches.without_function_modes())
+        stack.enter_context(switches.without_saved_tensor_hooks())
+        stack.enter_context(switches.without_compiled_autograd())
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(recorded))
@@ -48,27 +42,6 @@ def modes_given_back() -> Iterator[None]:
     recorded = torch.is_grad_enabled()
     with torch.inference_mode(torch.is_inference_mode_enabled()), torch.set_grad_enabled(recorded):
         yield
-
-
-@contextmanager
-def _without_function_modes() -> Iterator[None]:
-    """Hide the user's function modes: Dynamo has applied them while it captured."""
-    modes = [torch.overrides._pop_mode() for _ in range(torch._C._len_torch_function_stack())]
-    try:
-        yield
-    finally:
-        for mode in reversed(modes):
-            torch.overrides._push_mode(mode)
-
-
-@contextmanager
-def _without_saved_tensor_hooks() -> Iterator[None]:
-    """Hide hooks on saved tensors: an eager checkpoint counts by them, a user moves tensors by them."""
-    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
-    try:
-        yield
-    finally:
-        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
 
 
 @contextmanager

@@ -1,8 +1,4 @@
-"""An error inside the pass costs the loop that it hits, never the compile; a warning and the report tell it.
-
-Private torch API: exceptions that Dynamo and activation checkpointing start or stop something by. They are looked up by
-name, as a version may lack one. Run on torch 2.11, 2.13 and 2.15.
-"""
+"""An error inside the pass costs the loop that it hits, never the compile; a warning and the report tell it."""
 
 from __future__ import annotations
 
@@ -11,22 +7,12 @@ import re
 from types import ModuleType
 
 import torch
-import torch.utils.checkpoint
 from torch.fx import Node
 
 from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.torch_private.dynamo import PASSING
 
 log = logging.getLogger("mst_fx")
-
-_NAMES = (
-    (torch._dynamo.exc, "RestartAnalysis"),  # a number turned out to be fixed: Dynamo captures the program once more
-    (torch._dynamo.exc, "TensorifyScalarRestartAnalysis"),
-    (torch.utils.checkpoint, "_StopRecomputationError"),  # the checkpoint has all that it needs
-)
-PASSING: tuple[type[BaseException], ...] = tuple(
-    getattr(module, name) for module, name in _NAMES if hasattr(module, name)
-)
-"""Exceptions that are no errors; the pass lets them through."""
 
 
 def refusal_for(error: Exception, node: Node | None, doing: str, *, strict: bool) -> Refusal:

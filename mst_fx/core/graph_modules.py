@@ -1,7 +1,4 @@
-"""Graph modules: copies, and modules over new graphs.
-
-Private torch API: modules that write their code late. Run on torch 2.11, 2.13 and 2.15.
-"""
+"""Graph modules: copies, and modules over new graphs."""
 
 from __future__ import annotations
 
@@ -9,7 +6,8 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule
-from torch.fx._lazy_graph_module import _make_graph_module
+
+from mst_fx.core.torch_private.captured import make_graph_module
 
 aten = torch.ops.aten
 
@@ -19,7 +17,7 @@ def module_over(owner: GraphModule, graph: Graph) -> GraphModule:
 
     Within torch.compile it writes its code on the first run; the compiler never runs it.
     """
-    return _make_graph_module(owner, graph, owner.__class__.__name__)
+    return make_graph_module(owner, graph, owner.__class__.__name__)
 
 
 def copied(module: GraphModule) -> GraphModule:

@@ -1,14 +1,11 @@
-"""The module's path and the user's source line of a node of a captured graph, and what ended the graph.
-
-Private torch API: the reason that Dynamo leaves on a graph. Run on torch 2.11, 2.13 and 2.15.
-"""
+"""The module's path and the user's source line of a node of a captured graph."""
 
 from __future__ import annotations
 
 import re
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 _TORCH_ROOT = torch.__path__[0]
 _FRAME = re.compile(r'File "(?P<file>.+?)", line (?P<line>\d+), in .*\n\s*(?P<code>.*)')
@@ -23,12 +20,6 @@ def module_path(node: Node) -> str:
     path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)  # L['self'].layers[0] -> L.self.layers.0
     path = re.sub(r"_modules\.|_buffers\.|_parameters\.", "", path)
     return re.sub(r"^[LG]\.\w+\.?", "", path)
-
-
-def graph_break(gm: GraphModule) -> str:
-    """Return why Dynamo ended a graph before the user's function ends, "" where the function ends with it."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    return str(reason.reason) if reason is not None and reason.graph_break else ""
 
 
 def source_line(node: Node) -> str:

@@ -1,7 +1,4 @@
-"""Sizes that are known, and those that are only known at run time; asking adds no guard.
-
-Private torch API: the symbols of sizes and their captured values. Run on torch 2.11, 2.13 and 2.15.
-"""
+"""Sizes that are known, and those that are only known at run time; asking adds no guard."""
 
 from __future__ import annotations
 
@@ -11,7 +8,9 @@ from typing import Any, TypeAlias
 
 import sympy  # type: ignore[import-untyped]
 import torch
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, is_concrete_int, statically_known_true
+
+from mst_fx.core.torch_private import symbols
+from mst_fx.core.torch_private.symbols import ShapeEnv, is_concrete_int, statically_known_true
 
 VARYING = (torch.SymInt, torch.SymFloat, torch.SymBool)
 sure = statically_known_true
@@ -31,24 +30,22 @@ def hint(size: Any) -> int:
     """Return the value of a size when the graph was captured, or that which `mark_dynamic(hint_override=)` names."""
     if not isinstance(size, torch.SymInt):
         return int(size)
-    return int(size.node.hint) if size.node.has_hint() else UNSEEN
+    value = symbols.captured_value(size)
+    return UNSEEN if value is None else int(value)
 
 
 def long_hint(size: Any) -> int:
     """Return the same with LONG, or the largest value if that is smaller, for each symbol with a smaller hint."""
-    if not isinstance(size, torch.SymInt) or not size.node.has_hint():
+    if not isinstance(size, torch.SymInt) or symbols.captured_value(size) is None:
         return hint(size)
-    formula, shape_env = size.node.expr, size.node.shape_env
-    return int(formula.xreplace({symbol: _long_value(shape_env, symbol) for symbol in formula.free_symbols}))
-
-
-def _long_value(shape_env: Any, symbol: Any) -> Any:
-    return max(shape_env.backed_var_to_val[symbol], min(LONG, shape_env.var_to_range[symbol].upper))
+    seen = seen_symbols(size).items()
+    long = {symbol: max(value, min(LONG, symbols.largest_value(symbol, size))) for symbol, value in seen}
+    return int(symbols.formula_of(size).xreplace(long))
 
 
 def depends_on_data(size: Any) -> bool:
     """Return whether a size, or another number, had no value when the graph was captured."""
-    return isinstance(size, VARYING) and not size.node.has_hint()
+    return isinstance(size, VARYING) and symbols.captured_value(size) is None
 
 
 def is_size(value: Any) -> bool:
@@ -60,7 +57,7 @@ def is_size(value: Any) -> bool:
 
 def is_symbolic(size: Any) -> bool:
     """Return whether a size is only known at run time."""
-    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+    return isinstance(size, torch.SymInt) and not symbols.is_fixed(size)
 
 
 def number(size: Any) -> int | None:
@@ -70,27 +67,29 @@ def number(size: Any) -> int | None:
 
 def expression(size: Any) -> Any:
     """Return the sympy formula of a size, or of another number that varies."""
-    return size.node.expr if isinstance(size, VARYING) else sympy.sympify(size)
+    return symbols.formula_of(size) if isinstance(size, VARYING) else sympy.sympify(size)
 
 
 def seen_symbols(size: Any) -> dict[Any, Any]:
     """Return the symbols of a size, and the values that they had when the graph was captured."""
-    return {symbol: size.node.shape_env.backed_var_to_val[symbol] for symbol in expression(size).free_symbols}
+    free = expression(size).free_symbols
+    known = symbols.captured_symbols(size) if free else {}
+    return {symbol: known[symbol] for symbol in free}
 
 
 def alone(symbol: Any, holder: Any) -> Any:
     """Return a symbol of the size `holder` as a size of its own."""
-    return holder.node.shape_env.create_symintnode(symbol, hint=int(seen_symbols(holder)[symbol]))
+    return symbols.size_of(symbol, int(seen_symbols(holder)[symbol]), holder)
 
 
 def in_terms_of(size: Any, known: Mapping[Any, Any]) -> Any:
     """Return a size, or another number, with formulas of `known` in place of symbols: a number where none is left."""
-    if not isinstance(size, VARYING) or size.node.expr.free_symbols.isdisjoint(known):
+    if not isinstance(size, VARYING) or expression(size).free_symbols.isdisjoint(known):
         return size
-    formula = size.node.expr.xreplace(known)
+    formula, value = expression(size).xreplace(known), symbols.captured_value(size)
     if not isinstance(size, torch.SymInt):
-        return size if formula.free_symbols else type(size.node.hint)(formula)
-    return int(formula) if formula.is_number else size.node.shape_env.create_symintnode(formula, hint=size.node.hint)
+        return size if formula.free_symbols else type(value)(formula)
+    return int(formula) if formula.is_number else symbols.size_of(formula, value, size)
 
 
 def fix(number: Any) -> None:
@@ -101,7 +100,8 @@ def fix(number: Any) -> None:
 
 def seen(number: torch.SymFloat) -> float | None:
     """Return the value of a float when the graph was captured, None where it depends on the data; add no guard."""
-    return float(number.node.hint) if number.node.has_hint() else None
+    value = symbols.captured_value(number)
+    return None if value is None else float(value)
 
 
 def unguarded() -> AbstractContextManager[None]:
@@ -116,10 +116,10 @@ def without_guards(sizes: Iterable[Any]) -> Iterator[None]:
     Raises:
         AssertionError: a guard was added.
     """
-    shape_env = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
-    before = len(shape_env.guards) if shape_env is not None else 0
+    size = next((size for size in sizes if isinstance(size, torch.SymInt)), None)
+    before = 0 if size is None else len(symbols.guards_of(size))
     yield
-    added = [str(guard.expr) for guard in shape_env.guards[before:]] if shape_env is not None else []
+    added = [] if size is None else list(map(str, symbols.guards_of(size)[before:]))
     assert not added, f"guards were added: {', '.join(added)}"
 
 
@@ -128,7 +128,6 @@ def any_length(shape_env: ShapeEnv) -> int:
 
     Code compiled for it is right for 1, too: the symbol has no value that torch could specialise on.
     """
-    with shape_env.ignore_fresh_unbacked_symbols():
-        length: Any = shape_env.create_unbacked_symint()
+    length = symbols.size_without_value(shape_env)
     torch._check(length >= 2)
     return length

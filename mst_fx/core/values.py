@@ -1,7 +1,4 @@
-"""Facts about captured values: fake tensors and plain values.
-
-Private torch API: fake tensors, and those of torch.func's transforms. Run on torch 2.11, 2.13 and 2.15.
-"""
+"""Facts about captured values: fake tensors and plain values."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mst_fx.core.sizes import Hint, hint
+from mst_fx.core.torch_private.captured import FakeTensor, is_traceable_wrapper_subclass, is_transformed, marked_dims
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -25,12 +22,7 @@ def fake_value(node: Node) -> Any:
 
 def is_fake(value: torch.Tensor) -> bool:
     """Return whether a value is a fake tensor, without memory, as those of a captured graph are."""
-    return isinstance(value, torch._subclasses.FakeTensor)
-
-
-def is_transformed(value: torch.Tensor) -> bool:
-    """Return whether a value lives inside a transform of torch.func (vmap, ...) that was captured step by step."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return isinstance(value, FakeTensor)
 
 
 def tensors_of(node: Node) -> list[torch.Tensor]:
@@ -95,6 +87,5 @@ def marked_sizes(gm: GraphModule) -> frozenset[str]:
     """Return the sizes that the user marked as varying (`mark_dynamic`): fixing one of them is an error."""
     marked: set[str] = set()
     for node in gm.graph.nodes:
-        given = getattr(node.meta.get("grapharg"), "example", None)
-        marked.update(str(fake_value(node).shape[dim]) for dim in getattr(given, "_dynamo_dynamic_indices", ()))
+        marked.update(str(fake_value(node).shape[dim]) for dim in marked_dims(node))
     return frozenset(marked)

@@ -11,7 +11,8 @@ from mst_fx.capture.decomposed import Decomposed, decompose_alone, decompose_tog
 from mst_fx.capture.fingerprint import likeness_of_node
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.values import fake_value, is_fake, is_sharded, is_transformed, is_wrapper, tensors_of
+from mst_fx.core.torch_private.captured import is_transformed
+from mst_fx.core.values import fake_value, is_fake, is_sharded, is_wrapper, tensors_of
 from mst_fx.recognise.effects import writes, written_by
 
 

@@ -2,8 +2,8 @@
 
 The operator and its bodies go into the captured graph as they are.
 
-Private torch API: Dynamo's variables of higher-order operators. Run on torch 2.11, 2.13 and 2.15. Where they have other
-names, compiled autograd cannot compile backward graphs that hold loops; nothing else changes.
+Where Dynamo's classes have other names, compiled autograd cannot compile backward graphs that hold loops; nothing else
+changes.
 """
 
 from __future__ import annotations
@@ -21,25 +21,21 @@ log = logging.getLogger("mst_fx")
 def let_dynamo_capture_loops() -> None:
     """Register the operator with Dynamo, so that it can put the operator into a graph; further calls do nothing."""
     try:
-        from torch._dynamo.variables import higher_order_ops as ops
+        from mst_fx.core.torch_private import dynamo_variables
 
-        known = ops._hop_name_to_variable_class
-        if mini_sequence_loop.__name__ not in known:
-            known[mini_sequence_loop.__name__] = _variable_class(ops.TorchHigherOrderOperatorVariable)
+        if mini_sequence_loop.__name__ not in dynamo_variables.variable_classes:
+            dynamo_variables.variable_classes[mini_sequence_loop.__name__] = _variable_class()
     except (ImportError, AttributeError) as error:
         log.debug("mst_fx: compiled autograd cannot capture loops: %s", error)
 
 
-def _variable_class(base: Any) -> Any:
-    from torch._dynamo.utils import set_example_value
-    from torch._dynamo.variables.builder import wrap_fx_proxy
-    from torch._dynamo.variables.higher_order_ops import make_attr
-    from torch._dynamo.variables.tensor import SymNodeVariable
+def _variable_class() -> Any:
+    from mst_fx.core.torch_private import dynamo_variables as dynamo
 
     def literal(tx: Any, argument: Any) -> Any:
         """Return a literal of the spec; a number that Dynamo took as varying is fixed to its value."""
         argument = argument.realize()
-        if isinstance(argument, SymNodeVariable):
+        if isinstance(argument, dynamo.SymNodeVariable):
             return argument.evaluate_expr(tx.output)
         if argument.is_python_constant():
             return argument.as_python_constant()
@@ -52,11 +48,11 @@ def _variable_class(base: Any) -> Any:
         modules = tx.output.nn_modules
         if all(module is not body for module in modules.values()):  # loops may share a body
             tx.output.install_subgraph("mini_sequence_body", body)
-        proxy = make_attr(tx, next(name for name, module in modules.items() if module is body))
-        set_example_value(proxy.node, body)
+        proxy = dynamo.make_attr(tx, next(name for name, module in modules.items() if module is body))
+        dynamo.set_example_value(proxy.node, body)
         return proxy
 
-    class Variable(base):  # type: ignore[misc]
+    class Variable(dynamo.TorchHigherOrderOperatorVariable):
         _HOP_NAME = "torch.ops.higher_order.mini_sequence_loop"
 
         def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
@@ -65,6 +61,6 @@ def _variable_class(base: Any) -> Any:
             full, tail, *operands = (proxy_of(tx, argument.realize()) for argument in (*args[:2], *args[3:]))
             arguments = (full, tail, literal(tx, args[2]), *operands)
             call = tx.output.create_proxy("call_function", self.value, args=arguments, kwargs={})
-            return wrap_fx_proxy(tx=tx, proxy=call)
+            return dynamo.wrap_fx_proxy(tx=tx, proxy=call)
 
     return Variable

@@ -1,7 +1,4 @@
-"""Inductor's lowering of the loop operator: each body becomes a function of the generated module, the loop one call.
-
-Private torch API: Inductor's IR, graph lowering and wrapper code. Run on torch 2.11, 2.13 and 2.15.
-"""
+"""Inductor's lowering of the loop operator: each body becomes a function of the generated module, the loop one call."""
 
 from __future__ import annotations
 
@@ -11,13 +8,18 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch._inductor import config, ir
-from torch._inductor.ir import convert_shape_to_inductor  # type: ignore[attr-defined]
-from torch._inductor.lowering import constrain_to_fake_tensor, lowerings, register_lowering
-from torch._inductor.virtualized import V
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from mst_fx.core.sizes import is_symbolic
+from mst_fx.core.torch_private.inductor_ir import (
+    V,
+    config,
+    constrain_to_fake_tensor,
+    convert_shape_to_inductor,
+    ir,
+    lowerings,
+    register_lowering,
+)
+from mst_fx.core.torch_private.tracing import FakeTensorProp
 from mst_fx.kernels.write_order import let_overwrite, written_after
 from mst_fx.runtime.loop_operator import chunk_examples, mini_sequence_loop
 

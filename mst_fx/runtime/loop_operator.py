@@ -11,9 +11,6 @@ Terms
   ins        for each operand None (whole) or (dim, outer, inner), as in `placement.Split`
   strides    (position, strides) of each whole operand that the bodies take in a layout that is not contiguous
   outs       how the body's outputs become results: literals of `result_kinds`
-
-Private torch API: registration of a higher-order operator, and marks of activation checkpointing on its nodes.
-Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -27,18 +24,27 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils._pytree as pytree
-from torch._C import DispatchKey
-from torch._guards import detect_fake_mode
-from torch._higher_order_ops.utils import redirect_to_mode, reenter_make_fx
-from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, disable_proxy_modes_tracing, track_tensor_tree
-from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, _CachingTorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from mst_fx.core.graph_modules import layout_free
 from mst_fx.core.sizes import any_length, is_symbolic
+from mst_fx.core.torch_private.operators import (
+    CHECKPOINTING_MODES,
+    DispatchKey,
+    HigherOrderOperator,
+    below_autograd,
+    current_dispatch_mode,
+    redirect_to_mode,
+    reenter_make_fx,
+)
+from mst_fx.core.torch_private.tracing import (
+    FakeTensorMode,
+    ProxyTorchDispatchMode,
+    detect_fake_mode,
+    disable_proxy_modes_tracing,
+    track_tensor_tree,
+)
 from mst_fx.runtime.result_kinds import Axis, Cat, Outer, ResultKind, Rows, Sum, kind_of
 from mst_fx.runtime.results import aligned, chunks_of, collector_of, example, laid_out
 
@@ -97,7 +103,7 @@ class _MiniSequenceLoop(HigherOrderOperator):
 
     def dispatch(self, /, dispatch_key: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the loop op by op under a mode that does not support higher-order operators: the mode sees these ops."""
-        mode = _get_current_dispatch_mode() if dispatch_key == DispatchKey.Python else None
+        mode = current_dispatch_mode() if dispatch_key == DispatchKey.Python else None
         unknown = mode is not None and type(mode) not in self.python_key_table
         if unknown and not getattr(mode, "supports_higher_order_operators", False):
             return _eager(*args)
@@ -243,10 +249,10 @@ def _functional(ctx: Any, full: Any, tail: Any, spec: tuple[Any, ...], *operands
 @mini_sequence_loop.py_autograd_impl
 def _below_autograd(full: Any, tail: Any, spec: tuple[Any, ...], *operands: torch.Tensor) -> Any:
     """Run the loop without derivatives: `mini_sequence.mini_sequence` pairs a forward with a backward loop."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return mini_sequence_loop(full, tail, spec, *operands)
 
 
 # Under activation checkpointing the operator is an op like any other: recomputed, or saved if the policy says so.
-redirect_to_mode(mini_sequence_loop, _CachingTorchDispatchMode)
-redirect_to_mode(mini_sequence_loop, _CachedTorchDispatchMode)
+for mode in CHECKPOINTING_MODES:
+    redirect_to_mode(mini_sequence_loop, mode)

@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch.fx import GraphModule
 
 from mst_fx.core.config import Config, is_in
-from mst_fx.core.provenance import graph_break, module_path
+from mst_fx.core.provenance import module_path
+from mst_fx.core.torch_private.captured import graph_break
 from mst_fx.survey.surveyed import Surveyed
 
 log = logging.getLogger("mst_fx")

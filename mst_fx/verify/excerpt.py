@@ -25,7 +25,7 @@ from mst_fx.core.config import Config
 from mst_fx.core.graph_modules import module_over
 from mst_fx.core.refusal import Refusal
 from mst_fx.core.sizes import expression, hint, in_terms_of, seen
-from mst_fx.core.torch_private import FakeTensorMode
+from mst_fx.core.torch_private.tracing import FakeTensorMode
 from mst_fx.core.values import fake_value
 from mst_fx.placement.placement import Split
 from mst_fx.recognise.region import Region, needs_gradient

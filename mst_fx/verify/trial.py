@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from mst_fx.capture.lower import execute, under
 from mst_fx.core.aten_ops import DRAWS
 from mst_fx.core.clean_room import clean_room, without_autocast
-from mst_fx.core.torch_private import TorchDispatchMode
+from mst_fx.core.torch_private.tracing import TorchDispatchMode
 from mst_fx.verify.excerpt import Excerpt
 
 aten = torch.ops.aten

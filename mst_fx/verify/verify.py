@@ -22,7 +22,8 @@ from mst_fx.bodies.splice import Replacement, loop
 from mst_fx.bodies.work import Work
 from mst_fx.core.config import Config
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.values import fake_value, has_gradient, is_fake, is_transformed
+from mst_fx.core.torch_private.captured import is_transformed
+from mst_fx.core.values import fake_value, has_gradient, is_fake
 from mst_fx.recognise.rebuild import Edit, rebuilt
 from mst_fx.recognise.region import Region
 from mst_fx.verify.excerpt import Excerpt, excerpt, first_line

@@ -190,15 +190,15 @@ def test_the_glossary_is_short_and_its_words_are_used():
 
 
 def test_private_api_of_torch_is_told():
-    """Each file that says in its docstring that it uses some stands in the table, with the versions that it says."""
+    """Each file of it stands in the table, with the versions that its docstring says."""
     told = {}
-    for _, _, files, versions, _ in rows(section("mst_fx/README.md", "Private torch API")):
-        told.update({file: versions for file in re.findall(r"\]\(([\w/.]+)\)", files)})
+    for _, _, file, versions, _ in rows(section("mst_fx/README.md", "Private torch API")):
+        told[re.findall(r"\]\((.+?)\)", file)[0]] = versions
     found = {}
-    for path in (ROOT / "mst_fx").rglob("*.py"):
-        docstring = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
-        if "Private torch API:" in docstring:
-            (versions,) = re.findall(r"Run on torch (.+?)\.(?: |$)", docstring.split("Private torch API:")[1])
+    for path in (ROOT / "mst_fx/core/torch_private").glob("*.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        if path.stem != "__init__":
+            (versions,) = re.findall(r"^Private torch API: .+ Run on torch (.+)\.$", docstring, re.M)
             found[path.relative_to(ROOT / "mst_fx").as_posix()] = versions.replace(" and", ",")
     assert told == found
 

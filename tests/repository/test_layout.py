@@ -96,7 +96,7 @@ def private_names(path: Path) -> set[str]:
     return {name for name in private if not re.match(r"torch\.(_ops\b|utils\._pytree|_check$)", name)}
 
 
-def test_files_that_use_private_api_say_so():
-    for path in ROOT.rglob("*.py"):
-        if path.parts[-2] != "passes" and private_names(path):
-            assert "Private torch API:" in ast.get_docstring(ast.parse(path.read_text())), (path, private_names(path))
+def test_private_api_stands_in_one_package():
+    """Its files use some, and no other file does."""
+    users = {path for path in [*ROOT.rglob("*.py"), *(ROOT / "passes").glob("*.py")] if private_names(path)}
+    assert users == {path for path in (ROOT / "core/torch_private").glob("*.py") if path.stem != "__init__"}

@@ -1,0 +1,43 @@
+"""Dynamo and activation checkpointing around the pass: exceptions that are no errors, marks on functions, backends.
+
+Names are looked up one by one where a version may lack them.
+
+Private torch API: all of torch's names in this file. Run on torch 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+
+_EXCEPTIONS = (
+    (torch._dynamo.exc, "RestartAnalysis"),  # a number turned out to be fixed: Dynamo captures the program once more
+    (torch._dynamo.exc, "TensorifyScalarRestartAnalysis"),
+    (torch.utils.checkpoint, "_StopRecomputationError"),  # the checkpoint has all that it needs
+)
+PASSING: tuple[type[BaseException], ...] = tuple(
+    getattr(module, name) for module, name in _EXCEPTIONS if hasattr(module, name)
+)
+"""Exceptions that are no errors; the pass lets them through."""
+
+
+def backend_named(name: str) -> Any:
+    """Return the backend that torch.compile knows under a name."""
+    return torch._dynamo.lookup_backend(name)
+
+
+def is_disabled(fn: Callable[..., Any]) -> bool:
+    """Return whether the user told Dynamo to leave a function alone."""
+    context = torch._dynamo.eval_frame.DisableContext
+    return getattr(fn, "_torchdynamo_disable", False) or isinstance(getattr(fn, "dynamo_ctx", None), context)
+
+
+def compiled_from(fn: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Return the function or module that a compiled one was made of; None if `fn` is not compiled."""
+    wrapped = getattr(fn, "_orig_mod", None) or getattr(fn, "_torchdynamo_orig_callable", None)
+    if wrapped is None and isinstance(fn, torch.nn.Module) and getattr(fn, "_compiled_call_impl", None) is not None:
+        return fn._call_impl
+    return wrapped

@@ -1,0 +1,40 @@
+"""Inductor's entry points; Inductor itself is loaded on the first use.
+
+Private torch API: all of torch's names in this file. Run on torch 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+
+def option_names() -> frozenset[str]:
+    """Return the names that Inductor takes as options."""
+    from torch._inductor import list_options
+
+    return frozenset(list_options())
+
+
+def options_of_mode(mode: str) -> dict[str, Any]:
+    """Return the options that one of torch.compile's modes stands for."""
+    from torch._inductor import list_mode_options
+
+    return list_mode_options(mode)
+
+
+def option(name: str) -> Any:
+    """Return the value that an option has now."""
+    from torch._inductor import config
+
+    return getattr(config, name)
+
+
+def compile_graph(gm: GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """Compile a graph."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=options)
+    return compiled

@@ -1,0 +1,17 @@
+"""Operators over graphs: their registration, and what looks into their calls.
+
+Private torch API: all names of this file. Run on torch 2.11, 2.13 and 2.15.
+"""
+
+from torch._C import DispatchKey as DispatchKey
+from torch._C import _AutoDispatchBelowAutograd
+from torch._higher_order_ops.utils import redirect_to_mode as redirect_to_mode
+from torch._higher_order_ops.utils import reenter_make_fx as reenter_make_fx
+from torch._ops import HigherOrderOperator as HigherOrderOperator
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
+
+current_dispatch_mode = _get_current_dispatch_mode
+below_autograd = _AutoDispatchBelowAutograd
+CHECKPOINTING_MODES = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+"""The modes under which activation checkpointing runs a function: the first time, and once more."""

@@ -1,0 +1,55 @@
+"""The symbols of sizes that are only known at run time; asking adds no guard.
+
+Private torch API: all of torch's names in this file. Run on torch 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
+from torch.fx.experimental.symbolic_shapes import is_concrete_int as is_concrete_int
+from torch.fx.experimental.symbolic_shapes import statically_known_true as statically_known_true
+
+
+def formula_of(number: Any) -> Any:
+    """Return the sympy formula of a number that varies."""
+    return number.node.expr
+
+
+def captured_value(number: Any) -> Any:
+    """Return the value of a number when the graph was captured; None where it depends on the data."""
+    return number.node.hint if number.node.has_hint() else None
+
+
+def captured_symbols(number: Any) -> Mapping[Any, Any]:
+    """Return the captured values of all symbols of the graph that a size belongs to."""
+    return number.node.shape_env.backed_var_to_val
+
+
+def largest_value(symbol: Any, number: Any) -> Any:
+    """Return the largest value that a symbol of a size may have."""
+    return number.node.shape_env.var_to_range[symbol].upper
+
+
+def is_fixed(size: torch.SymInt) -> bool:
+    """Return whether the formula of a size is a plain number."""
+    return size.node.maybe_as_int() is not None
+
+
+def size_of(formula: Any, value: Any, number: Any) -> Any:
+    """Return a formula over symbols of the size `number` as a size, with a captured value."""
+    return number.node.shape_env.create_symintnode(formula, hint=value)
+
+
+def guards_of(number: Any) -> Sequence[Any]:
+    """Return the conditions that were assumed so far about symbols of the graph that a size belongs to."""
+    return [guard.expr for guard in number.node.shape_env.guards]
+
+
+def size_without_value(shape_env: ShapeEnv) -> Any:
+    """Return a new size that has no captured value, so that torch cannot specialise on one."""
+    with shape_env.ignore_fresh_unbacked_symbols():
+        return shape_env.create_unbacked_symint()
