@@ -43,7 +43,7 @@ def _line(node: Node) -> str:
     arguments = [_show(arg) for arg in node.args] + [f"{key}={_show(value)}" for key, value in node.kwargs.items()]
     if node.target is mini_sequence:
         fields = CallSpec(*node.args[4])
-        spec = [f"\n    {_show(field)}" for field in (fields if fields.keeps else fields[:-1])]
+        spec = [f"\n    {_show(field)}" for field in (fields if fields.saves_results else fields[:-1])]
         arguments = ["\n    " + ", ".join(arguments[:4]), *spec, "\n    " + ", ".join(arguments[5:])]
         return f"{node.name} = {name}({','.join(arguments)})"
     return f"{node.name} = {'.' if node.op == 'call_method' else ''}{name}({', '.join(arguments)})"

@@ -47,7 +47,7 @@ def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacem
             env[node] = captured(graph.node_copy(node, env.__getitem__), node)
         bodies = [_body(owner, name, body) for name, body in zip(BODY_NAMES, replacement.call.bodies, strict=True)]
         operands = [env[node] for node in stages.operands]
-        spec = replacement.call.spec._replace(keeps=replacement.saves_results)
+        spec = replacement.call.spec._replace(saves_results=replacement.saves_results)
         call = graph.call_function(mini_sequence, (*bodies, tuple(spec), *operands))
         call.meta = {key: value for key, value in region.last.meta.items() if key != "example_value"}
         for position, node in enumerate(stages.results):

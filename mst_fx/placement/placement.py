@@ -64,15 +64,15 @@ class Routed:
     """A value of each chunk that is no slice of a whole value: the chunk sorts its own rows (see `rules.routing`).
 
     Attributes:
-        kind: "rows" that are sorted; the permutation that sorts them ("order") and its "inverse"; "counts" of the keys
-            and the ends of their "groups"; "opaque" for memory whose values have no meaning.
+        kind: "rows" that are sorted; the "permutation" that sorts them and its "inverse"; "counts" of the keys and the
+            ends of their "groups"; "opaque" for memory whose values have no meaning.
         key: the node whose values are sorted.
         split: how the rows would lie if they were not sorted.
         per: how many sorted rows come from one row that the permutation names.
         by: the node that sorts; another sort of the same key may permute rows of equal keys in another way.
     """
 
-    kind: Literal["rows", "order", "inverse", "counts", "groups", "opaque"]
+    kind: Literal["rows", "permutation", "inverse", "counts", "groups", "opaque"]
     key: Node
     split: Split
     per: int = 1

@@ -240,7 +240,7 @@ class Reader:
         if (strange := strange_tensors(node)) is not None:
             return strange
         if decomposed is None:
-            return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} cannot be opened into aten ops")
+            return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} cannot be decomposed into aten ops")
         if any(op.op == "get_attr" for op in decomposed.ops):
             return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} holds a constant tensor")
         # decomposed alone, a write to an operand ends in a copy into it; in a region the operand is an ordinary value

@@ -27,7 +27,7 @@ class CallSpec(NamedTuple):
         wanted: positions of the operands whose gradients the backward loop gives, in the order of its results.
         reused: positions of the results that exist anyway and are not recomputed; the backward loop reads the upstream
             gradients, then these, then the operands.
-        keeps: whether activation checkpointing saves the results of the forward loop that backward needs, in
+        saves_results: whether activation checkpointing saves the results of the forward loop that backward needs, in
             place of running the loop again.
     """
 
@@ -37,7 +37,7 @@ class CallSpec(NamedTuple):
     differentiable: tuple[int, ...]
     wanted: tuple[int, ...]
     reused: tuple[int, ...] = ()
-    keeps: bool = False
+    saves_results: bool = False
 
 
 def mini_sequence(
@@ -81,7 +81,7 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bodies: tuple[Any, ...], spec: CallSpec, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.bodies, ctx.spec, ctx.count = bodies[2:], spec, len(operands)
-        with results_saved() if spec.keeps else nullcontext():
+        with results_saved() if spec.saves_results else nullcontext():
             results = mini_sequence_loop(*bodies[:2], spec.forward_spec, *operands)
         ctx.save_for_backward(*(results[i] for i in spec.reused), *operands)
         ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in spec.differentiable))

@@ -1,4 +1,4 @@
-"""What ops open into while a region is lowered."""
+"""What ops decompose into while a region is lowered."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ FUSED_WITHOUT_A_KERNEL = {
         (aten.cumprod.default, aten.cummax.default, aten.cummin.default, aten.logcumsumexp.default),
         "a scan like cumsum, which is unfused: no kernel on a CPU",
     ),
-    aten.index_reduce.default: "opened before it is lowered, and a call of ATen where that is not done",
+    aten.index_reduce.default: "decomposed before it is lowered, and a call of ATen where that is not done",
     **dict.fromkeys(
         (aten.median.default, aten.median.dim, aten.kthvalue.default, aten.mode.default), "a call of ATen before 2.13"
     ),
@@ -158,16 +158,16 @@ def test_views_are_views():
 
 
 def test_what_is_fused_has_a_kernel():
-    opened = select_decomp_table()
-    called = {op for op in table.FUSED if op in fallbacks and op not in opened}
+    decomposed = select_decomp_table()
+    called = {op for op in table.FUSED if op in fallbacks and op not in decomposed}
     assert called <= FUSED_WITHOUT_A_KERNEL.keys()
 
 
 def test_what_is_recomputed_is_on_the_list_of_torch():
-    """Ops that Inductor opens are not on it; what they open into is."""
-    lists, opened = get_default_op_list(), select_decomp_table()
+    """Ops that Inductor decomposes are not on it; what they decompose into is."""
+    lists, decomposed = get_default_op_list(), select_decomp_table()
     known = {*lists.recomputable_ops} - {*lists.compute_intensive_ops, *lists.random_ops}
-    saved = {op for op in RULED if op in table.RECOMPUTED and op.overloadpacket not in known and op not in opened}
+    saved = {op for op in RULED if op in table.RECOMPUTED and op.overloadpacket not in known and op not in decomposed}
     assert saved <= SAVED_BY_TORCH.keys()
 
 

@@ -52,8 +52,8 @@ def traffic(body: GraphModule) -> Traffic:
     values = [node.meta["val"] for node in body.graph.nodes if node.op == "placeholder"]
     with FakeTensorMode() as mode:
         inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in values]
-        opened = make_fx(body, decomposition_table=select_decomp_table())(*inputs)
-    lowering = GraphLowering(let_overwrite(opened), example_inputs=inputs)
+        decomposed = make_fx(body, decomposition_table=select_decomp_table())(*inputs)
+    lowering = GraphLowering(let_overwrite(decomposed), example_inputs=inputs)
     metrics.reset()
     with V.set_graph_handler(lowering), V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
         lowering.run(*inputs)

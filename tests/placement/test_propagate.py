@@ -246,7 +246,7 @@ def test_an_op_without_a_rule_is_free_on_whole_values():
 
 @pytest.mark.parametrize("random", [torch.bernoulli, torch.rand_like, lambda x: torch.dropout(x, 0.5, True)])
 def test_a_random_op_is_refused(random):
-    # on some devices dropout opens into an empty_like and a bernoulli_; the reason is the draw all the same
+    # on some devices dropout decomposes into an empty_like and a bernoulli_; the reason is the draw all the same
     assert refusal(random, values(4, 3).sigmoid()).reason is Reason.RANDOM
 
 

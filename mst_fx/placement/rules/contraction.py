@@ -37,7 +37,7 @@ def product_plus(node: Node, flow: Flow) -> Placement:
         dim = result.dim - len(shape_of(node)) + len(shape)
         expected = result.moved(dim) if dim >= 0 and not sure(shape[dim] == 1) else WHOLE
     if flow.of(bias) == WHOLE and isinstance(expected, Split):
-        raise Demand(_node(bias), expected)
+        raise Demand(bias, expected)
     if flow.of(bias) != expected:
         raise mixed(node, f"adds a bias placed as {flow.of(bias)} to a product placed as {result}")
     return result
@@ -46,7 +46,7 @@ def product_plus(node: Node, flow: Flow) -> Placement:
 @back(*PRODUCTS, *PRODUCTS_PLUS)
 def product_back(node: Node, split: Split) -> dict[Node, Split]:
     """Rows come from the left operand, columns from the right one, a batch from both; a bias may have the dim, too."""
-    left, right = map(_node, factors(node))
+    left, right = factors(node)
     rank = len(shape_of(node))
     demands = {}
     if split.dim != rank - 1:
@@ -54,14 +54,14 @@ def product_back(node: Node, split: Split) -> dict[Node, Split]:
     if split.dim != rank - 2:
         demands[right] = split
     if len(args_of(node)) == 3:
-        bias = _node(args_of(node)[0])
+        bias = args_of(node)[0]
         dim = split.dim - rank + len(shape_of(bias))
         if dim >= 0 and not sure(shape_of(bias)[dim] == 1):
             demands[bias] = split.moved(dim)
     return demands
 
 
-def _product(node: Node, flow: Flow, left: object, right: object) -> Placement:
+def _product(node: Node, flow: Flow, left: Any, right: Any) -> Placement:
     rows, inner = len(shape_of(left)) - 2, len(shape_of(left)) - 1
     batch = {0: 0} if rows == 1 else {}
     a, b = flow.of(left), flow.of(right)
@@ -78,7 +78,7 @@ def _product(node: Node, flow: Flow, left: object, right: object) -> Placement:
     raise mixed(node, f"combines values placed as {a} and {b}")
 
 
-def _one_split(node: Node, split: Split, uncontracted: int, partner: object, shared: dict[int, int]) -> Placement:
+def _one_split(node: Node, split: Split, uncontracted: int, partner: Any, shared: dict[int, int]) -> Placement:
     """Return the result's split, where one operand is split along a dim that is not contracted.
 
     Args:
@@ -93,9 +93,4 @@ def _one_split(node: Node, split: Split, uncontracted: int, partner: object, sha
     """
     if split.dim == uncontracted:
         return split
-    raise Demand(_node(partner), split.moved(shared[split.dim]))
-
-
-def _node(arg: object) -> Node:
-    assert isinstance(arg, Node)
-    return arg
+    raise Demand(partner, split.moved(shared[split.dim]))

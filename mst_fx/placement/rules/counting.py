@@ -10,6 +10,7 @@ that a top-k picks are.
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from mst_fx.core.aten_ops import (
 )
 from mst_fx.core.graph_walk import descendants
 from mst_fx.core.sizes import sure
+from mst_fx.placement.placement import same_shape
 from mst_fx.placement.rules.indexing import counts_up
 from mst_fx.placement.rules.registry import args_of, argument, shape_of, takes
 
@@ -46,11 +48,15 @@ FILLED_WITH: dict[Any, int] = {
 def counted_key(node: Node) -> Node | None:
     """Return what a node counts, if it makes one number for each group; None for a node that counts nothing."""
     if node.target in COUNTS:
-        from_values = argument(node, "min") == argument(node, "max")  # the range is that of the values
-        return None if from_values else _node(args_of(node)[0])
+        return None if takes_range_from_values(node) else args_of(node)[0]
     if node.target not in (aten.sum.dim_IntList, *ROW_ADDS) or len(shape_of(node)) != 1:
         return None
     return _added_to_zeros(node) if node.target in ROW_ADDS else _summed_marks(node)
+
+
+def takes_range_from_values(node: Node) -> bool:
+    """Return whether an op that counts takes the range of its groups from all values."""
+    return bool(argument(node, "min") == argument(node, "max"))
 
 
 def feeds_groups(counts: Node) -> bool:
@@ -67,7 +73,7 @@ def _summed_marks(node: Node) -> Node | None:
     """Return the key whose marks, one in each row of classes, are summed over all dims but that of the classes."""
     marks, classes = node, 0  # the dim of the classes, which the sums leave
     while marks.target in (aten.sum.dim_IntList, *CASTS):
-        source = _node(args_of(marks)[0])
+        source = args_of(marks)[0]
         if marks.target == aten.sum.dim_IntList:
             rank = len(shape_of(source))
             dims = {dim % rank for dim in argument(marks, "dim") or range(rank)}
@@ -91,7 +97,7 @@ def _compared(marks: Node, classes: int) -> Node | None:
         own = _padded(key, rank)
         is_range = [sure(size == 1) for size in _padded(numbers, rank)] == [dim != classes for dim in range(rank)]
         while numbers.target in (*RESHAPES, *CASTS):
-            numbers = _node(args_of(numbers)[0])
+            numbers = args_of(numbers)[0]
         if is_range and sure(own[classes] == 1) and counts_up(numbers):
             return key
     return None
@@ -114,7 +120,7 @@ def _marked(marks: Node) -> Node | None:
 def _is_top_k(node: Node) -> bool:
     """Return whether the values of each row are indices that a top-k picks, so that none is there twice."""
     while node.target in CASTS:
-        node = _node(args_of(node)[0])
+        node = args_of(node)[0]
     if node.op == "placeholder":
         return bool(node.meta.get(DISTINCT))
     picks = node.target is operator.getitem and args_of(node)[0].target == aten.topk.default
@@ -122,15 +128,35 @@ def _is_top_k(node: Node) -> bool:
     return picks and args_of(node)[1] == 1 and argument(args_of(node)[0], "dim") % rank == rank - 1
 
 
+@dataclass(frozen=True)
+class RowWrite:
+    """What an op writes to rows: `target[index] = values`, or `+=` if it accumulates."""
+
+    target: Node
+    index: Node
+    values: Any
+    accumulates: bool
+
+
+def row_write(node: Node) -> RowWrite | None:
+    """Return what an op writes along dim 0; None where it writes along another dim."""
+    if node.target == aten.index_put.default:
+        target, indices, values, accumulates = args_of(node)[:4]
+        index, writes_rows = indices[0], len(indices) == 1 and len(shape_of(indices[0])) == 1
+    else:
+        target, dim, index, values = args_of(node)[:4]
+        adds_rows = node.target == aten.index_add.default
+        writes_rows = dim == 0 and (adds_rows or same_shape(shape_of(index), shape_of(values)))
+        accumulates = adds_rows or node.target == aten.scatter_add.default
+    return RowWrite(target, index, values, accumulates) if writes_rows and isinstance(index, Node) else None
+
+
 def _added_to_zeros(node: Node) -> Node | None:
     """Return the key along which ones are added to zeros."""
-    if node.target == aten.index_put.default:
-        target, indices, ones = args_of(node)[:3]
-        key, adds = indices[0], len(indices) == 1 and args_of(node)[3:4] == (True,)
-    else:
-        target, _, key, ones = args_of(node)[:4]
-        adds = node.target == aten.scatter_add.default or argument(node, "alpha") == 1
-    return key if adds and _is_filled_with(target, 0) and _is_filled_with(ones, 1) else None
+    written = row_write(node)
+    if written is None or not written.accumulates or (takes(node, "alpha") and argument(node, "alpha") != 1):
+        return None
+    return written.index if _is_filled_with(written.target, 0) and _is_filled_with(written.values, 1) else None
 
 
 def _is_filled_with(value: Any, number: int) -> bool:
@@ -140,8 +166,3 @@ def _is_filled_with(value: Any, number: int) -> bool:
         return False
     filled = FILLED_WITH.get(value.target)
     return bool((argument(value, "fill_value") if takes(value, "fill_value") else filled) == number)
-
-
-def _node(arg: object) -> Node:
-    assert isinstance(arg, Node)
-    return arg

@@ -4,10 +4,10 @@ Each chunk sorts its own rows where the graph sorts along the split axis. The lo
 unsorted again: the sorted rows of a chunk are no slice of the graph's sorted rows, and only an op that undoes the
 permutation makes a split value of them. Each chunk also counts its own keys: the counts tell where its groups begin.
 
-    kind       value                             kind       value
-    "order"    sort(key)[1], a permutation       "rows"     x[order], grouped products of it, elementwise ops
-    "groups"   cumsum(histc(key))                "inverse"  of a permutation: rows[inverse] is split again, as is a sum
-                                                            that adds rows to the places that the permutation names
+    kind           value                          kind       value
+    "permutation"  sort(key)[1]                   "rows"     x[permutation], grouped products of it, elementwise ops
+    "groups"       cumsum(histc(key))             "inverse"  of a permutation: rows[inverse] is split again, as is a
+                                                             sum that adds rows to the places that it names
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from mst_fx.core.aten_ops import (
 from mst_fx.core.sizes import sure
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.placement.placement import WHOLE, Placement, Routed, Split, same_shape
-from mst_fx.placement.rules.counting import counted_key, feeds_groups
+from mst_fx.placement.rules.counting import RowWrite, counted_key, feeds_groups, row_write, takes_range_from_values
+from mst_fx.placement.rules.indexing import counts_up
 from mst_fx.placement.rules.registry import (
     Demand,
     Flow,
@@ -62,7 +63,7 @@ def route(node: Node, flow: Flow) -> NodePlacement | None:
     key = None if routed else counted_key(node)
     split = flow.of(key)
     if key is not None and isinstance(split, Split) and feeds_groups(node):
-        ones = _row_add(node)[2] if node.target in ROW_ADDS else None
+        ones = _row_write(node).values if node.target in ROW_ADDS else None
         if isinstance(ones, Node) and shape_of(ones) and flow.of(ones) == WHOLE:
             raise Demand(ones, split)
         return Routed("counts", key_of(key), split)
@@ -94,7 +95,7 @@ def _is_full_slice(node: Node) -> bool:
 def inverted(node: Node, placement: object) -> Node | None:
     """Return the permutation that a node inverts by writing positions along it; None for any other node."""
     inverts = isinstance(placement, Routed) and placement.kind == "inverse"
-    return _row_add(node)[1] if inverts and node.target in (aten.index_put.default, aten.scatter.src) else None
+    return _row_write(node).index if inverts and node.target in (aten.index_put.default, aten.scatter.src) else None
 
 
 def _sort(node: Node, flow: Flow) -> NodePlacement:
@@ -104,8 +105,8 @@ def _sort(node: Node, flow: Flow) -> NodePlacement:
         raise mixed(node, "sorts the split dim, the largest first")
     if isinstance(placement, Split):
         rows = Routed("rows", key_of(data), placement, by=node)
-        return (rows, replace(rows, kind="order"))
-    is_permutation = isinstance(placement, Routed) and placement.kind == "order" and placement.per == 1
+        return (rows, replace(rows, kind="permutation"))
+    is_permutation = isinstance(placement, Routed) and placement.kind == "permutation" and placement.per == 1
     if isinstance(placement, Routed) and is_permutation and len(shape_of(data)) == 1:
         return (replace(placement, kind="opaque"), replace(placement, kind="inverse"))
     raise mixed(node, "sorts sorted rows once more")
@@ -117,7 +118,7 @@ def _count(node: Node, flow: Flow) -> NodePlacement:
     An op without a range takes that of the values, which differs from chunk to chunk.
     """
     data, placement = args_of(node)[0], flow.of(args_of(node)[0])
-    if argument(node, "min") == argument(node, "max"):
+    if takes_range_from_values(node):
         raise mixed(node, "takes its range from all values")
     if isinstance(placement, Split):
         return Routed("counts", key_of(data), placement)
@@ -137,7 +138,7 @@ def _cumulate(node: Node, flow: Flow) -> NodePlacement:
 def _divide(node: Node, flow: Flow) -> NodePlacement:
     """Place a quotient: a permutation of rows, divided by `per`, names the wider rows that hold `per` of them."""
     placement, divisor = flow.of(args_of(node)[0]), args_of(node)[1]
-    if not isinstance(placement, Routed) or placement.kind != "order":
+    if not isinstance(placement, Routed) or placement.kind != "permutation":
         return _keep_apart(node, flow)
     floors = node.target == aten.floor_divide.default or argument(node, "rounding_mode") == "floor"
     if not floors or not isinstance(divisor, int) or not sure(placement.split.inner % (placement.per * divisor) == 0):
@@ -159,7 +160,7 @@ def _pick(node: Node, flow: Flow) -> NodePlacement:
     """Place rows picked from dim 0: they are sorted, unsorted, or looked up in a whole table."""
     data, index = _row_pick(node)
     table, picked = flow.of(data), flow.of(index)
-    if isinstance(picked, Routed) and picked.kind == "order":
+    if isinstance(picked, Routed) and picked.kind == "permutation":
         expected = _narrowed(picked)
         if table == WHOLE:
             raise Demand(data, expected)
@@ -174,20 +175,20 @@ def _pick(node: Node, flow: Flow) -> NodePlacement:
 
 def _add(node: Node, flow: Flow) -> NodePlacement:
     """Place a write: it adds sorted rows to where they came from, or inverts a permutation by writing positions."""
-    target, index, data = _row_add(node)
-    permutation, rows = flow.of(index), flow.of(data)
-    if not isinstance(permutation, Routed) or permutation.kind != "order":
+    written = _row_write(node)
+    permutation, rows = flow.of(written.index), flow.of(written.values)
+    if not isinstance(permutation, Routed) or permutation.kind != "permutation":
         raise mixed(node, "adds to rows in an order of its own")
-    if not _accumulates(node):
-        if permutation.per == 1 and isinstance(data, Node) and _counts_up(data, shape_of(index)):
+    if not written.accumulates:
+        if permutation.per == 1 and _are_positions(written):
             return replace(permutation, kind="inverse")
         raise mixed(node, "writes to rows in an order of its own")
     if not isinstance(rows, Routed) or (rows.kind, rows.by, rows.split.dim) != ("rows", permutation.by, 0):
         raise mixed(node, "adds rows that are in another order")
     expected = _narrowed(permutation)
-    if flow.of(target) == WHOLE:
-        raise Demand(target, expected)
-    if flow.of(target) != expected:
+    if flow.of(written.target) == WHOLE:
+        raise Demand(written.target, expected)
+    if flow.of(written.target) != expected:
         raise mixed(node, "adds to rows that are split differently")
     return expected
 
@@ -195,7 +196,7 @@ def _add(node: Node, flow: Flow) -> NodePlacement:
 def _keep_apart(node: Node, flow: Flow) -> NodePlacement:
     """Place an op that keeps rows apart: it does so for sorted rows if all operands are sorted by one permutation."""
     routed = _common_placement(node, flow)
-    if routed.kind == "rows" or (node.target in KEEP_PERMUTATION and routed.kind in ("order", "inverse")):
+    if routed.kind == "rows" or (node.target in KEEP_PERMUTATION and routed.kind in ("permutation", "inverse")):
         return _as_split_rows(node, flow, routed)
     if routed.kind in ("counts", "groups") and node.target in CASTS:
         return routed
@@ -277,30 +278,22 @@ def _row_pick(node: Node) -> tuple[Node, Node]:
     return data, index
 
 
-def _row_add(node: Node) -> tuple[Node, Node, Any]:
-    """Return the target, the index and the values of an op that writes to rows.
+def _row_write(node: Node) -> RowWrite:
+    """Return what an op writes to rows.
 
     Raises:
         Refusal: the op writes along another dim.
     """
-    if node.target == aten.index_put.default:
-        target, indices, data = args_of(node)[:3]
-        index, rows = indices[0], len(indices) == 1 and len(shape_of(indices[0])) == 1
-    else:
-        target, dim, index, data = args_of(node)[:4]
-        rows = dim == 0 and (node.target == aten.index_add.default or same_shape(shape_of(index), shape_of(data)))
-    if not rows or not isinstance(index, Node):
+    found = row_write(node)
+    if found is None:
         raise mixed(node, "writes along another dim than that of the rows")
-    return target, index, data
+    return found
 
 
-def _accumulates(node: Node) -> bool:
-    return node.target in (aten.scatter_add.default, aten.index_add.default) or args_of(node)[3:4] == (True,)
-
-
-def _counts_up(node: Node, shape: tuple[int, ...]) -> bool:
-    """Return whether a node makes 0, 1, 2, ... of this shape."""
-    return node.target == aten.arange.default and same_shape(shape_of(node), shape)
+def _are_positions(written: RowWrite) -> bool:
+    """Return whether each row that the index names is given its position in the index."""
+    values = written.values
+    return isinstance(values, Node) and counts_up(values) and same_shape(shape_of(values), shape_of(written.index))
 
 
 def _is_tensor(node: Node) -> bool:
