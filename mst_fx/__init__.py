@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,30 @@ from mst_fx.report.report import reports as reports
 if TYPE_CHECKING:
     from mst_fx.recognise.pattern import Pattern as Pattern
     from mst_fx.recognise.pattern import register as register
+    from mst_fx.rules import check_rule as check_rule
+    from mst_fx.rules import register_rule as register_rule
 
-__all__ = ["Config", "Pattern", "Reason", "Refusal", "Report", "backend", "explain", "register", "reports"]
+__all__ = [
+    "Config",
+    "Pattern",
+    "Reason",
+    "Refusal",
+    "Report",
+    "backend",
+    "check_rule",
+    "explain",
+    "register",
+    "register_rule",
+    "reports",
+]
+
+_LATE = {
+    "Pattern": "mst_fx.recognise.pattern",
+    "register": "mst_fx.recognise.pattern",
+    "check_rule": "mst_fx.rules",
+    "register_rule": "mst_fx.rules",
+}
+"""Where names are that need the pass, which a torch version may be unable to load."""
 
 try:
     __version__ = version("mst-fx")
@@ -26,13 +49,11 @@ except PackageNotFoundError:  # the source files, not installed
 
 
 def __getattr__(name: str) -> Any:
-    """Load `Pattern` and `register` late: they need the pass, which a torch version may be unable to load.
+    """Load a name that needs the pass when somebody asks for it.
 
     Raises:
         AttributeError: the package has no attribute of this name.
     """
-    if name not in ("Pattern", "register"):
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mst_fx.recognise import pattern
-
-    return getattr(pattern, name)
+    return getattr(import_module(_LATE[name]), name)

@@ -24,7 +24,6 @@ from mst_fx.runtime.cache_version import VERSION
 from mst_fx.runtime.loop_operator import LoopSpec, run_loop
 from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence
 
-EXACT = {"rtol": 1e-10, "atol": 1e-12, "equal_nan": True}
 CLOSE = {"rtol": 1e-9, "atol": 1e-11, "equal_nan": True}
 
 

@@ -12,7 +12,9 @@ from random import Random
 from typing import Any
 
 import torch
-from strategies import SIZES, divisors
+from strategies import SIZES
+
+from mst_fx.verify.by_chunks import divisors
 
 aten = torch.ops.aten
 OMIT = object()

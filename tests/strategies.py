@@ -8,9 +8,10 @@ from math import prod
 import torch
 from hypothesis import event, note
 from hypothesis import strategies as st
-from looping import EXACT, Call, accepted_axes, as_list, aten_graph, looped, placeholders
+from looping import Call, accepted_axes, as_list, aten_graph, looped, placeholders
 
 from mst_fx.placement.placement import Split
+from mst_fx.verify.by_chunks import EXACT, all_splits, divisors
 
 SIZES = (1, 2, 3, 4, 6)
 
@@ -23,21 +24,6 @@ def shapes(min_dims: int = 1, max_dims: int = 4) -> st.SearchStrategy[list[int]]
 def dims(shape: Sequence[int]) -> st.SearchStrategy[int]:
     """A dim, counted from either end."""
     return st.integers(-len(shape), len(shape) - 1)
-
-
-def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def all_splits(shape: Sequence[int]) -> list[Split]:
-    """Every way to cut a value of this shape along an axis longer than 1."""
-    return [
-        Split(dim, outer, inner)
-        for dim, size in enumerate(shape)
-        for outer in divisors(size)
-        for inner in divisors(size // outer)
-        if outer * inner < size
-    ]
 
 
 @st.composite

@@ -18,7 +18,7 @@ class Reason(Enum):
     NO_LOSS = "Compute the loss inside the compiled function; logits that are returned must exist."
     RANDOM = "Draw the numbers outside the region; dropout, bernoulli with a probability and rand_like may stay inside."
     MUTATION = "Use the out-of-place form of the op, or write to a copy: the region reads or makes this memory."
-    UNKNOWN_OP = "Write the step with ops that have a placement rule (see mst_fx/placement/rules), or add a rule."
+    UNKNOWN_OP = "Write the step with ops that have a placement rule, or give the op one: mst_fx.register_rule."
     AXIS_MIXED = "Keep the tokens independent of one another between the projections."
     TWO_PASSES = "Reduce over tokens last: a later step here needs both the sum and every token."
     GRAD_MODE = "Enter and leave no_grad or autocast outside the region."

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import all_splits, shapes, splits, views
+from strategies import shapes, splits, views
 
 from mst_fx.placement.placement import Split, refinements, through_view
+from mst_fx.verify.by_chunks import all_splits
 
 
 def marks(split, shape):

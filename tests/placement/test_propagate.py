@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from looping import EXACT, Call, accepted_axes, aten_graph, indices, looped, placeholders, returned, values
+from looping import Call, accepted_axes, aten_graph, indices, looped, placeholders, returned, values
 
 from mst_fx.capture.decompositions import decompositions
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.placement.placement import PARTIAL, WHOLE, Split
 from mst_fx.placement.propagate import propagate
 from mst_fx.placement.rules import Spans
+from mst_fx.verify.by_chunks import EXACT
 
 aten = torch.ops.aten
 B, S, D, V = 3, 4, 6, 5

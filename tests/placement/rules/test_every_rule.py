@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 import torch
 from arguments import Drawn, draw_call
-from chunks import Program, check
 from recipes import Draw
 from torch.fx import Node
 from torch.utils._pytree import tree_map_only
@@ -19,6 +18,7 @@ from mst_fx.ops.overwritten import overwritten
 from mst_fx.placement.placement import WHOLE, Split
 from mst_fx.placement.propagate import propagate
 from mst_fx.placement.rules.registry import _RULES
+from mst_fx.verify.by_chunks import Program, check
 
 aten = torch.ops.aten
 CALLS = 14

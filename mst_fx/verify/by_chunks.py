@@ -1,7 +1,6 @@
-"""One op, or a few, in chunks: whatever the rules accept is compared with the whole, gradients as well.
+"""One op, or a few, run in chunks on real values: what the placement rules accept is compared with the whole.
 
-Graphs are built by hand and run eagerly, so that thousands of calls take seconds. That bodies are traced as they run
-here is for the tests of bodies.
+Gradients are compared as well. Graphs are built by hand and run eagerly, so that thousands of calls take seconds.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from looping import EXACT
-from strategies import all_splits
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_map_only
 
 from mst_fx.capture.lower import execute
@@ -24,42 +21,71 @@ from mst_fx.placement.propagate import Placements, propagate
 from mst_fx.placement.rules import Spans
 from mst_fx.placement.run_on_chunk import run_resized
 
-SINGLE = {"rtol": 1e-4, "atol": 1e-5, "equal_nan": True}
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12, "equal_nan": True}
+SINGLE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5, "equal_nan": True}
+"""How close values in float64, and in float32, have to be; ops add up in another order in chunks."""
+
+
+def all_splits(shape: Sequence[int]) -> list[Split]:
+    """Return every way to cut a value of this shape along an axis longer than 1."""
+    return [
+        Split(dim, outer, inner)
+        for dim, size in enumerate(shape)
+        for outer in divisors(size)
+        for inner in divisors(size // outer)
+        if outer * inner < size
+    ]
+
+
+def divisors(size: int) -> list[int]:
+    """Return the numbers that divide a size."""
+    return [number for number in range(1, size + 1) if size % number == 0]
 
 
 class Program:
     """An aten graph, built call by call; every node carries its real value."""
 
     def __init__(self) -> None:
-        self.graph = Graph()
+        self.module = GraphModule({}, Graph())
+        self.graph = self.module.graph
         self.inputs: list[Node] = []
         self.outputs: list[Node] = []
 
     def input(self, value: torch.Tensor) -> Node:
+        """Return a placeholder of this value."""
         node = self.graph.placeholder(f"x{len(self.inputs)}")
         node.meta["val"] = value.detach().requires_grad_(value.requires_grad)
         self.inputs.append(node)
         return node
 
     def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Node:
+        """Return a call of an op, whose value is computed at once."""
         node = self.graph.call_function(target, args, kwargs)
         values = tree_map_only(Node, lambda operand: operand.meta["val"], (args, kwargs))
         node.meta["val"] = target(*values[0], **values[1])
         return node
 
     def results(self, node: Node) -> list[Node]:
-        """The tensors that a node gives."""
+        """Return the tensors that a node gives, each as a node."""
         value = node.meta["val"]
         if isinstance(value, torch.Tensor):
             return [node]
         return [self.call(operator.getitem, node, position) for position in range(len(value))]
 
     def nodes(self) -> list[Node]:
+        """Return the calls."""
         return [node for node in self.graph.nodes if node.op == "call_function"]
 
 
 def check(program: Program, seeds: Sequence[Node] | None = None) -> Counter[str]:
-    """Split any of the inputs (or `seeds`) anyhow; count what was "accepted" and "refused"."""
+    """Split any of the inputs (or `seeds`) anyhow, and compare the results and gradients with the whole.
+
+    Returns:
+        How many splits the rules "accepted" and "refused".
+
+    Raises:
+        AssertionError: the rules accepted a split, and the chunks do not make up the whole.
+    """
     found: Counter[str] = Counter()
     truth = _gradients(program, [node.meta["val"] for node in program.outputs])
     for seed in program.inputs if seeds is None else seeds:
@@ -112,7 +138,7 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor, close: dict[str, Any], messa
 
 
 def _in_chunks(program: Program, placements: Placements, length: int, chunk: int) -> list[torch.Tensor] | None:
-    """The outputs; None where rows that were sorted leave the program, which is for the tests of routing."""
+    """Return the outputs; None where sorted rows leave the program: their order is that of each chunk."""
     late = set(placements.epilogue)
     parts: dict[Node, list[Any]] = {node: [] for node in program.nodes() if node not in late}
     for start in range(0, length, chunk):
@@ -126,14 +152,14 @@ def _in_chunks(program: Program, placements: Placements, length: int, chunk: int
     if any(node not in late and env[node] is None for node in program.outputs):
         return None
     for node in placements.epilogue:
-        env[node] = execute(None, node, env)
+        env[node] = execute(program.module, node, env)
     return [env[node] for node in program.outputs]
 
 
 def _run(
     program: Program, placements: Placements, nodes: Sequence[Node], start: int, positions: int
 ) -> dict[Node, Any]:
-    """One mini-sequence."""
+    """Return the values of one chunk."""
     env: dict[Node, Any] = {node: _piece(node, placements, start, positions) for node in program.inputs}
     for node in nodes:
         if node in placements.made:
@@ -153,17 +179,16 @@ def _put_together(parts: Sequence[torch.Tensor], placement: Any) -> torch.Tensor
 
 
 def _check_part(node: Node, placements: Placements, positions: int, part: Any) -> None:
-    """A part has the shape that its placement says; what is whole is the same in each mini-sequence."""
+    """Check that a part has the shape that its placement says; what is whole is the same in each chunk."""
     value, placement = node.meta["val"], placements.of[node]
     if not isinstance(value, torch.Tensor):
         return
-    assert part.dtype == value.dtype
     split = split_of(placement)
-    assert list(part.shape) == (split.chunk_shape(value.shape, positions) if split else list(value.shape)), node
-    if placement == WHOLE and value.dtype.is_floating_point:
-        torch.testing.assert_close(part, value, **EXACT)
-    elif placement == WHOLE:
-        assert torch.equal(part, value)
+    expected = split.chunk_shape(value.shape, positions) if split else list(value.shape)
+    message = f"{node.format_node()}, placed as {placement}, in {positions} positions"
+    assert (list(part.shape), part.dtype) == (expected, value.dtype), f"{list(part.shape)} {part.dtype}, {message}"
+    if placement == WHOLE:
+        _same(part, value, EXACT, message)
 
 
 def _piece(node: Node, placements: Placements, start: int, positions: int) -> torch.Tensor:
@@ -184,7 +209,7 @@ def _axis_apart(value: torch.Tensor, split: Split) -> torch.Tensor:
 
 
 def _gradients(program: Program, results: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """Of the inputs, with the same cotangents for the same results; None where there are none."""
+    """Return the gradients of the inputs, with the same cotangents for the same results; None where there are none."""
     leaves = [node.meta["val"] for node in program.inputs if node.meta["val"].requires_grad]
     ends = [x for x in results if x.requires_grad]
     if not leaves or not ends:
