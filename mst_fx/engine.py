@@ -22,6 +22,7 @@ from mst_fx.core.clean_room import clean_room
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.modes import Mode
+from mst_fx.core.provenance import borders_of
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import Hint, fix, hint, long_hint, without_guards
@@ -34,6 +35,7 @@ from mst_fx.report.entries import looped
 from mst_fx.report.report import Report, refused
 from mst_fx.survey.survey import Surveyor
 from mst_fx.survey.surveyed import Around, Site, Surveyed, device_of_graph, timeline_of
+from mst_fx.survey.unlooped import unlooped
 from mst_fx.survey.wishes import left_out, unmatched, within_breaks
 from mst_fx.verify.verify import Verified
 
@@ -73,7 +75,8 @@ class Engine:
     def __init__(self, gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> None:
         self.gm = gm
         self.config, told = within_breaks(config, gm)
-        around = Around(mode=Mode(grad=torch.is_grad_enabled(), inference=torch.is_inference_mode_enabled()))
+        mode = Mode(grad=torch.is_grad_enabled(), inference=torch.is_inference_mode_enabled())
+        around = Around(mode=mode, borders=borders_of(gm))
         with _quiet_room(), without_guards(sizes_of(gm) if config.strict else ()):
             self.surveyor = Surveyor(self.config, chosen, marked_sizes(gm))
             self.surveyed = self.surveyor.survey(gm, around)
@@ -106,8 +109,17 @@ class Engine:
         plans = self._planned(surveyed, due=self._due(surveyed))
         of_site = dict(zip(surveyed.all_sites(), plans.of, strict=True))
         module, report = self._spliced(surveyed, of_site)
-        report = replace(_with_budget(report, plans), peak=plans.peak, peak_whole=plans.peak_whole)
+        report = _with_budget(report, plans).joined(self._unlooped(surveyed, of_site, plans.peak))
+        report = replace(report, peak=plans.peak, peak_whole=plans.peak_whole)
         return Rewritten(module or self.gm, report, tuple(site for site, plan in of_site.items() if plan.lengths))
+
+    def _unlooped(self, surveyed: Surveyed, plans: Mapping[Site, Plan], peak: int) -> Report:
+        """Return a report with the largest values that no loop covers, or of the error in looking for them."""
+        try:
+            return Report(unlooped=unlooped(surveyed, plans, peak, self.config.least_bytes))
+        except Exception as error:
+            refusal = refusal_for(error, None, "values that no loop covers", strict=self.config.strict)
+            return Report(refusals=(refused("all", refusal),))
 
     def _planned(self, surveyed: Surveyed, at: Hint = hint, due: Container[Site] = ()) -> Plans:
         """Return the plans for all regions of a graph, at the sizes that `at` tells."""

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from mst_fx.recognise.pattern import Pattern, Reader, Region, grow, register, whole_region
+from mst_fx.recognise.pattern import (
+    Pattern,
+    Reader,
+    Reason,
+    Refusal,
+    Region,
+    grow,
+    op_name,
+    register,
+    whole_region,
+)
 
 
 @register
@@ -23,7 +33,11 @@ class Experts(Pattern):
         up = reader.widening(node) if multiplies_by_experts(reader, node) else None
         stream = up.activation if up is not None else reader.repeats(node)
         growth = grow(reader, node, stream) if stream is not None else None
-        if stream is None or growth is None or not any(multiplies_by_experts(reader, n) for n in growth.nodes):
+        if stream is None or growth is None:
+            return None
+        if not any(multiplies_by_experts(reader, n) for n in growth.nodes):
+            text = f"{op_name(node)} repeats values, and no experts' matrices multiply them"
+            reader.unmatched.give_up(growth.nodes, Refusal(Reason.NO_PATTERN, node, text))
             return None
         return whole_region(reader, growth, stream)
 

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.recognise.pattern import (
+    Borders,
     Growth,
     Pattern,
     Reader,
@@ -18,6 +19,7 @@ from mst_fx.recognise.pattern import (
     ancestors,
     best_region,
     grow,
+    op_name,
     register,
 )
 
@@ -26,6 +28,9 @@ aten = torch.ops.aten
 NEGATIVE_LOG_LIKELIHOODS = (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
 NORMALISATIONS = (*NEGATIVE_LOG_LIKELIHOODS, aten._log_softmax.default, aten._softmax.default, aten.logsumexp.default)
 """Ops of logits, and of hardly any other values: where one of them cannot be looped, the report tells why."""
+
+ONE_BLOCK = "Let one block hold the head and its loss, or neither: a loop recomputes the logits in any case."
+NO_BREAK = "Remove the graph break between the head and its loss: one graph has to hold both."
 
 HEAD_RATIO = 4
 """A returned contraction that is this many times wider than the stream counts as logits without a loss."""
@@ -51,14 +56,17 @@ class Head(Pattern):
         if growth.obstacle is not None:
             if any(reader.does(inner, NORMALISATIONS) for inner in growth.nodes):
                 raise growth.obstacle
+            reader.unmatched.give_up(growth.nodes, growth.obstacle)
             return None
         if not outputs_of(growth):
             leaves = any(user.op == "output" for value in growth.returned for user in value.users)
             if leaves and reader.numel(node) >= HEAD_RATIO * reader.numel(reader.unprojected(head.activation)):
-                raise Refusal(Reason.NO_LOSS, node, "the logits leave the graph, and no loss stands behind them")
+                raise without_loss(reader.borders, node)
             return None
-        if sum(map(reader.numel, outputs_of(growth))) >= reader.numel(node):
-            return None  # a fused projection, split into its outputs
+        if sum(map(reader.numel, outputs_of(growth))) >= reader.numel(node):  # a fused projection, split into outputs
+            text = f"what is made of {op_name(node)} is as large as its own value"
+            reader.unmatched.give_up(growth.nodes, Refusal(Reason.NO_GAIN, node, text))
+            return None
         return best_region(reader, growth, head.activation)
 
 
@@ -73,8 +81,32 @@ def forbid_foreign_logits(reader: Reader, loss: Node) -> None:
         return
     calls = (node for node in before if node.op.startswith("call_") and reader.tensor_operands(node))
     unknown = next((obstacle for obstacle in map(reader.obstacle, calls) if obstacle is not None), None)
-    text = "the logits of this loss come from outside the graph"
-    raise Refusal(Reason.NO_HEAD, loss, text) if unknown is None else unknown
+    raise without_head(reader.borders, loss) if unknown is None else unknown
+
+
+def without_head(borders: Borders, loss: Node) -> Refusal:
+    """Return the refusal of a loss whose logits are made outside of its graph."""
+    if borders.within:
+        text = f"the logits of this loss come from outside of {borders.within}"
+        return Refusal(Reason.NO_HEAD, loss, text, ONE_BLOCK)
+    if borders.break_before:
+        text = f"the logits of this loss come from another graph, before a graph break: {borders.break_before}"
+        return Refusal(Reason.NO_HEAD, loss, text, NO_BREAK)
+    return Refusal(Reason.NO_HEAD, loss, "the logits of this loss come from outside the graph")
+
+
+def without_loss(borders: Borders, head: Node) -> Refusal:
+    """Return the refusal of logits that leave their graph before a loss reads them."""
+    if borders.within:
+        text = f"the logits leave {borders.within}, and no loss stands behind them in it"
+        return Refusal(Reason.NO_LOSS, head, text, ONE_BLOCK)
+    if borders.break_after:
+        text = f"the logits leave the graph at a graph break, and no loss stands before it: {borders.break_after}"
+        return Refusal(Reason.NO_LOSS, head, text, NO_BREAK)
+    if borders.break_before:
+        text = f"the logits leave the part of the function after a graph break, without a loss: {borders.break_before}"
+        return Refusal(Reason.NO_LOSS, head, text, f"{Reason.NO_LOSS.value} If it is behind the break, remove that.")
+    return Refusal(Reason.NO_LOSS, head, "the logits leave the graph, and no loss stands behind them")
 
 
 def outputs_of(growth: Growth) -> list[Node]:

@@ -1,14 +1,36 @@
-"""The module's path and the user's source line of a node of a captured graph."""
+"""The module's path and the user's source line of a node of a captured graph; what is before and behind the graph."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
+
+from mst_fx.core.torch_private.captured import break_at, graph_break
 
 _TORCH_ROOT = torch.__path__[0]
 _FRAME = re.compile(r'File "(?P<file>.+?)", line (?P<line>\d+), in .*\n\s*(?P<code>.*)')
+_RESUMED = re.compile(r'File "(?P<file>.+?)", line \d+, in torch_dynamo_resume_in_.+?_at_(?P<line>\d+)')
+
+
+@dataclass(frozen=True)
+class Borders:
+    """Where a graph's inputs come from, and where its outputs go.
+
+    Attributes:
+        within: what runs it as a subgraph, "" for a captured graph.
+        break_before: the graph break that it goes on after, "" where there is none.
+        break_after: the graph break that it ends in, "" where the user's function ends with it.
+    """
+
+    within: str = ""
+    break_before: str = ""
+    break_after: str = ""
+
+
+TOP = Borders()
 
 
 def module_path(node: Node) -> str:
@@ -20,6 +42,21 @@ def module_path(node: Node) -> str:
     path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)  # L['self'].layers[0] -> L.self.layers.0
     path = re.sub(r"_modules\.|_buffers\.|_parameters\.", "", path)
     return re.sub(r"^[LG]\.\w+\.?", "", path)
+
+
+def borders_of(gm: GraphModule) -> Borders:
+    """Return where the inputs of a captured graph come from, and where its outputs go."""
+    return Borders(break_before=_break_before(gm), break_after=graph_break(gm))
+
+
+def _break_before(gm: GraphModule) -> str:
+    """Return the graph break that a graph goes on after: its line is in the name that Dynamo gives the rest."""
+    stacks = (node.meta.get("stack_trace") or "" for node in gm.graph.nodes if node.op.startswith("call_"))
+    found = next((found for found in map(_RESUMED.search, stacks) if found), None)
+    if found is None:
+        return ""
+    file, line = found["file"], int(found["line"])
+    return break_at(file, line) or f"at {file}:{line}"
 
 
 def source_line(node: Node) -> str:

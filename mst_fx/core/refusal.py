@@ -16,21 +16,28 @@ class Reason(Enum):
     ESCAPES = "Keep the value inside the region: do not return it or use it elsewhere."
     NO_HEAD = "Compile the head and the loss in one function, so that one graph holds both."
     NO_LOSS = "Compute the loss inside the compiled function; logits that are returned must exist."
+    OTHER_GRAPH = "Compute it and what reads it in one graph: the value that is handed on must exist."
     RANDOM = "Draw the numbers outside the region; dropout, bernoulli with a probability and rand_like may stay inside."
     MUTATION = "Use the out-of-place form of the op, or write to a copy: the region reads or makes this memory."
     UNKNOWN_OP = "Write the step with ops that have a placement rule, or give the op one: mst_fx.register_rule."
-    AXIS_MIXED = "Keep the tokens independent of one another between the projections."
+    AXIS_MIXED = "Let tokens meet before the values get wide, or after they are small again: not in between."
     TWO_PASSES = "Reduce over tokens last: a later step here needs both the sum and every token."
     GRAD_MODE = "Enter and leave no_grad or autocast outside the region."
     NOT_CONVEX = "Let no value leave the region and come back into it."
     UNREAD = "Remove it, or use its result: compilers leave out what nobody reads."
     SHAPE = "Use lengths above 1; a region of one row has nothing to split."
+    TRANSFORM = "Leave wide values out of vmap, grad and jvp: give the batch a dim of its own, differentiate outside."
+    SUBGRAPH = "Write its ops into the function around it, without the subgraph."
+    NO_VALUE = "Compile with torch._dynamo.config.use_graph_deduplication = False."
     DYNAMIC = "Compile with static shapes (dynamic=False) or make only the split dim dynamic."
     DATA_DEPENDENT = "Route tokens without sizes that depend on them: sort them by expert and multiply group by group."
     COMPLEX = "Compute with real and imaginary parts as tensors of their own."
     NUMBER = "Give the op a tensor, or a number that depends neither on the data nor on the length."
     SHARDED = "Ops on DTensors (tensor parallel) are never looped; those on plain tensors are."
     SUBCLASS = "Ops on tensor subclasses (nested, quantised, ...) are never looped; those on plain tensors are."
+    TAKEN = "Compute what both regions need once for each of them, so that each has its own."
+    NO_PATTERN = "Write it so that no op makes the large value, or add a pattern (passes/README.md)."
+    NO_GAIN = "No loop over tokens helps here. Checkpointing saves fewer of such values."
     SMALL = "Set min_bytes, or chunk_tokens where one chunk holds all of it, or name the module in `modules`."
     BUDGET = "Allow more memory, or take what the text names."
     DIFFERS = "This is a bug in mst_fx; please report it with the text and this code. verify=True shows it again."
@@ -46,10 +53,12 @@ class Refusal(Exception):  # noqa: N818 - a decision, not an error
         reason: one of `Reason`.
         node: the node of the captured graph that is the obstacle; its source line goes into the report.
         text: one sentence that names the op or the value.
+        advice: what to change, where it is not what the reason says.
     """
 
-    def __init__(self, reason: Reason, node: Node | None, text: str) -> None:
+    def __init__(self, reason: Reason, node: Node | None, text: str, advice: str = "") -> None:
         super().__init__(text)
         self.reason = reason
         self.node = node
         self.text = text
+        self.advice = advice or reason.value

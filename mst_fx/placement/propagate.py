@@ -89,11 +89,12 @@ def propagate(graph: Graph, seeds: Mapping[Node, Split], until: Node | None = No
         except Demand as demand:
             found = origins(demand.node, demand.split)
             if all(forced.get(node) == split for node, split in found.items()):
-                raise mixed(demand.node, "is needed both whole and split") from None
+                raise mixed(demand.node, "is read whole by one op, and chunk by chunk by another") from None
             for node, split in found.items():
                 _check_fits(node, split, seeds)
                 if forced.setdefault(node, split) != split:
-                    raise mixed(node, f"is needed split as {forced[node]} and {split}") from None
+                    dims = f"dim {forced[node].dim} by one op, and along dim {split.dim} by another"
+                    raise mixed(node, f"is read chunk by chunk along {dims}") from None
 
 
 def _check_fits(node: Node, split: Split, seeds: Mapping[Node, Split]) -> None:
@@ -111,7 +112,7 @@ def _check_fits(node: Node, split: Split, seeds: Mapping[Node, Split]) -> None:
             return
         if hint(size) == hint(needed) and not (depends_on_data(size) or depends_on_data(needed)):
             raise Unequal(node, size, needed)  # `gather` takes fewer rows than there are: it does not compare them
-    raise mixed(node, f"is needed split as {split}, and has no such axis")
+    raise mixed(node, f"is read chunk by chunk along dim {split.dim}, and is not as long as the tokens there")
 
 
 class _Walk:

@@ -15,8 +15,9 @@ import torch
 from torch.fx import Node
 
 from mst_fx.core.aten_ops import BILINEAR, LINEAR, LOOK_UPS, is_recomputed
+from mst_fx.core.graph_walk import descendants
 from mst_fx.core.sizes import Hint
-from mst_fx.core.values import HALF, bytes_of, has_gradient, is_view, tensors_of
+from mst_fx.core.values import HALF, bytes_of, has_gradient, tensors_of
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.recognise.reader import Reader
 
@@ -49,7 +50,7 @@ def saved_values(reader: Reader, regions: Mapping[Node, int], blocks: Container[
     saved: set[Node] = set()
     for node in made:
         behind = frozenset().union(*(origins.get(operand, frozenset()) for operand in node.all_input_nodes))
-        if is_view(node):
+        if reader.is_view(node):
             origins[node] = behind
         elif node in regions or node in blocks or needs[node] is Need.MEMORY or _is_expensive(reader, node):
             origins[node] = frozenset([node])
@@ -60,6 +61,22 @@ def saved_values(reader: Reader, regions: Mapping[Node, int], blocks: Container[
     return {node: made[node] for node in saved}
 
 
+def is_written(reader: Reader, node: Node, saved: Container[Node], opaque: Container[Node]) -> bool:
+    """Return whether a compiler writes a node's value to memory, and does not fuse it into all that reads it.
+
+    Args:
+        reader: of the graph.
+        node: makes new memory.
+        saved: the nodes whose values are saved for backward.
+        opaque: nodes that read memory: those of loops, and those that run subgraphs.
+    """
+    if node in saved or _is_expensive(reader, node):
+        return True
+    shown = descendants([node], lambda value: filter(reader.is_view, value.users))
+    readers = (user for value in shown for user in value.users)
+    return any(user.op == "output" or user in opaque or _is_expensive(reader, user) for user in readers)
+
+
 def _needs(
     reader: Reader, made: dict[Node, int], regions: Mapping[Node, int], blocks: Container[Node]
 ) -> Mapping[Node, Need]:
@@ -68,7 +85,7 @@ def _needs(
     for node in reversed(made):
         if node in blocks:
             continue
-        views = is_view(node)
+        views = reader.is_view(node)
         if not (views or node in regions or reader.multiplies(node)) and _is_expensive(reader, node):
             needs[node] = Need.MEMORY  # attention's backward reads its result
         for operand in node.all_input_nodes:

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from mst_fx.core.faults import refusal_for
+from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.recognise.growth import grown_from
+from mst_fx.recognise.obstacles import REPEATED
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region
@@ -45,12 +48,17 @@ def discover(reader: Reader, patterns: Sequence[Pattern], *, strict: bool = Fals
             try:
                 region = _match(pattern, reader, node, failed, strict)
             except Refusal as refusal:
+                reader.unmatched.refuse(grown_from(reader, node), refusal)
                 if (refusal.reason, refusal.node) not in refused:
                     refused.add((refusal.reason, refusal.node))
                     found.append((position, Found(pattern.name, refusal)))
                 continue
+            whole = region
             while region is not None and not taken.isdisjoint(region.nodes):
                 region = region.smaller
+            if whole is not None and region is None:
+                text = f"a region of {pattern.name} at {op_name(node)} needs nodes of another one, which has them"
+                reader.unmatched.give_up(whole.nodes, Refusal(Reason.TAKEN, node, text))
             if region is not None:
                 taken.update(region.nodes)
                 found.append((position, Found(pattern.name, region)))
@@ -118,5 +126,4 @@ def _readers(caller: Node) -> Iterator[Node]:
             yield user
 
 
-REPEATED = frozenset(["tag_activation_checkpoint", "wrap_activation_checkpoint"])
 ENTERED = REPEATED | {"wrap", "invoke_subgraph", "wrap_with_set_grad_enabled"}

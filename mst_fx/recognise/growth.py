@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from mst_fx.core.aten_ops import SHOWN_TO_CALLERS
+from mst_fx.core.aten_ops import CONTRACTIONS, SHOWN_TO_CALLERS
 from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
@@ -25,6 +25,9 @@ from mst_fx.core.values import fake_value, has_gradient, is_view
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close, needs_gradient, with_items
 from mst_fx.recognise.sorted_rows import required_by, with_permutations
+
+PRODUCT_ADVICE = "Use an op that does not write the product: scaled_dot_product_attention, or (a * b).sum(-1)."
+MIXES_ADVICE = "Attention and scans need all tokens at once; an op that keeps them apart needs a placement rule."
 
 
 @dataclass(frozen=True)
@@ -74,15 +77,24 @@ def _grow(reader: Reader, start: Node, stream: Node) -> Growth | None:
         growth = attempt.growth()
         if growth is not None:
             return growth
+        assert attempt.failure is not None
+        reader.unmatched.give_up(attempt.inside, attempt.failure)
         limit = attempt.narrowed
     return None
+
+
+def grown_from(reader: Reader, start: Node) -> frozenset[Node]:
+    """Return the nodes of the growths from a node that has been asked about, and the node itself."""
+    asked = (key for key in reader.remembered if isinstance(key, tuple) and key[:2] == (grow, start))
+    growths = (reader.remembered[key] for key in asked)
+    return frozenset([start]).union(*(growth.nodes for growth in growths if growth is not None))
 
 
 class _Attempt:
     """An attempt to grow with one limit: values with more elements are large.
 
     Attributes:
-        failed: whether it has failed: large values met in a product, or were widened once more.
+        failure: why it has failed: large values met in a product, were widened once more, or an obstacle joins them.
         narrowed: elements of the first large value that a contraction made of a larger one: the next limit to try.
     """
 
@@ -93,7 +105,7 @@ class _Attempt:
         self.sinks: list[Node] = []
         self.returned: list[Node] = []
         self.obstacle: Refusal | None = None
-        self.failed = False
+        self.failure: Refusal | None = None
         self.narrowed: int | None = None
         self.projects = reader.widening(start) is not None
 
@@ -105,7 +117,7 @@ class _Attempt:
             if node not in self.inside:
                 self.inside.add(node)
                 pending += self._operands(node) + self._readers(node)
-            if self.failed:
+            if self.failure is not None:
                 return None
             if not pending:
                 pending += required_by(self.reader, self.inside)
@@ -139,9 +151,13 @@ class _Attempt:
             self._record_contraction(node, contraction.activation)
             operands = [contraction.weight] if fake_value(contraction.weight).dim() > 2 else []
         else:
-            self.failed |= self.reader.multiplies(node)
+            if self.reader.multiplies(node):
+                advice = PRODUCT_ADVICE if self._is_one_product(node) else Reason.NO_GAIN.value
+                self._fail(node, "multiplies large values with one another, as attention does", advice)
             self.obstacle = self.obstacle or obstacle_to(self.reader, node)
-            self.failed |= self.obstacle is not None and _mixes(self.reader, self.obstacle)
+            if self.obstacle is not None and _mixes(self.reader, self.obstacle):
+                text = f"{self.obstacle.text}, and it joins several values"
+                self.failure = self.failure or Refusal(self.obstacle.reason, self.obstacle.node, text, MIXES_ADVICE)
             operands = node.all_input_nodes if node is not self.start else []
         if self.obstacle is not None:
             return []
@@ -153,9 +169,16 @@ class _Attempt:
         if not self._is_large(node):
             self.sinks.append(node)
         elif self.projects and after > before:
-            self.failed = True
+            self._fail(node, "widens the large value once more")
         elif self.projects and after < before:
             self.narrowed = self.narrowed or after
+
+    def _is_one_product(self, node: Node) -> bool:
+        decomposed = self.reader.decomposed(node)
+        return decomposed is not None and sum(op.target in CONTRACTIONS for op in decomposed.ops) == 1
+
+    def _fail(self, node: Node, text: str, advice: str = "") -> None:
+        self.failure = self.failure or Refusal(Reason.NO_PATTERN, node, f"{op_name(node)} {text}", advice)
 
 
 def _mixes(reader: Reader, obstacle: Refusal) -> bool:

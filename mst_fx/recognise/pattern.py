@@ -10,6 +10,8 @@ from typing import ClassVar, TypeVar
 from torch.fx import Node
 
 from mst_fx.core.graph_walk import ancestors as ancestors
+from mst_fx.core.provenance import Borders as Borders
+from mst_fx.core.provenance import op_name as op_name
 from mst_fx.core.refusal import Reason as Reason
 from mst_fx.core.refusal import Refusal as Refusal
 from mst_fx.recognise.growth import Growth as Growth

@@ -29,14 +29,15 @@ from mst_fx.core.aten_ops import (
 )
 from mst_fx.core.graph_walk import ancestors, walk
 from mst_fx.core.modes import TOP, Mode, modes_of
-from mst_fx.core.provenance import op_name
-from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.provenance import TOP as TOP_BORDERS
+from mst_fx.core.provenance import Borders
+from mst_fx.core.refusal import Refusal
 from mst_fx.core.sizes import hint, is_size, sure
-from mst_fx.core.values import fake_value, tensors_of
-from mst_fx.placement.propagate import forbid_effects, forbid_unruled
+from mst_fx.core.values import fake_value, is_view, tensors_of
 from mst_fx.placement.rules.contraction import factors
-from mst_fx.recognise.decomposed_nodes import decomposed_nodes, reshapes_in_place, strange_tensors
-from mst_fx.recognise.effects import SWITCHES_GRADIENTS, gradients_in, writes, writes_data, written_by
+from mst_fx.recognise.decomposed_nodes import decomposed_nodes, reshapes_in_place
+from mst_fx.recognise.effects import SWITCHES_GRADIENTS, gradients_in, writes_data, written_by
+from mst_fx.recognise.obstacles import Unmatched, obstacle_in
 
 aten = torch.ops.aten
 
@@ -61,18 +62,27 @@ class Reader:
         known: earlier decompositions, of this graph or another one of the same compile: a node like an earlier one
             costs nothing.
         outer: the mode that the graph runs in.
+        borders: where its inputs come from, and where its outputs go.
     """
 
     def __init__(
-        self, owner: GraphModule, known: dict[Hashable, Decomposed | None] | None = None, outer: Mode = TOP
+        self,
+        owner: GraphModule,
+        known: dict[Hashable, Decomposed | None] | None = None,
+        outer: Mode = TOP,
+        borders: Borders = TOP_BORDERS,
     ) -> None:
         self.owner = owner
         self.outer = outer
+        self.borders = borders
+        self.unmatched = Unmatched()
         self.order = {node: position for position, node in enumerate(owner.graph.nodes)}
         self.modes = modes_of(owner.graph, outer)
         self.remembered: dict[Any, Any] = {}  # facts about nodes of this graph, which other stages store
         self.differentiated = ancestors(gradients_in(owner.graph))
         self._written: dict[Node, tuple[Node, ...]] = {}
+        self._ops: dict[Node, set[object] | None] = {}
+        self._views: dict[Node, bool] = {}
         self._decomposed = decomposed_nodes(owner, {} if known is None else known)
 
     def written_by(self, node: Node) -> tuple[Node, ...]:
@@ -123,7 +133,7 @@ class Reader:
 
     def _weights(self, left: Node, right: Node, product: object) -> list[Node]:
         """Return the factors that are weights: made of parameters, or an input that looks like a weight."""
-        found = [operand for operand in (left, right) if self._is_learnt(operand)]
+        found = [operand for operand in (left, right) if self.is_learnt(operand)]
         if found:
             return found  # two learnt factors merge an adapter into its weight: there are no tokens
         roots = {operand: self._input_behind(operand) for operand in (left, right)}
@@ -174,10 +184,18 @@ class Reader:
 
     def ops(self, node: Node) -> set[object] | None:
         """Return the ops that a node decomposes into, without those that compute sizes; None where that fails."""
-        decomposed = self.decomposed(node)
-        if decomposed is None:
-            return None
-        return {op.target for op in decomposed.ops if op.op == "call_function" and not is_size(op.meta.get("val"))}
+        if node not in self._ops:
+            decomposed = self.decomposed(node)
+            calls = [op for op in decomposed.ops if op.op == "call_function"] if decomposed is not None else []
+            found: set[object] = {op.target for op in calls if not is_size(op.meta.get("val"))}
+            self._ops[node] = found if decomposed is not None else None
+        return self._ops[node]
+
+    def is_view(self, node: Node) -> bool:
+        """Return whether the node's value lies in the memory of its operands."""
+        if node not in self._views:
+            self._views[node] = is_view(node)
+        return self._views[node]
 
     def does(self, node: Node, ops: tuple[object, ...]) -> bool:
         """Return whether the node decomposes into one of the ops, among others."""
@@ -189,13 +207,13 @@ class Reader:
             node = node.all_input_nodes[0]
         return node
 
-    def _is_learnt(self, node: Node) -> bool:
+    def is_learnt(self, node: Node) -> bool:
         """Return whether a value is made of parameters alone."""
         key = ("learnt", node)
         if key not in self.remembered:
             operands = self.tensor_operands(node)
             parameter = isinstance(fake_value(node), torch.nn.Parameter)
-            self.remembered[key] = parameter or (bool(operands) and all(map(self._is_learnt, operands)))
+            self.remembered[key] = parameter or (bool(operands) and all(map(self.is_learnt, operands)))
         learnt: bool = self.remembered[key]
         return learnt
 
@@ -236,23 +254,7 @@ class Reader:
 
     def obstacle(self, node: Node) -> Refusal | None:
         """Return why a region must not contain this node; None where each of its ops has a placement rule."""
-        decomposed = self.decomposed(node)
-        if (strange := strange_tensors(node)) is not None:
-            return strange
-        if decomposed is None:
-            return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} cannot be decomposed into aten ops")
-        if any(op.op == "get_attr" for op in decomposed.ops):
-            return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} holds a constant tensor")
-        # decomposed alone, a write to an operand ends in a copy into it; in a region the operand is an ordinary value
-        written = aten.copy_.default if writes(node) else None
-        ops = [op for op in decomposed.ops if op.op == "call_function" and op.target != written]
-        try:
-            for forbid in (forbid_effects, forbid_unruled):  # an op's effect is a better reason than a missing rule
-                for op in ops:
-                    forbid(op)
-        except Refusal as refusal:
-            return Refusal(refusal.reason, node, f"{op_name(node)}: {refusal.text}")
-        return None
+        return obstacle_in(node, self.decomposed(node))
 
     def is_pure(self, node: Node) -> bool:
         """Return whether the node only computes its value: it writes nothing and draws no random numbers."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from mst_fx.core.provenance import module_path, op_name, source_line
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Refusal
+from mst_fx.report.unlooped import Unlooped, joined, largest, text_of
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Report:
         graphs: number of graphs in the report; more than one after a graph break.
         peak, peak_whole: predicted peak bytes of a training step, with these loops and without any; the largest of
             several graphs.
+        unlooped: the largest values that no loop covers, and why (see `Unlooped`).
         notes: what else the user should know.
     """
 
@@ -150,17 +152,20 @@ class Report:
     graphs: int = 1
     peak: int = 0
     peak_whole: int = 0
+    unlooped: tuple[Unlooped, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __add__(self, other: Report) -> Report:
         peak, whole = max(self.peak, other.peak), max(self.peak_whole, other.peak_whole)
-        return replace(self.joined(other), graphs=self.graphs + other.graphs, peak=peak, peak_whole=whole)
+        report = replace(self.joined(other), graphs=self.graphs + other.graphs, peak=peak, peak_whole=whole)
+        return replace(report, unlooped=tuple(largest(report.unlooped, peak)))
 
     def joined(self, other: Report) -> Report:
         """Return the report with the decisions about another part of the same graph added."""
         regions, refusals = self.regions + other.regions, self.refusals + other.refusals
         cuts, gone = self.cuts + other.cuts, self.dropped + other.dropped
-        return Report(regions, refusals, cuts, gone, self.graphs, notes=(*dict.fromkeys(self.notes + other.notes),))
+        left, notes = joined(self.unlooped, other.unlooped), (*dict.fromkeys(self.notes + other.notes),)
+        return Report(regions, refusals, cuts, gone, self.graphs, unlooped=left, notes=notes)
 
     def __str__(self) -> str:
         entries = (*self.regions, *self.cuts, *self.dropped, *self.refusals)
@@ -168,11 +173,11 @@ class Report:
             return "\n".join(["mst_fx: no graph was captured, so there was nothing to decide", *self.notes])
         if not entries:
             head = f"mst_fx: nothing to loop in {self.graphs} graph(s): no pattern matched"
-            return "\n".join([head, *self.notes])
+            return "\n".join([head, *text_of(self.unlooped), *self.notes])
         head = f"mst_fx: {len(self.regions)} looped, {len(self.refusals)} left alone, {self.graphs} graph(s)"
         if self.peak_whole:
             head += f"; peak of a step {readable(self.peak_whole)} -> {readable(self.peak)} (predicted)"
-        return "\n".join([head, *map(str, entries), *self.notes])
+        return "\n".join([head, *map(str, entries), *text_of(self.unlooped), *self.notes])
 
 
 def refused(pattern: str, refusal: Refusal) -> RefusedRegion:
@@ -188,7 +193,7 @@ def refused(pattern: str, refusal: Refusal) -> RefusedRegion:
         reason=refusal.reason.name,
         op=op_name(node) if node is not None else "",
         source=source_line(node) if node is not None else "",
-        advice=refusal.reason.value,
+        advice=refusal.advice,
         text=refusal.text,
         module=module_path(node) if node is not None else "",
     )

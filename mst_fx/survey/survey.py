@@ -65,7 +65,7 @@ class Surveyor:
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
         """Find the regions of a captured graph, and of its subgraphs."""
-        reader, report = without_dead_code(gm, self._decomposed, around.mode), Report()
+        reader, report = without_dead_code(gm, self._decomposed, around.mode, around.borders), Report()
         if self.config.returned_logits == "drop":
             reader, report = self._without_logits(reader)
         reader, cuts, sizes = self._cut_early(reader)
@@ -80,16 +80,15 @@ class Surveyor:
                     raise found.outcome
                 candidate = self._best_candidate(graph, found.outcome)
                 sites.append(Site(found.pattern, candidate.region, candidate.work, around, candidate.terms))
-            except Refusal as refusal:
-                report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
             except Exception as error:
-                assert isinstance(found.outcome, Region)
-                report = report.joined(Report(refusals=(refused(found.pattern, self._fault(error, found.outcome)),)))
+                refusal = self._refusal(reader, error, found.outcome)
+                report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
         children: dict[str, tuple[Surveyed, tuple[Node, ...]]] = {}
         for child in nested(reader.owner):
             try:
                 children[child.name] = (self.survey(child.module, around.inside(reader, child)), child.callers)
             except Refusal as refusal:
+                reader.unmatched.refuse(child.callers, refusal)
                 report = report.joined(Report(refusals=(refused("all", refusal),)))
         return Surveyed(reader, tuple(sites), report, children, around, sizes)
 
@@ -107,7 +106,7 @@ class Surveyor:
 
     def _changed(self, reader: Reader, gm: GraphModule) -> Reader:
         """Return a reader of a graph that replaces the graph of `reader`."""
-        return Reader(gm, self._decomposed, reader.outer)
+        return Reader(gm, self._decomposed, reader.outer, reader.borders)
 
     def _cut_early(self, reader: Reader) -> tuple[Reader, Report, tuple[Any, ...]]:
         """Return a reader of the graph after its early cuts, the report on these, and the sizes that they fix."""
@@ -176,6 +175,14 @@ class Surveyor:
             raise
         except Exception as error:
             raise self._fault(error, region) from error
+
+    def _refusal(self, reader: Reader, error: Exception, outcome: Region | Refusal) -> Refusal:
+        """Return what the report says of an outcome that is a refusal, or a region that ends in one or in an error."""
+        if isinstance(outcome, Refusal):
+            return outcome
+        refusal = error if isinstance(error, Refusal) else self._fault(error, outcome)
+        reader.unmatched.refuse(outcome.nodes, refusal)
+        return refusal
 
     def _fault(self, error: Exception, region: Region) -> Refusal:
         return refusal_for(error, region.last, f"a region at {region.name}", strict=self.config.strict)

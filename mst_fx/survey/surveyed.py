@@ -13,6 +13,8 @@ from torch.fx import Node
 from mst_fx.bodies.work import Work
 from mst_fx.core.modes import TOP as TOP_MODE
 from mst_fx.core.modes import Mode
+from mst_fx.core.provenance import TOP as TOP_BORDERS
+from mst_fx.core.provenance import Borders, op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import Hint, hint
 from mst_fx.plan.chunk_length import Terms
@@ -35,12 +37,14 @@ class Around:
             saves its inputs; the results of the last one are recomputed for their readers, a whole loop for one tensor.
         overwritten: what graphs around it write to after it has run.
         mode: the mode that it runs in.
+        borders: where its inputs come from, and where its outputs go.
     """
 
     repeated: bool = False
     saves_results: bool = False
     overwritten: Overwritten = field(default_factory=dict)
     mode: Mode = TOP_MODE
+    borders: Borders = TOP_BORDERS
 
     def inside(self, reader: Reader, child: Nested) -> Around:
         """Return the same for a subgraph of the graph.
@@ -55,9 +59,10 @@ class Around:
             if reader.modes[other] != reader.modes[first]:
                 raise Refusal(Reason.GRAD_MODE, other, f"{child.name} runs in several modes")
         overwritten = written_when_run(reader, child, self.overwritten)
-        return Around(
-            self.repeated or child.repeated, self.saves_results or child.last, overwritten, reader.modes[first]
-        )
+        saves_results = self.saves_results or child.last
+        within = "a checkpointed block" if child.repeated else f"the subgraph of {op_name(first)}"
+        borders = Borders(within=within)
+        return Around(self.repeated or child.repeated, saves_results, overwritten, reader.modes[first], borders)
 
 
 TOP = Around()

@@ -6,6 +6,7 @@ Private torch API: all of torch's names in this file. Run on torch 2.11, 2.13 an
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
@@ -22,6 +23,13 @@ def is_transformed(value: torch.Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
+def unwrapped(value: torch.Tensor) -> torch.Tensor:
+    """Return the value behind the transforms of torch.func, with the dims that these hide."""
+    while is_transformed(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
+
+
 def marked_dims(node: Node) -> Collection[int]:
     """Return the dims of an input of a graph that the user marked as varying (`mark_dynamic`)."""
     given = getattr(node.meta.get("grapharg"), "example", None)
@@ -29,9 +37,24 @@ def marked_dims(node: Node) -> Collection[int]:
 
 
 def graph_break(gm: GraphModule) -> str:
-    """Return why Dynamo ended a graph before the user's function ends, "" where the function ends with it.
+    """Return why and where Dynamo ended a graph before the user's function ends, "" where the function ends, too.
 
     It is "" as well where torch does not leave the reason on the graph.
     """
     reason = getattr(gm, "compile_subgraph_reason", None)
-    return str(reason.reason) if reason is not None and reason.graph_break else ""
+    return _told(reason) if reason is not None and reason.graph_break else ""
+
+
+def break_at(file: str, line: int) -> str:
+    """Return why Dynamo broke a graph at a line, and the line where it did; "" where it has no record of that."""
+    for reason in reversed(getattr(torch._dynamo.utils, "graph_break_reasons", [])):
+        if any((frame.filename, frame.lineno) == (file, line) for frame in reason.user_stack):
+            return _told(reason)
+    return ""
+
+
+def _told(reason: Any) -> str:
+    """Return a graph break in one line: the first sentence of Dynamo's reason, and the user's source line."""
+    first = str(reason.reason).strip().partition("\n")[0]
+    frames = [frame for frame in reason.user_stack or () if not frame.filename.startswith(torch.__path__[0])]
+    return f"{first} at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else first

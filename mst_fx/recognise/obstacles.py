@@ -1,0 +1,88 @@
+"""Why a node of a captured graph must not be in a region, and why matches gave up: what the report tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.fx import Node
+
+from mst_fx.capture.decomposed import Decomposed
+from mst_fx.core.provenance import op_name
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.torch_private.captured import is_transformed
+from mst_fx.core.values import fake_value, tensors_of
+from mst_fx.placement.propagate import forbid_effects, forbid_unruled
+from mst_fx.recognise.decomposed_nodes import strange_tensors
+from mst_fx.recognise.effects import writes
+
+aten = torch.ops.aten
+
+REPEATED = frozenset(["tag_activation_checkpoint", "wrap_activation_checkpoint"])
+"""Operators that run a subgraph, and run it again in the backward."""
+
+CHECKPOINT_ADVICE = "Checkpoint the whole MLP, or the head with its loss, or neither: a loop recomputes in any case."
+
+
+class Unmatched:
+    """Why matches gave up, by the nodes that they had seen."""
+
+    def __init__(self) -> None:
+        self._refused: dict[Node, Refusal] = {}
+        self._given_up: dict[Node, Refusal] = {}
+
+    def refuse(self, nodes: Iterable[Node], refusal: Refusal) -> None:
+        """Store why nodes are not looped that look like a region."""
+        for node in nodes:
+            self._refused.setdefault(node, refusal)
+
+    def give_up(self, nodes: Iterable[Node], refusal: Refusal) -> None:
+        """Store why nodes are none of a region; the first reason stays, and that of a refusal comes before it."""
+        for node in nodes:
+            self._given_up.setdefault(node, refusal)
+
+    def about(self, node: Node) -> Refusal | None:
+        """Return why a node is in no region, None where no match has come across it."""
+        return self._refused.get(node) or self._given_up.get(node)
+
+
+def obstacle_in(node: Node, decomposed: Decomposed | None) -> Refusal | None:
+    """Return why a region must not contain a node; None where each of its ops has a placement rule.
+
+    Args:
+        node: of the captured graph.
+        decomposed: its aten ops, None where it has none.
+    """
+    if (strange := strange_tensors(node)) is not None:
+        return strange
+    if decomposed is None:
+        return _closed(node)
+    if any(op.op == "get_attr" for op in decomposed.ops):
+        return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} holds a constant tensor")
+    # decomposed alone, a write to an operand ends in a copy into it; in a region the operand is an ordinary value
+    written = aten.copy_.default if writes(node) else None
+    ops = [op for op in decomposed.ops if op.op == "call_function" and op.target != written]
+    try:
+        for forbid in (forbid_effects, forbid_unruled):  # an op's effect is a better reason than a missing rule
+            for op in ops:
+                forbid(op)
+    except Refusal as refusal:
+        return Refusal(refusal.reason, node, f"{op_name(node)}: {refusal.text}")
+    return None
+
+
+def _closed(node: Node) -> Refusal:
+    """Return why a node has no aten ops."""
+    name = op_name(node)
+    if str(node.target) in REPEATED:
+        return Refusal(Reason.SUBGRAPH, node, f"{name} is a checkpointed block", CHECKPOINT_ADVICE)
+    if isinstance(node.target, torch._ops.HigherOrderOperator) and str(node.target) != "autograd_function_apply":
+        return Refusal(Reason.SUBGRAPH, node, f"{name} runs a subgraph, which no region looks into")
+    if any(is_transformed(x) for near in (node, *node.all_input_nodes) for x in tensors_of(near)):
+        return Refusal(Reason.TRANSFORM, node, f"{name} runs inside a transform of torch.func (vmap, grad, jvp)")
+    unseen = [operand for operand in node.all_input_nodes if operand.op == "placeholder"]
+    unseen = [operand for operand in unseen if fake_value(operand) is None]
+    if unseen:
+        text = f"{name} reads {unseen[0].name}, of which Dynamo has left no example in the subgraph"
+        return Refusal(Reason.NO_VALUE, node, text)
+    return Refusal(Reason.UNKNOWN_OP, node, f"{name} cannot be decomposed into aten ops")

@@ -1,0 +1,81 @@
+"""Why no loop covers a large value that no match has come across.
+
+Terms
+  maker  a node that makes a value as large as the one in question of smaller ones
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from mst_fx.core.aten_ops import LOOK_UPS
+from mst_fx.core.graph_walk import descendants, in_order, walk
+from mst_fx.core.provenance import op_name
+from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.recognise.growth import PRODUCT_ADVICE
+from mst_fx.recognise.reader import Reader
+
+
+def why_unlooped(reader: Reader, node: Node, within: str = "") -> Refusal:
+    """Return why no loop covers a value.
+
+    Args:
+        reader: of the graph.
+        node: makes the value; no match has left a note about it.
+        within: the op that runs the graph, where no region looks into that; else "".
+    """
+    if within:
+        return Refusal(Reason.SUBGRAPH, node, f"{within} runs the subgraph that makes it, which no region looks into")
+    if not reader.borders.within and _is_returned(reader, node):
+        return _why_returned(reader, node)
+    if reader.is_learnt(node):
+        advice = "Keep the parameters as the ops need them."
+        return Refusal(Reason.NO_GAIN, node, "it is made of parameters alone: it does not grow with the tokens", advice)
+    makers = _makers(reader, node)
+    if any(_is_input(maker) or reader.does(maker, LOOK_UPS) for maker in makers):
+        given = f"what {reader.borders.within} is given" if reader.borders.within else "the tokens that it is made of"
+        return Refusal(Reason.NO_GAIN, node, f"it is no larger than {given}")
+    for end in (*makers, node):
+        if (known := reader.unmatched.about(end) or reader.obstacle(end)) is not None:
+            return known
+    maker = makers[-1]
+    mixes = reader.multiplies(maker) and reader.contraction(maker) is None
+    text = f"no pattern for it: {op_name(maker)} makes it of smaller values"
+    return Refusal(Reason.NO_PATTERN, node, text, PRODUCT_ADVICE if mixes else "")
+
+
+def why_entering(reader: Reader, node: Node) -> Refusal:
+    """Return why no loop covers an input of the graph that is a value of other ops."""
+    broken = reader.borders.break_before
+    if broken:
+        return Refusal(Reason.OTHER_GRAPH, node, f"made in another graph and read here, after a graph break: {broken}")
+    return Refusal(Reason.OTHER_GRAPH, node, "made outside of the compiled function and read here")
+
+
+def _why_returned(reader: Reader, node: Node) -> Refusal:
+    before, after = reader.borders.break_before, reader.borders.break_after
+    if after:
+        return Refusal(Reason.OTHER_GRAPH, node, f"made here and read in another graph, after a graph break: {after}")
+    if before:
+        return Refusal(Reason.OTHER_GRAPH, node, f"the part of the function after a graph break returns it: {before}")
+    return Refusal(Reason.OTHER_GRAPH, node, "the compiled function returns it")
+
+
+def _is_returned(reader: Reader, node: Node) -> bool:
+    shown = descendants([node], lambda value: filter(reader.is_view, value.users))
+    return any(user.op == "output" for value in shown for user in value.users)
+
+
+def _makers(reader: Reader, node: Node) -> tuple[Node, ...]:
+    """Return the makers of a value, and the inputs as large as it that it is made of, in graph order."""
+    size = reader.numel(node)
+
+    def as_large(value: Node) -> list[Node]:
+        operands = (operand for operand in reader.tensor_operands(value) if not reader.is_learnt(operand))
+        return [operand for operand in operands if reader.numel(operand) >= size]
+
+    return in_order(reader.owner.graph, {value for value in walk([node], as_large) if not as_large(value)})
+
+
+def _is_input(node: Node) -> bool:
+    return node.op in ("placeholder", "get_attr")
