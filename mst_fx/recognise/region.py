@@ -224,7 +224,7 @@ def _made_after(
     moved: list[Node] = []
     for node in walk(late(live_ins), lambda node: late(node.all_input_nodes)):
         moves = node.op == "get_attr" or (reader.is_pure(node) and reader.modes[node] == reader.modes[place])
-        if not moves or node in inside:
+        if not moves or any(operand in inside for operand in node.all_input_nodes):
             text = f"{op_name(first_reader)} reads a result of the region before {op_name(node)} makes an operand of it"
             raise Refusal(Reason.NOT_CONVEX, first_reader, text)
         moved.append(node)
