@@ -65,31 +65,6 @@ def test_no_gradient_where_eager_gives_none(program):
     assert looped_regions(beside_eager(program, lambda _: [leaf(*shape) for shape in shapes])) == 1
 
 
-def step_of_values(x, up, other, down):
-    h = F.silu(x @ up)
-    return torch.heaviside(h, h.detach()) * h @ down, (x @ other).amax(-1)
-
-
-def step_that_is_compared(x, up, other, down):
-    h = F.silu(x @ up)
-    return (torch.heaviside(h, h.detach()) > 0) * h @ down, (x @ other).amax(-1)
-
-
-@pytest.mark.parametrize("program", [step_of_values, step_that_is_compared], ids=lambda program: program.__name__)
-def test_an_op_without_a_derivative_is_refused_where_a_gradient_needs_one(program):
-    def inputs(_):
-        return [leaf(*shape) for shape in ((3, 7, 4), (4, 8), (4, 8), (8, 4))]
-
-    (report,) = beside_eager(program, inputs, backward="last")
-    looped = {region.pattern for region in report.regions}
-    if program is step_that_is_compared:
-        assert looped == {"mlp", "head"}
-        return
-    (refusal,) = report.refusals
-    assert (looped, refusal.pattern, refusal.reason) == ({"head"}, "mlp", "UNKNOWN_OP")
-    assert "aten.heaviside.default has no derivative" in refusal.text
-
-
 def mlp(x, up, down):
     return (x @ up).tanh() @ down
 
