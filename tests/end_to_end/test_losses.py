@@ -41,6 +41,7 @@ SEVERAL_RESULTS = {
     "log_probabilities_and_entropy",
     "loss_and_top_k",
     "two_cuts",
+    "expected_values",
 }
 """Programs without one scalar that all gradients pass: their backward recomputes."""
 
