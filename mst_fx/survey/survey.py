@@ -6,7 +6,7 @@ The analysis of one node or region serves all that are alike.
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from mst_fx.plan.planner import Offer
 from mst_fx.predict.extent import extent_of
 from mst_fx.predict.region_memory import RegionMemory, memory_of, temporary_bytes, written_after
 from mst_fx.predict.time import cost_of
+from mst_fx.recognise.checkpoints import crossed, is_opened, openable, opened
 from mst_fx.recognise.dead_code import without_dead_code
 from mst_fx.recognise.decomposed_nodes import strange_tensors
 from mst_fx.recognise.discover import discover, nested
@@ -52,11 +53,13 @@ class Surveyor:
         config: the user's options.
         patterns: the patterns that recognise regions.
         marked: names of the sizes that have to vary.
+        closed: bodies of checkpoints that are not to be opened.
     """
 
     config: Config
     patterns: Sequence[Pattern]
     marked: frozenset[str] = frozenset()
+    closed: set[GraphModule] = field(default_factory=set)
     _decomposed: dict[Hashable, Decomposed | None] = field(default_factory=dict)
     _works: dict[Hashable, Work] = field(default_factory=dict)
     _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
@@ -65,7 +68,8 @@ class Surveyor:
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
         """Find the regions of a captured graph, and of its subgraphs."""
-        reader, report = without_dead_code(gm, self._decomposed, around.mode, around.borders), Report()
+        reader = self._opened(without_dead_code(gm, self._decomposed, around.mode, around.borders))
+        report = Report()
         if self.config.returned_logits == "drop":
             reader, report = self._without_logits(reader)
         reader, cuts, sizes = self._cut_early(reader)
@@ -79,7 +83,9 @@ class Surveyor:
                 if isinstance(found.outcome, Refusal):
                     raise found.outcome
                 candidate = self._best_candidate(graph, found.outcome)
-                sites.append(Site(found.pattern, candidate.region, candidate.work, around, candidate.terms))
+                repeated = around.repeated or is_opened(candidate.region)
+                its_own = replace(around, repeated=repeated)
+                sites.append(Site(found.pattern, candidate.region, candidate.work, its_own, candidate.terms))
             except Exception as error:
                 refusal = self._refusal(reader, error, found.outcome)
                 report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
@@ -92,14 +98,24 @@ class Surveyor:
                 report = report.joined(Report(refusals=(refused("all", refusal),)))
         return Surveyed(reader, tuple(sites), report, children, around, sizes)
 
+    def _opened(self, reader: Reader) -> Reader:
+        """Return a reader of the graph with the checkpoints opened that large values of its regions cross."""
+        bodies = openable(reader) - self.closed
+        while bodies:
+            wide = self._changed(reader, opened(reader.owner, bodies))
+            found = crossed(wide, self._regions(wide))
+            if found == bodies:
+                return wide
+            bodies = found
+        return reader
+
+    def _regions(self, reader: Reader) -> list[Region]:
+        discovered = discover(reader, self.patterns, strict=self.config.strict)
+        return [found.outcome for found in discovered if isinstance(found.outcome, Region)]
+
     def _without_logits(self, reader: Reader) -> tuple[Reader, Report]:
         """Return a reader of the graph with None in place of the large outputs of regions with a loss, and a report."""
-        regions = [
-            found.outcome
-            for found in discover(reader, self.patterns, strict=self.config.strict)
-            if isinstance(found.outcome, Region)
-        ]
-        training = (region for region in regions if _has_loss(region))
+        training = (region for region in self._regions(reader) if _has_loss(region))
         leaving = dict.fromkeys(node for region in training for node in _leaving(reader, region))
         report = Report(dropped=tuple(map(dropped, leaving)))
         return (self._changed(reader, rebuilt(reader.owner, [], dropped=leaving)) if leaving else reader), report
@@ -166,7 +182,8 @@ class Surveyor:
 
     def _analysed(self, graph: _Graph, region: Region) -> Work:
         try:
-            work = analysed(region, self.config, self._works, self.marked, graph.sizes)
+            again = graph.around.repeated or is_opened(region)
+            work = analysed(region, self.config, self._works, self.marked, graph.sizes, again=again)
             if work.backward != "none":
                 recomputes = work.backward == "recompute"
                 forbid_late_writes(graph.reader, region, graph.around.overwritten, recomputes=recomputes)
