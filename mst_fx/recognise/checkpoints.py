@@ -1,4 +1,4 @@
-"""Checkpoints that large values cross are opened: their nodes stand in the graph around them, so that a loop takes them.
+"""Checkpoints that large values cross are opened: their nodes join the graph around them, so that a loop takes them.
 
 A checkpoint saves what it reads, and recomputes the rest for backward. So does a loop, chunk by chunk: where loops take
 all that a checkpoint recomputes, it is not missed. One that is left over, in part or whole, has to be closed again.
@@ -18,7 +18,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from mst_fx.core.graph_modules import module_over
-from mst_fx.core.values import fake_value, has_gradient, is_view
+from mst_fx.core.values import fake_value, has_gradient
 from mst_fx.recognise.discover import Nested, nested
 from mst_fx.recognise.effects import writes
 from mst_fx.recognise.reader import Reader
@@ -26,16 +26,20 @@ from mst_fx.recognise.rebuild import OPENED_FROM
 from mst_fx.recognise.region import Region
 
 
-
 def openable(reader: Reader) -> set[GraphModule]:
-    """Return the bodies whose nodes mean the same outside: they only compute, and the user says nothing of what to save.
+    """Return the bodies whose nodes mean the same outside: they only compute, and no policy says what they save.
 
-    A graph that a checkpoint runs in may be another trace than its body: the values of both have to be the same.
+    The values of both graphs have to be the same: which share memory is told by them.
     """
     found = set()
     for child in nested(reader.owner):
         told = "_checkpoint_context_fn" in child.module.meta
-        if child.repeated and not told and _only_computes(child.module) and all(_hands_on(child, c) for c in child.callers):
+        if (
+            child.repeated
+            and not told
+            and _only_computes(child.module)
+            and all(_hands_on(child, c) for c in child.callers)
+        ):
             found.add(child.module)
     return found
 
@@ -120,17 +124,18 @@ def is_opened(region: Region) -> bool:
 def left_over(reader: Reader, regions: Collection[Region]) -> set[GraphModule]:
     """Return the opened bodies that make more outside of these regions than the tokens of one region are.
 
-    Such values would be saved for backward, as no checkpoint recomputes them any more.
+    Such values would be saved for backward, as no checkpoint recomputes them any more. Views, copies and casts do not
+    count.
 
     Args:
         reader: of a graph with opened bodies.
         regions: those that are looped.
     """
     taken = {node for region in regions for node in region.nodes}
-    tokens = max((reader.numel(region.stream) for region in regions), default=0)
+    tokens = max((reader.numel(reader.unviewed(region.stream)) for region in regions), default=0)
     made = Counter[GraphModule]()
     for node in reader.owner.graph.nodes:
-        if node not in taken and has_gradient(node) and not is_view(node):
+        if node not in taken and has_gradient(node) and reader.unviewed(node) is node:
             made.update(dict.fromkeys(_opened_from(node), reader.numel(node)))
     return {body for body, elements in made.items() if elements > tokens}
 

@@ -6,6 +6,7 @@ labels_BT and whatever it names; all gradients are of the first two.
 
 from losses.cross_entropy import CROSS_ENTROPY as CROSS_ENTROPY
 from losses.distillation import DISTILLATION as DISTILLATION
+from losses.heads import CHECKPOINTED as CHECKPOINTED
 from losses.heads import HEADS as HEADS
 from losses.heads import RETURNED as RETURNED
 from losses.per_token import PER_TOKEN as PER_TOKEN
