@@ -31,6 +31,7 @@ from mst_fx.recognise.dead_code import without_dead_code
 from mst_fx.recognise.decomposed_nodes import strange_tensors
 from mst_fx.recognise.discover import discover, nested
 from mst_fx.recognise.early_cut import CutHead, cut_heads
+from mst_fx.recognise.joined_heads import JoinedHead, joined_heads
 from mst_fx.recognise.norm_in_front import with_front
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader
@@ -72,8 +73,9 @@ class Surveyor:
         report = Report()
         if self.config.returned_logits == "drop":
             reader, report = self._without_logits(reader)
+        reader, pieces = self._joined(reader)
         reader, cuts, sizes = self._cut_early(reader)
-        report = report.joined(cuts).joined(_strange(reader))
+        report = report.joined(pieces).joined(cuts).joined(_strange(reader))
         sites: list[Site] = []
         discovered = discover(reader, self.patterns, strict=self.config.strict)
         taken = {node for found in discovered if isinstance(found.outcome, Region) for node in found.outcome.nodes}
@@ -123,6 +125,15 @@ class Surveyor:
     def _changed(self, reader: Reader, gm: GraphModule) -> Reader:
         """Return a reader of a graph that replaces the graph of `reader`."""
         return Reader(gm, self._decomposed, reader.outer, reader.borders)
+
+    def _joined(self, reader: Reader) -> tuple[Reader, Report]:
+        """Return a reader of the graph with the pieces of logits joined, and a report of those that stay apart."""
+        found = list(joined_heads(reader, strict=self.config.strict))
+        heads = [head for head in found if isinstance(head, JoinedHead) and head.bytes >= self.config.least_bytes]
+        report = Report(refusals=tuple(refused("head", head) for head in found if isinstance(head, Refusal)))
+        makes = [partial(nodes_of, region=head.region, lowered=head.whole) for head in heads]
+        edits = [Edit(head.region, make) for head, make in zip(heads, makes, strict=True)]
+        return (self._changed(reader, rebuilt(reader.owner, edits)) if edits else reader), report
 
     def _cut_early(self, reader: Reader) -> tuple[Reader, Report, tuple[Any, ...]]:
         """Return a reader of the graph after its early cuts, the report on these, and the sizes that they fix."""

@@ -1,0 +1,401 @@
+"""Pieces of logits that are all read in the same way are joined: what is made of each is made of all of them at once.
+
+`loss(head(x)[:9]) + loss(head(x)[9:])` computes the losses of all tokens, and adds up those of each piece: the logits
+are one value again, whose rows a loop can take in any chunks. Only what has no classes any more is cut into pieces.
+
+Terms
+  piece    a slice of the logits along the tokens; the pieces of a family follow one another, and are all tokens together
+  track    what is made of each piece in the same way, and the joined value: one value for all tokens
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from mst_fx.capture.lower import execute, set_current_meta, traced, tracing
+from mst_fx.core.aten_ops import CUTS, JOINS, LOSSES, NONE, SELECTS, SLICES, SUM, SUMS
+from mst_fx.core.clean_room import without_autocast
+from mst_fx.core.graph_walk import descendants
+from mst_fx.core.refusal import Refusal
+from mst_fx.core.sizes import is_symbolic
+from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split
+from mst_fx.placement.rules import Demand, Spans, args_of, argument, rule_for, shape_of
+from mst_fx.placement.rules.view import dim_of
+from mst_fx.placement.run_on_chunk import run_resized
+
+aten = torch.ops.aten
+
+
+@dataclass(eq=False)
+class Track:
+    """What is made of each piece in the same way.
+
+    Attributes:
+        members: the node of each piece.
+        placement: how each lies along the tokens; of a node with several results, one for each.
+        make: makes the joined value, of the values of other nodes and of earlier tracks.
+        take: makes the value of a member, of a slice of the joined value; None where it is that slice.
+    """
+
+    members: tuple[Node, ...]
+    placement: Any
+    make: Callable[[dict[Any, Any]], Any]
+    take: Callable[[torch.Tensor, Node], torch.Tensor] | None = None
+
+
+@dataclass
+class Family:
+    """The pieces of one value, and what is made of them.
+
+    Attributes:
+        whole: the value.
+        pieces: nodes, in the order of their tokens.
+        dim: the dim along which the pieces follow one another.
+        shape: that of the whole value, in the form of a piece.
+        tracks: in the order in which they are made; the first one is the pieces themselves.
+    """
+
+    whole: Node
+    pieces: tuple[Node, ...]
+    dim: int
+    shape: tuple[int, ...]
+    tracks: list[Track] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [shape_of(piece)[self.dim] for piece in self.pieces]
+
+
+class Apart(Exception):  # noqa: N818 - control flow within the module
+    """Pieces of logits are read in ways that cannot be joined; `node` is where they part."""
+
+    def __init__(self, node: Node, text: str) -> None:
+        super().__init__(text)
+        self.node = node
+
+
+def joined(lowered: GraphModule, examples: Sequence[Any]) -> GraphModule | None:
+    """Return the graph with all pieces of its wide values joined; None where it has none.
+
+    Args:
+        lowered: an aten graph.
+        examples: fake values for its placeholders.
+
+    Raises:
+        Apart: there are pieces, but they cannot be joined.
+    """
+    result, module, failed = None, lowered, None
+    for _ in range(len(lowered.graph.nodes)):
+        for family in families(module.graph):
+            try:
+                _follow(family)
+            except Apart as apart:
+                failed = failed or apart
+                continue
+            result = module = _retraced(module, family, examples)
+            break
+        else:
+            break
+    if failed is not None:
+        raise failed
+    return result
+
+
+def families(graph: Graph) -> Iterator[Family]:
+    """Yield the families of pieces of the values that a graph makes of products."""
+    for whole in graph.nodes:
+        shape = shape_of(whole)
+        if len(shape) < 2 or whole.target in CUTS or any(map(is_symbolic, shape)) or not _cuts_of(whole):
+            continue
+        rows = torch.arange(shape[:-1].numel() if isinstance(shape, torch.Size) else _count(shape[:-1]))
+        pieces = list(_pieces(whole, rows.view(*shape[:-1], 1)))
+        pieces = [(node, index) for node, index in pieces if index.numel() < rows.numel()]
+        yield from _complete(whole, rows, pieces)
+
+
+def _count(sizes: Sequence[int]) -> int:
+    return int(torch.Size(sizes).numel())
+
+
+def _cuts_of(node: Node) -> list[Node]:
+    """Return the readers of a value that take some of its tokens."""
+    rank = len(shape_of(node))
+    cuts = [user for user in node.users if user.target in (*SLICES, *SELECTS) and args_of(user)[0] is node]
+    return [cut for cut in cuts if dim_of(cut) < rank - 1]
+
+
+def _pieces(node: Node, index: torch.Tensor) -> Iterator[tuple[Node, torch.Tensor]]:
+    """Yield what is cut of a value and read by something else, with the numbers of its tokens, in graph order."""
+    cuts = _cuts_of(node)
+    if any(user not in cuts for user in node.users):
+        yield node, index
+    for cut in cuts:
+        target: Any = cut.target
+        taken = target(index, *cut.args[1:], **cut.kwargs)
+        if isinstance(taken, torch.Tensor):
+            yield from _pieces(cut, taken)
+        else:
+            for item in sorted(cut.users, key=lambda item: item.args[1]):
+                yield from _pieces(item, taken[item.args[1]])
+
+
+def _complete(whole: Node, rows: torch.Tensor, pieces: list[tuple[Node, torch.Tensor]]) -> Iterator[Family]:
+    """Yield a family for each run of pieces that follow one another and are all tokens together."""
+    run: list[tuple[Node, torch.Tensor]] = []
+    for node, index in pieces:
+        if index.numel() and int(index.flatten()[0]) == 0:
+            run = []
+        run.append((node, index))
+        indices = [each for _, each in run]
+        if sum(each.numel() for each in indices) == rows.numel():
+            yield from _in_order(whole, rows, [piece for piece, _ in run], indices)
+            run = []
+
+
+def _in_order(whole: Node, rows: torch.Tensor, pieces: list[Node], indices: list[torch.Tensor]) -> Iterator[Family]:
+    rank = indices[0].dim()
+    for dim in range(rank - 1):
+        sizes = {(*index.shape[:dim], *index.shape[dim + 1 :]) for index in indices}
+        if len(sizes) == 1 and all(index.dim() == rank for index in indices):
+            joint = torch.cat(indices, dim)
+            if torch.equal(joint.flatten(), rows):
+                yield Family(whole, tuple(pieces), dim, (*joint.shape[:-1], shape_of(whole)[-1]))
+                return
+
+
+def _follow(family: Family) -> None:
+    """Find the tracks of a family.
+
+    Raises:
+        Apart: a wide value of a piece has a reader that those of the other pieces lack, or one that cannot be joined.
+    """
+    whole, shape = family.whole, family.shape
+    dependent = descendants(family.pieces)
+    family.tracks.append(Track(family.pieces, Split(family.dim), lambda env: env[whole].reshape(shape)))
+    place = {node: position for position, node in enumerate(whole.graph.nodes)}
+    done = set[Node]()
+    for track in family.tracks:
+        if not _is_wide(track.members[0], shape[-1]):
+            continue
+        for user in sorted(track.members[0].users, key=place.__getitem__):
+            if user not in done:
+                more = _next(family, track, user, dependent)
+                done.update(member for each in more for member in each.members)
+                family.tracks += more
+        for member in track.members:
+            for user in member.users:
+                if user not in done:
+                    raise Apart(user, f"{user.target} reads one piece of the logits, and no other piece is read so")
+
+
+def _is_wide(node: Node, classes: int) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, (tuple, list)) or (value.dim() > 0 and value.shape[-1] == classes)
+
+
+def _next(family: Family, track: Track, user: Node, dependent: set[Node]) -> list[Track]:
+    """Return the tracks of what the first member's reader, and its like for every other member, make."""
+    if user.target in JOINS and list(args_of(user)[0]) == list(track.members) and dim_of(user) == family.dim:
+        return [Track((user,) * 1, None, lambda env: env[track])]
+    alike = [_counterpart(user, track, position) for position in range(len(track.members))]
+    of = {member: each for each in family.tracks for member in each.members}
+    for own in zip(*(node.all_input_nodes for node in alike), strict=True):
+        tracks = {of.get(node) for node in own}
+        if len(tracks) > 1 or (None in tracks and not dependent.isdisjoint(own)):
+            raise Apart(
+                user, f"{user.target} reads several pieces of the logits, or what was made of one in another way"
+            )
+    return _placed(family, of, tuple(alike))
+
+
+def _counterpart(user: Node, track: Track, position: int) -> Node:
+    """Return the reader of another member that stands where `user` stands among those of the first one."""
+    first, other = track.members[0], track.members[position]
+    like = [node for node in first.users if _kind(node) == _kind(user)]
+    found = [node for node in other.users if _kind(node) == _kind(user)]
+    if len(like) != len(found):
+        raise Apart(user, f"{user.target} reads one piece of the logits, and no other piece is read so")
+    return found[like.index(user)]
+
+
+def _kind(node: Node) -> Any:
+    """Return what has to be equal for nodes that do the same: ops, and arguments but for sizes and tensors."""
+    arguments = [arg for arg in (*node.args, *node.kwargs.values()) if not isinstance(arg, (Node, list, tuple))]
+    return (node.target, len(node.args), tuple(map(str, arguments)), len(node.all_input_nodes))
+
+
+def _placed(family: Family, of: dict[Node, Track], alike: tuple[Node, ...]) -> list[Track]:
+    """Return the tracks of nodes that are alike, by the placement rule of the first one."""
+    first = alike[0]
+    operands: list[Any] = [of.get(node) for node in first.all_input_nodes]
+    placements = {node: each.placement for node, each in zip(first.all_input_nodes, operands, strict=True) if each}
+    if first.target is operator.getitem:
+        track, item = operands[0], first.args[1]
+        return [Track(alike, track.placement[item], lambda env: env[track][item])]
+    own = dict(zip(first.all_input_nodes, zip(*(n.all_input_nodes for n in alike), strict=True), strict=True))
+    if first.target in LOSSES and argument(first, "reduction") == SUM:
+        return _losses(family, of, alike, own)
+    placement = _placement(first, placements)
+    length = sum(family.lengths)
+
+    def make(env: dict[Any, Any]) -> Any:
+        return run_resized(first, placement, length, _operands(env, of, own, placements))
+
+    for node, members in own.items():
+        if node not in placements and len(set(members)) > 1:
+            raise Apart(first, f"{first.target} reads another value for each piece of the logits")
+    if placement == PARTIAL and first.target in SUMS:
+        return [_sums(family, alike, of[first.all_input_nodes[0]])]
+    if placement == PARTIAL or isinstance(placement, tuple) and PARTIAL in placement:
+        raise Apart(first, f"{first.target} adds up over the tokens of a piece")
+    return [Track(alike, placement, make)]
+
+
+def _operands(
+    env: dict[Any, Any], of: dict[Node, Track], own: dict[Node, tuple[Node, ...]], placements: dict[Node, Any]
+) -> dict[Node, Any]:
+    """Return the values that the joined op reads: joined values, joined operands of the pieces, and whole ones."""
+    values = {}
+    for node, members in own.items():
+        if node in of:
+            values[node] = env[of[node]]
+        elif node in placements:
+            values[node] = torch.cat([env[member] for member in members], placements[node].dim)
+        else:
+            values[node] = env[node]
+    return values
+
+
+class _Flow:
+    def __init__(self, placements: dict[Node, Any]) -> None:
+        self.placements = placements
+
+    def of(self, arg: Any) -> Placement:
+        """Return the placement of an operand."""
+        placement: Placement = self.placements.get(arg, WHOLE) if isinstance(arg, Node) else WHOLE
+        return placement
+
+
+def _placement(node: Node, placements: dict[Node, Any]) -> Any:
+    """Return where a node's value lies; the operands that have to be split for it are added to the placements.
+
+    Raises:
+        Apart: it mixes tokens.
+    """
+    rule = rule_for(node.target)
+    while rule is not None:
+        try:
+            return rule(node, _Flow(placements))
+        except Demand as demand:
+            if (
+                demand.node in placements
+                or demand.node not in node.all_input_nodes
+                or demand.split.outer * demand.split.inner != 1
+            ):
+                break
+            placements[demand.node] = demand.split
+        except (Refusal, Spans):
+            break
+    raise Apart(node, f"{node.target} mixes the tokens of a piece of the logits")
+
+
+def _sums(family: Family, alike: tuple[Node, ...], track: Track) -> Track:
+    """Return the track of sums over the tokens of a piece: first over all other dims, then over those of each piece."""
+    first = alike[0]
+    split, rank = track.placement, len(shape_of(first.all_input_nodes[0]))
+    given = args_of(first)[1] if first.target == aten.sum.dim_IntList else None
+    dims = [dim % rank for dim in given] if given else list(range(rank))
+    others = [dim for dim in dims if dim != split.dim]
+    if first.target not in (aten.sum.default, aten.sum.dim_IntList) or split != Split(split.dim):
+        raise Apart(first, f"{first.target} adds up over the tokens of a piece")
+    dtype = first.kwargs.get("dtype")
+
+    def make(env: dict[Any, Any]) -> torch.Tensor:
+        return env[track].sum(others, keepdim=True, dtype=dtype) if others else env[track]
+
+    def take(part: torch.Tensor, member: Node) -> torch.Tensor:
+        return part.sum(split.dim, dtype=dtype).reshape(shape_of(member))
+
+    return Track(alike, split, make, take)
+
+
+def _losses(
+    family: Family, of: dict[Node, Track], alike: tuple[Node, ...], own: dict[Node, tuple[Node, ...]]
+) -> list[Track]:
+    """Return the tracks of losses that are sums over a piece: the losses of all tokens, and the sum of each piece."""
+    first = alike[0]
+    scores, target, weight = args_of(first)[:3]
+    ignored = args_of(first)[4]
+    items = [[item for item in node.users if item.args[1] == 0] for node in alike]
+    if of[scores].placement != Split(0) or any(
+        len(node.users) != len(found) for node, found in zip(alike, items, strict=True)
+    ):
+        raise Apart(first, f"{first.target} adds up over the tokens of a piece")
+
+    def make(env: dict[Any, Any]) -> torch.Tensor:
+        values = _operands(env, of, own, {target: Split(0)})
+        op: Any = first.target
+        each: torch.Tensor = op(values[scores], values[target], values.get(weight), NONE, ignored)[0]
+        return each
+
+    def take(part: torch.Tensor, member: Node) -> torch.Tensor:
+        return part.sum()
+
+    done = Track(alike, None, lambda env: None)
+    return [done, Track(tuple(found[0] for found in items), Split(0), make, take)]
+
+
+def _retraced(lowered: GraphModule, family: Family, examples: Sequence[Any]) -> GraphModule:
+    """Trace the graph once more, with the joined values in place of those of each piece.
+
+    Three groups of nodes run one after the other: those that depend on no piece, the tracks, and all others.
+    """
+    late = descendants(family.pieces)
+    ends = list(accumulate(family.lengths))
+    bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+
+    def run(*values: Any) -> Any:
+        env: dict[Any, Any] = {}
+        given = iter(values)
+        for node in lowered.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node.op != "output" and node not in late:
+                with set_current_meta(node):
+                    env[node] = execute(lowered, node, env)
+        for track in family.tracks:
+            with set_current_meta(track.members[0]):
+                env[track] = track.make(env)
+                env.update(_members(track, env[track], bounds))
+        for node in lowered.graph.nodes:
+            if node.op == "output":
+                return [env[result] for result in node.args[0]]
+            if node not in env:
+                with set_current_meta(node):
+                    env[node] = execute(lowered, node, env)
+        raise AssertionError("a graph ends in its output")
+
+    with tracing(examples), without_autocast():
+        module = traced(run, examples)
+    module.graph.eliminate_dead_code()
+    return module
+
+
+def _members(track: Track, value: Any, bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[Node, Any]]:
+    """Yield the members of a track with their values."""
+    if len(track.members) != len(bounds) or track.placement is None:
+        yield from ((member, value) for member in track.members)
+        return
+    if isinstance(track.placement, tuple):
+        yield from ((member, None) for member in track.members)  # their items are tracks of their own
+        return
+    for member, (start, end) in zip(track.members, bounds, strict=True):
+        part = aten.slice.Tensor(value, track.placement.dim, start, end)
+        yield member, part if track.take is None else track.take(part, member)
