@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.capture.lower import apart, lower
-from mst_fx.core.aten_ops import SELECTS, SLICES
+from mst_fx.core.aten_ops import JOINS, SELECTS, SLICES
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.graph_walk import walk
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.sizes import sure
 from mst_fx.core.values import bytes_of, fake_value, tensors_of
 from mst_fx.recognise.pieces import Apart, joined
 from mst_fx.recognise.reader import Reader
@@ -72,14 +72,13 @@ def joined_heads(reader: Reader, *, strict: bool = False) -> Iterator[JoinedHead
 
 
 def _readers(reader: Reader, head: Node) -> set[Node]:
-    """Return the projection and all readers of values with as many classes, and the items of these."""
+    """Return the projection, all readers of values with as many classes, and what joins the values that they give."""
     classes = fake_value(head).shape[-1]
 
     def goes_on(node: Node) -> list[Node]:
-        wide = any(
-            value.dim() > 1 and value.shape[-1] is not None and value.shape[-1] == classes for value in tensors_of(node)
-        )
-        return [user for user in node.users if _may_join(reader, user)] if wide or node is head else []
+        wide = any(value.dim() > 1 and sure(value.shape[-1] == classes) for value in tensors_of(node))
+        readers = (user for user in node.users if wide or node is head or reader.does(user, JOINS))
+        return [user for user in readers if _may_join(reader, user)]
 
     return set(walk([head], goes_on))
 

@@ -4,7 +4,7 @@
 are one value again, whose rows a loop can take in any chunks. Only what has no classes any more is cut into pieces.
 
 Terms
-  piece    a slice of the logits along the tokens; the pieces of a family follow one another, and are all tokens together
+  piece    a slice of the logits along the tokens; the pieces of a family have no token in common
   track    what is made of each piece in the same way, and the joined value: one value for all tokens
 """
 
@@ -13,20 +13,38 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mst_fx.capture.lower import execute, set_current_meta, traced, tracing
-from mst_fx.core.aten_ops import CUTS, JOINS, LOSSES, NONE, SELECTS, SLICES, SUM, SUMS
+from mst_fx.core.aten_ops import (
+    CASTS,
+    CONTRACTIONS,
+    CUTS,
+    LOSSES,
+    MADE_OF_NOTHING,
+    NONE,
+    ONE_PRODUCT,
+    PRODUCTS,
+    PRODUCTS_PLUS,
+    RESHAPES,
+    SELECTS,
+    SLICES,
+    SUM,
+    SUMS,
+    is_pointwise,
+    is_random,
+)
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.graph_walk import descendants
 from mst_fx.core.refusal import Refusal
 from mst_fx.core.sizes import is_symbolic
 from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.placement.rules import Demand, Spans, args_of, argument, rule_for, shape_of
+from mst_fx.placement.rules.contraction import factors
 from mst_fx.placement.rules.view import dim_of
 from mst_fx.placement.run_on_chunk import run_resized
 
@@ -56,9 +74,10 @@ class Family:
 
     Attributes:
         whole: the value.
-        pieces: nodes, in the order of their tokens.
-        dim: the dim along which the pieces follow one another.
-        shape: that of the whole value, in the form of a piece.
+        pieces: the nodes.
+        dim: the dim along which the pieces are joined.
+        shape: that of the joined pieces.
+        rows: the runs of tokens that the pieces take, [start, end); None where these are all tokens in their order.
         tracks: in the order in which they are made; the first one is the pieces themselves.
     """
 
@@ -66,10 +85,12 @@ class Family:
     pieces: tuple[Node, ...]
     dim: int
     shape: tuple[int, ...]
+    rows: list[tuple[int, int]] | None = None
     tracks: list[Track] = field(default_factory=list)
 
     @property
     def lengths(self) -> list[int]:
+        """The length of each piece."""
         return [shape_of(piece)[self.dim] for piece in self.pieces]
 
 
@@ -91,6 +112,7 @@ def joined(lowered: GraphModule, examples: Sequence[Any]) -> GraphModule | None:
     Raises:
         Apart: there are pieces, but they cannot be joined.
     """
+    _merge_equal(lowered.graph)
     result, module, failed = None, lowered, None
     for _ in range(len(lowered.graph.nodes)):
         for family in families(module.graph):
@@ -108,16 +130,29 @@ def joined(lowered: GraphModule, examples: Sequence[Any]) -> GraphModule | None:
     return result
 
 
+def _merge_equal(graph: Graph) -> None:
+    """Let one node stand for all that compute the same: each piece has its own view of the class weights."""
+    known: dict[Any, Node] = {}
+    for node in graph.nodes:
+        pure = isinstance(node.target, torch._ops.OpOverload) and not is_random(node.target)
+        if pure and node.target not in MADE_OF_NOTHING:
+            first = known.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+
+
 def families(graph: Graph) -> Iterator[Family]:
     """Yield the families of pieces of the values that a graph makes of products."""
+    projected = descendants(node for node in graph.nodes if node.target in CONTRACTIONS)
     for whole in graph.nodes:
         shape = shape_of(whole)
-        if len(shape) < 2 or whole.target in CUTS or any(map(is_symbolic, shape)) or not _cuts_of(whole):
+        wide = whole in projected and len(shape) > 1 and not any(map(is_symbolic, shape))
+        if not wide or whole.target in CUTS or not _cuts_of(whole):
             continue
         rows = torch.arange(shape[:-1].numel() if isinstance(shape, torch.Size) else _count(shape[:-1]))
         pieces = list(_pieces(whole, rows.view(*shape[:-1], 1)))
-        pieces = [(node, index) for node, index in pieces if index.numel() < rows.numel()]
-        yield from _complete(whole, rows, pieces)
+        pieces = [(node, index) for node, index in pieces if 0 < index.numel() < rows.numel()]
+        yield from _runs(whole, pieces)
 
 
 def _count(sizes: Sequence[int]) -> int:
@@ -146,28 +181,37 @@ def _pieces(node: Node, index: torch.Tensor) -> Iterator[tuple[Node, torch.Tenso
                 yield from _pieces(item, taken[item.args[1]])
 
 
-def _complete(whole: Node, rows: torch.Tensor, pieces: list[tuple[Node, torch.Tensor]]) -> Iterator[Family]:
-    """Yield a family for each run of pieces that follow one another and are all tokens together."""
-    run: list[tuple[Node, torch.Tensor]] = []
+def _runs(whole: Node, pieces: list[tuple[Node, torch.Tensor]]) -> Iterator[Family]:
+    """Yield a family for each run of two or more pieces that have no token in common."""
+    runs: list[list[tuple[Node, torch.Tensor]]] = [[]]
     for node, index in pieces:
-        if index.numel() and int(index.flatten()[0]) == 0:
-            run = []
-        run.append((node, index))
-        indices = [each for _, each in run]
-        if sum(each.numel() for each in indices) == rows.numel():
-            yield from _in_order(whole, rows, [piece for piece, _ in run], indices)
-            run = []
+        if any(bool(torch.isin(index, other).any()) for _, other in runs[-1]):
+            runs.append([])
+        runs[-1].append((node, index))
+    for run in runs:
+        if len(run) > 1:
+            yield from _in_order(whole, [piece for piece, _ in run], [index for _, index in run])
 
 
-def _in_order(whole: Node, rows: torch.Tensor, pieces: list[Node], indices: list[torch.Tensor]) -> Iterator[Family]:
-    rank = indices[0].dim()
+def _in_order(whole: Node, pieces: list[Node], indices: list[torch.Tensor]) -> Iterator[Family]:
+    """Yield the family of pieces that can be joined along one dim: at best so that they are all tokens in order."""
+    rank, count = indices[0].dim(), _count(shape_of(whole)[:-1])
+    found = []
     for dim in range(rank - 1):
         sizes = {(*index.shape[:dim], *index.shape[dim + 1 :]) for index in indices}
         if len(sizes) == 1 and all(index.dim() == rank for index in indices):
             joint = torch.cat(indices, dim)
-            if torch.equal(joint.flatten(), rows):
-                yield Family(whole, tuple(pieces), dim, (*joint.shape[:-1], shape_of(whole)[-1]))
-                return
+            rows = _ranges(joint.flatten())
+            shape = (*joint.shape[:-1], shape_of(whole)[-1])
+            found.append(Family(whole, tuple(pieces), dim, shape, None if rows == [(0, count)] else rows))
+    yield from sorted(found, key=lambda family: len(family.rows or ()))[:1]
+
+
+def _ranges(numbers: torch.Tensor) -> list[tuple[int, int]]:
+    """Return the runs of consecutive numbers, [start, end)."""
+    breaks = ((numbers.diff() != 1).nonzero().flatten() + 1).tolist()
+    bounds = [0, *breaks, numbers.numel()]
+    return [(int(numbers[start]), int(numbers[end - 1]) + 1) for start, end in pairwise(bounds)]
 
 
 def _follow(family: Family) -> None:
@@ -176,13 +220,14 @@ def _follow(family: Family) -> None:
     Raises:
         Apart: a wide value of a piece has a reader that those of the other pieces lack, or one that cannot be joined.
     """
-    whole, shape = family.whole, family.shape
-    dependent = descendants(family.pieces)
-    family.tracks.append(Track(family.pieces, Split(family.dim), lambda env: env[whole].reshape(shape)))
-    place = {node: position for position, node in enumerate(whole.graph.nodes)}
+    shape, dependent = family.shape, descendants(family.pieces)
+    family.tracks.append(Track(family.pieces, Split(family.dim), _joint(family)))
+    place = {node: position for position, node in enumerate(family.whole.graph.nodes)}
     done = set[Node]()
     for track in family.tracks:
-        if not _is_wide(track.members[0], shape[-1]):
+        family.tracks += _rejoined(track)
+        done.update(member for each in family.tracks for member in each.members if each.placement is None)
+        if track.placement is None or not _is_wide(track.members[0], shape[-1]):
             continue
         for user in sorted(track.members[0].users, key=place.__getitem__):
             if user not in done:
@@ -195,6 +240,53 @@ def _follow(family: Family) -> None:
                     raise Apart(user, f"{user.target} reads one piece of the logits, and no other piece is read so")
 
 
+def _joint(family: Family) -> Callable[[dict[Any, Any]], Any]:
+    """Return what makes the joined pieces: a view of the whole value, or the same of fewer tokens.
+
+    Raises:
+        Apart: the whole value is not made of each token alone, by a product and elementwise ops.
+    """
+    whole, shape, rows = family.whole, family.shape, family.rows
+    if rows is None:
+        return lambda env: env[whole].reshape(shape)
+    way, product = list[Node](), whole
+    while product.target not in (*PRODUCTS, *PRODUCTS_PLUS):
+        operands = [node for node in product.all_input_nodes if _count(shape_of(node)) > 1]
+        alone = product.target in RESHAPES or product.target in CASTS or is_pointwise(product.target)
+        if not alone or len(operands) != 1 or shape_of(operands[0])[-1:] != shape_of(whole)[-1:]:
+            raise Apart(family.pieces[0], f"{product.target} stands between the projection and a piece of the logits")
+        way.append(product)
+        (product,) = operands
+    tokens = factors(product)[0]
+    if product.target not in ONE_PRODUCT or any(
+        _count(shape_of(node)) >= _count(shape_of(whole)) for node in product.all_input_nodes
+    ):
+        raise Apart(family.pieces[0], f"{product.target} is not one product of the tokens and a matrix")
+
+    def make(env: dict[Any, Any]) -> torch.Tensor:
+        picked = torch.cat([aten.slice.Tensor(env[tokens], 0, start, end) for start, end in rows])
+        value = execute(whole.graph.owning_module, product, {**env, tokens: picked})
+        for before, node in zip([product, *way[:0:-1]], reversed(way), strict=True):
+            if node.target not in RESHAPES:
+                value = execute(whole.graph.owning_module, node, {**env, before: value})
+        return value.reshape(shape)
+
+    return make
+
+
+def _rejoined(track: Track) -> list[Track]:
+    """Return the track of a value that joins all members of a track once more, in their order."""
+    if not isinstance(track.placement, Split):
+        return []
+    members, dim, rank = list(track.members), track.placement.dim, len(shape_of(track.members[0]))
+    joins = [user for user in members[0].users if user.target == aten.cat.default and list(args_of(user)[0]) == members]
+    return [
+        Track((user,), None, lambda env: env[track])
+        for user in joins
+        if dim_of(user, rank) == dim and track.take is None
+    ]
+
+
 def _is_wide(node: Node, classes: int) -> bool:
     value = node.meta["val"]
     return isinstance(value, (tuple, list)) or (value.dim() > 0 and value.shape[-1] == classes)
@@ -202,8 +294,6 @@ def _is_wide(node: Node, classes: int) -> bool:
 
 def _next(family: Family, track: Track, user: Node, dependent: set[Node]) -> list[Track]:
     """Return the tracks of what the first member's reader, and its like for every other member, make."""
-    if user.target in JOINS and list(args_of(user)[0]) == list(track.members) and dim_of(user) == family.dim:
-        return [Track((user,) * 1, None, lambda env: env[track])]
     alike = [_counterpart(user, track, position) for position in range(len(track.members))]
     of = {member: each for each in family.tracks for member in each.members}
     for own in zip(*(node.all_input_nodes for node in alike), strict=True):
@@ -238,6 +328,8 @@ def _placed(family: Family, of: dict[Node, Track], alike: tuple[Node, ...]) -> l
     placements = {node: each.placement for node, each in zip(first.all_input_nodes, operands, strict=True) if each}
     if first.target is operator.getitem:
         track, item = operands[0], first.args[1]
+        if not isinstance(track.placement[item], Split):
+            raise Apart(first, f"{track.members[0].target} adds up over the tokens of a piece")
         return [Track(alike, track.placement[item], lambda env: env[track][item])]
     own = dict(zip(first.all_input_nodes, zip(*(n.all_input_nodes for n in alike), strict=True), strict=True))
     if first.target in LOSSES and argument(first, "reduction") == SUM:
@@ -253,7 +345,7 @@ def _placed(family: Family, of: dict[Node, Track], alike: tuple[Node, ...]) -> l
             raise Apart(first, f"{first.target} reads another value for each piece of the logits")
     if placement == PARTIAL and first.target in SUMS:
         return [_sums(family, alike, of[first.all_input_nodes[0]])]
-    if placement == PARTIAL or isinstance(placement, tuple) and PARTIAL in placement:
+    if placement == PARTIAL:
         raise Apart(first, f"{first.target} adds up over the tokens of a piece")
     return [Track(alike, placement, make)]
 

@@ -75,7 +75,7 @@ class Surveyor:
             reader, report = self._without_logits(reader)
         reader, pieces = self._joined(reader)
         reader, cuts, sizes = self._cut_early(reader)
-        report = report.joined(pieces).joined(cuts).joined(_strange(reader))
+        report = report.joined(cuts).joined(_strange(reader))
         sites: list[Site] = []
         discovered = discover(reader, self.patterns, strict=self.config.strict)
         taken = {node for found in discovered if isinstance(found.outcome, Region) for node in found.outcome.nodes}
@@ -98,6 +98,10 @@ class Surveyor:
             except Refusal as refusal:
                 reader.unmatched.refuse(child.callers, refusal)
                 report = report.joined(Report(refusals=(refused("all", refusal),)))
+        looped = {node.name for site in sites for node in site.region.nodes}
+        report = report.joined(
+            Report(refusals=tuple(refused("head", each) for each in pieces if not _is_among(each, looped)))
+        )
         return Surveyed(reader, tuple(sites), report, children, around, sizes)
 
     def _opened(self, reader: Reader) -> Reader:
@@ -126,14 +130,14 @@ class Surveyor:
         """Return a reader of a graph that replaces the graph of `reader`."""
         return Reader(gm, self._decomposed, reader.outer, reader.borders)
 
-    def _joined(self, reader: Reader) -> tuple[Reader, Report]:
-        """Return a reader of the graph with the pieces of logits joined, and a report of those that stay apart."""
+    def _joined(self, reader: Reader) -> tuple[Reader, list[Refusal]]:
+        """Return a reader of the graph with the pieces of logits joined, and a refusal for those that stay apart."""
         found = list(joined_heads(reader, strict=self.config.strict))
         heads = [head for head in found if isinstance(head, JoinedHead) and head.bytes >= self.config.least_bytes]
-        report = Report(refusals=tuple(refused("head", head) for head in found if isinstance(head, Refusal)))
+        apart = [head for head in found if isinstance(head, Refusal)]
         makes = [partial(nodes_of, region=head.region, lowered=head.whole) for head in heads]
         edits = [Edit(head.region, make) for head, make in zip(heads, makes, strict=True)]
-        return (self._changed(reader, rebuilt(reader.owner, edits)) if edits else reader), report
+        return (self._changed(reader, rebuilt(reader.owner, edits)) if edits else reader), apart
 
     def _cut_early(self, reader: Reader) -> tuple[Reader, Report, tuple[Any, ...]]:
         """Return a reader of the graph after its early cuts, the report on these, and the sizes that they fix."""
@@ -167,7 +171,7 @@ class Surveyor:
         candidates: list[_Candidate] = []
         refusal: Refusal | None = None
         left: Region | None = region
-        while left is not None and (left.returned or not candidates):
+        while left is not None and (left.returned or not candidates or _is_short(candidates[-1])):
             try:
                 looped, work = self._with_front(graph, left) or (left, self._analysed(graph, left))
                 candidates.append(_Candidate(looped, work, self._terms(looped, work, hint)))
@@ -301,6 +305,12 @@ class _Candidate:
     terms: Terms
 
 
+def _is_short(candidate: _Candidate) -> bool:
+    """Return whether a candidate is split along another dim than the longest one of its tokens."""
+    longest = max(map(hint, fake_value(candidate.region.stream).shape[:-1]), default=0)
+    return hint(candidate.work.stages.length) < longest
+
+
 def _apart(heads: Sequence[CutHead]) -> list[CutHead]:
     """Return the heads that share no node with an earlier one: of two projections joined before the cut, one waits."""
     chosen: list[CutHead] = []
@@ -310,6 +320,10 @@ def _apart(heads: Sequence[CutHead]) -> list[CutHead]:
             taken.update(head.region.nodes)
             chosen.append(head)
     return chosen
+
+
+def _is_among(refusal: Refusal, names: Collection[str]) -> bool:
+    return refusal.node is not None and refusal.node.name in names
 
 
 def _strange(reader: Reader) -> Report:
