@@ -139,6 +139,7 @@ def _merge_equal(graph: Graph) -> None:
             first = known.setdefault((node.target, str(node.args), str(node.kwargs)), node)
             if first is not node:
                 node.replace_all_uses_with(first)
+                graph.erase_node(node)
 
 
 def families(graph: Graph) -> Iterator[Family]:
@@ -220,24 +221,23 @@ def _follow(family: Family) -> None:
     Raises:
         Apart: a wide value of a piece has a reader that those of the other pieces lack, or one that cannot be joined.
     """
-    shape, dependent = family.shape, descendants(family.pieces)
+    classes, dependent = family.shape[-1], descendants(family.pieces)
     family.tracks.append(Track(family.pieces, Split(family.dim), _joint(family)))
-    place = {node: position for position, node in enumerate(family.whole.graph.nodes)}
-    done = set[Node]()
-    for track in family.tracks:
-        family.tracks += _rejoined(track)
-        done.update(member for each in family.tracks for member in each.members if each.placement is None)
-        if track.placement is None or not _is_wide(track.members[0], shape[-1]):
+    done = {*family.pieces}
+    for user in family.whole.graph.nodes:
+        of = {each.members[0]: each for each in family.tracks if each.placement is not None}
+        read = [of[node] for node in user.all_input_nodes if node in of]
+        if user in done or not read:
             continue
-        for user in sorted(track.members[0].users, key=place.__getitem__):
-            if user not in done:
-                more = _next(family, track, user, dependent)
-                done.update(member for each in more for member in each.members)
-                family.tracks += more
-        for member in track.members:
-            for user in member.users:
-                if user not in done:
-                    raise Apart(user, f"{user.target} reads one piece of the logits, and no other piece is read so")
+        more = _rejoined(read[0], user)
+        if not more and any(_is_wide(track.members[0], classes) for track in read):
+            more = _next(family, read[0], user, dependent)
+        done.update(member for each in more for member in each.members)
+        family.tracks += more
+    for track in family.tracks:
+        wide = track.placement is not None and _is_wide(track.members[0], classes)
+        for user in (user for member in track.members if wide for user in member.users if user not in done):
+            raise Apart(user, f"{user.target} reads one piece of the logits, and no other piece is read so")
 
 
 def _joint(family: Family) -> Callable[[dict[Any, Any]], Any]:
@@ -251,7 +251,7 @@ def _joint(family: Family) -> Callable[[dict[Any, Any]], Any]:
         return lambda env: env[whole].reshape(shape)
     way, product = list[Node](), whole
     while product.target not in (*PRODUCTS, *PRODUCTS_PLUS):
-        operands = [node for node in product.all_input_nodes if _count(shape_of(node)) > 1]
+        operands = [node for node in product.all_input_nodes if _count(shape_of(node)[:-1]) > 1]
         alone = product.target in RESHAPES or product.target in CASTS or is_pointwise(product.target)
         if not alone or len(operands) != 1 or shape_of(operands[0])[-1:] != shape_of(whole)[-1:]:
             raise Apart(family.pieces[0], f"{product.target} stands between the projection and a piece of the logits")
@@ -274,17 +274,13 @@ def _joint(family: Family) -> Callable[[dict[Any, Any]], Any]:
     return make
 
 
-def _rejoined(track: Track) -> list[Track]:
-    """Return the track of a value that joins all members of a track once more, in their order."""
-    if not isinstance(track.placement, Split):
+def _rejoined(track: Track, user: Node) -> list[Track]:
+    """Return the track of a reader that joins all members of a track once more, in their order."""
+    members, rank = list(track.members), len(shape_of(track.members[0]))
+    if user.target != aten.cat.default or list(args_of(user)[0]) != members or track.take is not None:
         return []
-    members, dim, rank = list(track.members), track.placement.dim, len(shape_of(track.members[0]))
-    joins = [user for user in members[0].users if user.target == aten.cat.default and list(args_of(user)[0]) == members]
-    return [
-        Track((user,), None, lambda env: env[track])
-        for user in joins
-        if dim_of(user, rank) == dim and track.take is None
-    ]
+    along = isinstance(track.placement, Split) and dim_of(user, rank) == track.placement.dim
+    return [Track((user,), None, lambda env: env[track])] if along else []
 
 
 def _is_wide(node: Node, classes: int) -> bool:

@@ -57,6 +57,7 @@ SEVERAL_RESULTS = {
     "expected_values",
     "under_checkpoint",
     *CHECKPOINTED,
+    *PIECES,
 }
 """Programs without one scalar that all gradients pass, or with a checkpoint: their backward recomputes."""
 
@@ -115,7 +116,7 @@ FEW_TOKENS = ("last_token", "last_tokens")
 """Programs whose logits are cut to a few, which are returned: no loop is needed."""
 
 
-@cases(CROSS_ENTROPY, SHIFTED, PER_TOKEN, REINFORCEMENT, DISTILLATION, HEADS, CHECKPOINTED)
+@cases(CROSS_ENTROPY, SHIFTED, PER_TOKEN, REINFORCEMENT, DISTILLATION, HEADS, CHECKPOINTED, PIECES, MARKED)
 def test_logits_never_exist(name, fn):
     compiled, report = check(fn)
     if name not in FEW_TOKENS:
