@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from losses.programs import B, Program, T, V, add, flat
+from losses.programs import B, Program, T, add, flat
 
 PIECES: dict[str, Program] = {}
 MARKED: dict[str, Program] = {}
