@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
@@ -53,14 +54,16 @@ def _only_computes(body: GraphModule) -> bool:
 def _hands_on(child: Nested, caller: Node) -> bool:
     """Return whether a checkpoint reads and gives the values that its body was traced with."""
     placeholders = [node for node in child.module.graph.nodes if node.op == "placeholder"]
-    given, results = caller.args[1:], child.module.graph.output_node().args[0]
+    results: Any = child.module.graph.output_node().args[0]
+    given = caller.args[1:]
     if len(given) != len(placeholders) or not isinstance(results, (tuple, list)):
         return False
     pairs = list(zip(given, placeholders, strict=True))
     for user in caller.users:
-        if user.target is not operator.getitem or not isinstance(results[user.args[1]], Node):
+        item: Any = user.args[1] if user.target is operator.getitem else None
+        if item is None or not isinstance(results[item], Node):
             return False
-        pairs.append((user, results[user.args[1]]))
+        pairs.append((user, results[item]))
     return all(not isinstance(a, Node) or fake_value(a) is fake_value(b) for a, b in pairs)
 
 
@@ -94,14 +97,15 @@ def _body_of(gm: GraphModule, node: Node) -> GraphModule | None:
 def _copied(graph: Graph, body: GraphModule, given: Iterable[object]) -> list[Node]:
     """Copy the nodes of a body to the end of a graph; return its results there."""
     operands = iter(given)
-    env: dict[Node, object] = {}
+    env: dict[Node, Any] = {}
     for node in body.graph.nodes:
         if node.op == "placeholder":
             env[node] = next(operands)
         elif node.op != "output":
             env[node] = copy = graph.node_copy(node, env.__getitem__)
             copy.meta[OPENED_FROM] = frozenset([body])
-    results: list[Node] = map_arg(list(body.graph.output_node().args[0]), env.__getitem__)
+    returned: Any = body.graph.output_node().args[0]
+    results: list[Node] = map_arg(list(returned), env.__getitem__)
     return results
 
 

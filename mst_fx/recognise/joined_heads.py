@@ -1,4 +1,4 @@
-"""A projection whose logits are read in pieces becomes one whose logits are read as a whole (see `pieces`)."""
+"""A projection whose logits are read in pieces becomes one whose logits are read as a whole (see `joined_pieces`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import sure
 from mst_fx.core.values import bytes_of, fake_value, tensors_of
-from mst_fx.recognise.pieces import Apart, joined
+from mst_fx.recognise.joined_pieces import joined
+from mst_fx.recognise.pieces import Apart
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close
 from mst_fx.recognise.revalued import revalued
