@@ -74,14 +74,17 @@ class Engine:
 
     def __init__(self, gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> None:
         self.gm = gm
-        self.config, told = within_breaks(config, gm)
+        self.config, self._told = within_breaks(config, gm)
+        self.surveyor = Surveyor(self.config, chosen, marked_sizes(gm))
+        self.surveyed = self._surveyed()
+
+    def _surveyed(self) -> Surveyed:
         mode = Mode(grad=torch.is_grad_enabled(), inference=torch.is_inference_mode_enabled())
-        around = Around(mode=mode, borders=borders_of(gm))
-        with _quiet_room(), without_guards(sizes_of(gm) if config.strict else ()):
-            self.surveyor = Surveyor(self.config, chosen, marked_sizes(gm))
-            self.surveyed = self.surveyor.survey(gm, around)
-            notes = (*told, *left_out(config), *unmatched(config, self.surveyed))
-        self.surveyed = replace(self.surveyed, report=self.surveyed.report.joined(Report(notes=notes)))
+        around = Around(mode=mode, borders=borders_of(self.gm))
+        with _quiet_room(), without_guards(sizes_of(self.gm) if self.config.strict else ()):
+            surveyed = self.surveyor.survey(self.gm, around)
+            notes = (*self._told, *left_out(self.config), *unmatched(self.config, surveyed))
+        return replace(surveyed, report=surveyed.report.joined(Report(notes=notes)))
 
     def copy(self) -> GraphModule:
         """Return a copy of the captured graph: compilers change the graph that they get."""
@@ -93,7 +96,14 @@ class Engine:
         Args:
             without: works whose regions are not looped, each with the reason.
         """
-        reasons = without or {}
+        while True:
+            try:
+                return self._rewritten_but(without or {})
+            except _LeftOverError as left:
+                self.surveyor.closed.update(left.bodies)
+                self.surveyed = self._surveyed()
+
+    def _rewritten_but(self, reasons: Mapping[Work, str]) -> Rewritten:
         sites = [site for site in self.surveyed.all_sites() if site.work in reasons]
         surveyed = self.surveyed.without(
             {site: Refusal(Reason.INTERNAL, site.region.last, reasons[site.work]) for site in sites}
@@ -108,6 +118,9 @@ class Engine:
     def _rewritten(self, surveyed: Surveyed) -> Rewritten:
         plans = self._planned(surveyed, due=self._due(surveyed))
         of_site = dict(zip(surveyed.all_sites(), plans.of, strict=True))
+        bodies = surveyed.left_over([site for site, plan in of_site.items() if plan.lengths])
+        if bodies:
+            raise _LeftOverError(bodies)
         module, report = self._spliced(surveyed, of_site)
         report = _with_budget(report, plans).joined(self._unlooped(surveyed, of_site, plans.peak))
         report = replace(report, peak=plans.peak, peak_whole=plans.peak_whole)
@@ -211,6 +224,14 @@ class _AtFaultError(Exception):
         super().__init__(refusal.text)
         self.site = site
         self.refusal = refusal
+
+
+class _LeftOverError(Exception):
+    """The loops do not take all that some opened checkpoints would recompute: these have to be closed again."""
+
+    def __init__(self, bodies: set[GraphModule]) -> None:
+        super().__init__(f"{len(bodies)} checkpoints are left over")
+        self.bodies = bodies
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -58,6 +58,8 @@ def analysed(
     known: dict[Hashable, Work],
     marked: Container[str] = (),
     sizes: tuple[Any, ...] = (),
+    *,
+    again: bool = False,
 ) -> Work:
     """Lower and partition a region, and decide how its gradients are made.
 
@@ -67,17 +69,23 @@ def analysed(
         known: the work of earlier regions, which one that is alike shares; this work is added.
         marked: names of the sizes that have to vary.
         sizes: sizes that are fixed in the region's graph.
+        again: whether a checkpoint around the region asks for nothing to be saved: the backward recomputes then.
 
     Raises:
         Refusal: the region must not be looped.
     """
-    key = (_likeness(region), tuple(map(str, sizes)))
+    key = (_likeness(region), tuple(map(str, sizes)), again)
     if key not in known:
         try:
-            known[key] = _with_sizes_fixed(region, config, sizes, marked)
+            work = _with_sizes_fixed(region, config, sizes, marked)
+            known[key] = _recomputing(region, work) if again and work.backward == "in_forward" else work
         except Refusal as refusal:
             raise _at_the_user(region, refusal) from None
     return known[key]
+
+
+def _recomputing(region: Region, work: Work) -> Work:
+    return replace(work, backward="recompute", reused=_reused(region, work.stages, work.differentiable))
 
 
 def _with_sizes_fixed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Container[str]) -> Work:

@@ -160,6 +160,19 @@ def _decompose_convolution(
     return rows.reshape(*positions.shape[:-1], rows.shape[1]).movedim(-1, 1)
 
 
+def _decompose_product(x: torch.Tensor, y: torch.Tensor) -> Any:
+    """Multiply and sum, where a matrix product has one row and one column: it is a reduction of what it reads."""
+    if not (sure(x.shape[-2] == 1) and sure(y.shape[-1] == 1)):
+        return NotImplemented
+    return _sum_of_products(x, y.transpose(-2, -1)).unsqueeze(-1)
+
+
+def _sum_of_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return the dot products along the last dim; as in a matrix product, only the sum is rounded."""
+    wide = _accumulator(x, None) if x.is_floating_point() else x.dtype
+    return (x.to(wide) * y.to(wide)).sum(-1).to(x.dtype)
+
+
 def _decompose_sgn(x: torch.Tensor) -> Any:
     """Take the sign of real numbers: autograd's formula for `sgn` asks for sizes as numbers."""
     return NotImplemented if x.is_complex() else x.sign()
@@ -178,6 +191,9 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.mean.dim: _decompose_mean_dim,
     aten.native_dropout.default: _decompose_dropout,
     aten.bernoulli.p: _decompose_bernoulli,
+    aten.bmm.default: _decompose_product,
+    aten.mm.default: _decompose_product,
+    aten.dot.default: _sum_of_products,
     aten.glu.default: _decompose_glu,
     aten.rand_like.default: _decompose_rand_like,
     aten.sgn.default: _decompose_sgn,

@@ -62,7 +62,8 @@ def run_resized(node: Node, placement: NodePlacement | Placement, length: int, e
     if split is None:
         return target(*args, **kwargs)
     if positions_of(node):
-        return args[0][_own_positions(node, args[0], env)]
+        indices = _own_positions(node, args[0], env)
+        return target(args[0], indices, *args[2:], **{name: x for name, x in kwargs.items() if name != "indices"})
     sizes = split.chunk_shape(node.meta["val"].shape, length)
     if target in RESHAPES:
         return args[0].reshape(sizes)
@@ -85,8 +86,8 @@ def _replaced(
     return (*args[:position], value, *args[position + 1 :]), kwargs
 
 
-def _own_positions(node: Node, x: torch.Tensor, env: Mapping[Node, Any]) -> tuple[Any, ...]:
-    """Return the indices of a pick; those that count all positions count the positions of the chunk."""
+def _own_positions(node: Node, x: torch.Tensor, env: Mapping[Node, Any]) -> list[torch.Tensor | None]:
+    """Return the indices of a pick, or of a write; those that count all positions count the positions of the chunk."""
     counted = positions_of(node)
     indices: list[Any] = []
     for dim, index in enumerate(argument(node, "indices")):
@@ -95,5 +96,5 @@ def _own_positions(node: Node, x: torch.Tensor, env: Mapping[Node, Any]) -> tupl
             shape[counted[index]] = x.shape[dim]
             indices.append(torch.arange(x.shape[dim], device=x.device).view(shape))
         else:
-            indices.append(slice(None) if index is None else env[index])
-    return tuple(indices)
+            indices.append(None if index is None else env[index])
+    return indices

@@ -29,6 +29,7 @@ from mst_fx.placement.run_on_chunk import run_resized
 from mst_fx.recognise.effects import leaves
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close
+from mst_fx.recognise.revalued import revalued
 
 aten = torch.ops.aten
 MAX = 2**63 - 1  # how aten writes that a slice has no end
@@ -117,20 +118,7 @@ def _cut_first(region: Region, examples: list[Any]) -> GraphModule | None:
         moved = again
         if len(region.outputs) > 1:
             break  # a returned value is joined of the ranges on both sides of one cut
-    if moved is not None and any(mode.grad for mode in region.modes.values()):
-        _revalue(moved, examples)
-    return moved
-
-
-def _revalue(module: GraphModule, examples: list[Any]) -> None:
-    """Give the nodes fake values that say whether they need a gradient."""
-    env: dict[Node, Any] = {}
-    given = iter(examples)
-    with tracing(examples), without_autocast(), torch.enable_grad():
-        for node in module.graph.nodes:
-            if node.op != "output":
-                env[node] = next(given) if node.op == "placeholder" else execute(module, node, env)
-                node.meta["val"] = env[node]
+    return moved and revalued(moved, region, examples)
 
 
 def _moved(lowered: GraphModule, position: int, examples: list[Any]) -> Iterator[GraphModule]:

@@ -142,7 +142,7 @@ class Reader:
         if product in GROUPED_PRODUCTS:
             return [right]
         weight = left if _is_weight(left) and not _is_weight(right) else right
-        return [weight] if _is_matrix(weight) else []
+        return [weight] if _is_matrix(weight) or _rank(weight) == 1 else []
 
     def widening(self, node: Node) -> Contraction | None:
         """Return the node as a contraction that makes more elements than its activation has, None where it is none.

@@ -11,6 +11,9 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 from mst_fx.core.graph_modules import layout_free, module_over
 from mst_fx.recognise.region import Region
 
+OPENED_FROM = "mst_fx_opened_from"
+"""The key of a node's meta that holds the bodies of checkpoints that it was opened from (see `checkpoints`)."""
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -83,12 +86,13 @@ def nodes_of(
 ) -> list[Node]:
     """Copy the nodes of a region's aten graph in front of `place`; arguments and return as for `Edit.make`."""
     env = live_ins_of(lowered.graph, region, node_of)
+    bodies = frozenset[GraphModule]().union(*(node.meta.get(OPENED_FROM, ()) for node in region.nodes))
     with owner.graph.inserting_before(place):
         for node in lowered.graph.nodes:
             if node.op == "call_function":
                 env[node] = captured(owner.graph.node_copy(node, env.__getitem__), node)
                 origin = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
-                env[node].meta.update(origin)
+                env[node].meta.update({**origin, OPENED_FROM: bodies} if bodies else origin)
     returned: Any = lowered.graph.output_node().args[0]
     return [env[node] for node in returned]
 

@@ -6,7 +6,7 @@ The analysis of one node or region serves all that are alike.
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +26,12 @@ from mst_fx.plan.planner import Offer
 from mst_fx.predict.extent import extent_of
 from mst_fx.predict.region_memory import RegionMemory, memory_of, temporary_bytes, written_after
 from mst_fx.predict.time import cost_of
+from mst_fx.recognise.checkpoints import crossed, is_opened, openable, opened
 from mst_fx.recognise.dead_code import without_dead_code
 from mst_fx.recognise.decomposed_nodes import strange_tensors
 from mst_fx.recognise.discover import discover, nested
 from mst_fx.recognise.early_cut import CutHead, cut_heads
+from mst_fx.recognise.joined_heads import JoinedHead, joined_heads
 from mst_fx.recognise.norm_in_front import with_front
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader
@@ -52,11 +54,13 @@ class Surveyor:
         config: the user's options.
         patterns: the patterns that recognise regions.
         marked: names of the sizes that have to vary.
+        closed: bodies of checkpoints that are not to be opened.
     """
 
     config: Config
     patterns: Sequence[Pattern]
     marked: frozenset[str] = frozenset()
+    closed: set[GraphModule] = field(default_factory=set)
     _decomposed: dict[Hashable, Decomposed | None] = field(default_factory=dict)
     _works: dict[Hashable, Work] = field(default_factory=dict)
     _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
@@ -65,9 +69,11 @@ class Surveyor:
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
         """Find the regions of a captured graph, and of its subgraphs."""
-        reader, report = without_dead_code(gm, self._decomposed, around.mode, around.borders), Report()
+        reader = self._opened(without_dead_code(gm, self._decomposed, around.mode, around.borders))
+        report = Report()
         if self.config.returned_logits == "drop":
             reader, report = self._without_logits(reader)
+        reader, pieces = self._joined(reader)
         reader, cuts, sizes = self._cut_early(reader)
         report = report.joined(cuts).joined(_strange(reader))
         sites: list[Site] = []
@@ -79,7 +85,9 @@ class Surveyor:
                 if isinstance(found.outcome, Refusal):
                     raise found.outcome
                 candidate = self._best_candidate(graph, found.outcome)
-                sites.append(Site(found.pattern, candidate.region, candidate.work, around, candidate.terms))
+                repeated = around.repeated or is_opened(candidate.region)
+                its_own = replace(around, repeated=repeated)
+                sites.append(Site(found.pattern, candidate.region, candidate.work, its_own, candidate.terms))
             except Exception as error:
                 refusal = self._refusal(reader, error, found.outcome)
                 report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
@@ -90,16 +98,30 @@ class Surveyor:
             except Refusal as refusal:
                 reader.unmatched.refuse(child.callers, refusal)
                 report = report.joined(Report(refusals=(refused("all", refusal),)))
+        looped = {node.name for site in sites for node in site.region.nodes}
+        report = report.joined(
+            Report(refusals=tuple(refused("head", each) for each in pieces if not _is_among(each, looped)))
+        )
         return Surveyed(reader, tuple(sites), report, children, around, sizes)
+
+    def _opened(self, reader: Reader) -> Reader:
+        """Return a reader of the graph with the checkpoints opened that large values of its regions cross."""
+        bodies = openable(reader) - self.closed
+        while bodies:
+            wide = self._changed(reader, opened(reader.owner, bodies))
+            found = crossed(wide, self._regions(wide))
+            if found == bodies:
+                return wide
+            bodies = found
+        return reader
+
+    def _regions(self, reader: Reader) -> list[Region]:
+        discovered = discover(reader, self.patterns, strict=self.config.strict)
+        return [found.outcome for found in discovered if isinstance(found.outcome, Region)]
 
     def _without_logits(self, reader: Reader) -> tuple[Reader, Report]:
         """Return a reader of the graph with None in place of the large outputs of regions with a loss, and a report."""
-        regions = [
-            found.outcome
-            for found in discover(reader, self.patterns, strict=self.config.strict)
-            if isinstance(found.outcome, Region)
-        ]
-        training = (region for region in regions if _has_loss(region))
+        training = (region for region in self._regions(reader) if _has_loss(region))
         leaving = dict.fromkeys(node for region in training for node in _leaving(reader, region))
         report = Report(dropped=tuple(map(dropped, leaving)))
         return (self._changed(reader, rebuilt(reader.owner, [], dropped=leaving)) if leaving else reader), report
@@ -107,6 +129,15 @@ class Surveyor:
     def _changed(self, reader: Reader, gm: GraphModule) -> Reader:
         """Return a reader of a graph that replaces the graph of `reader`."""
         return Reader(gm, self._decomposed, reader.outer, reader.borders)
+
+    def _joined(self, reader: Reader) -> tuple[Reader, list[Refusal]]:
+        """Return a reader of the graph with the pieces of logits joined, and a refusal for those that stay apart."""
+        found = list(joined_heads(reader, strict=self.config.strict))
+        heads = [head for head in found if isinstance(head, JoinedHead) and head.bytes >= self.config.least_bytes]
+        apart = [head for head in found if isinstance(head, Refusal)]
+        makes = [partial(nodes_of, region=head.region, lowered=head.whole) for head in heads]
+        edits = [Edit(head.region, make) for head, make in zip(heads, makes, strict=True)]
+        return (self._changed(reader, rebuilt(reader.owner, edits)) if edits else reader), apart
 
     def _cut_early(self, reader: Reader) -> tuple[Reader, Report, tuple[Any, ...]]:
         """Return a reader of the graph after its early cuts, the report on these, and the sizes that they fix."""
@@ -140,7 +171,7 @@ class Surveyor:
         candidates: list[_Candidate] = []
         refusal: Refusal | None = None
         left: Region | None = region
-        while left is not None and (left.returned or not candidates):
+        while left is not None and (left.returned or not candidates or _is_short(candidates[-1])):
             try:
                 looped, work = self._with_front(graph, left) or (left, self._analysed(graph, left))
                 candidates.append(_Candidate(looped, work, self._terms(looped, work, hint)))
@@ -166,7 +197,8 @@ class Surveyor:
 
     def _analysed(self, graph: _Graph, region: Region) -> Work:
         try:
-            work = analysed(region, self.config, self._works, self.marked, graph.sizes)
+            again = graph.around.repeated or is_opened(region)
+            work = analysed(region, self.config, self._works, self.marked, graph.sizes, again=again)
             if work.backward != "none":
                 recomputes = work.backward == "recompute"
                 forbid_late_writes(graph.reader, region, graph.around.overwritten, recomputes=recomputes)
@@ -273,6 +305,12 @@ class _Candidate:
     terms: Terms
 
 
+def _is_short(candidate: _Candidate) -> bool:
+    """Return whether a candidate is split along another dim than the longest one of its tokens."""
+    longest = max(map(hint, fake_value(candidate.region.stream).shape[:-1]), default=0)
+    return hint(candidate.work.stages.length) < longest
+
+
 def _apart(heads: Sequence[CutHead]) -> list[CutHead]:
     """Return the heads that share no node with an earlier one: of two projections joined before the cut, one waits."""
     chosen: list[CutHead] = []
@@ -282,6 +320,10 @@ def _apart(heads: Sequence[CutHead]) -> list[CutHead]:
             taken.update(head.region.nodes)
             chosen.append(head)
     return chosen
+
+
+def _is_among(refusal: Refusal, names: Collection[str]) -> bool:
+    return refusal.node is not None and refusal.node.name in names
 
 
 def _strange(reader: Reader) -> Report:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from mst_fx.bodies.work import Work
 from mst_fx.core.modes import TOP as TOP_MODE
@@ -20,6 +20,7 @@ from mst_fx.core.sizes import Hint, hint
 from mst_fx.plan.chunk_length import Terms
 from mst_fx.predict.step_memory import Segment, Timeline, resident_bytes, returned_bytes, segments_of
 from mst_fx.predict.time import Device, device_of
+from mst_fx.recognise.checkpoints import left_over
 from mst_fx.recognise.discover import Nested
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region
@@ -117,6 +118,11 @@ class Surveyed:
         yield from self.sites
         for child, _ in self.children.values():
             yield from child.all_sites()
+
+    def left_over(self, looped: Collection[Site]) -> set[GraphModule]:
+        """Return the opened checkpoints that these loops do not take as a whole (see `checkpoints`)."""
+        found = left_over(self.reader, [site.region for site in self.sites if site in looped])
+        return found.union(*(child.left_over(looped) for child, _ in self.children.values()))
 
     def without(self, refusals: Mapping[Site, Refusal]) -> Surveyed:
         """Return the same for the graph with these regions refused."""

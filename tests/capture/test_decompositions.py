@@ -31,3 +31,17 @@ def test_every_op_that_is_opened(draw, mean):
     assert set(drawn) <= {torch.ops.aten.randint.low}
     torch.manual_seed(6)
     assert float(module(x).mean()) == pytest.approx(mean, abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
+def test_dot_products_are_rounded_once(dtype):
+    """As in the products that they stand for, only the sum is rounded."""
+    torch.manual_seed(0)
+    x, y = (torch.randint(-9, 9, (3, 1, 64)).to(dtype) / (1 if dtype == torch.int64 else 7) for _ in range(2))
+    x, y = x.to(dtype), y.to(dtype)
+    module = aten_graph(Call(lambda x, y: torch.bmm(x, y.transpose(1, 2)), [x, y]), decompositions())
+    assert torch.ops.aten.bmm.default not in {node.target for node in module.graph.nodes}
+    exact = (x.double() * y.double()).sum(-1, keepdim=True).to(dtype)
+    torch.testing.assert_close(
+        module(x, y), exact, rtol=0 if dtype != torch.float32 else 1e-5, atol=0 if dtype != torch.float32 else 1e-5
+    )

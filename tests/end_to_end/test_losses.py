@@ -12,7 +12,22 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from beside import beside_eager
 from graphs import captured, rewritten
-from losses import CROSS_ENTROPY, DISTILLATION, HEADS, PER_TOKEN, REINFORCEMENT, RETURNED, SHIFTED, B, D, T, V
+from losses import (
+    CHECKPOINTED,
+    CROSS_ENTROPY,
+    DISTILLATION,
+    HEADS,
+    MARKED,
+    PER_TOKEN,
+    PIECES,
+    REINFORCEMENT,
+    RETURNED,
+    SHIFTED,
+    B,
+    D,
+    T,
+    V,
+)
 from memory_probe import peak_bytes, saved_bytes
 from torch.utils._pytree import tree_leaves
 
@@ -41,8 +56,12 @@ SEVERAL_RESULTS = {
     "log_probabilities_and_entropy",
     "loss_and_top_k",
     "two_cuts",
+    "expected_values",
+    "under_checkpoint",
+    *CHECKPOINTED,
+    *(PIECES.keys() - {"log_probabilities_joined_again"}),
 }
-"""Programs without one scalar that all gradients pass: their backward recomputes."""
+"""Programs without one scalar that all gradients pass, or with a checkpoint: their backward recomputes."""
 
 
 WITHOUT_GRADIENTS = ("only_a_metric", "reference_model", "dpo", "kto")
@@ -99,7 +118,7 @@ FEW_TOKENS = ("last_token", "last_tokens")
 """Programs whose logits are cut to a few, which are returned: no loop is needed."""
 
 
-@cases(CROSS_ENTROPY, SHIFTED, PER_TOKEN, REINFORCEMENT, DISTILLATION, HEADS)
+@cases(CROSS_ENTROPY, SHIFTED, PER_TOKEN, REINFORCEMENT, DISTILLATION, HEADS, CHECKPOINTED, PIECES, MARKED)
 def test_logits_never_exist(name, fn):
     compiled, report = check(fn)
     if name not in FEW_TOKENS:
@@ -112,6 +131,14 @@ def test_logits_never_exist(name, fn):
     assert peak_bytes(lambda: step(compiled, tensors)) < LOGITS
     if name != "under_checkpoint":
         assert peak_bytes(lambda: step(fn, tensors)) > LOGITS
+
+
+@cases(CHECKPOINTED)
+def test_checkpointed_heads_save_no_gradients(name, fn):
+    compiled, tensors = looped(fn), inputs()
+    weights_as_rolled, shifted_and_normed = 3 * 8 * V * D, 2 * 8 * B * T * D
+    allowed = weights_as_rolled if "several" in name else shifted_and_normed if "norm" in name else 0
+    assert saved_bytes(lambda: compiled(*tensors), tensors) <= allowed + 64  # and the count of labels
 
 
 RETURNED_WITHIN = [

@@ -6,9 +6,12 @@ labels_BT and whatever it names; all gradients are of the first two.
 
 from losses.cross_entropy import CROSS_ENTROPY as CROSS_ENTROPY
 from losses.distillation import DISTILLATION as DISTILLATION
+from losses.heads import CHECKPOINTED as CHECKPOINTED
 from losses.heads import HEADS as HEADS
 from losses.heads import RETURNED as RETURNED
 from losses.per_token import PER_TOKEN as PER_TOKEN
+from losses.pieces import MARKED as MARKED
+from losses.pieces import PIECES as PIECES
 from losses.programs import B as B
 from losses.programs import D as D
 from losses.programs import Program as Program

@@ -54,3 +54,38 @@ def jensen_shannon(x, w, y, beta=0.3):
 def cross_entropy_against_teacher(x, w, y):
     student, teacher = student_and_teacher(x, w)
     return F.cross_entropy(student.view(-1, V), teacher.softmax(-1).view(-1, V))
+
+
+def probabilities_and_log_probabilities(x, w):
+    student, teacher = student_and_teacher(x, w)
+    return teacher.softmax(-1), student.log_softmax(-1)
+
+
+@add(DISTILLATION)
+def soft_targets_by_einsum(x, w, y):
+    return -torch.einsum("btv,btv->bt", *probabilities_and_log_probabilities(x, w)).mean()
+
+
+@add(DISTILLATION)
+def soft_targets_by_matmul(x, w, y):
+    p, log_q = probabilities_and_log_probabilities(x, w)
+    each = (p.unsqueeze(-2) @ log_q.unsqueeze(-1)).flatten(1)
+    return -(each * (y != IGNORED)).sum() / y.numel()
+
+
+@add(DISTILLATION)
+def soft_targets_by_bmm(x, w, y):
+    p, log_q = (z.flatten(0, 1) for z in probabilities_and_log_probabilities(x, w))
+    return -torch.bmm(p[:, None], log_q[:, :, None]).mean()
+
+
+@add(DISTILLATION)
+def soft_targets_by_one_dot_product(x, w, y):
+    p, log_q = probabilities_and_log_probabilities(x, w)
+    return -torch.dot(p.flatten(), log_q.flatten()) - torch.tensordot(p.square(), log_q, 3)
+
+
+@add(DISTILLATION)
+def expected_values(x, w, y):
+    _, log_q = probabilities_and_log_probabilities(x, w)
+    return torch.einsum("btv,v->bt", log_q.exp(), w[:, 0]).square().mean()

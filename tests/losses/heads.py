@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint as checkpoint_of_torch
 
 from losses.programs import Program, V, add, flat
 
 HEADS: dict[str, Program] = {}
+CHECKPOINTED: dict[str, Program] = {}
 RETURNED: dict[str, Program] = {}
+
+
+def checkpoint(fn, *args):
+    return checkpoint_of_torch(fn, *args, use_reentrant=False)
+
+
+def cross_entropy(x, w, y):
+    return F.cross_entropy(*flat(x, w, y))
 
 
 @add(HEADS)
@@ -42,9 +52,7 @@ def one_head_twice(x, w, y):
 
 @add(HEADS)
 def under_checkpoint(x, w, y):
-    from torch.utils.checkpoint import checkpoint
-
-    return checkpoint(lambda *args: F.cross_entropy(*flat(*args)), x, w, y, use_reentrant=False)
+    return checkpoint(cross_entropy, x, w, y)
 
 
 @add(HEADS)
@@ -111,3 +119,47 @@ def loss_and_detached_logits(x, w, y):
 def loss_and_views_of_logits(x, w, y):
     logits = x @ w.t()
     return F.cross_entropy(logits.view(-1, V), y.view(-1)), logits.transpose(0, 1)
+
+
+@add(CHECKPOINTED)
+def around_the_head(x, w, y):
+    return F.cross_entropy(checkpoint(F.linear, x, w).flatten(0, 1), y.flatten())
+
+
+@add(CHECKPOINTED)
+def around_the_loss(x, w, y):
+    return checkpoint(F.cross_entropy, *flat(x, w, y))
+
+
+@add(CHECKPOINTED)
+def around_the_activation(x, w, y):
+    logits = checkpoint(lambda z: torch.tanh(z / 30) * 30, F.linear(x, w))
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+@add(CHECKPOINTED)
+def around_head_and_loss_in_turn(x, w, y):
+    return checkpoint(F.cross_entropy, checkpoint(lambda x, w: flat(x, w, y)[0], x, w), y.flatten())
+
+
+@add(CHECKPOINTED)
+def around_several_heads(x, w, y):
+    return sum(checkpoint(cross_entropy, x, w.roll(shift), y) * (shift + 1) for shift in range(3))
+
+
+@add(CHECKPOINTED)
+def around_several_projections(x, w, y):
+    logits = [checkpoint(F.linear, x, w.roll(shift)).flatten(0, 1) for shift in range(3)]
+    return sum(F.cross_entropy(z, y.flatten()) for z in logits)
+
+
+@add(CHECKPOINTED)
+def around_norm_and_head(x, w, y):
+    logits, normed = checkpoint(lambda x, w: (F.linear(n := F.rms_norm(x, x.shape[-1:]), w), n), x, w)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), y[:, 1:].flatten()) + normed.square().mean()
+
+
+@add(CHECKPOINTED)
+def around_log_probabilities(x, w, y):
+    scores = checkpoint(lambda z: z.log_softmax(-1), F.linear(x, w))
+    return checkpoint(lambda scores, y: scores.gather(-1, y.unsqueeze(-1)).squeeze(-1), scores, y)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mst_fx.core.aten_ops import GATHERS, RANGES, RESHAPES
+from mst_fx.core.aten_ops import GATHERS, PUTS, RANGES, RESHAPES
 from mst_fx.core.sizes import hint, number, sure
 from mst_fx.placement.placement import WHOLE, Placement, Split, same_shape
 from mst_fx.placement.rules.registry import Demand, Flow, args_of, argument, back, mixed, rule, shape_of
@@ -141,9 +141,9 @@ def positions_of(node: Node) -> dict[Node, int]:
     """Return the indices that count all positions of the dim that they index, and their dim along which they count.
 
     `x[arange(n), labels]` picks from each row the element that its label names: rows and labels may be split alike,
-    and each chunk counts its own rows.
+    and each chunk counts its own rows. A write to such elements does the same.
     """
-    if node.target != aten.index.Tensor:
+    if node.target not in (aten.index.Tensor, *PUTS):
         return {}
     if "positions" in node.meta:  # the trace of a body must not compare sizes of whole values
         return dict(node.meta["positions"])

@@ -10,7 +10,7 @@ from torch.fx import Node
 from mst_fx.core.aten_ops import PUTS, ROW_WRITES, SCATTERS, SLICE_WRITES
 from mst_fx.core.sizes import sure
 from mst_fx.placement.placement import WHOLE, Placement, Split
-from mst_fx.placement.rules.indexing import picks_of
+from mst_fx.placement.rules.indexing import Picks, picks_of, positions_of
 from mst_fx.placement.rules.registry import Demand, Flow, args_of, argument, back, mixed, rule, shape_of
 
 aten = torch.ops.aten
@@ -45,11 +45,14 @@ def write_rows(node: Node, flow: Flow) -> Placement:
 
 @rule(*PUTS)
 def put(node: Node, flow: Flow) -> Placement:
-    """The indices are whole and name no position of the split dim; the values written broadcast."""
+    """The indices are whole and name no position of the split dim, or count all of them; the values broadcast."""
     value, values = args_of(node)[0], argument(node, "values")
     if all(flow.of(operand) == WHOLE for operand in node.all_input_nodes):
         return WHOLE
     picks = picks_of(node)
+    counted = [dim for dim, index in picks.indices.items() if index in positions_of(node)]
+    if len(counted) == 1:
+        return _paired_put(node, flow, picks, counted[0])
     if any(flow.of(index) != WHOLE for index in picks.indices.values()):
         raise mixed(node, "writes where split indices say")
     split, brought = flow.of(value), flow.of(values)
@@ -68,6 +71,25 @@ def put(node: Node, flow: Flow) -> Placement:
     if not written and brought != WHOLE:
         raise mixed(node, "joins values that are split differently")
     return _alike(node, flow, split, {value: split, **written})
+
+
+def _paired_put(node: Node, flow: Flow, picks: Picks, counted: int) -> Placement:
+    """Return the placement where one index counts all positions of a dim: the others write to each row at its own."""
+    rows = picks.indices[counted]
+    made = picks.made_dim(rows, positions_of(node)[rows])
+    values, outer = argument(node, "values"), len(picks.picked) + len(picks.unindexed)
+    of_dim = {args_of(node)[0]: counted, values: made - outer + len(shape_of(values))}
+    of_dim |= {given: picks.making_dim(given, made) for given in picks.indices.values() if given is not rows}
+    split = next((flow.of(operand) for operand in of_dim if isinstance(flow.of(operand), Split)), None)
+    if not isinstance(split, Split) or flow.of(rows) != WHOLE or list(picks.indices.values()).count(rows) > 1:
+        raise mixed(node, "counts rows that are split")
+    broadcast = of_dim[values] < 0 or sure(shape_of(values)[of_dim[values]] == 1)
+    expected = {node: split.moved(dim) for node, dim in of_dim.items() if dim is not None and dim >= 0}
+    if broadcast:
+        expected.pop(values, None)
+    if any(flow.of(operand) != WHOLE for operand in of_dim if operand not in expected):
+        raise mixed(node, "joins values that are split differently")
+    return _alike(node, flow, split.moved(counted), expected)
 
 
 @rule(*SLICE_WRITES)
