@@ -139,8 +139,9 @@ def left_over(reader: Reader, regions: Collection[Region]) -> set[GraphModule]:
     tokens = max((reader.numel(reader.unviewed(region.stream)) for region in regions), default=0)
     made = Counter[GraphModule]()
     for node in reader.owner.graph.nodes:
-        if node not in taken and has_gradient(node) and reader.unviewed(node) is node:
-            made.update(dict.fromkeys(_opened_from(node), reader.numel(node)))
+        bodies = _opened_from(node)
+        if bodies and node not in taken and has_gradient(node) and reader.unviewed(node) is node:
+            made.update(dict.fromkeys(bodies, reader.numel(node)))
     return {body for body, elements in made.items() if elements > tokens}
 
 

@@ -26,7 +26,7 @@ from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close, needs_gradient, with_items
 from mst_fx.recognise.sorted_rows import required_by, with_permutations
 
-PRODUCT_ADVICE = "Use an op that does not write the product: scaled_dot_product_attention, or (a * b).sum(-1)."
+PRODUCT_ADVICE = "Use an op that does not write the product: scaled_dot_product_attention."
 MIXES_ADVICE = "Attention and scans need all tokens at once; an op that keeps them apart needs a placement rule."
 
 

@@ -89,7 +89,15 @@ def families(graph: Graph) -> Iterator[Family]:
         rows = torch.arange(count(shape[:-1]))
         pieces = list(_pieces(whole, rows.view(*shape[:-1], 1)))
         pieces = [(node, index) for node, index in pieces if 0 < index.numel() < rows.numel()]
-        yield from _runs(whole, pieces)
+        if not all(_crosses(index, shape[:-1]) for _, index in pieces):
+            yield from _runs(whole, pieces)
+
+
+def _crosses(index: torch.Tensor, sizes: Sequence[int]) -> bool:
+    """Return whether a piece takes each position of the longest dim of tokens: a loop can run along that dim."""
+    longest = max(range(len(sizes)), key=sizes.__getitem__)
+    positions = index // count(sizes[longest + 1 :]) % sizes[longest]
+    return positions.unique().numel() == sizes[longest]
 
 
 def _number(item: Node) -> int:

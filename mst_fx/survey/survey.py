@@ -171,7 +171,7 @@ class Surveyor:
         candidates: list[_Candidate] = []
         refusal: Refusal | None = None
         left: Region | None = region
-        while left is not None and (left.returned or not candidates or _is_short(candidates[-1])):
+        while left is not None and (left.returned or not candidates):
             try:
                 looped, work = self._with_front(graph, left) or (left, self._analysed(graph, left))
                 candidates.append(_Candidate(looped, work, self._terms(looped, work, hint)))
@@ -303,12 +303,6 @@ class _Candidate:
     region: Region
     work: Work
     terms: Terms
-
-
-def _is_short(candidate: _Candidate) -> bool:
-    """Return whether a candidate is split along another dim than the longest one of its tokens."""
-    longest = max(map(hint, fake_value(candidate.region.stream).shape[:-1]), default=0)
-    return hint(candidate.work.stages.length) < longest
 
 
 def _apart(heads: Sequence[CutHead]) -> list[CutHead]:

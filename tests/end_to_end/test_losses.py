@@ -59,7 +59,7 @@ SEVERAL_RESULTS = {
     "expected_values",
     "under_checkpoint",
     *CHECKPOINTED,
-    *(PIECES.keys() - {"log_probabilities_joined_again"}),
+    *(PIECES.keys() - {"log_probabilities_joined_again", "sequence_by_sequence", "joined_along_the_tokens"}),
 }
 """Programs without one scalar that all gradients pass, or with a checkpoint: their backward recomputes."""
 

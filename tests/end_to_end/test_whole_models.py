@@ -56,7 +56,7 @@ def test_vmap_inside_a_region_is_refused():
     model = MlpLM(tail=torch.vmap(lambda logits: 30 * torch.tanh(logits / 30)))
     report = assert_as_good_as_eager(model, tokens(2), regions=1)
     (refusal,) = report.refusals
-    assert (refusal.pattern, refusal.reason) == ("head", "UNKNOWN_OP")
+    assert (refusal.pattern, refusal.reason) == ("head", "TRANSFORM")
 
 
 class Talkative(NanoGPT):

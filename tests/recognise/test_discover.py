@@ -56,6 +56,14 @@ def test_the_first_pattern_that_takes_a_node_has_it(reader):
     assert after.asked == [exp, sin]
 
 
+def test_a_region_whose_nodes_are_all_taken_leaves_a_note(reader):
+    exp, sin, _, _ = calls(reader)
+    discover(reader, [Asked("first", {sin: region(reader, sin)}), Asked("second", {exp: region(reader, exp, sin)})])
+    note = reader.unmatched.about(exp)
+    assert note.reason is Reason.TAKEN
+    assert note.text == "a region of second at Tensor.exp needs nodes of another one, which has them"
+
+
 def test_of_a_region_whose_nodes_are_taken_a_smaller_one_is_left(reader):
     exp, sin, cos, tan = calls(reader)
     smaller = region(reader, exp, sin)
