@@ -1,4 +1,4 @@
-"""Counts of keys: every way to write them is told, and what looks like one and is none."""
+"""Counts of keys: the ways to write them that are told, and what looks like one."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def test_a_mask_marks_a_key_once():
     assert key_of(marked_along_the_tokens, values(GROUPS, 2)) is None
 
 
-NO_COUNTS = {
+NOT_TOLD = {
     "the range of the values": lambda keys: torch.histc(keys.double(), GROUPS),
     "a sum that leaves a dim of keys": lambda keys: one_hot(keys).sum((0, 2)),
     "a sum that leaves two dims": lambda keys: one_hot(keys).sum(0),
-    "a dim that is kept": lambda keys: one_hot(keys).sum((0, 1), keepdim=True).flatten(),
+    "a dim that is kept": lambda keys: (torch.arange(GROUPS)[:, None] == keys[:, 0]).sum(-1, keepdim=True).sum(-1),
     "classes from 1": lambda keys: (keys[..., None] == torch.arange(1, GROUPS + 1)).sum((0, 1)),
     "every other class": lambda keys: (keys[..., None] == torch.arange(0, 2 * GROUPS, 2)).sum((0, 1)),
     "a key for each class": lambda keys: (keys.repeat(1, 2) == torch.arange(GROUPS)).sum(0),
@@ -94,12 +94,12 @@ NO_COUNTS = {
     "other values": lambda keys: aten.scatter_add.default(zeros(keys), 0, keys.flatten(), keys.flatten()),
     "written, not added": lambda keys: aten.index_put.default(zeros(keys), [keys.flatten()], ones_like_rows(keys)),
     "marked by twos": lambda keys: keys.new_zeros(TOKENS, GROUPS).scatter(-1, keys[:, :1], 2).sum(0),
-    "marked along the tokens": lambda keys: keys.new_zeros(GROUPS, TOKENS).scatter(0, keys[:1], 1).sum(1),
+    "marked along the tokens": lambda keys: keys.new_zeros(GROUPS, EACH).scatter(0, keys, 1).sum(0),
 }
 
 
-@pytest.mark.parametrize("count", NO_COUNTS.values(), ids=NO_COUNTS)
-def test_what_is_no_count(count):
+@pytest.mark.parametrize("count", NOT_TOLD.values(), ids=NOT_TOLD)
+def test_what_is_not_taken_for_a_count(count):
     assert key_of(count, KEYS, distinct=True) is None
 
 
