@@ -77,6 +77,14 @@ def placed(call: Call, split: Split, position: int = 0) -> list[NodePlacement | 
     return ["epilogue" if node in placements.epilogue else placements.of[node] for node in returned(module)]
 
 
+def operands_placed(call: Call, split: Split, position: int = 0) -> list[NodePlacement]:
+    """Where the operands lie when one of them is split: the others follow."""
+    module = aten_graph(call)
+    operands = placeholders(module)
+    placements = propagate(module.graph, {operands[position]: split})
+    return [placements.of[operand] for operand in operands]
+
+
 def accepted_axes(module: GraphModule, seed: Node, split: Split) -> Iterator[Stages]:
     """Stages for the split, or for the parts of it that a view asks for; nothing where it is refused."""
     if split.axis_length(seed.meta["val"].shape) < 2:

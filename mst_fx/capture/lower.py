@@ -18,7 +18,7 @@ from torch.fx.traceback import set_current_meta as set_current_meta
 from torch.utils._pytree import tree_map_only
 
 from mst_fx.capture.decompositions import decompositions
-from mst_fx.core.aten_ops import CHECKS, is_mutable
+from mst_fx.core.aten_ops import is_mutable
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.graph_modules import layout_free
 from mst_fx.core.modes import Mode
@@ -81,7 +81,7 @@ def lower(
 def _drop_unread(lowered: GraphModule) -> None:
     """Erase what no result needs, and checks of values (of `one_hot`): a check reads all tokens and gives nothing."""
     for node in reversed(lowered.graph.nodes):
-        if node.target in CHECKS or (node.op == "call_function" and not node.users and not is_mutable(node.target)):
+        if node.op == "call_function" and not node.users and not is_mutable(node.target):
             lowered.graph.erase_node(node)
 
 

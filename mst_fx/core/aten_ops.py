@@ -173,9 +173,6 @@ LOSSES = (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
 NONE, MEAN, SUM = 0, 1, 2
 """aten's codes for the argument `reduction` of a loss."""
 
-CHECKS = (aten._assert_async.default, aten._assert_async.msg)
-"""An error where a value is false; no result."""
-
 # Families: reads and writes at indices.
 
 GATHERS = (aten.gather.default,)

@@ -1,4 +1,4 @@
-"""Which dim of the stream becomes the axis, and what runs before the loop."""
+"""What runs before, in and after the loop; what a loop reads and gives."""
 
 import pytest
 import torch
@@ -8,51 +8,37 @@ from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.placement.partition import partition
 from mst_fx.placement.placement import Split
 
-
-def axis_of(function, *shapes):
-    module = aten_graph(Call(function, [values(*shape) for shape in shapes]))
-    return partition(module, placeholders(module)[0]).axis
+aten = torch.ops.aten
 
 
-def mlp(x, up, down):
-    return (x @ up).tanh() @ down
+def stages_of(function, *inputs):
+    module = aten_graph(Call(function, inputs))
+    return partition(module, placeholders(module)[0])
 
 
-def channels_first(x, up, down):
-    return down @ (up @ x).tanh()
+def targets(nodes):
+    return [node.target for node in nodes]
 
 
-@pytest.mark.parametrize(
-    ("function", "shapes", "axis"),
-    [
-        (mlp, [(2, 5, 8), (8, 16), (16, 8)], Split(1)),
-        (mlp, [(5, 8), (8, 16), (16, 8)], Split(0)),
-        (mlp, [(6, 5, 8), (8, 16), (16, 8)], Split(0)),
-        (channels_first, [(1, 8, 5), (16, 8), (8, 16)], Split(2)),
-        (channels_first, [(3, 8, 5), (16, 8), (8, 16)], Split(2)),
-        (channels_first, [(6, 8, 5), (16, 8), (8, 16)], Split(0)),
-        (lambda x: x.tanh().square().sum(), [(3, 64)], Split(0)),  # which dim holds features, nobody says: the last one
-        (lambda x, w: (x.sum(0) @ w).tanh(), [(9, 5, 3), (3, 100)], Split(1)),  # along the first, nothing is made apart
-    ],
-)
-def test_the_longest_dim_that_saves_is_the_axis(function, shapes, axis):
-    assert axis_of(function, *shapes) == axis
+def test_each_op_runs_before_in_or_after_the_loop():
+    def norm(x, w):
+        return (x @ w.exp().t()).square().sum().sqrt()
+
+    stages = stages_of(norm, values(6, 5), values(3, 5))
+    assert (stages.axis, stages.length) == (Split(0), 6)
+    assert targets(stages.prologue) == [aten.exp.default]
+    assert targets(stages.loop) == [aten.t.default, aten.mm.default, aten.pow.Tensor_Scalar, aten.sum.default]
+    assert targets(stages.epilogue) == [aten.sqrt.default]
+    assert stages.operands == (stages.stream, *stages.prologue)
+    assert (stages.results, stages.outputs) == (stages.loop[-1:], stages.epilogue)
 
 
-def test_one_row_has_nothing_to_split():
-    with pytest.raises(Refusal) as refused:
-        axis_of(mlp, (1, 8), (8, 16), (16, 8))
-    assert refused.value.reason is Reason.SHAPE
-
-
-def test_features_alone_cannot_be_split():
-    with pytest.raises(Refusal) as refused:
-        axis_of(lambda x, w: torch.cumsum(x, 0) @ w, (4, 8), (8, 16))
-    assert "cumsum" in refused.value.text
+def test_an_output_that_no_chunk_makes_is_refused():
+    with pytest.raises(Refusal, match="does not depend on the split axis") as refused:
+        stages_of(lambda x, w: [x + 1, w.exp()], values(6, 5), values(3, 5))
+    assert refused.value.reason is Reason.AXIS_MIXED
 
 
 def test_a_seed_is_drawn_before_the_loop():
-    x = torch.ones(6, 5, dtype=torch.float64)
-    module = aten_graph(Call(lambda x: x + torch.randint(0, 9, ()), [x]))
-    stages = partition(module, placeholders(module)[0])
-    assert [node.target for node in stages.prologue] == [torch.ops.aten.randint.low]
+    stages = stages_of(lambda x: x + torch.randint(0, 9, ()), values(6, 5))
+    assert targets(stages.prologue) == [aten.randint.low]

@@ -7,52 +7,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from beside import beside_eager, leaf, looped_regions
 from graphs import captured, rewritten
+from layouts import LAYOUTS, expanded_columns, expanded_rows, misaligned, one_number, overlapping
 
 from mst_fx.runtime.loop_operator import LoopSpec
 from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence
-from mst_fx.runtime.results import laid_out
-
-
-def transposed(*shape):
-    return torch.randn(shape[::-1], dtype=torch.float64).permute(*reversed(range(len(shape))))
-
-
-def rolled_dims(*shape):
-    return torch.randn(shape[-1:] + shape[:-1], dtype=torch.float64).movedim(0, -1)
-
-
-def with_gaps(*shape):
-    return torch.randn(*shape[:-1], 3 * shape[-1], dtype=torch.float64)[..., ::3]
-
-
-def of_a_larger_one(*shape):
-    return torch.randn([size + 2 for size in shape], dtype=torch.float64)[tuple(slice(1, 1 + size) for size in shape)]
-
-
-def expanded_rows(*shape):
-    return torch.randn(1, *shape[1:], dtype=torch.float64).expand(shape)
-
-
-def expanded_columns(*shape):
-    return torch.randn(*shape[:-1], 1, dtype=torch.float64).expand(shape)
-
-
-def one_number(*shape):
-    return torch.randn((), dtype=torch.float64).expand(shape)
-
-
-def overlapping(*shape):
-    return torch.randn(sum(shape), dtype=torch.float64).as_strided(shape, [1] * len(shape))
-
-
-def misaligned(*shape):
-    return torch.randn(torch.Size(shape).numel() + 1, dtype=torch.float64)[1:].view(shape)
-
-
-LAYOUTS = [
-    *(transposed, rolled_dims, with_gaps, of_a_larger_one, misaligned),
-    *(expanded_rows, expanded_columns, one_number, overlapping),
-]
 
 
 def in_layout(make, *shape):
@@ -74,16 +32,6 @@ def test_operands_of_every_layout(layout, odd):
         return [in_layout(layout, *shape) if i in odd else leaf(*shape) for i, shape in enumerate(shapes)]
 
     assert looped_regions(beside_eager(mlp, given)) == 1
-
-
-@pytest.mark.parametrize("strides", [None, (1, 4), (8, 1)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-def test_a_whole_operand_is_brought_to_the_layout_of_the_bodies(layout, strides):
-    x = layout(4, 6)
-    ours = laid_out(x, strides)
-    assert torch.equal(ours, x)
-    assert ours.stride() == (strides or (6, 1))
-    assert not ours.data_ptr() % 16  # compiled code may read 16 bytes at a time
 
 
 def shifted(x, up, down):
