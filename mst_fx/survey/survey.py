@@ -5,9 +5,8 @@ The analysis of one node or region serves all that are alike.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule, Node
@@ -19,27 +18,24 @@ from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.provenance import module_path
 from mst_fx.core.refusal import Refusal
-from mst_fx.core.sizes import Hint, hint, is_symbolic
-from mst_fx.core.values import fake_value, has_gradient
+from mst_fx.core.sizes import Hint, hint
+from mst_fx.core.values import fake_value
 from mst_fx.plan.chunk_length import Lengths, Terms, terms_of
 from mst_fx.plan.planner import Offer
 from mst_fx.predict.extent import extent_of
 from mst_fx.predict.region_memory import RegionMemory, memory_of, temporary_bytes, written_after
 from mst_fx.predict.time import cost_of
-from mst_fx.recognise.checkpoints import crossed, is_opened, openable, opened
+from mst_fx.recognise.checkpoints import is_opened
 from mst_fx.recognise.dead_code import without_dead_code
 from mst_fx.recognise.decomposed_nodes import strange_tensors
 from mst_fx.recognise.discover import discover, nested
-from mst_fx.recognise.early_cut import CutHead, cut_heads
-from mst_fx.recognise.joined_heads import JoinedHead, joined_heads
 from mst_fx.recognise.norm_in_front import with_front
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader
-from mst_fx.recognise.rebuild import Edit, nodes_of, rebuilt
 from mst_fx.recognise.region import Region
 from mst_fx.recognise.write_checks import forbid_late_writes
-from mst_fx.report.entries import cut_head, dropped
-from mst_fx.report.report import Report, refused
+from mst_fx.report.report import RefusedRegion, Report, refused
+from mst_fx.survey.change import Change
 from mst_fx.survey.surveyed import TOP, Around, Site, Surveyed
 
 if TYPE_CHECKING:
@@ -69,14 +65,20 @@ class Surveyor:
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
         """Find the regions of a captured graph, and of its subgraphs."""
-        reader = self._opened(without_dead_code(gm, self._decomposed, around.mode, around.borders))
-        report = Report()
-        if self.config.returned_logits == "drop":
-            reader, report = self._without_logits(reader)
-        reader, pieces = self._joined(reader)
-        reader, cuts, sizes = self._cut_early(reader)
-        report = report.joined(cuts).joined(_strange(reader))
-        sites: list[Site] = []
+        change = Change(self.config, self.patterns, self.marked, self.closed, self._decomposed)
+        changed = change.made_to(without_dead_code(gm, self._decomposed, around.mode, around.borders))
+        reader = changed.reader
+        sites, refusals = self._sites(reader, around, changed.sizes)
+        children, unentered = self._children(reader, around)
+        report = changed.report.joined(_strange(reader)).joined(refusals).joined(unentered)
+        looped = {node.name for site in sites for node in site.region.nodes}
+        apart = [each for each in changed.apart if each.node is not None and each.node.name not in looped]
+        report = report.joined(Report(refusals=tuple(refused("head", each) for each in apart)))
+        return Surveyed(reader, tuple(sites), report, children, around, changed.sizes)
+
+    def _sites(self, reader: Reader, around: Around, sizes: tuple[Any, ...]) -> tuple[list[Site], Report]:
+        """Return the regions of a graph that can be looped, and a report on the others."""
+        sites, refusals = list[Site](), list[RefusedRegion]()
         discovered = discover(reader, self.patterns, strict=self.config.strict)
         taken = {node for found in discovered if isinstance(found.outcome, Region) for node in found.outcome.nodes}
         graph = _Graph(reader, around, taken, sizes)
@@ -85,80 +87,23 @@ class Surveyor:
                 if isinstance(found.outcome, Refusal):
                     raise found.outcome
                 candidate = self._best_candidate(graph, found.outcome)
-                repeated = around.repeated or is_opened(candidate.region)
-                its_own = replace(around, repeated=repeated)
+                its_own = replace(around, repeated=around.repeated or is_opened(candidate.region))
                 sites.append(Site(found.pattern, candidate.region, candidate.work, its_own, candidate.terms))
             except Exception as error:
-                refusal = self._refusal(reader, error, found.outcome)
-                report = report.joined(Report(refusals=(refused(found.pattern, refusal),)))
+                refusals.append(refused(found.pattern, self._refusal(reader, error, found.outcome)))
+        return sites, Report(refusals=tuple(refusals))
+
+    def _children(self, reader: Reader, around: Around) -> tuple[dict[str, tuple[Surveyed, tuple[Node, ...]]], Report]:
+        """Return the subgraphs of a graph, and a report on those that are not entered."""
         children: dict[str, tuple[Surveyed, tuple[Node, ...]]] = {}
+        refusals = []
         for child in nested(reader.owner):
             try:
                 children[child.name] = (self.survey(child.module, around.inside(reader, child)), child.callers)
             except Refusal as refusal:
                 reader.unmatched.refuse(child.callers, refusal)
-                report = report.joined(Report(refusals=(refused("all", refusal),)))
-        looped = {node.name for site in sites for node in site.region.nodes}
-        report = report.joined(
-            Report(refusals=tuple(refused("head", each) for each in pieces if not _is_among(each, looped)))
-        )
-        return Surveyed(reader, tuple(sites), report, children, around, sizes)
-
-    def _opened(self, reader: Reader) -> Reader:
-        """Return a reader of the graph with the checkpoints opened that large values of its regions cross."""
-        bodies = openable(reader) - self.closed
-        while bodies:
-            wide = self._changed(reader, opened(reader.owner, bodies))
-            found = crossed(wide, self._regions(wide))
-            if found == bodies:
-                return wide
-            bodies = found
-        return reader
-
-    def _regions(self, reader: Reader) -> list[Region]:
-        discovered = discover(reader, self.patterns, strict=self.config.strict)
-        return [found.outcome for found in discovered if isinstance(found.outcome, Region)]
-
-    def _without_logits(self, reader: Reader) -> tuple[Reader, Report]:
-        """Return a reader of the graph with None in place of the large outputs of regions with a loss, and a report."""
-        training = (region for region in self._regions(reader) if _has_loss(region))
-        leaving = dict.fromkeys(node for region in training for node in _leaving(reader, region))
-        report = Report(dropped=tuple(map(dropped, leaving)))
-        return (self._changed(reader, rebuilt(reader.owner, [], dropped=leaving)) if leaving else reader), report
-
-    def _changed(self, reader: Reader, gm: GraphModule) -> Reader:
-        """Return a reader of a graph that replaces the graph of `reader`."""
-        return Reader(gm, self._decomposed, reader.outer, reader.borders)
-
-    def _joined(self, reader: Reader) -> tuple[Reader, list[Refusal]]:
-        """Return a reader of the graph with the pieces of logits joined, and a refusal for those that stay apart."""
-        found = list(joined_heads(reader, strict=self.config.strict))
-        heads = [head for head in found if isinstance(head, JoinedHead) and head.bytes >= self.config.least_bytes]
-        apart = [head for head in found if isinstance(head, Refusal)]
-        makes = [partial(nodes_of, region=head.region, lowered=head.whole) for head in heads]
-        edits = [Edit(head.region, make) for head, make in zip(heads, makes, strict=True)]
-        return (self._changed(reader, rebuilt(reader.owner, edits)) if edits else reader), apart
-
-    def _cut_early(self, reader: Reader) -> tuple[Reader, Report, tuple[Any, ...]]:
-        """Return a reader of the graph after its early cuts, the report on these, and the sizes that they fix."""
-        report, sizes = Report(), dict[str, Any]()
-        while True:
-            heads = list(cut_heads(reader, self.marked, strict=self.config.strict))
-            cut = [head for head in heads if isinstance(head, CutHead)]
-            found = _apart([head for head in cut if self._is_worth_cutting(head)])
-            if not found:
-                faults = tuple(refused("cut", head) for head in heads if isinstance(head, Refusal))
-                return reader, report.joined(Report(refusals=faults)), tuple(sizes.values())
-            sizes.update((str(size), size) for head in found for size in head.sizes)
-            report = report.joined(Report(cuts=tuple(map(cut_head, found))))
-            makes = [partial(nodes_of, region=head.region, lowered=head.cut_first) for head in found]
-            edits = [Edit(head.region, make) for head, make in zip(found, makes, strict=True)]
-            reader = self._changed(reader, rebuilt(reader.owner, edits))
-
-    def _is_worth_cutting(self, head: CutHead) -> bool:
-        """Return whether the projection makes enough bytes, or may at another length: an early cut costs nothing."""
-        varies = any(map(is_symbolic, fake_value(head.region.stream).shape))
-        return head.bytes_before >= self.config.least_bytes or (varies and self.config.min_bytes is None)
+                refusals.append(refused("all", refusal))
+        return children, Report(refusals=tuple(refusals))
 
     def _best_candidate(self, graph: _Graph, region: Region) -> _Candidate:
         """Return the largest region that can be looped; if large values are returned, the one that leaves fewest bytes.
@@ -305,21 +250,6 @@ class _Candidate:
     terms: Terms
 
 
-def _apart(heads: Sequence[CutHead]) -> list[CutHead]:
-    """Return the heads that share no node with an earlier one: of two projections joined before the cut, one waits."""
-    chosen: list[CutHead] = []
-    taken: set[Node] = set()
-    for head in heads:
-        if taken.isdisjoint(head.region.nodes):
-            taken.update(head.region.nodes)
-            chosen.append(head)
-    return chosen
-
-
-def _is_among(refusal: Refusal, names: Collection[str]) -> bool:
-    return refusal.node is not None and refusal.node.name in names
-
-
 def _strange(reader: Reader) -> Report:
     """Return a report with a refusal for ops on DTensors, and one for ops on nested tensors: the first of each."""
     nodes = [node for node in reader.owner.graph.nodes if node.op.startswith("call_")]
@@ -330,16 +260,3 @@ def _strange(reader: Reader) -> Report:
         count = sum(other.reason == reason for other in found)
         refusals.append(Refusal(reason, strange.node, f"{strange.text}, as {count} op(s) of the graph do"))
     return Report(refusals=tuple(refused("all", refusal) for refusal in refusals))
-
-
-def _has_loss(region: Region) -> bool:
-    """Return whether an output other than the large values that are returned carries gradients."""
-    return any(has_gradient(node) for node in region.outputs if node not in region.returned)
-
-
-def _leaving(reader: Reader, region: Region) -> Iterator[Node]:
-    """Yield the large values of a region that the graph returns, as they are or as a reader of the same size."""
-    for value in region.returned:
-        for node in (value, *value.users):
-            if reader.numel(node) == reader.numel(value) and any(user.op == "output" for user in node.users):
-                yield node

@@ -1,0 +1,155 @@
+"""What is changed in a captured graph before patterns are asked: loops take more of the graph that comes of it.
+
+Checkpoints that large values cross are opened; returned logits are dropped, if the user asks for that; pieces of logits
+are joined; cuts of logits move in front of the projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from mst_fx.capture.decomposed import Decomposed
+from mst_fx.core.config import Config
+from mst_fx.core.refusal import Refusal
+from mst_fx.core.sizes import is_symbolic
+from mst_fx.core.values import fake_value, has_gradient
+from mst_fx.recognise.checkpoints import crossed, openable, opened
+from mst_fx.recognise.discover import discover
+from mst_fx.recognise.early_cut import CutHead, cut_heads
+from mst_fx.recognise.joined_heads import JoinedHead, joined_heads
+from mst_fx.recognise.pattern import Pattern
+from mst_fx.recognise.reader import Reader
+from mst_fx.recognise.rebuild import Edit, nodes_of, rebuilt
+from mst_fx.recognise.region import Region
+from mst_fx.report.entries import cut_head, dropped
+from mst_fx.report.report import Report, refused
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A graph after all changes.
+
+    Attributes:
+        reader: of the graph.
+        report: on early cuts and on logits that are dropped.
+        sizes: those that the early cuts need fixed.
+        apart: a refusal for each projection whose logits are read in pieces that cannot be joined.
+    """
+
+    reader: Reader
+    report: Report
+    sizes: tuple[Any, ...]
+    apart: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """Changes the graphs of one compile.
+
+    Attributes:
+        config: the user's options.
+        patterns: the patterns that recognise regions.
+        marked: names of the sizes that have to vary.
+        closed: bodies of checkpoints that are not to be opened.
+        known: decompositions of nodes of the compile; those of changed graphs are added.
+    """
+
+    config: Config
+    patterns: Sequence[Pattern]
+    marked: frozenset[str]
+    closed: Collection[GraphModule]
+    known: dict[Hashable, Decomposed | None]
+
+    def made_to(self, reader: Reader) -> Changed:
+        """Return the changed graph; the graph of `reader` stays as it is."""
+        reader, report = self._opened(reader), Report()
+        if self.config.returned_logits == "drop":
+            reader, report = self._without_logits(reader)
+        reader, apart = self._joined(reader)
+        reader, cuts, sizes = self._cut_early(reader)
+        return Changed(reader, report.joined(cuts), sizes, tuple(apart))
+
+    def _opened(self, reader: Reader) -> Reader:
+        """Return a reader of the graph with the checkpoints opened that large values of its regions cross."""
+        bodies = openable(reader).difference(self.closed)
+        while bodies:
+            wide = self._changed(reader, opened(reader.owner, bodies))
+            found = crossed(wide, self._regions(wide))
+            if found == bodies:
+                return wide
+            bodies = found
+        return reader
+
+    def _regions(self, reader: Reader) -> list[Region]:
+        discovered = discover(reader, self.patterns, strict=self.config.strict)
+        return [found.outcome for found in discovered if isinstance(found.outcome, Region)]
+
+    def _without_logits(self, reader: Reader) -> tuple[Reader, Report]:
+        """Return a reader of the graph with None in place of the large outputs of regions with a loss, and a report."""
+        training = (region for region in self._regions(reader) if _has_loss(region))
+        leaving = dict.fromkeys(node for region in training for node in _leaving(reader, region))
+        report = Report(dropped=tuple(map(dropped, leaving)))
+        return (self._changed(reader, rebuilt(reader.owner, [], dropped=leaving)) if leaving else reader), report
+
+    def _changed(self, reader: Reader, gm: GraphModule) -> Reader:
+        """Return a reader of a graph that replaces the graph of `reader`."""
+        return Reader(gm, self.known, reader.outer, reader.borders)
+
+    def _joined(self, reader: Reader) -> tuple[Reader, list[Refusal]]:
+        """Return a reader of the graph with the pieces of logits joined, and a refusal for those that stay apart."""
+        found = list(joined_heads(reader, strict=self.config.strict))
+        heads = [head for head in found if isinstance(head, JoinedHead) and head.bytes >= self.config.least_bytes]
+        apart = [head for head in found if isinstance(head, Refusal)]
+        makes = [partial(nodes_of, region=head.region, lowered=head.whole) for head in heads]
+        edits = [Edit(head.region, make) for head, make in zip(heads, makes, strict=True)]
+        return (self._changed(reader, rebuilt(reader.owner, edits)) if edits else reader), apart
+
+    def _cut_early(self, reader: Reader) -> tuple[Reader, Report, tuple[Any, ...]]:
+        """Return a reader of the graph after its early cuts, the report on these, and the sizes that they fix."""
+        report, sizes = Report(), dict[str, Any]()
+        while True:
+            heads = list(cut_heads(reader, self.marked, strict=self.config.strict))
+            cut = [head for head in heads if isinstance(head, CutHead)]
+            found = _apart([head for head in cut if self._is_worth_cutting(head)])
+            if not found:
+                faults = tuple(refused("cut", head) for head in heads if isinstance(head, Refusal))
+                return reader, report.joined(Report(refusals=faults)), tuple(sizes.values())
+            sizes.update((str(size), size) for head in found for size in head.sizes)
+            report = report.joined(Report(cuts=tuple(map(cut_head, found))))
+            makes = [partial(nodes_of, region=head.region, lowered=head.cut_first) for head in found]
+            edits = [Edit(head.region, make) for head, make in zip(found, makes, strict=True)]
+            reader = self._changed(reader, rebuilt(reader.owner, edits))
+
+    def _is_worth_cutting(self, head: CutHead) -> bool:
+        """Return whether the projection makes enough bytes, or may at another length: an early cut costs nothing."""
+        varies = any(map(is_symbolic, fake_value(head.region.stream).shape))
+        return head.bytes_before >= self.config.least_bytes or (varies and self.config.min_bytes is None)
+
+
+def _apart(heads: Sequence[CutHead]) -> list[CutHead]:
+    """Return the heads that share no node with an earlier one: of two projections joined before the cut, one waits."""
+    chosen: list[CutHead] = []
+    taken: set[Node] = set()
+    for head in heads:
+        if taken.isdisjoint(head.region.nodes):
+            taken.update(head.region.nodes)
+            chosen.append(head)
+    return chosen
+
+
+def _has_loss(region: Region) -> bool:
+    """Return whether an output other than the large values that are returned carries gradients."""
+    return any(has_gradient(node) for node in region.outputs if node not in region.returned)
+
+
+def _leaving(reader: Reader, region: Region) -> Iterator[Node]:
+    """Yield the large values of a region that the graph returns, as they are or as a reader of the same size."""
+    for value in region.returned:
+        for node in (value, *value.users):
+            if reader.numel(node) == reader.numel(value) and any(user.op == "output" for user in node.users):
+                yield node
