@@ -313,6 +313,52 @@ def test_gradients_are_the_users(name):
     assert looped_regions(reports) == 1
 
 
+def test_no_gradient_where_the_function_gives_none():
+    def program(x, up, down, other):
+        return FirstAlone.apply(x @ up, other) @ down
+
+    (report,) = beside_eager(program, lambda k: [*mlp_inputs(k), leaf(32)], inner="aot_eager")
+    assert len(report.regions) == 1
+
+
+def test_activations_that_are_found_to_be_split_late():
+    def program(x, up, down):
+        return (F.silu(Projected.apply(x.sin(), up, None)) * Projected.apply(x.cos(), up, None)) @ down
+
+    assert looped_regions(beside_eager(program, mlp_inputs, inner="aot_eager")) == 1
+
+
+class Precise(Function):
+    """Multiplies in float32 in its backward, whatever autocast says in the forward."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad.float() @ w.t(), x.flatten(0, -2).t() @ grad.flatten(0, -2).float()
+
+
+def test_a_backward_runs_without_the_autocast_of_its_forward():
+    inputs = [torch.randint(0, 2, shape).float() for shape in INPUTS]
+    inputs[1] += 256 * (inputs[1] > 0)  # bfloat16 has no 257
+    for x in inputs:
+        x.requires_grad_()
+
+    def mlp(x, up, down):
+        with torch.autocast("cpu", torch.bfloat16):
+            return (F.relu(Precise.apply(x, up)) @ down).sum()
+
+    torch._dynamo.reset()
+    compiled, made = looped(mlp, num_chunks=3), len(mst_fx.reports())
+    ours, eager = (torch.autograd.grad(run(*inputs), inputs[0])[0] for run in (compiled, mlp))
+    assert len(mst_fx.reports()[made].regions) == 1
+    assert torch.equal(ours, eager)
+
+
 def test_gradients_that_are_cast():
     inputs = [torch.randint(-3, 4, shape).float().requires_grad_() for shape in INPUTS]  # their sums are exact
 
@@ -571,17 +617,20 @@ def test_what_mixes_tokens_is_refused_with_its_op_and_direction(name):
 # --- what is shared and what is saved
 
 
+def sites_of(program, inputs):
+    graph = captured(program, *inputs)
+    return Engine(graph, mst_fx.Config(min_bytes=0, chunk_tokens=4), patterns()).surveyed.sites
+
+
 def test_layers_share_the_work_only_where_both_graphs_are_alike():
     def program(x, up, down):
-        for _ in range(2):
-            x = between(F.gelu, lambda h: Reversed.apply(h, 0.5))(x, up, down)
-        return between(F.gelu, lambda h: Reversed.apply(h, 0.25))(x, up, down)
+        for factor in (0.5, 0.25, 0.5):
+            x = between(F.gelu, lambda h, factor=factor: Reversed.apply(h, factor))(x, up, down)
+        return x.sin()
 
-    graph = captured(program, *mlp_inputs(0))
-    engine = Engine(graph, mst_fx.Config(min_bytes=0, chunk_tokens=4), patterns())
-    first, second, third = (site.work for site in engine.surveyed.sites)
-    assert first is second
-    assert first is not third
+    first, second, third = (site.work for site in sites_of(program, mlp_inputs(0)))
+    assert first is third
+    assert first is not second
 
 
 class Packed(Function):
@@ -615,6 +664,12 @@ def packed_with_adapter(x, gate, up, down, gate_scale, up_scale, down_scale, a, 
 def test_packed_weights_with_an_adapter():
     assert looped_regions(beside_eager(packed_with_adapter, packed_inputs, inner="aot_eager")) == 1
     assert looped_regions(beside_eager(packed_with_adapter, packed_inputs, inner="inductor")) == 1
+
+
+def test_a_weight_is_unpacked_once_for_both_directions():
+    (site,) = sites_of(packed_with_adapter, packed_inputs(0))
+    unpacked = [node for node in site.work.stages.prologue if node.target == torch.ops.aten.mul.Tensor]
+    assert len(unpacked) == 3
 
 
 @pytest.mark.parametrize(
