@@ -16,7 +16,6 @@ from mst_fx.core.aten_ops import WITHOUT_GRADIENT
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint
 from mst_fx.ops.overwritten import overwritten
-from mst_fx.ops.own_gradients import own_gradients
 from mst_fx.placement.partition import Stages
 
 
@@ -78,7 +77,7 @@ def _stops_gradients(node: Node) -> bool:
     """Return whether an op gives its operand no gradient though that may need one: a permutation has none."""
     made = all(map(_is_floating, tree_leaves(node.meta.get("val"))))
     reads = any(_is_floating(operand.meta.get("val")) for operand in node.all_input_nodes)
-    return reads and (not made or node.target in (overwritten, own_gradients, *WITHOUT_GRADIENT))
+    return reads and (not made or node.target in (overwritten, *WITHOUT_GRADIENT))
 
 
 def _is_floating(value: object) -> bool:
