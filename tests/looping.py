@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mst_fx.bodies.body import Body, Gradients, axis_of, forward_body, gradient_body
 from mst_fx.bodies.connected import connected
 from mst_fx.capture.decompositions import decompositions
-from mst_fx.capture.lower import execute
+from mst_fx.capture.run_node import execute
 from mst_fx.core.aten_ops import FILLS
 from mst_fx.core.refusal import Refusal
 from mst_fx.placement.partition import Stages, partition

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from mst_fx.bodies.body import Body
 from mst_fx.bodies.call import Call
+from mst_fx.core.aten_ops import DRAWS
+from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.sizes import hint
+from mst_fx.core.values import bytes_made, has_gradient
 from mst_fx.placement.partition import Stages
 from mst_fx.recognise.rebuild import captured, live_ins_of
 from mst_fx.recognise.region import Region
@@ -43,8 +47,11 @@ def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacem
     region, stages, graph = replacement.region, replacement.stages, owner.graph
     env = live_ins_of(stages.graph, region, node_of)
     with graph.inserting_before(place):
+        remade = _remade(stages, env)
         for node in stages.prologue:
             env[node] = captured(graph.node_copy(node, env.__getitem__), node)
+            if node in remade:
+                env[node].meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
         bodies = [_body(owner, name, body) for name, body in zip(BODY_NAMES, replacement.call.bodies, strict=True)]
         operands = [env[node] for node in stages.operands]
         spec = replacement.call.spec._replace(saves_results=replacement.saves_results)
@@ -56,6 +63,21 @@ def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacem
         for node in stages.epilogue:
             env[node] = captured(graph.node_copy(node, env.__getitem__), node)
     return [env[node] for node in stages.outputs]
+
+
+def _remade(stages: Stages, live_in_of: Mapping[Node, Node]) -> set[Node]:
+    """Return the nodes of the prologue to run again in the backward, as under activation checkpointing.
+
+    They make an operand that has no gradient and more bytes than all that it is made of: an unpacked weight.
+    """
+    remade: set[Node] = set()
+    for operand in set(stages.operands).intersection(stages.prologue):
+        made = ancestors([operand])
+        sources = made.intersection(live_in_of)
+        frozen = not any(has_gradient(live_in_of[source]) for source in sources)
+        if frozen and bytes_made(operand) > sum(map(bytes_made, sources)) and not any(n.target in DRAWS for n in made):
+            remade |= made - sources
+    return remade
 
 
 def _laid_out_like(result: Node, value: torch.Tensor) -> Node:

@@ -22,6 +22,7 @@ from mst_fx.core.values import fake_value
 from mst_fx.placement.partition import Numbers, Stages, partition
 from mst_fx.placement.placement import PARTIAL
 from mst_fx.placement.propagate import Unequal
+from mst_fx.placement.rules import scales_with_upstream
 from mst_fx.placement.rules.counting import DISTINCT
 from mst_fx.recognise.region import Region, needs_gradient
 from mst_fx.recognise.sorted_rows import is_picked_by_top_k
@@ -206,14 +207,16 @@ def _gradients(
 def _backward(stages: Stages, differentiable: tuple[int, ...]) -> Backward:
     """Return how gradients are made: in the forward if the region gives one scalar that costs matrix products.
 
-    float16 recomputes: it needs the upstream scale when the gradients are made.
+    float16 recomputes: it needs the upstream scale when the gradients are made. So does a function whose gradients are
+    no multiple of the one that comes back: one that clips it.
     """
     if not differentiable:
         return "none"
     sink = stages.results[differentiable[0]]
     scalar = len(differentiable) == 1 and stages.placements.of[sink] == PARTIAL and sink.meta["val"].numel() == 1
     half = any(node.meta["val"].dtype == torch.float16 for node in (*stages.loop, *stages.operands) if _is_tensor(node))
-    return "in_forward" if scalar and stages.products and not half else "recompute"
+    scales = scales_with_upstream(stages.loop, stages.backward)
+    return "in_forward" if scalar and scales and stages.products and not half else "recompute"
 
 
 def _is_tensor(node: Node) -> bool:

@@ -18,12 +18,15 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mst_fx.capture.decompositions import decompositions
-from mst_fx.capture.lower import execute, lower, mutates, traced, tracing
+from mst_fx.capture.lower import lower, mutates, traced, tracing
+from mst_fx.capture.run_node import brings_gradients, execute, execute_with_own_gradients
 from mst_fx.core.aten_ops import is_mutable
+from mst_fx.core.graph_modules import operands_read, subgraphs_read
 from mst_fx.core.graph_walk import ancestors, in_order
 from mst_fx.core.modes import Mode
 from mst_fx.core.torch_private.tracing import TorchDispatchMode
 from mst_fx.core.values import fake_value
+from mst_fx.ops.own_gradients import read_forward
 
 log = logging.getLogger("mst_fx")
 
@@ -35,12 +38,14 @@ class Decomposed:
     Attributes:
         position_of: for each placeholder, the position of its operand among the node's `all_input_nodes`.
         ops: the nodes of the graph except placeholders, in graph order.
+        backward: the nodes that only gradients which the node brings are made of, in graph order.
         written: positions of the operands that the node wrote to in the trace.
         understood: False where the trace tells nothing but `written`.
     """
 
     position_of: dict[Node, int]
     ops: tuple[Node, ...]
+    backward: tuple[Node, ...] = ()
     written: frozenset[int] = frozenset()
     understood: bool = True
 
@@ -54,12 +59,13 @@ def decompose_alone(owner: GraphModule, node: Node, result: Node) -> Decomposed 
         result: the node itself, or the operand that it writes to if it has no value of its own.
     """
     try:
-        lowered = lower(owner, [node], node.all_input_nodes, [result], {node: Mode()}, gathers=False)
+        nodes, operands = [*subgraphs_read(node), node], operands_read(node)
+        lowered = lower(owner, nodes, operands, [result], dict.fromkeys(nodes, Mode()), gathers=False)
     except Exception as error:  # the user's op may do anything
         log.debug("mst_fx: %s is not understood: %s", node, error)
         return None
-    operands = enumerate(node.all_input_nodes)
-    positions = [position for position, operand in operands for _ in tree_leaves(fake_value(operand))]
+    places = enumerate(node.all_input_nodes)
+    positions = [place for place, operand in places if operand in operands for _ in tree_leaves(fake_value(operand))]
     position_of = dict(zip(_placeholders(lowered.graph), positions, strict=True))
     return _ops_of(lowered.graph, position_of, lowered.graph.output_node().all_input_nodes)
 
@@ -71,7 +77,8 @@ def decompose_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, 
     traced. A node that writes to memory of its own is decomposed once more, alone and without the writes, as a whole
     region is.
     """
-    operands = {operand: fake_value(operand) for node in nodes for operand in node.all_input_nodes}
+    operands = {operand: fake_value(operand) for node in nodes for operand in operands_read(node)}
+    subgraphs = {held: execute(owner, held, {}) for node in nodes for held in subgraphs_read(node)}
     leaves = {id(leaf): leaf for leaf in tree_leaves(list(operands.values()))}  # a trace tells values by identity
     counts: list[int] = []
     written: list[frozenset[int]] = []
@@ -79,6 +86,7 @@ def decompose_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, 
     def run(*values: Any) -> list[Any]:
         given = dict(zip(leaves, values, strict=True))
         env = {operand: tree_map(lambda leaf: given[id(leaf)], value) for operand, value in operands.items()}
+        env |= subgraphs
         made: list[torch.Tensor] = []
         for node in nodes:
             tensors, changed = _run(owner, node, env)
@@ -94,7 +102,7 @@ def decompose_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, 
     results = iter(returned)
     decomposed: dict[Node, Decomposed | None] = {}
     for node, count, changed in zip(nodes, counts, written, strict=True):
-        read = enumerate(map(tree_leaves, map(operands.__getitem__, node.all_input_nodes)))
+        read = enumerate(tree_leaves(operands.get(operand, ())) for operand in node.all_input_nodes)
         position_of = {placeholder_of[id(leaf)]: position for position, given in read for leaf in given}
         found = _ops_of(graph, position_of, list(islice(results, count)))
         if changed:
@@ -110,14 +118,14 @@ def _run(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> tuple[Seque
     """
 
     def versions() -> list[tuple[int, ...]]:
-        leaves = [tree_leaves(env[operand]) for operand in node.all_input_nodes]
+        leaves = [tree_leaves(env[operand]) for operand in node.all_input_nodes]  # a subgraph has none
         return [tuple(x._version for x in each if isinstance(x, torch.Tensor)) for each in leaves]
 
     before, unknown, tensors = versions(), False, list[torch.Tensor]()
     watch = _Writes()
     try:
         with watch if _may_write(node) else nullcontext():
-            value = execute(owner, node, env)
+            value = (execute_with_own_gradients if brings_gradients(node) else execute)(owner, node, env)
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
         unknown = watch.seen  # a write through `.data` changes no version
     except Exception as error:
@@ -151,7 +159,7 @@ def _without_writes(
     memory = {operand for op in graph.nodes if mutates(op) for operand in op.all_input_nodes}
     found = {}
     for node, dirty in decomposed.items():
-        if dirty is not None and not memory.isdisjoint(dirty.ops):
+        if dirty is not None and not memory.isdisjoint((*dirty.ops, *dirty.backward)):
             alone = decompose_alone(owner, node, node) or replace(dirty, understood=False)
             found[node] = replace(alone, written=dirty.written)
     return found
@@ -172,4 +180,5 @@ def _ops_of(graph: Graph, position_of: dict[Node, int], results: Sequence[Node])
     if not results:
         return None
     found = {op for op in ancestors(results) if op.op != "placeholder"}
-    return Decomposed(position_of, in_order(graph, found))
+    ops = found & ancestors(results, read_forward)
+    return Decomposed(position_of, in_order(graph, ops), in_order(graph, found - ops))

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from mst_fx.capture.run_node import brings_gradients
+from mst_fx.core.graph_modules import held_graph
 from mst_fx.core.sizes import VARYING, seen
-from mst_fx.core.values import fake_value, has_gradient
+from mst_fx.core.values import fake_value, has_gradient, tensors_of
 
 
 def likeness_of_node(node: Node) -> Hashable:
     """Return a key that is equal for nodes that do the same with operands of the same shapes."""
     operands = node.all_input_nodes
     number = {operand: position for position, operand in enumerate(operands)}
-    given = (tuple(map(like, operands)), _same(operands))
-    return (node.op, node.target, _owner(node), given, like(node.args, number), like(node.kwargs, number))
+    leaves = [leaf for operand in operands for leaf in tensors_of(operand)] if brings_gradients(node) else []
+    given = (tuple(map(like, operands)), _same(operands), tuple(leaf.requires_grad for leaf in leaves))
+    return (node.op, _target(node), given, like(node.args, number), like(node.kwargs, number))
 
 
 def likeness_of_nodes(nodes: Sequence[Node], live_ins: Sequence[Node]) -> Hashable:
@@ -30,7 +34,7 @@ def likeness_of_nodes(nodes: Sequence[Node], live_ins: Sequence[Node]) -> Hashab
     """
     number: dict[Node, int] = {node: position for position, node in enumerate((*live_ins, *nodes))}
     given = tuple((like(node), has_gradient(node)) for node in live_ins)
-    return (given, tuple((n.op, n.target, _owner(n), like(n.args, number), like(n.kwargs, number)) for n in nodes))
+    return (given, tuple((n.op, _target(n), like(n.args, number), like(n.kwargs, number)) for n in nodes))
 
 
 def _same(nodes: Sequence[Node]) -> Hashable:
@@ -40,9 +44,18 @@ def _same(nodes: Sequence[Node]) -> Hashable:
     return tuple(number.setdefault(id(leaf), len(number)) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
-def _owner(node: Node) -> int | None:
-    """Return the id of the graph that a target's name belongs to; None where the target is no name."""
-    return id(node.graph) if node.op in ("call_module", "get_attr") else None
+def _target(node: Node) -> Hashable:
+    """Return a key of what a node calls or holds: subgraphs and closures that are alike have equal keys."""
+    target: Any = node.target
+    if (subgraph := held_graph(node)) is not None:
+        return (GraphModule, likeness_of_nodes(list(subgraph.graph.nodes), []))
+    if node.op in ("call_module", "get_attr"):
+        return (target, id(node.graph))  # a name that belongs to the graph
+    if node.op in ("placeholder", "output"):
+        return None
+    if isinstance(target, FunctionType) and target.__closure__ is not None:
+        return (target.__code__, tuple(like(cell.cell_contents) for cell in target.__closure__))
+    return target
 
 
 def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
@@ -53,7 +66,9 @@ def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
         number: nodes that stand for themselves, by number.
     """
     if isinstance(value, Node):
-        return (Node, number[value]) if number and value in number else like(fake_value(value))
+        if number and value in number:
+            return (Node, number[value])
+        return like(fake_value(value)) if held_graph(value) is None else _target(value)
     if isinstance(value, torch.Tensor):
         lazy = (value.is_conj(), value.is_neg())
         return (tuple(map(like, value.shape)), tuple(map(like, value.stride())), value.dtype, value.device, lazy)

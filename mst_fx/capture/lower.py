@@ -6,19 +6,20 @@ detach nodes, and makes writes to values of the region itself out-of-place.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch.fx import GraphModule, Node, map_arg
+from torch.fx import Graph, GraphModule, Interpreter, Node, map_arg
 from torch.fx.traceback import preserve_node_meta
 from torch.fx.traceback import set_current_meta as set_current_meta
 from torch.utils._pytree import tree_map_only
 
 from mst_fx.capture.decompositions import decompositions
-from mst_fx.core.aten_ops import is_mutable
+from mst_fx.capture.opened import openings
+from mst_fx.capture.run_node import brings_gradients, execute, execute_unrecorded, execute_with_own_gradients
+from mst_fx.core.aten_ops import is_mutable, is_random
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.graph_modules import layout_free
 from mst_fx.core.modes import Mode
@@ -27,6 +28,7 @@ from mst_fx.core.torch_private.symbols import ShapeEnv
 from mst_fx.core.torch_private.tracing import FakeTensorMode, enable_python_dispatcher, make_fx
 from mst_fx.core.values import fake_value
 from mst_fx.ops.overwritten import WithoutWrites
+from mst_fx.ops.own_gradients import only_for_gradients
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -62,8 +64,7 @@ def lower(
         env = dict(zip(live_ins, values, strict=True))
         for node in nodes:
             with set_current_meta(node), under(modes[node].autocast):  # each aten op records the user's line
-                run_node = execute if modes[node].grad or not recorded else _execute_unrecorded
-                env[node] = run_node(owner, node, env)
+                env[node] = _runner(node, modes[node], recorded)(owner, node, env)
         return [env[node] for node in outputs]
 
     examples = apart([fake_value(node) for node in live_ins]) if examples is None else list(examples)
@@ -74,8 +75,27 @@ def lower(
             with without_autocast():  # the first trace has made its casts nodes
                 lowered = traced(out_of_place, examples, decompositions(gathers))
         _settle(lowered)
+    _merge_backward(lowered.graph)
     _drop_unread(lowered)
     return lowered
+
+
+def _merge_backward(graph: Graph) -> None:
+    """Let the backward of a function read what its forward has computed alike: a weight is unpacked once."""
+    backward, known = set(only_for_gradients(graph)), dict[Hashable, Node]()
+    for node in graph.nodes:
+        key = (node.target, str(node.args), str(node.kwargs))
+        if node.op == "call_function" and not is_random(node.target):
+            same = known.setdefault(key, node)
+            if same is not node and node in backward:
+                node.replace_all_uses_with(same)
+
+
+def _runner(node: Node, mode: Mode, recorded: bool) -> Callable[..., Any]:
+    """Return what runs a node of a region; `recorded` says whether gradients are recorded anywhere in it."""
+    if not mode.grad:
+        return execute_unrecorded if recorded else execute
+    return execute_with_own_gradients if brings_gradients(node) else execute
 
 
 def _drop_unread(lowered: GraphModule) -> None:
@@ -95,7 +115,12 @@ def traced(
         examples: fake values to call it with; the graph has a placeholder for each of their leaves.
         table: decompositions, by op.
     """
-    return make_fx(function, decomposition_table=table)(*examples)
+    module = make_fx(function, decomposition_table=table)(*examples)
+    more = openings(module.graph)
+    if not more:
+        return module
+    with without_autocast():  # the first trace has made its casts nodes
+        return make_fx(Interpreter(module).run, decomposition_table={**(table or {}), **more})(*examples)
 
 
 def apart(values: Sequence[Any]) -> list[Any]:
@@ -176,43 +201,6 @@ def on_fakes(function: Callable[..., T], make_inputs: MakeInputs, length: int | 
     dispatcher = enable_python_dispatcher() if length is None else nullcontext()
     with FakeTensorMode(shape_env=shape_env), dispatcher, torch.enable_grad(), without_autocast():
         return function(*make_inputs(any_length(shape_env) if length is None else length))
-
-
-def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
-    """Run one node on the values of its operands.
-
-    Raises:
-        ValueError: the node is no call.
-    """
-    args: Any
-    args, kwargs = map_arg((node.args, node.kwargs), lambda operand: env[operand])
-    if node.target is operator.setitem and isinstance(args[2], int | float):
-        args = (*args[:2], torch.full((), args[2], dtype=args[0].dtype, device=args[0].device))
-    if node.op == "call_function":
-        function: Any = node.target
-        return function(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if node.op == "call_module":
-        return owner.get_submodule(str(node.target))(*args, **kwargs)
-    raise ValueError(f"cannot run {node.op} {node.target}")
-
-
-def _execute_unrecorded(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
-    """Run one node of a no_grad block: a new result passes no gradient back to the operands.
-
-    An op in place returns its operand, with the gradient that it had.
-    """
-    given: dict[int, torch.Tensor] = {}
-
-    def detached(value: torch.Tensor) -> torch.Tensor:
-        alias = value.detach() if value.is_floating_point() or value.is_complex() else value
-        given[id(alias)] = value
-        return alias
-
-    operands = {operand: tree_map_only(torch.Tensor, detached, env[operand]) for operand in node.all_input_nodes}
-    result = execute(owner, node, operands)
-    return tree_map_only(torch.Tensor, lambda value: given.get(id(value), value), result)
 
 
 def _settle(lowered: GraphModule) -> None:

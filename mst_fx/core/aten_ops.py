@@ -61,6 +61,8 @@ FILLS_LIKE = (aten.zeros_like.default, aten.ones_like.default, aten.full_like.de
 """Fills with the shape of an operand; they do not read its values."""
 FILL_VALUES: dict[Any, int] = {aten.full.default: 1, aten.new_full.default: 2, aten.full_like.default: 1}
 """Fills with a given value, and the position of that value among the arguments."""
+ZEROS = (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
+"""Fills with zeros."""
 RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 """Positions: 0, 1, 2, ..., or other numbers at equal distances."""
 DRAWS = (aten.randint.low,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from mst_fx.core.torch_private.captured import make_graph_module
 
@@ -33,3 +33,20 @@ def layout_free(target: Any) -> Any:
     Compilers turn a reshape into a view where the layout allows one.
     """
     return aten.reshape.default if target == aten.view.default else target
+
+
+def held_graph(node: Node) -> GraphModule | None:
+    """Return the subgraph that a node reads from its module; None for any other node."""
+    owner: Any = node.graph.owning_module
+    held = getattr(owner, str(node.target), None) if node.op == "get_attr" else None
+    return held if isinstance(held, GraphModule) else None
+
+
+def subgraphs_read(node: Node) -> list[Node]:
+    """Return the operands of a node that are subgraphs."""
+    return [operand for operand in node.all_input_nodes if held_graph(operand) is not None]
+
+
+def operands_read(node: Node) -> list[Node]:
+    """Return the operands of a node that are values, and no subgraphs."""
+    return [operand for operand in node.all_input_nodes if held_graph(operand) is None]

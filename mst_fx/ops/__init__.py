@@ -2,5 +2,5 @@
 
 In: tensors.
 Out: tensors; each op with its derivative.
-Imports: nothing of mst_fx.
+Imports: core.
 """

@@ -16,14 +16,15 @@ from typing import Any, cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from mst_fx.core.aten_ops import CONTRACTIONS, DRAWS, FILLS, VIEWS
+from mst_fx.core.aten_ops import CONTRACTIONS, DRAWS, FILLS, SHOWS_MEMORY
 from mst_fx.core.graph_walk import ancestors, in_order
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import is_size, is_symbolic
+from mst_fx.ops.own_gradients import own_gradients, own_of, read_forward
 from mst_fx.placement.axis import choose_axis
 from mst_fx.placement.placement import WHOLE, Placement, Routed, Split, adds_up, split_of
 from mst_fx.placement.propagate import Placements
-from mst_fx.placement.rules import inverted, positions_of, shape_of
+from mst_fx.placement.rules import inverted, positions_of, shape_of, tied_to_chunks
 from mst_fx.placement.run_on_chunk import numbers_read
 
 
@@ -38,6 +39,7 @@ class Stages:
         axis: the split of the stream.
         length: positions of the axis; symbolic where it is only known at run time.
         prologue, loop, epilogue: nodes in graph order.
+        backward: nodes that the backward of the loop runs besides: gradients that functions bring are made of them.
         operands: what the loop reads: placeholders and values of the prologue.
         results: what the loop gives: values that the epilogue reads or that leave the region.
         outputs: what the region gives: results of the loop or values of the epilogue.
@@ -54,6 +56,7 @@ class Stages:
     operands: tuple[Node, ...]
     results: tuple[Node, ...]
     outputs: tuple[Node, ...]
+    backward: tuple[Node, ...] = ()
 
     @property
     def products(self) -> list[Node]:
@@ -105,8 +108,11 @@ def partition(lowered: GraphModule, stream: Node) -> Stages:
         _check_output(node, placements)
     read_later = {*outputs, *_operands(placements.epilogue)}.difference(placements.epilogue)
     results = tuple(node for node in in_order(graph, read_later) if placements.of[node] != WHOLE)
-    loop = _loop(graph, placements, results)
-    operands = in_order(graph, {n for node in loop for n in _read_by_chunk(node, placements)}.difference(loop))
+    loop, backward = _loop(graph, placements, results)
+    run = (*loop, *backward)
+    read = {n for node in run for n in _read_by_chunk(node, placements)}
+    read |= {gradient for node in loop if node.target == own_gradients for gradient in own_of(node).gradients}
+    operands = in_order(graph, read.difference(run))
     for node in operands:
         _check_operand(node, placements)
     return Stages(
@@ -121,6 +127,7 @@ def partition(lowered: GraphModule, stream: Node) -> Stages:
         operands=operands,
         results=results,
         outputs=outputs,
+        backward=backward,
     )
 
 
@@ -141,18 +148,25 @@ def _check_output(node: Node, placements: Placements) -> None:
         raise Refusal(Reason.AXIS_MIXED, node, "sorted rows leave the region before they are brought back")
 
 
-def _loop(graph: Graph, placements: Placements, results: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Return the nodes that compute the results from the graph's inputs and the values of the prologue."""
+def _loop(graph: Graph, placements: Placements, results: tuple[Node, ...]) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """Return the nodes that compute the results, and those that only gradients which functions bring are made of.
+
+    They start from the graph's inputs and the values of the prologue.
+    """
+    tied = tied_to_chunks(list(graph.nodes))
 
     def ends(node: Node) -> bool:
-        return _is_placeholder(node) or node in placements.made or (_is_whole(node, placements) and _costs(node))
+        costs = node not in tied and _is_whole(node, placements) and _costs(node)
+        return _is_placeholder(node) or node in placements.made or costs
 
-    computed = filterfalse(_is_placeholder, results)
-    loop = in_order(graph, ancestors(computed, partial(_read_by_chunk, placements=placements), stop=ends))
-    numbers = [(node, number) for node in loop for number in numbers_read(node, placements.of[node])]
+    reads = partial(_read_by_chunk, placements=placements)
+    loop = ancestors(filterfalse(_is_placeholder, results), reads, stop=ends)
+    gradients = [gradient for node in loop if node.target == own_gradients for gradient in own_of(node).gradients]
+    backward = ancestors(filterfalse(ends, gradients), reads, stop=ends) - loop
+    numbers = [(node, number) for node in (*loop, *backward) for number in numbers_read(node, placements.of[node])]
     if numbers:
         raise Numbers(numbers)
-    return loop
+    return in_order(graph, loop), in_order(graph, backward)
 
 
 def _read_by_chunk(node: Node, placements: Placements) -> list[Node]:
@@ -161,7 +175,7 @@ def _read_by_chunk(node: Node, placements: Placements) -> list[Node]:
     if permutation is not None:
         return [permutation]
     counted = positions_of(node) if split_of(placements.of[node]) is not None else ()
-    return [n for n in node.all_input_nodes if n not in counted and not is_size(n.meta.get("val"))]
+    return [n for n in read_forward(node) if n not in counted and not is_size(n.meta.get("val"))]
 
 
 def _prologue(graph: Graph, placements: Placements, operands: tuple[Node, ...]) -> tuple[Node, ...]:
@@ -195,7 +209,7 @@ def _costs(node: Node) -> bool:
 
     It draws a number, computes something from a tensor, or reads a number that is only known at run time.
     """
-    costs_nothing = node.target in VIEWS or node.target in FILLS
+    costs_nothing = node.target in SHOWS_MEMORY or node.target in FILLS
     if costs_nothing and any(is_size(operand.meta.get("val")) for operand in node.all_input_nodes):
         return not is_size(node.meta.get("val"))
     return node.target in DRAWS or (not costs_nothing and bool(node.all_input_nodes))

@@ -12,7 +12,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +24,15 @@ from mst_fx.core.aten_ops import DRAWS, FILLS, MADE_IN_CHUNKS, is_mutable, is_ra
 from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data, hint, is_size, sure
+from mst_fx.ops.own_gradients import only_for_gradients, own_gradients, read_forward, upstream
 from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.placement.rules import (
     Demand,
     NodePlacement,
     args_of,
     argument,
+    casts,
+    check_gradients,
     demands_of,
     is_linear,
     mixed,
@@ -80,12 +84,32 @@ def propagate(graph: Graph, seeds: Mapping[Node, Split], until: Node | None = No
     nodes = [node for node in graph.nodes if node.op != "output"]
     if until is not None:
         nodes = nodes[: nodes.index(until)]
+    backward = frozenset(only_for_gradients(graph))
+    try:
+        return _propagated(nodes, backward, seeds)
+    except Refusal as refusal:
+        if refusal.node not in backward:
+            raise
+        with in_the_backward():
+            raise
+
+
+@contextmanager
+def in_the_backward() -> Iterator[None]:
+    """Say in the text of a refusal that its op stands in a function's own backward."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise Refusal(refusal.reason, refusal.node, f"{refusal.text}, in a backward of its own") from None
+
+
+def _propagated(nodes: Sequence[Node], backward: Container[Node], seeds: Mapping[Node, Split]) -> Placements:
     for node in nodes:
         forbid_effects(node)
     forced: dict[Node, Split] = dict(seeds)
     while True:
         try:
-            return _walk(nodes, frozenset(seeds), forced)
+            return _walk(nodes, backward, frozenset(seeds), forced)
         except Demand as demand:
             found = origins(demand.node, demand.split)
             if all(forced.get(node) == split for node, split in found.items()):
@@ -127,29 +151,42 @@ class _Walk:
         return placement
 
 
-def _walk(nodes: Sequence[Node], seeds: frozenset[Node], forced: Mapping[Node, Split]) -> Placements:
+def _walk(
+    nodes: Sequence[Node], backward: Container[Node], seeds: frozenset[Node], forced: Mapping[Node, Split]
+) -> Placements:
     flow = _Walk()
     epilogue: dict[Node, None] = {}
     dependent = set(seeds)
-    for node in nodes:
-        operands = node.all_input_nodes
-        if not dependent.isdisjoint(operands):
+    forward = [node for node in nodes if node not in backward]
+    for node in (*forward, *(node for node in nodes if node in backward)):  # the forward demands what it needs first
+        operands = read_forward(node)
+        if node.target == upstream or not dependent.isdisjoint(operands):
             dependent.add(node)
-        placement = _placed(node, flow, forced) if epilogue.keys().isdisjoint(operands) else None
+        placement = _placed(node, flow, forced, node in backward) if epilogue.keys().isdisjoint(operands) else None
         if placement is None:
+            if node in backward or node.target == own_gradients:
+                raise Refusal(Reason.TWO_PASSES, node, f"{node.target} needs a sum over the axis before it is complete")
             _check_epilogue(node, flow.placements, epilogue)
             epilogue[node] = None
             continue
         known = placement == PARTIAL and node not in dependent and _is_small(node, seeds)
         flow.placements[node] = WHOLE if known else placement
+    for node in forward:
+        if node.target == own_gradients:
+            check_gradients(node, flow)
     made = (node for node in forced if node.op == "call_function" and node.target not in MADE_IN_CHUNKS)
     return Placements(flow.placements, tuple(epilogue), frozenset(made))
 
 
-def _placed(node: Node, flow: _Walk, forced: Mapping[Node, Split]) -> NodePlacement | None:
-    """Return a node's placement; None for a node that has to wait until a sum is complete."""
+def _placed(node: Node, flow: _Walk, forced: Mapping[Node, Split], backward: bool) -> NodePlacement | None:
+    """Return a node's placement; None for a node that has to wait until a sum is complete.
+
+    In a backward, a cast of a sum casts each summand: the gradient adds up in a dtype of its own.
+    """
+    if node.target in (upstream, own_gradients):
+        return _place(node, flow)
     if any(flow.placements[operand] == PARTIAL for operand in node.all_input_nodes):
-        return PARTIAL if is_linear(node, flow) else None
+        return PARTIAL if is_linear(node, flow) or (backward and casts(node)) else None
     if node in forced and node.target not in FILLS:  # a fill reads only its operand's dtype
         _check_forced(node, flow)
     return forced.get(node) or _place(node, flow)
@@ -179,7 +216,7 @@ def _place(node: Node, flow: _Walk) -> NodePlacement:
         data, index = args_of(node)
         placement = flow.placements[data]
         return placement[index] if isinstance(placement, tuple) else placement
-    routed = route(node, flow)
+    routed = route(node, flow) if node.target not in (upstream, own_gradients) else None
     if routed is not None:
         return routed
     rule = rule_for(node.target)

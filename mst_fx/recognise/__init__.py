@@ -2,5 +2,5 @@
 
 In: a captured graph, patterns.
 Out: Region or Refusal; copies of the graph with parts replaced.
-Imports: core, placement, capture.
+Imports: core, ops, placement, capture.
 """

@@ -9,6 +9,8 @@ from torch.fx import GraphModule, Node
 
 from mst_fx.capture.decomposed import Decomposed, decompose_alone, decompose_together
 from mst_fx.capture.fingerprint import likeness_of_node
+from mst_fx.capture.run_node import is_custom_function
+from mst_fx.core.graph_modules import operands_read
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private.captured import is_transformed
@@ -47,11 +49,12 @@ def _can_be_decomposed(node: Node) -> bool:
     A node without tensors is there for its effect (autocast, ...); a transform's values mean nothing outside of it.
     """
     calls = node.op in ("call_function", "call_method", "call_module")
-    if not calls or isinstance(node.target, torch._ops.HigherOrderOperator) or reshapes_in_place(node):
+    is_operator = isinstance(node.target, torch._ops.HigherOrderOperator) and not is_custom_function(node)
+    if not calls or is_operator or (is_custom_function(node) and writes(node)) or reshapes_in_place(node):
         return False
     if strange_tensors(node) is not None or any(map(is_transformed, _near(node))):
         return False
-    has_values = all(fake_value(operand) is not None for operand in node.all_input_nodes)
+    has_values = all(fake_value(operand) is not None for operand in operands_read(node))
     return has_values and any(map(tensors_of, (node, *node.all_input_nodes)))
 
 

@@ -14,7 +14,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.capture.fixed_sizes import as_if_fixed, other_dims
-from mst_fx.capture.lower import apart, execute, lower, set_current_meta, traced, tracing
+from mst_fx.capture.lower import apart, lower, set_current_meta, traced, tracing
+from mst_fx.capture.run_node import execute
 from mst_fx.core.aten_ops import CONTRACTIONS, CUTS
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.faults import refusal_for

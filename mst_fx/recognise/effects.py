@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from mst_fx.core.graph_modules import held_graph
 from mst_fx.core.graph_walk import walk
 from mst_fx.core.values import fake_value, has_gradient, is_view, storages_of, storages_of_all
 
@@ -118,9 +119,7 @@ def subgraphs_of(node: Node) -> list[GraphModule]:
     """Return the subgraphs that a higher-order operator runs."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return []
-    owner, held = node.graph.owning_module, [operand for operand in node.all_input_nodes if operand.op == "get_attr"]
-    modules = [getattr(owner, str(operand.target), None) for operand in held]
-    return [module for module in modules if isinstance(module, GraphModule)]
+    return [module for module in map(held_graph, node.all_input_nodes) if module is not None]
 
 
 def handed(caller: Node, subgraph: GraphModule) -> list[tuple[Node, Node]]:

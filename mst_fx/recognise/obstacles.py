@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch.fx import Node
 
 from mst_fx.capture.decomposed import Decomposed
+from mst_fx.core.graph_walk import descendants
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private.captured import is_transformed
 from mst_fx.core.values import fake_value, tensors_of
-from mst_fx.placement.propagate import forbid_effects, forbid_unruled
+from mst_fx.ops.own_gradients import upstream
+from mst_fx.placement.propagate import forbid_effects, forbid_unruled, in_the_backward
 from mst_fx.recognise.decomposed_nodes import strange_tensors
 from mst_fx.recognise.effects import writes
 
@@ -46,29 +49,46 @@ class Unmatched:
         return self._refused.get(node) or self._given_up.get(node)
 
 
-def obstacle_in(node: Node, decomposed: Decomposed | None) -> Refusal | None:
+def obstacle_in(node: Node, decomposed: Decomposed | None, activation: Node | None = None) -> Refusal | None:
     """Return why a region must not contain a node; None where each of its ops has a placement rule.
 
     Args:
         node: of the captured graph.
         decomposed: its aten ops, None where it has none.
+        activation: the operand that carries the tokens, None where any operand may.
     """
     if (strange := strange_tensors(node)) is not None:
         return strange
     if decomposed is None:
         return _closed(node)
-    if any(op.op == "get_attr" for op in decomposed.ops):
+    if any(op.op == "get_attr" for op in (*decomposed.ops, *decomposed.backward)):
         return Refusal(Reason.UNKNOWN_OP, node, f"{op_name(node)} holds a constant tensor")
-    # decomposed alone, a write to an operand ends in a copy into it; in a region the operand is an ordinary value
-    written = aten.copy_.default if writes(node) else None
-    ops = [op for op in decomposed.ops if op.op == "call_function" and op.target != written]
     try:
-        for forbid in (forbid_effects, forbid_unruled):  # an op's effect is a better reason than a missing rule
-            for op in ops:
-                forbid(op)
+        _forbid(node, decomposed, activation)
     except Refusal as refusal:
         return Refusal(refusal.reason, node, f"{op_name(node)}: {refusal.text}")
     return None
+
+
+def _forbid(node: Node, decomposed: Decomposed, activation: Node | None) -> None:
+    """Raise a refusal for an op that has effects, or has no placement rule and reads tokens."""
+    # decomposed alone, a write to an operand ends in a copy into it; in a region the operand is an ordinary value
+    written = aten.copy_.default if writes(node) else None
+    both = (*decomposed.ops, *decomposed.backward)
+    ops = [op for op in both if op.op == "call_function" and op.target != written]
+    tokens = both if activation is None else _made_of(node, decomposed, activation)
+    # an op's effect is a better reason than a missing rule
+    for forbid, forbidden in ((forbid_effects, ops), (forbid_unruled, [op for op in ops if op in tokens])):
+        for op in forbidden:
+            with in_the_backward() if op in decomposed.backward else nullcontext():
+                forbid(op)
+
+
+def _made_of(node: Node, decomposed: Decomposed, activation: Node) -> set[Node]:
+    """Return the ops that may read tokens: not those that unpack the weight of a contraction, which run once."""
+    position = node.all_input_nodes.index(activation)
+    starts = [given for given, place in decomposed.position_of.items() if place == position]
+    return descendants([*starts, *(op for op in decomposed.backward if op.target == upstream)])
 
 
 def _closed(node: Node) -> Refusal:

@@ -117,7 +117,7 @@ class Reader:
     def contraction(self, node: Node) -> Contraction | None:
         """Return the node as activation times weight, None where it is something else."""
         decomposed = self.decomposed(node)
-        if decomposed is None or not isinstance(fake_value(node), torch.Tensor):
+        if decomposed is None or not tensors_of(node):
             return None
         products = [op for op in decomposed.ops if op.target in CONTRACTIONS]
         if len(products) != 1:
@@ -254,7 +254,8 @@ class Reader:
 
     def obstacle(self, node: Node) -> Refusal | None:
         """Return why a region must not contain this node; None where each of its ops has a placement rule."""
-        return obstacle_in(node, self.decomposed(node))
+        contraction = self.contraction(node)
+        return obstacle_in(node, self.decomposed(node), contraction.activation if contraction is not None else None)
 
     def is_pure(self, node: Node) -> bool:
         """Return whether the node only computes its value: it writes nothing and draws no random numbers."""
@@ -265,22 +266,26 @@ class Reader:
         if is_size(fake_value(node)):
             return node.op.startswith("call_")
         decomposed = self.decomposed(node)
-        ops = decomposed.ops if decomposed is not None else ()
+        ops = (*decomposed.ops, *decomposed.backward) if decomposed is not None else ()
         return decomposed is not None and not any(is_random(op.target) for op in ops)
 
     def numel(self, node: Node) -> int:
         """Return the number of elements of the node's captured value; for a tuple, the sum over its tensors."""
-        return sum(prod(map(hint, tensor.shape)) for tensor in tensors_of(node))
+        return numel(node)
+
+
+def numel(node: Node) -> int:
+    """Return the number of elements of a node's captured value; for a tuple, the sum over its tensors."""
+    return sum(prod(map(hint, tensor.shape)) for tensor in tensors_of(node))
 
 
 def _operand(node: Node, decomposed: Decomposed, arg: Any) -> Node | None:
-    """Return the operand of the node that a factor of the product is a view or cast of."""
-    while isinstance(arg, Node) and arg.op == "call_function":
-        tensors = [node for node in arg.all_input_nodes if isinstance(node.meta.get("val"), torch.Tensor)]
-        if len(tensors) != 1:
-            break
-        arg = tensors[0]
-    return node.all_input_nodes[decomposed.position_of[arg]] if arg in decomposed.position_of else None
+    """Return the operand of the node that a factor of the product is made of, the largest of several."""
+    if not isinstance(arg, Node):
+        return None
+    positions = {decomposed.position_of[made] for made in ancestors([arg]) if made in decomposed.position_of}
+    operands = [node.all_input_nodes[position] for position in sorted(positions)]
+    return max(operands, key=numel, default=None)
 
 
 def _rank(node: Node) -> int:

@@ -111,7 +111,8 @@ def _replace(graph: Graph, region: Region, values: Sequence[Node], node_of: dict
         node_of[outer].replace_all_uses_with(value)
         node_of[outer] = value
     for node in erased:
-        graph.erase_node(node)
+        if node.op != "get_attr" or not node.users:  # a subgraph may be read elsewhere, too
+            graph.erase_node(node)
 
 
 def _detach(graph: Graph, values: Sequence[Node]) -> None:

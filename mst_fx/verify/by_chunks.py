@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_map_only
 
-from mst_fx.capture.lower import execute
+from mst_fx.capture.run_node import execute
 from mst_fx.core.refusal import Refusal
 from mst_fx.placement.placement import WHOLE, Split, adds_up, split_of
 from mst_fx.placement.propagate import Placements, propagate

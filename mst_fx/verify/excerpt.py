@@ -20,7 +20,8 @@ from torch.fx.node import map_aggregate
 
 from mst_fx.bodies.work import Work, analysed
 from mst_fx.capture.fixed_sizes import known_of
-from mst_fx.capture.lower import execute, under
+from mst_fx.capture.lower import under
+from mst_fx.capture.run_node import execute
 from mst_fx.core.config import Config
 from mst_fx.core.graph_modules import module_over
 from mst_fx.core.refusal import Refusal

@@ -15,7 +15,8 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map
 
-from mst_fx.capture.lower import execute, under
+from mst_fx.capture.lower import under
+from mst_fx.capture.run_node import execute
 from mst_fx.core.aten_ops import DRAWS
 from mst_fx.core.clean_room import clean_room, without_autocast
 from mst_fx.core.torch_private.tracing import TorchDispatchMode

@@ -21,13 +21,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mst_fx.core import aten_ops as table
 from mst_fx.ops.overwritten import overwritten
+from mst_fx.ops.own_gradients import own_gradients, upstream
 from mst_fx.placement.rules import rule_for
 from mst_fx.placement.rules.registry import _RULES
 
 aten = torch.ops.aten
 
-RULED = sorted({op for op in _RULES if op not in ("pointwise", overwritten)}, key=str)
-"""The ops of torch that have a rule of their own; `overwritten` is ours, and no compiler of torch's sees it."""
+OURS = (overwritten, upstream, own_gradients)
+"""No compiler of torch's sees these ops."""
+RULED = sorted({op for op in _RULES if op not in ("pointwise", *OURS)}, key=str)
+"""The ops of torch that have a rule of their own."""
 DRAWN = [op for op in RULED if op not in (*table.GROUPED_PRODUCTS, *table.LAYER_NORMS)]
 """Those that can be called on any CPU; of the others it is known what their backward reads: their operands."""
 

@@ -154,22 +154,3 @@ def test_buffer_written_while_the_region_waits():
         return F.linear(hidden, down, b) + x
 
     assert refusal_of(writes, *tensors(*INPUTS)).reason == "MUTATION"
-
-
-class Swish(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * torch.sigmoid(x)
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        s = torch.sigmoid(x)
-        return g * (s + x * s * (1 - s))
-
-
-def test_custom_autograd_function():
-    refusal = refusal_of(lambda x, u, a, d, b: F.linear(Swish.apply(F.linear(x, u, a)), d, b), *tensors(*INPUTS))
-    assert (refusal.pattern, refusal.reason) == ("mlp", "UNKNOWN_OP")
-    assert "autograd_function_apply" in refusal.text

@@ -9,12 +9,17 @@ from mst_fx.placement.rules import creation as creation
 from mst_fx.placement.rules import indexing as indexing
 from mst_fx.placement.rules import loss as loss
 from mst_fx.placement.rules import moves_along_dims as moves_along_dims
+from mst_fx.placement.rules import own_gradients as own_gradients
 from mst_fx.placement.rules import pointwise as pointwise
 from mst_fx.placement.rules import reduction as reduction
 from mst_fx.placement.rules import view as view
 from mst_fx.placement.rules import writing as writing
 from mst_fx.placement.rules.indexing import positions_of as positions_of
+from mst_fx.placement.rules.linear import casts as casts
 from mst_fx.placement.rules.linear import is_linear as is_linear
+from mst_fx.placement.rules.own_gradients import check_gradients as check_gradients
+from mst_fx.placement.rules.own_gradients import scales_with_upstream as scales_with_upstream
+from mst_fx.placement.rules.own_gradients import tied_to_chunks as tied_to_chunks
 from mst_fx.placement.rules.registry import Demand as Demand
 from mst_fx.placement.rules.registry import NodePlacement as NodePlacement
 from mst_fx.placement.rules.registry import Spans as Spans
