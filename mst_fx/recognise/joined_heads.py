@@ -46,35 +46,48 @@ def joined_heads(reader: Reader, *, strict: bool = False) -> Iterator[JoinedHead
     """
     taken = set[Node]()
     for node in reader.owner.graph.nodes:
-        contraction = reader.widening(node)
-        if contraction is None or node in taken:
-            continue
-        inside = _readers(reader, node)
-        if sum(map(_cuts, (reader.ops(user) or set() for user in inside))) == 0:
+        if node in taken:
             continue
         try:
-            region = close(reader, inside, contraction.activation)
-            examples = apart([fake_value(live_in) for live_in in region.live_ins])
-            lowered = lower(
-                reader.owner, region.nodes, region.live_ins, region.outputs, region.modes, examples=examples
-            )
-            whole = joined(lowered, examples)
+            head = _joined_head(reader, node)
         except Apart as parts:
             yield Refusal(Reason.AXIS_MIXED, node, f"the logits of {op_name(node)} are read in pieces: {parts}")
-            continue
         except Refusal:
             continue  # the pattern of heads says more about it
         except Exception as error:
             yield refusal_for(error, node, "pieces of logits", strict=strict)
-            continue
-        if whole is not None:
-            taken.update(region.nodes)
-            yield JoinedHead(region, revalued(whole, region, examples), bytes_of(fake_value(node)))
+        else:
+            if head is not None:
+                taken.update(head.region.nodes)
+                yield head
+
+
+def _joined_head(reader: Reader, node: Node) -> JoinedHead | None:
+    """Return the projection that a node is, with its pieces joined; None where it is none or has no pieces.
+
+    Raises:
+        Apart: it has pieces that cannot be joined.
+        Refusal: what reads the logits cannot be lowered.
+    """
+    contraction = reader.widening(node)
+    if contraction is None or len(tensors_of(node)) != 1:
+        return None
+    inside = _readers(reader, node)
+    if not any(_cuts(reader.ops(user) or set()) for user in inside):
+        return None
+    region = close(reader, inside, contraction.activation)
+    examples = apart([fake_value(live_in) for live_in in region.live_ins])
+    lowered = lower(reader.owner, region.nodes, region.live_ins, region.outputs, region.modes, examples=examples)
+    whole = joined(lowered, examples)
+    if whole is None:
+        return None
+    return JoinedHead(region, revalued(whole, region, examples), bytes_of(tensors_of(node)[0]))
 
 
 def _readers(reader: Reader, head: Node) -> set[Node]:
     """Return the projection, all readers of values with as many classes, and what joins the values that they give."""
-    classes = fake_value(head).shape[-1]
+    (logits,) = tensors_of(head)
+    classes = logits.shape[-1]
 
     def goes_on(node: Node) -> list[Node]:
         wide = any(value.dim() > 1 and sure(value.shape[-1] == classes) for value in tensors_of(node))

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from mst_fx.capture.lower import execute, set_current_meta, traced, tracing
+from mst_fx.capture.lower import set_current_meta, traced, tracing
+from mst_fx.capture.run_node import execute
 from mst_fx.core.aten_ops import (
     CASTS,
     MADE_OF_NOTHING,

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from mst_fx.capture.lower import execute, tracing
+from mst_fx.capture.lower import tracing
+from mst_fx.capture.run_node import execute
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.recognise.region import Region
 
