@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from mst_fx.capture.fixed_sizes import as_if_fixed, other_dims
 from mst_fx.capture.lower import apart, lower, set_current_meta, traced, tracing
-from mst_fx.capture.run_node import execute
+from mst_fx.capture.run_node import brings_gradients, execute, is_custom_function
 from mst_fx.core.aten_ops import CONTRACTIONS, CUTS
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.faults import refusal_for
@@ -88,7 +88,7 @@ def _chain(reader: Reader, head: Node) -> tuple[list[Node], Node] | None:
     Each node is the only reader of the one before; one value on the way may also be returned.
     """
     contraction = reader.widening(head)
-    if contraction is None:
+    if contraction is None or is_custom_function(head):
         return None
     nodes, returned = [head], 0
     while True:
@@ -97,7 +97,12 @@ def _chain(reader: Reader, head: Node) -> tuple[list[Node], Node] | None:
         if len(readers) != 1 or returned > 1:
             return None
         (user,) = readers
-        if reader.obstacle(user) is not None or reader.multiplies(user) or reader.written_by(user):
+        if (
+            brings_gradients(user)
+            or reader.obstacle(user) is not None
+            or reader.multiplies(user)
+            or reader.written_by(user)
+        ):
             return None
         decomposed = reader.decomposed(user)
         cuts = decomposed is not None and any(node.target in CUTS for node in decomposed.ops)

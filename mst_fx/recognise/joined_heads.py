@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from mst_fx.capture.lower import apart, lower
+from mst_fx.capture.run_node import brings_gradients
 from mst_fx.core.aten_ops import JOINS, SELECTS, SLICES
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.graph_walk import walk
@@ -73,7 +74,7 @@ def _joined_head(reader: Reader, node: Node) -> JoinedHead | None:
     if contraction is None or len(tensors_of(node)) != 1:
         return None
     inside = _readers(reader, node)
-    if not any(_cuts(reader.ops(user) or set()) for user in inside):
+    if any(map(brings_gradients, inside)) or not any(_cuts(reader.ops(user) or set()) for user in inside):
         return None
     region = close(reader, inside, contraction.activation)
     examples = apart([fake_value(live_in) for live_in in region.live_ins])

@@ -535,6 +535,23 @@ class OnesForWeight(Function):
         return grad, torch.ones_like(ctx.saved_tensors[0])
 
 
+@pytest.mark.parametrize("name", ["of_logits", "of_projection"])
+def test_cuts_and_pieces_of_logits_leave_the_gradients_alone(name):
+    def cut(x, head, y):
+        logits = Clipped.apply(x @ head, -0.01, 0.01) if name == "of_logits" else Projected.apply(x, head, None)
+        return F.cross_entropy(logits[:, :-1].reshape(-1, 48), y[:, 1:].reshape(-1))
+
+    def pieces(x, head, y):
+        logits = Clipped.apply(x @ head, -0.01, 0.01) if name == "of_logits" else Projected.apply(x, head, None)
+        return F.cross_entropy(logits[0], y[0]) + F.cross_entropy(logits[1], y[1])
+
+    def inputs(_):
+        return leaf(2, 24, 8), weight(8, 48), indices(48, 2, 24)
+
+    for program in (cut, pieces):
+        beside_eager(program, inputs, inner="aot_eager")
+
+
 # --- functions that Dynamo leaves as a call
 
 
