@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.values import fake_value, has_gradient, tensors_of
 from mst_fx.ops.own_gradients import own_gradients, upstream
+from mst_fx.placement.rules import rule_for
 
 
 def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
@@ -95,7 +96,16 @@ def brings_gradients(node: Node) -> bool:
         return False
     if isinstance(node.target, torch._ops.HigherOrderOperator) or _is_of_torch(node.target):
         return is_custom_function(node)
+    if _has_rule(node.target):
+        return False  # the op runs on one chunk, with the gradient that its library has registered
     return any(isinstance(step, torch.autograd.function.BackwardCFunction) for step in _steps(node))
+
+
+def _has_rule(target: Any) -> bool:
+    """Return whether a node calls an op of which each overload has a placement rule."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return all(rule_for(getattr(target, overload)) is not None for overload in target.overloads())
+    return rule_for(target) is not None
 
 
 def _is_of_torch(target: Any) -> bool:

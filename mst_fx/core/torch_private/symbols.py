@@ -20,8 +20,11 @@ def formula_of(number: Any) -> Any:
 
 
 def captured_value(number: Any) -> Any:
-    """Return the value of a number when the graph was captured; None where it depends on the data."""
-    return number.node.hint if number.node.has_hint() else None
+    """Return the value of a number when the graph was captured; None where it depends on the data.
+
+    That is so for the size of a ragged dim, too.
+    """
+    return None if number.node.is_nested_int() or not number.node.has_hint() else number.node.hint
 
 
 def captured_symbols(number: Any) -> Mapping[Any, Any]:
