@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -26,9 +27,16 @@ def is_fake(value: torch.Tensor) -> bool:
 
 
 def tensors_of(node: Node) -> list[torch.Tensor]:
-    """Return the tensors, one or several, that a node gave when it was captured."""
+    """Return the tensors, one or several, that a node gave when it was captured.
+
+    Of an operator over graphs these are the tensors that somebody reads: torch 2.11 lists what it saves as well.
+    """
     value = fake_value(node)
-    return [x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, torch.Tensor)]
+    values = value if isinstance(value, (tuple, list)) else [value]
+    if isinstance(node.target, torch._ops.HigherOrderOperator) and values is value:
+        read = {user.args[1] for user in node.users if user.target is operator.getitem}
+        values = [x for position, x in enumerate(values) if position in read]
+    return [x for x in values if isinstance(x, torch.Tensor)]
 
 
 def storages_of(node: Node) -> set[torch.UntypedStorage]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from looping import Call, aten_graph, placeholders, values
 from symbols import varying
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -91,7 +92,8 @@ def test_the_reason_is_that_of_the_longest_dim():
 def of_sizes(function, *shapes):
     """The choice where sizes vary: those in quotes, each for itself."""
     shape_env = ShapeEnv()
-    with FakeTensorMode(shape_env=shape_env), shape_env.suppress_guards(), torch.no_grad():
+    fake_mode, dispatcher = FakeTensorMode(shape_env=shape_env), enable_python_dispatcher()
+    with fake_mode, dispatcher, shape_env.suppress_guards(), torch.no_grad():
         sizes = [[varying(shape_env, int(n)) if isinstance(n, str) else n for n in shape] for shape in shapes]
         operands = [torch.zeros(own, dtype=torch.int64 if i == 2 else torch.float64) for i, own in enumerate(sizes)]
         module = make_fx(lambda *inputs: function(*inputs))(*operands)
