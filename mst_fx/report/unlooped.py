@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mst_fx.core.readable import readable
+from mst_fx.core.refusal import Reason
 
 MOST = 10
 """Number of entries in a report: it has to stay short."""
@@ -91,9 +92,18 @@ def joined(one: tuple[Unlooped, ...], other: tuple[Unlooped, ...]) -> tuple[Unlo
 
 
 def text_of(values: tuple[Unlooped, ...]) -> list[str]:
-    """Return the values as a part of the text of a report; an advice that stands just above is not told again."""
+    """Return the values as a part of the text of a report.
+
+    An advice that stands just above is not told again. Those that no loop would make smaller are told in one line: the
+    data tell each of them.
+    """
+    told = [value for value in values if value.reason != Reason.NO_GAIN.name]
     entries = []
-    for above, value in zip((None, *values), values, strict=False):
+    for above, value in zip((None, *told), told, strict=False):
         repeated = above is not None and (above.why, above.advice) == (value.why, value.advice)
         entries.append(value.told(briefly=repeated))
+    others = [value for value in values if value.reason == Reason.NO_GAIN.name]
+    if others:
+        size = readable(sum(value.total for value in others))
+        entries.append(f"{size} in {len(others)} kind(s) of values that no loop makes smaller (report.unlooped)")
     return ["not looped, the largest first:", *entries] if entries else []

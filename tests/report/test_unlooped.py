@@ -51,3 +51,10 @@ def test_words():
         "1.0 KiB saved, op [16, 16] float32 at c: another\n    file:1: op()\n    advice",
     ]
     assert text_of(()) == []
+
+
+def test_values_that_no_loop_makes_smaller_are_told_in_one_line():
+    small = entry(reason="NO_GAIN", count=2), entry("b", reason="NO_GAIN", saved=False)
+    line = "3.0 KiB in 2 kind(s) of values that no loop makes smaller (report.unlooped)"
+    assert text_of(small) == ["not looped, the largest first:", line]
+    assert text_of((*small, entry("c")))[-1] == line
