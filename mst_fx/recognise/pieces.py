@@ -88,7 +88,7 @@ def families(graph: Graph) -> Iterator[Family]:
             continue
         rows = torch.arange(count(shape[:-1]))
         pieces = list(_pieces(whole, rows.view(*shape[:-1], 1)))
-        pieces = [(node, index) for node, index in pieces if 0 < index.numel() < rows.numel()]
+        pieces = [(node, index.contiguous()) for node, index in pieces if 0 < index.numel() < rows.numel()]
         if not all(_crosses(index, shape[:-1]) for _, index in pieces):
             yield from _runs(whole, pieces)
 
