@@ -54,6 +54,8 @@ def joined_heads(reader: Reader, *, strict: bool = False) -> Iterator[JoinedHead
             continue
         try:
             region = close(reader, inside, contraction.activation)
+            if not taken.isdisjoint(region.nodes):
+                continue  # its pieces meet those of another projection
             examples = apart([fake_value(live_in) for live_in in region.live_ins])
             lowered = lower(
                 reader.owner, region.nodes, region.live_ins, region.outputs, region.modes, examples=examples
