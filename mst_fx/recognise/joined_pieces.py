@@ -6,7 +6,8 @@ are one value again, whose rows a loop can take in any chunks. Only what has no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -169,7 +170,7 @@ def _retraced(lowered: GraphModule, family: Family, examples: Sequence[Any]) -> 
     Three groups of nodes run one after the other: those that depend on no piece, the tracks, and all others.
     """
     late = descendants(family.pieces)
-    slices = _slices_shown(lowered.graph, family)
+    shown = _shown(lowered.graph)
     ends = list(accumulate(family.lengths))
     bounds = list(zip([0, *ends[:-1]], ends, strict=True))
 
@@ -185,10 +186,10 @@ def _retraced(lowered: GraphModule, family: Family, examples: Sequence[Any]) -> 
         for track in family.tracks:
             with set_current_meta(track.members[0]):
                 env[track] = track.make(env)
-                env.update(_members(track, env[track], bounds))
+                env.update(_members(track, env[track], bounds, shown))
         for node in lowered.graph.nodes:
             if node.op == "output":
-                return [env[result].clone() if result in slices else env[result] for result in node.args[0]]
+                return [env[result] for result in node.args[0]]
             if node not in env:
                 with set_current_meta(node):
                     env[node] = _run(lowered, node, env)
@@ -208,14 +209,22 @@ def _run(lowered: GraphModule, node: Node, env: dict[Any, Any]) -> Any:
     return value.reshape(shape_of(node))
 
 
-def _slices_shown(graph: Graph, family: Family) -> set[Node]:
-    """Return the values that callers get and that become slices of one value: members have memory of their own."""
-    members = {member for track in family.tracks if track.take is None for member in track.members}
-    return {node for node in graph.output_node().all_input_nodes if not members.isdisjoint(walk([node], _memory_of))}
+def _members(
+    track: Track, value: Any, bounds: Sequence[tuple[int, int]], shown: Container[Node]
+) -> Iterator[tuple[Node, Any]]:
+    """Yield the members of a track with their values; those that callers get have memory of their own."""
+    for member, part in _parts(track, value, bounds):
+        own = member in shown and isinstance(part, torch.Tensor) and not _is_view(member)
+        yield member, part.clone() if own else part
 
 
-def _members(track: Track, value: Any, bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[Node, Any]]:
-    """Yield the members of a track with their values."""
+def _is_view(node: Node) -> bool:
+    source = node.all_input_nodes[0] if node.target is operator.getitem else node
+    return source.target in SHOWS_MEMORY
+
+
+def _parts(track: Track, value: Any, bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[Node, Any]]:
+    """Yield the members of a track with their parts of the joined value."""
     if len(track.members) != len(bounds) or track.placement is None:
         yield from ((member, value) for member in track.members)
         return

@@ -190,12 +190,15 @@ def _sums(alike: tuple[Node, ...], track: Track) -> Track:
     if first.target not in (aten.sum.default, aten.sum.dim_IntList) or split != Split(split.dim):
         raise Apart(first, f"{first.target} adds up over the tokens of a piece")
     dtype: Any = first.kwargs.get("dtype")
+    kind = dtype or first.all_input_nodes[0].meta["val"].dtype
+    wide = torch.promote_types(kind, torch.float32) if kind.is_floating_point else dtype
 
     def make(env: dict[Any, Any]) -> torch.Tensor:
-        return env[track].sum(others, keepdim=True, dtype=dtype) if others else env[track]
+        each = env[track] if dtype is None else env[track].to(dtype)
+        return each.sum(others, keepdim=True, dtype=wide) if others else each
 
     def take(part: torch.Tensor, member: Node) -> torch.Tensor:
-        return part.sum(split.dim, dtype=dtype).reshape(shape_of(member))
+        return part.sum(split.dim).to(member.meta["val"].dtype).reshape(shape_of(member))
 
     return Track(alike, split, make, take)
 
