@@ -74,8 +74,8 @@ def _merge_equal(graph: Graph) -> None:
     known: dict[Any, Node] = {}
     shown = _shown(graph)
     for node in graph.nodes:
-        pure = isinstance(node.target, torch._ops.OpOverload) and not is_random(node.target)
-        if pure and node.target not in MADE_OF_NOTHING:
+        called = isinstance(node.target, torch._ops.OpOverload) and not is_random(node.target)
+        if node.target is operator.getitem or (called and node.target not in MADE_OF_NOTHING):
             first = known.setdefault((node.target, str(node.args), str(node.kwargs)), node)
             if first is not node and not {first, node} <= shown:
                 node.replace_all_uses_with(first)

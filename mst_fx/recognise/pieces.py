@@ -83,7 +83,7 @@ def families(graph: Graph) -> Iterator[Family]:
     projected = descendants(node for node in graph.nodes if node.target in CONTRACTIONS)
     for whole in graph.nodes:
         shape = shape_of(whole)
-        wide = whole in projected and len(shape) > 1 and not any(map(is_symbolic, shape))
+        wide = whole in projected and len(shape) > 1 and not any(map(is_symbolic, shape)) and shape[-1] > 1
         if not wide or whole.target in CUTS or not _cuts_of(whole):
             continue
         rows = torch.arange(count(shape[:-1]))

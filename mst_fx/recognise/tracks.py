@@ -209,8 +209,10 @@ def _losses(of: dict[Node, Track], alike: tuple[Node, ...], own: dict[Node, tupl
     scores, target, weight = args_of(first)[:3]
     ignored = args_of(first)[4]
     items = [[item for item in node.users if item.args[1] == 0] for node in alike]
-    if scores not in of or of[scores].placement != Split(0) or any(
-        len(node.users) != len(found) for node, found in zip(alike, items, strict=True)
+    if (
+        scores not in of
+        or of[scores].placement != Split(0)
+        or any(len(node.users) != len(found) for node, found in zip(alike, items, strict=True))
     ):
         raise Apart(first, f"{first.target} adds up over the tokens of a piece")
 
