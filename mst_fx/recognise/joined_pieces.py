@@ -101,7 +101,7 @@ def _follow(family: Family) -> None:
     family.tracks.append(Track(family.pieces, Split(family.dim), _joint(family)))
     done = {*family.pieces}
     for user in family.whole.graph.nodes:
-        of = {each.members[0]: each for each in family.tracks if each.placement is not None}
+        of = {each.members[0]: each for each in family.tracks if each.sliced}
         read = [of[node] for node in user.all_input_nodes if node in of]
         if user in done or not read:
             continue
@@ -113,7 +113,7 @@ def _follow(family: Family) -> None:
         done.update(member for each in more for member in each.members)
         family.tracks += more
     for track in family.tracks:
-        wide = track.placement is not None and is_wide(track.members[0], classes)
+        wide = track.sliced and is_wide(track.members[0], classes)
         for user in (user for member in track.members if wide for user in member.users if user not in done):
             told = f"{user.target} reads one piece of the logits, and no other piece is read so"
             raise Apart(user, "a piece of the logits is returned" if user.op == "output" else told)

@@ -43,6 +43,11 @@ class Track:
     make: Callable[[dict[Any, Any]], Any]
     take: Callable[[torch.Tensor, Node], torch.Tensor] | None = None
 
+    @property
+    def sliced(self) -> bool:
+        """Whether the members are slices of the joined value, so that what reads them may be joined, too."""
+        return self.placement is not None and self.take is None
+
 
 class Apart(Exception):  # noqa: N818 - control flow within the module
     """Pieces of logits are read in ways that cannot be joined; `node` is where they part."""

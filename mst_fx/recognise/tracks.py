@@ -34,7 +34,7 @@ def is_wide(node: Node, classes: int) -> bool:
 def tracks_of(family: Family, track: Track, user: Node, dependent: set[Node]) -> list[Track]:
     """Return the tracks of what the first member's reader, and its like for every other member, make."""
     alike = [_counterpart(user, track, position) for position in range(len(track.members))]
-    of = {member: each for each in family.tracks for member in each.members}
+    of = {member: each for each in family.tracks if each.sliced for member in each.members}
     for own in zip(*(node.all_input_nodes for node in alike), strict=True):
         read = of.get(own[0])
         if read is None and dependent.isdisjoint(own):
@@ -87,7 +87,7 @@ def _placed(family: Family, of: dict[Node, Track], alike: tuple[Node, ...]) -> l
     if sums_losses:
         return _losses(of, alike, own)
     if placement == PARTIAL and first.target in SUMS:
-        return [_sums(alike, of[first.all_input_nodes[0]])]
+        return [_sums(family, alike, of[first.all_input_nodes[0]])]
     if placement == PARTIAL:
         raise Apart(first, f"{first.target} adds up over the tokens of a piece")
     if isinstance(placement, Routed):
@@ -180,14 +180,18 @@ def _placement(node: Node, placements: dict[Node, Any]) -> Any:
     raise Apart(node, f"{node.target} mixes the tokens of a piece of the logits")
 
 
-def _sums(alike: tuple[Node, ...], track: Track) -> Track:
+def _sums(family: Family, alike: tuple[Node, ...], track: Track) -> Track:
     """Return the track of sums over the tokens of a piece: first over all other dims, then over those of each piece."""
     first = alike[0]
     split, rank = track.placement, len(shape_of(first.all_input_nodes[0]))
     given = args_of(first)[1] if first.target == aten.sum.dim_IntList else None
     dims = [dim % rank for dim in given] if given else list(range(rank))
     others = [dim for dim in dims if dim != split.dim]
-    if first.target not in (aten.sum.default, aten.sum.dim_IntList) or split != Split(split.dim):
+    if (
+        first.target not in (aten.sum.default, aten.sum.dim_IntList)
+        or split != Split(split.dim)
+        or is_wide(first, family.shape[-1])
+    ):
         raise Apart(first, f"{first.target} adds up over the tokens of a piece")
     dtype: Any = first.kwargs.get("dtype")
     kind = dtype or first.all_input_nodes[0].meta["val"].dtype
