@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
@@ -50,7 +50,7 @@ def joined_heads(reader: Reader, *, strict: bool = False) -> Iterator[JoinedHead
         if node in taken:
             continue
         try:
-            head = _joined_head(reader, node)
+            head = _joined_head(reader, node, taken)
         except Apart as parts:
             yield Refusal(Reason.AXIS_MIXED, node, f"the logits of {op_name(node)} are read in pieces: {parts}")
         except Refusal:
@@ -63,8 +63,10 @@ def joined_heads(reader: Reader, *, strict: bool = False) -> Iterator[JoinedHead
                 yield head
 
 
-def _joined_head(reader: Reader, node: Node) -> JoinedHead | None:
+def _joined_head(reader: Reader, node: Node, taken: Collection[Node]) -> JoinedHead | None:
     """Return the projection that a node is, with its pieces joined; None where it is none or has no pieces.
+
+    None as well where its pieces meet those of another projection, whose nodes are taken.
 
     Raises:
         Apart: it has pieces that cannot be joined.
@@ -77,6 +79,8 @@ def _joined_head(reader: Reader, node: Node) -> JoinedHead | None:
     if any(map(brings_gradients, inside)) or not any(_cuts(reader.ops(user) or set()) for user in inside):
         return None
     region = close(reader, inside, contraction.activation)
+    if any(each in taken for each in region.nodes):
+        return None
     examples = apart([fake_value(live_in) for live_in in region.live_ins])
     lowered = lower(reader.owner, region.nodes, region.live_ins, region.outputs, region.modes, examples=examples)
     whole = joined(lowered, examples)

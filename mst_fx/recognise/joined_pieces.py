@@ -6,8 +6,9 @@ are one value again, whose rows a loop can take in any chunks. Only what has no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+import operator
+from collections.abc import Callable, Container, Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from mst_fx.core.aten_ops import (
     PRODUCTS,
     PRODUCTS_PLUS,
     RESHAPES,
+    SHOWS_MEMORY,
     is_pointwise,
     is_random,
 )
 from mst_fx.core.clean_room import without_autocast
-from mst_fx.core.graph_walk import descendants
+from mst_fx.core.graph_walk import descendants, walk
 from mst_fx.placement.placement import Split
 from mst_fx.placement.rules import args_of, shape_of
 from mst_fx.placement.rules.contraction import factors
@@ -66,15 +68,28 @@ def joined(lowered: GraphModule, examples: Sequence[Any]) -> GraphModule | None:
 
 
 def _merge_equal(graph: Graph) -> None:
-    """Let one node stand for all that compute the same: each piece has its own view of the class weights."""
+    """Let one node stand for all that compute the same: each piece has its own view of the class weights.
+
+    Values that callers get stay two: they may write to one of them.
+    """
     known: dict[Any, Node] = {}
+    shown = _shown(graph)
     for node in graph.nodes:
-        pure = isinstance(node.target, torch._ops.OpOverload) and not is_random(node.target)
-        if pure and node.target not in MADE_OF_NOTHING:
+        called = isinstance(node.target, torch._ops.OpOverload) and not is_random(node.target)
+        if node.target is operator.getitem or (called and node.target not in MADE_OF_NOTHING):
             first = known.setdefault((node.target, str(node.args), str(node.kwargs)), node)
-            if first is not node:
+            if first is not node and not {first, node} <= shown:
                 node.replace_all_uses_with(first)
                 graph.erase_node(node)
+
+
+def _shown(graph: Graph) -> set[Node]:
+    """Return the values that callers get, and those that these are views of."""
+    return set(walk(graph.output_node().all_input_nodes, _memory_of))
+
+
+def _memory_of(node: Node) -> list[Node]:
+    return node.all_input_nodes[:1] if node.target in SHOWS_MEMORY else []
 
 
 def _follow(family: Family) -> None:
@@ -87,19 +102,22 @@ def _follow(family: Family) -> None:
     family.tracks.append(Track(family.pieces, Split(family.dim), _joint(family)))
     done = {*family.pieces}
     for user in family.whole.graph.nodes:
-        of = {each.members[0]: each for each in family.tracks if each.placement is not None}
+        of = {each.members[0]: each for each in family.tracks if each.sliced}
         read = [of[node] for node in user.all_input_nodes if node in of]
         if user in done or not read:
             continue
+        if user.op == "output":
+            break
         more = _rejoined(read[0], user)
         if not more and any(is_wide(track.members[0], classes) for track in read):
             more = tracks_of(family, read[0], user, dependent)
         done.update(member for each in more for member in each.members)
         family.tracks += more
     for track in family.tracks:
-        wide = track.placement is not None and is_wide(track.members[0], classes)
+        wide = track.sliced and is_wide(track.members[0], classes)
         for user in (user for member in track.members if wide for user in member.users if user not in done):
-            raise Apart(user, f"{user.target} reads one piece of the logits, and no other piece is read so")
+            told = f"{user.target} reads one piece of the logits, and no other piece is read so"
+            raise Apart(user, "a piece of the logits is returned" if user.op == "output" else told)
 
 
 def _joint(family: Family) -> Callable[[dict[Any, Any]], Any]:
@@ -129,7 +147,7 @@ def _joint(family: Family) -> Callable[[dict[Any, Any]], Any]:
     def make(env: dict[Any, Any]) -> torch.Tensor:
         picked = torch.cat([aten.slice.Tensor(env[tokens], 0, start, end) for start, end in rows])
         value = execute(owner, product, {**env, tokens: picked})
-        for before, node in zip([product, *way[:0:-1]], reversed(way), strict=True):
+        for before, node in pairwise([product, *reversed(way)]):
             if node.target not in RESHAPES:
                 value = execute(owner, node, {**env, before: value})
         return value.reshape(shape)
@@ -142,7 +160,8 @@ def _rejoined(track: Track, user: Node) -> list[Track]:
     members, rank = list(track.members), len(shape_of(track.members[0]))
     if user.target != aten.cat.default or list(args_of(user)[0]) != members or track.take is not None:
         return []
-    along = isinstance(track.placement, Split) and dim_of(user, rank) == track.placement.dim
+    split = track.placement
+    along = isinstance(split, Split) and split.outer == 1 and dim_of(user, rank) == split.dim
     return [Track((user,), None, lambda env: env[track])] if along else []
 
 
@@ -152,6 +171,7 @@ def _retraced(lowered: GraphModule, family: Family, examples: Sequence[Any]) -> 
     Three groups of nodes run one after the other: those that depend on no piece, the tracks, and all others.
     """
     late = descendants(family.pieces)
+    shown = _shown(lowered.graph)
     ends = list(accumulate(family.lengths))
     bounds = list(zip([0, *ends[:-1]], ends, strict=True))
 
@@ -167,13 +187,13 @@ def _retraced(lowered: GraphModule, family: Family, examples: Sequence[Any]) -> 
         for track in family.tracks:
             with set_current_meta(track.members[0]):
                 env[track] = track.make(env)
-                env.update(_members(track, env[track], bounds))
+                env.update(_members(track, env[track], bounds, shown))
         for node in lowered.graph.nodes:
             if node.op == "output":
                 return [env[result] for result in node.args[0]]
             if node not in env:
                 with set_current_meta(node):
-                    env[node] = execute(lowered, node, env)
+                    env[node] = _run(lowered, node, env)
         raise AssertionError("a graph ends in its output")
 
     with tracing(examples), without_autocast():
@@ -182,8 +202,30 @@ def _retraced(lowered: GraphModule, family: Family, examples: Sequence[Any]) -> 
     return module
 
 
-def _members(track: Track, value: Any, bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[Node, Any]]:
-    """Yield the members of a track with their values."""
+def _run(lowered: GraphModule, node: Node, env: dict[Any, Any]) -> Any:
+    """Run a node; a view of a member may be none of a slice of the joined value."""
+    if node.target not in RESHAPES:
+        return execute(lowered, node, env)
+    value: torch.Tensor = env[args_of(node)[0]]
+    return value.reshape(shape_of(node))
+
+
+def _members(
+    track: Track, value: Any, bounds: Sequence[tuple[int, int]], shown: Container[Node]
+) -> Iterator[tuple[Node, Any]]:
+    """Yield the members of a track with their values; those that callers get have memory of their own."""
+    for member, part in _parts(track, value, bounds):
+        own = member in shown and isinstance(part, torch.Tensor) and not _is_view(member)
+        yield member, part.clone() if own else part
+
+
+def _is_view(node: Node) -> bool:
+    source = node.all_input_nodes[0] if node.target is operator.getitem else node
+    return source.target in SHOWS_MEMORY
+
+
+def _parts(track: Track, value: Any, bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[Node, Any]]:
+    """Yield the members of a track with their parts of the joined value."""
     if len(track.members) != len(bounds) or track.placement is None:
         yield from ((member, value) for member in track.members)
         return
@@ -191,5 +233,14 @@ def _members(track: Track, value: Any, bounds: Sequence[tuple[int, int]]) -> Ite
         yield from ((member, None) for member in track.members)  # their items are tracks of their own
         return
     for member, (start, end) in zip(track.members, bounds, strict=True):
-        part = aten.slice.Tensor(value, track.placement.dim, start, end)
+        part = _positions(value, track.placement, start, end) if isinstance(track.placement, Split) else value
         yield member, part if track.take is None else track.take(part, member)
+
+
+def _positions(value: torch.Tensor, split: Split, start: int, end: int) -> torch.Tensor:
+    """Return the positions of the axis from `start` to `end`."""
+    if split.outer == 1:
+        part: torch.Tensor = aten.slice.Tensor(value, split.dim, start * split.inner, end * split.inner)
+        return part
+    apart = value.unflatten(split.dim, (split.outer, -1))
+    return _positions(apart, Split(split.dim + 1, 1, split.inner), start, end).flatten(split.dim, split.dim + 1)

@@ -43,6 +43,11 @@ class Track:
     make: Callable[[dict[Any, Any]], Any]
     take: Callable[[torch.Tensor, Node], torch.Tensor] | None = None
 
+    @property
+    def sliced(self) -> bool:
+        """Whether the members are slices of the joined value, so that what reads them may be joined, too."""
+        return self.placement is not None and self.take is None
+
 
 class Apart(Exception):  # noqa: N818 - control flow within the module
     """Pieces of logits are read in ways that cannot be joined; `node` is where they part."""
@@ -83,12 +88,12 @@ def families(graph: Graph) -> Iterator[Family]:
     projected = descendants(node for node in graph.nodes if node.target in CONTRACTIONS)
     for whole in graph.nodes:
         shape = shape_of(whole)
-        wide = whole in projected and len(shape) > 1 and not any(map(is_symbolic, shape))
+        wide = whole in projected and len(shape) > 1 and not any(map(is_symbolic, shape)) and shape[-1] > 1
         if not wide or whole.target in CUTS or not _cuts_of(whole):
             continue
         rows = torch.arange(count(shape[:-1]))
         pieces = list(_pieces(whole, rows.view(*shape[:-1], 1)))
-        pieces = [(node, index) for node, index in pieces if 0 < index.numel() < rows.numel()]
+        pieces = [(node, index.contiguous()) for node, index in pieces if 0 < index.numel() < rows.numel()]
         if not all(_crosses(index, shape[:-1]) for _, index in pieces):
             yield from _runs(whole, pieces)
 

@@ -6,16 +6,18 @@ import operator
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Node, map_arg
 
 from mst_fx.core.aten_ops import (
+    FILLS,
     LOSSES,
     NONE,
+    RESHAPES,
     SUM,
     SUMS,
 )
 from mst_fx.core.refusal import Refusal
-from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split
+from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Routed, Split
 from mst_fx.placement.rules import Demand, Spans, args_of, argument, rule_for, shape_of
 from mst_fx.placement.run_on_chunk import run_resized
 from mst_fx.recognise.pieces import Apart, Family, Track
@@ -32,10 +34,12 @@ def is_wide(node: Node, classes: int) -> bool:
 def tracks_of(family: Family, track: Track, user: Node, dependent: set[Node]) -> list[Track]:
     """Return the tracks of what the first member's reader, and its like for every other member, make."""
     alike = [_counterpart(user, track, position) for position in range(len(track.members))]
-    of = {member: each for each in family.tracks for member in each.members}
+    of = {member: each for each in family.tracks if each.sliced for member in each.members}
     for own in zip(*(node.all_input_nodes for node in alike), strict=True):
-        tracks = {of.get(node) for node in own}
-        if len(tracks) > 1 or (None in tracks and not dependent.isdisjoint(own)):
+        read = of.get(own[0])
+        if read is None and dependent.isdisjoint(own):
+            continue
+        if read is None or read.members != own:
             raise Apart(
                 user, f"{user.target} reads several pieces of the logits, or what was made of one in another way"
             )
@@ -53,9 +57,14 @@ def _counterpart(user: Node, track: Track, position: int) -> Node:
 
 
 def _kind(node: Node) -> Any:
-    """Return what has to be equal for nodes that do the same: ops, and arguments but for sizes and tensors."""
-    arguments = [arg for arg in (*node.args, *node.kwargs.values()) if not isinstance(arg, (Node, list, tuple))]
-    return (node.target, len(node.args), tuple(map(str, arguments)), len(node.all_input_nodes))
+    """Return what has to be equal for nodes that do the same: ops, and arguments but for sizes and tensors.
+
+    A tensor counts by its number among those that the node reads. Sizes are checked with the values (`_check_values`).
+    """
+    number = {operand: f"tensor {index}" for index, operand in enumerate(node.all_input_nodes)}
+    sized = node.target in (*RESHAPES, *FILLS, aten.expand.default)
+    args, kwargs = map_arg(((*node.args[:1], *node.args[2:]) if sized else node.args, node.kwargs), number.__getitem__)
+    return (node.target, str(args), str(sorted(kwargs.items())))
 
 
 def _placed(family: Family, of: dict[Node, Track], alike: tuple[Node, ...]) -> list[Track]:
@@ -67,24 +76,60 @@ def _placed(family: Family, of: dict[Node, Track], alike: tuple[Node, ...]) -> l
         track, item = operands[0], first.args[1]
         if not isinstance(track.placement[item], Split):
             raise Apart(first, f"{track.members[0].target} adds up over the tokens of a piece")
+        _check_alike(family, alike, track.placement[item])
         return [Track(alike, track.placement[item], lambda env: env[track][item])]
     own = dict(zip(first.all_input_nodes, zip(*(n.all_input_nodes for n in alike), strict=True), strict=True))
-    if first.target in LOSSES and argument(first, "reduction") == SUM:
-        return _losses(family, of, alike, own)
-    placement = _placement(first, placements)
+    sums_losses = first.target in LOSSES and argument(first, "reduction") == SUM
+    placement = PARTIAL if sums_losses else _placement(first, placements)
+    if sums_losses:
+        placements[argument(first, "target")] = Split(0)
+    _check_operands(family, first, own, placements)
+    if sums_losses:
+        return _losses(of, alike, own)
+    if placement == PARTIAL and first.target in SUMS:
+        return [_sums(family, alike, of[first.all_input_nodes[0]])]
+    if placement == PARTIAL:
+        raise Apart(first, f"{first.target} adds up over the tokens of a piece")
+    if isinstance(placement, Routed):
+        raise Apart(first, f"{first.target} sorts the tokens of a piece")
+    if not isinstance(placement, tuple):
+        _check_alike(family, alike, placement)
     length = sum(family.lengths)
 
     def make(env: dict[Any, Any]) -> Any:
         return run_resized(first, placement, length, _operands(env, of, own, placements))
 
-    for node, members in own.items():
-        if node not in placements and len(set(members)) > 1:
-            raise Apart(first, f"{first.target} reads another value for each piece of the logits")
-    if placement == PARTIAL and first.target in SUMS:
-        return [_sums(family, alike, of[first.all_input_nodes[0]])]
-    if placement == PARTIAL:
-        raise Apart(first, f"{first.target} adds up over the tokens of a piece")
     return [Track(alike, placement, make)]
+
+
+def _check_operands(
+    family: Family, reader: Node, own: dict[Node, tuple[Node, ...]], placements: dict[Node, Any]
+) -> None:
+    """Check that what the members read can be joined where it has to be split, and is one value where not.
+
+    Raises:
+        Apart: it is not so.
+    """
+    for node, members in own.items():
+        placement = placements.get(node)
+        if isinstance(placement, Split):
+            _check_alike(family, members, placement)
+        elif node not in placements and len(set(members)) > 1:
+            raise Apart(reader, f"{reader.target} reads another value for each piece of the logits")
+
+
+def _check_alike(family: Family, members: tuple[Node, ...], placement: Any) -> None:
+    """Check that the values of all members have one dtype, and one shape but for the length of the piece.
+
+    Raises:
+        Apart: they do not; they may be split along another dim, or broadcast.
+    """
+    first: Any = members[0].meta["val"]
+    for member, length in zip(members, family.lengths, strict=True):
+        value = member.meta["val"]
+        shape = placement.chunk_shape(first.shape, length) if isinstance(placement, Split) else [*first.shape]
+        if value.dtype != first.dtype or list(value.shape) != shape:
+            raise Apart(members[0], f"{members[0].target} has another shape or dtype for another piece of the logits")
 
 
 def _operands(
@@ -142,29 +187,36 @@ def _sums(family: Family, alike: tuple[Node, ...], track: Track) -> Track:
     given = args_of(first)[1] if first.target == aten.sum.dim_IntList else None
     dims = [dim % rank for dim in given] if given else list(range(rank))
     others = [dim for dim in dims if dim != split.dim]
-    if first.target not in (aten.sum.default, aten.sum.dim_IntList) or split != Split(split.dim):
+    if (
+        first.target not in (aten.sum.default, aten.sum.dim_IntList)
+        or split != Split(split.dim)
+        or is_wide(first, family.shape[-1])
+    ):
         raise Apart(first, f"{first.target} adds up over the tokens of a piece")
     dtype: Any = first.kwargs.get("dtype")
+    kind = dtype or first.all_input_nodes[0].meta["val"].dtype
+    wide = torch.promote_types(kind, torch.float32) if kind.is_floating_point else dtype
 
     def make(env: dict[Any, Any]) -> torch.Tensor:
-        return env[track].sum(others, keepdim=True, dtype=dtype) if others else env[track]
+        each = env[track] if dtype is None else env[track].to(dtype)
+        return each.sum(others, keepdim=True, dtype=wide) if others else each
 
     def take(part: torch.Tensor, member: Node) -> torch.Tensor:
-        return part.sum(split.dim, dtype=dtype).reshape(shape_of(member))
+        return part.sum(split.dim).to(member.meta["val"].dtype).reshape(shape_of(member))
 
     return Track(alike, split, make, take)
 
 
-def _losses(
-    family: Family, of: dict[Node, Track], alike: tuple[Node, ...], own: dict[Node, tuple[Node, ...]]
-) -> list[Track]:
+def _losses(of: dict[Node, Track], alike: tuple[Node, ...], own: dict[Node, tuple[Node, ...]]) -> list[Track]:
     """Return the tracks of losses that are sums over a piece: the losses of all tokens, and the sum of each piece."""
     first = alike[0]
     scores, target, weight = args_of(first)[:3]
     ignored = args_of(first)[4]
     items = [[item for item in node.users if item.args[1] == 0] for node in alike]
-    if of[scores].placement != Split(0) or any(
-        len(node.users) != len(found) for node, found in zip(alike, items, strict=True)
+    if (
+        scores not in of
+        or of[scores].placement != Split(0)
+        or any(len(node.users) != len(found) for node, found in zip(alike, items, strict=True))
     ):
         raise Apart(first, f"{first.target} adds up over the tokens of a piece")
 
