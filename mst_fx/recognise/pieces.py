@@ -23,7 +23,7 @@ from mst_fx.core.aten_ops import (
 )
 from mst_fx.core.graph_walk import descendants
 from mst_fx.core.sizes import is_symbolic
-from mst_fx.placement.rules import args_of, shape_of
+from mst_fx.placement.rules import shape_of
 from mst_fx.placement.rules.view import dim_of
 
 
@@ -117,9 +117,9 @@ def count(sizes: Sequence[int]) -> int:
 
 
 def _cuts_of(node: Node) -> list[Node]:
-    """Return the readers of a value that take some of its tokens."""
+    """Return the readers of a value that take some of its tokens, the same whatever the lengths are."""
     rank = len(shape_of(node))
-    cuts = [user for user in node.users if user.target in (*SLICES, *SELECTS) and args_of(user)[0] is node]
+    cuts = [user for user in node.users if user.target in (*SLICES, *SELECTS) and user.all_input_nodes == [node]]
     return [cut for cut in cuts if dim_of(cut) < rank - 1]
 
 

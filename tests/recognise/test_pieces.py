@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from graphs import captured, rewritten, tensors
+from numerics import looped
 
+import mst_fx
 from mst_fx.runtime.loop_operator import LoopSpec
 from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence
 
@@ -253,3 +255,17 @@ def test_pieces_that_cannot_be_joined_stay_as_they_are_and_are_told(program):
     after, report = rewritten(gm, strict=True)
     assert after is gm
     assert {refusal.reason for refusal in report.refusals} == {"AXIS_MIXED"}
+
+
+def test_a_cut_at_a_place_that_varies_is_no_piece():
+    """Where it ends is not known; it still moves in front of the projection."""
+
+    def program(x, w, y, start):
+        logits = F.linear(x, w)
+        return F.cross_entropy(logits[start:], y[start:])
+
+    before, compiled = len(mst_fx.reports()), looped(program, dynamic=True, strict=True)
+    for start in (3, 5):
+        given = [*inputs(), start]
+        torch.testing.assert_close(compiled(*given), program(*given))
+    assert [len(report.regions) for report in mst_fx.reports()[before:]] == [1]
