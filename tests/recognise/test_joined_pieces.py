@@ -12,7 +12,7 @@ from mst_fx.recognise.joined_pieces import joined
 from mst_fx.recognise.pieces import Apart, families
 
 aten = torch.ops.aten
-T, D, V = 32, 4, 16
+T, D, V = 32, 4, 12
 NONE, SUM = 0, 2
 
 
@@ -124,7 +124,7 @@ def divided_by_its_kept_sum(logits, y, of_token, of_class):
 
 
 def sums_of_as_many_classes_as_tokens(logits, y, of_token, of_class):
-    return [z.exp().sum(0).square().sum() for z in logits.split(V)]
+    return [z.exp().sum(0).square().sum() for z in (logits[:V], logits[V : 2 * V])]
 
 
 def losses_that_tell_their_weight(logits, y, of_token, of_class):
@@ -140,7 +140,7 @@ def weights_of_each_piece(logits, y, of_token, of_class):
 
 
 def as_many_classes_as_tokens(logits, y, of_token, of_class):
-    first, second = logits.split(V)
+    first, second = logits[:V], logits[V : 2 * V]
     return first.logsumexp(0), second.logsumexp(1)
 
 
@@ -175,7 +175,7 @@ def options_by_name(logits, y, of_token, of_class):
 
 def groups_of_other_sizes(logits, y, of_token, of_class):
     first, second = logits.split(16)
-    return first.view(-1, 4, 4).logsumexp(-1), second.view(-1, 8, 2).logsumexp(-1)
+    return first.view(-1, 4, 3).logsumexp(-1), second.view(-1, 6, 2).logsumexp(-1)
 
 
 def another_op(logits, y, of_token, of_class):
@@ -189,6 +189,23 @@ def joined_along_the_classes(logits, y, of_token, of_class):
 
 def sequences_joined_along_the_tokens(logits, y, of_token, of_class):
     return torch.cat([z.reshape(-1, V) * 2 for z in logits.view(2, 16, V).split(4, 1)]).logsumexp(-1)
+
+
+def sums_of_a_piece_and_of_the_tokens_of_another(logits, y, of_token, of_class):
+    first, second = logits.exp().split(16)
+    return first.sum((0, 1)).square(), second.sum((1,)).square().sum()
+
+
+def sorted_tokens(logits, y, of_token, of_class):
+    return [z.sort(0)[0].logsumexp(-1) for z in logits.split(8)]
+
+
+def best_token_of_each_class(logits, y, of_token, of_class):
+    return [z.max(0)[0].square().sum() for z in logits.split(8)]
+
+
+def returned(logits, y, of_token, of_class):
+    return [z.exp() for z in logits.split(8)]
 
 
 APART = [
@@ -208,6 +225,10 @@ APART = [
     another_op,
     joined_along_the_classes,
     sequences_joined_along_the_tokens,
+    sums_of_a_piece_and_of_the_tokens_of_another,
+    sorted_tokens,
+    best_token_of_each_class,
+    returned,
 ]
 
 
