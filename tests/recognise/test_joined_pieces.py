@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mst_fx.capture.decompositions import decompositions
+from mst_fx.core.aten_ops import is_random
 from mst_fx.recognise.joined_pieces import joined
 from mst_fx.recognise.pieces import Apart, families
 
@@ -237,3 +238,17 @@ def test_pieces_that_are_not_alike_are_not_joined(program):
     gm, examples = lowered(program, inputs())
     with pytest.raises(Apart):
         joined(gm, examples)
+
+
+def test_numbers_that_are_drawn_twice_stay_two():
+    """Ops that look the same are one op, but for draws."""
+
+    def program(logits, y, of_token, of_class):
+        first, second = (logits + torch.rand_like(logits) for _ in range(2))
+        return [z.logsumexp(-1) for each in (first, second) for z in each.split(8)]
+
+    gm, examples = lowered(program, inputs())
+    drawn = [node for node in gm.graph.nodes if is_random(node.target)]
+    whole = joined(gm, examples)
+    assert whole is not None
+    assert sum(is_random(node.target) for node in whole.graph.nodes) == len(drawn) == 2

@@ -30,6 +30,32 @@ def put_rows(x, index, written):
     return aten.index_put.default(x, [index], written, True)
 
 
+def put_at(counting, *shape):
+    """A write to one class of each row that a range counts, with values of this shape."""
+
+    def op(x, classes, written):
+        rows = torch.arange(4).view(4, *(1,) * (classes.dim() - 1))
+        return aten.index_put.default(x, [counting(rows), classes], written)
+
+    return op, [X, indices(4, *shape[1:], below=6), values(*shape)]
+
+
+def as_they_are(rows):
+    return rows
+
+
+def backwards(rows):
+    return rows.flip(0)
+
+
+def put_two_dims(x, classes, written):
+    return aten.index_put.default(x, [None, torch.arange(3), classes], written)
+
+
+def put_both(x, written):
+    return aten.index_put.default(x, [torch.arange(4), torch.arange(4)], written)
+
+
 def sliced(x, written):
     return aten.slice_scatter.default(x, written, 1, 2, 5)
 
@@ -51,6 +77,13 @@ ALIKE = [
     (put_rows, [values(6, 4), SOME, values(3, 4)], [Split(1), None, Split(1)]),
     (put_rows, [values(6, 4), SOME, values(4)], [Split(1), None, Split(0)]),
     (put_rows, [values(6, 4), indices(2, 3, below=6), values(2, 3, 4)], [Split(1), None, Split(2)]),
+    (*put_at(as_they_are, 4), [Split(0)] * 3),
+    (*put_at(as_they_are, 4, 2), [Split(0)] * 3),  # several classes of each row
+    (put_at(as_they_are, 4, 2)[0], [X, indices(4, 2, below=6), values(4, 1)], [Split(0)] * 3),
+    (put_at(as_they_are, 4, 2)[0], [X, indices(4, 2, below=6), values(2)], [Split(0), Split(0), None]),
+    (put_at(as_they_are, 4)[0], [X, indices(4, below=6), values()], [Split(0), Split(0), None]),
+    (put_two_dims, [values(2, 3, 6), indices(3, below=6), values(2, 3)], [Split(1), Split(0), Split(1)]),
+    (put_two_dims, [values(2, 3, 6), indices(3, below=6), values(3)], [Split(1), Split(0), Split(0)]),
     (sliced, [X, values(4, 3)], [Split(0), Split(0)]),
     (selected, [X, values(6)], [Split(1), Split(0)]),
     (lambda x, y: aten.select_scatter.default(x, y, -1, 1), [X, values(4)], [Split(0), Split(0)]),
@@ -84,6 +117,10 @@ def test_a_result_that_is_needed_split(op, inputs, splits):
         (put_columns, [X, SOME, values(4, 3)], 1, Split(0), "writes where split indices say"),
         (put_columns, [X, SOME, values(4, 3)], 2, Split(1), "writes split values to rows"),
         (put_columns, [X, X[0] > 0, values()], 0, Split(0), "picks by a mask"),
+        (*put_at(backwards, 4), 0, Split(0), "writes along the split dim"),
+        (*put_at(as_they_are, 4), 0, Split(1), "joins values that are split differently"),
+        (*put_at(as_they_are, 4, 2), 1, Split(1), "is not as long as the tokens there"),
+        (put_both, [values(4, 4), values(4)], 0, Split(0), "writes along the split dim"),
         (sliced, [X, values(4, 3)], 0, Split(1), "writes along the split dim"),
         (sliced, [X, values(4, 3)], 1, Split(1), "writes along the split dim"),
         (selected, [X, values(6)], 0, Split(0), "writes along the split dim"),
