@@ -81,6 +81,7 @@ ALIKE = [
     (*put_at(as_they_are, 4, 2), [Split(0)] * 3),  # several classes of each row
     (put_at(as_they_are, 4, 2)[0], [X, indices(4, 2, below=6), values(4, 1)], [Split(0)] * 3),
     (put_at(as_they_are, 4, 2)[0], [X, indices(4, 2, below=6), values(2)], [Split(0), Split(0), None]),
+    (put_at(as_they_are, 4, 2)[0], [X, indices(4, 2, below=6), values(1, 2)], [Split(0), Split(0), None]),
     (put_at(as_they_are, 4)[0], [X, indices(4, below=6), values()], [Split(0), Split(0), None]),
     (put_two_dims, [values(2, 3, 6), indices(3, below=6), values(2, 3)], [Split(1), Split(0), Split(1)]),
     (put_two_dims, [values(2, 3, 6), indices(3, below=6), values(3)], [Split(1), Split(0), Split(0)]),
@@ -120,6 +121,13 @@ def test_a_result_that_is_needed_split(op, inputs, splits):
         (*put_at(backwards, 4), 0, Split(0), "writes along the split dim"),
         (*put_at(as_they_are, 4), 0, Split(1), "joins values that are split differently"),
         (*put_at(as_they_are, 4, 2), 1, Split(1), "is not as long as the tokens there"),
+        (
+            put_at(as_they_are, 4, 2)[0],
+            [X, indices(4, 2, below=6), values(2)],
+            2,
+            Split(0),
+            "that are split differently",
+        ),
         (put_both, [values(4, 4), values(4)], 0, Split(0), "writes along the split dim"),
         (sliced, [X, values(4, 3)], 0, Split(1), "writes along the split dim"),
         (sliced, [X, values(4, 3)], 1, Split(1), "writes along the split dim"),
