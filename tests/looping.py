@@ -15,14 +15,14 @@ from mst_fx.bodies.connected import connected
 from mst_fx.capture.decompositions import decompositions
 from mst_fx.capture.run_node import execute
 from mst_fx.core.aten_ops import FILLS
-from mst_fx.core.refusal import Refusal
 from mst_fx.placement.partition import Stages, partition
 from mst_fx.placement.placement import PARTIAL, WHOLE, Split
 from mst_fx.placement.propagate import propagate
-from mst_fx.placement.rules import NodePlacement, Spans
+from mst_fx.placement.rules import NodePlacement
 from mst_fx.runtime.cache_version import VERSION
 from mst_fx.runtime.loop_operator import LoopSpec, run_loop
 from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence
+from mst_fx.verify.by_chunks import accepted
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11, "equal_nan": True}
 
@@ -87,16 +87,8 @@ def operands_placed(call: Call, split: Split, position: int = 0) -> list[NodePla
 
 def accepted_axes(module: GraphModule, seed: Node, split: Split) -> Iterator[Stages]:
     """Stages for the split, or for the parts of it that a view asks for; nothing where it is refused."""
-    if split.axis_length(seed.meta["val"].shape) < 2:
-        return
-    try:
-        yield loop_everything(module, seed, split)
-    except Refusal:
-        pass  # any other exception is a failure
-    except Spans as spans:
-        for outer, inner in spans.factors:
-            assert outer * inner > 1, "a part is shorter than the axis"
-            yield from accepted_axes(module, seed, Split(split.dim, split.outer * outer, split.inner * inner))
+    for _, stages in accepted(seed, split, partial(loop_everything, module, seed)):
+        yield stages
 
 
 def loop_everything(module: GraphModule, seed: Node, split: Split) -> Stages:

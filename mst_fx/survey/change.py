@@ -105,9 +105,12 @@ class Change:
         found = list(joined_heads(reader, strict=self.config.strict))
         heads = [head for head in found if isinstance(head, JoinedHead) and head.bytes >= self.config.least_bytes]
         apart = [head for head in found if isinstance(head, Refusal)]
-        makes = [partial(nodes_of, region=head.region, lowered=head.whole) for head in heads]
-        edits = [Edit(head.region, make) for head, make in zip(heads, makes, strict=True)]
-        return (self._changed(reader, rebuilt(reader.owner, edits)) if edits else reader), apart
+        return self._replaced(reader, [(head.region, head.whole) for head in heads]), apart
+
+    def _replaced(self, reader: Reader, graphs: Sequence[tuple[Region, GraphModule]]) -> Reader:
+        """Return a reader of the graph with the nodes of aten graphs in place of those of regions."""
+        edits = [Edit(region, partial(nodes_of, region=region, lowered=lowered)) for region, lowered in graphs]
+        return self._changed(reader, rebuilt(reader.owner, edits)) if edits else reader
 
     def _cut_early(self, reader: Reader) -> tuple[Reader, Report, tuple[Any, ...]]:
         """Return a reader of the graph after its early cuts, the report on these, and the sizes that they fix."""
@@ -121,9 +124,7 @@ class Change:
                 return reader, report.joined(Report(refusals=faults)), tuple(sizes.values())
             sizes.update((str(size), size) for head in found for size in head.sizes)
             report = report.joined(Report(cuts=tuple(map(cut_head, found))))
-            makes = [partial(nodes_of, region=head.region, lowered=head.cut_first) for head in found]
-            edits = [Edit(head.region, make) for head, make in zip(found, makes, strict=True)]
-            reader = self._changed(reader, rebuilt(reader.owner, edits))
+            reader = self._replaced(reader, [(head.region, head.cut_first) for head in found])
 
     def _is_worth_cutting(self, head: CutHead) -> bool:
         """Return whether the projection makes enough bytes, or may at another length: an early cut costs nothing."""

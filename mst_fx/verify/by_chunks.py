@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -20,6 +21,8 @@ from mst_fx.placement.placement import WHOLE, Split, adds_up, split_of
 from mst_fx.placement.propagate import Placements, propagate
 from mst_fx.placement.rules import Spans
 from mst_fx.placement.run_on_chunk import run_resized
+
+Placed = TypeVar("Placed")
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12, "equal_nan": True}
 SINGLE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5, "equal_nan": True}
@@ -90,26 +93,31 @@ def check(program: Program, seeds: Sequence[Node] | None = None) -> Counter[str]
     truth = _gradients(program, [node.meta["val"] for node in program.outputs])
     for seed in program.inputs if seeds is None else seeds:
         for split in all_splits(seed.meta["val"].shape):
-            accepted = False
-            for axis, placements in _accepted(program, seed, split):
-                accepted = True
+            is_accepted = False
+            for axis, placements in accepted(seed, split, partial(_placed, program, seed)):
+                is_accepted = True
                 for chunk in {1, max(1, axis.axis_length(seed.meta["val"].shape) - 1)}:
                     _compare(program, seed, axis, placements, chunk, truth)
-            found["accepted" if accepted else "refused"] += 1
+            found["accepted" if is_accepted else "refused"] += 1
     return found
 
 
-def _accepted(program: Program, seed: Node, split: Split) -> Iterator[tuple[Split, Placements]]:
+def _placed(program: Program, seed: Node, split: Split) -> Placements:
+    return propagate(program.graph, {seed: split})
+
+
+def accepted(seed: Node, split: Split, place: Callable[[Split], Placed]) -> Iterator[tuple[Split, Placed]]:
+    """Yield the split, or the parts of it that a view asks for, and what `place` makes of each; nothing if refused."""
     if split.axis_length(seed.meta["val"].shape) < 2:
         return
     try:
-        yield split, propagate(program.graph, {seed: split})
+        yield split, place(split)
     except Refusal:
         pass  # any other exception is a failure
     except Spans as spans:
         for outer, inner in spans.factors:
             assert outer * inner > 1, "a part is shorter than the axis"
-            yield from _accepted(program, seed, Split(split.dim, split.outer * outer, split.inner * inner))
+            yield from accepted(seed, Split(split.dim, split.outer * outer, split.inner * inner), place)
 
 
 def _compare(
