@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -100,7 +100,7 @@ class Engine:
             try:
                 return self._rewritten_but(without or {})
             except _LeftOverError as left:
-                self.surveyor.closed.update(left.bodies)
+                self.surveyor.left_alone.update(left.changes)
                 self.surveyed = self._surveyed()
 
     def _rewritten_but(self, reasons: Mapping[Work, str]) -> Rewritten:
@@ -118,9 +118,9 @@ class Engine:
     def _rewritten(self, surveyed: Surveyed) -> Rewritten:
         plans = self._planned(surveyed, due=self._due(surveyed))
         of_site = dict(zip(surveyed.all_sites(), plans.of, strict=True))
-        bodies = surveyed.left_over([site for site, plan in of_site.items() if plan.lengths])
-        if bodies:
-            raise _LeftOverError(bodies)
+        unneeded = surveyed.left_over([site for site, plan in of_site.items() if plan.lengths])
+        if unneeded:
+            raise _LeftOverError(unneeded)
         module, report = self._spliced(surveyed, of_site)
         report = _with_budget(report, plans).joined(self._unlooped(surveyed, of_site, plans.peak))
         report = replace(report, peak=plans.peak, peak_whole=plans.peak_whole)
@@ -227,11 +227,11 @@ class _AtFaultError(Exception):
 
 
 class _LeftOverError(Exception):
-    """The loops do not take all that some opened checkpoints would recompute: these have to be closed again."""
+    """The loops do not need some changes of the graph: it has to be surveyed without these."""
 
-    def __init__(self, bodies: set[GraphModule]) -> None:
-        super().__init__(f"{len(bodies)} checkpoints are left over")
-        self.bodies = bodies
+    def __init__(self, changes: set[Hashable]) -> None:
+        super().__init__(f"{len(changes)} changes are left over")
+        self.changes = changes
 
 
 @contextmanager

@@ -35,8 +35,16 @@ def discover(reader: Reader, patterns: Sequence[Pattern], *, strict: bool = Fals
         strict: raise a pattern's exceptions; otherwise they become refusals.
 
     Returns:
-        Regions and refusals, in graph order of the nodes that were asked about.
+        Regions and refusals, in graph order of the nodes that were asked about. The reader remembers them.
     """
+    key = (discover, *patterns)
+    if key not in reader.remembered:
+        reader.remembered[key] = _discovered(reader, patterns, strict)
+    found: list[Found] = reader.remembered[key]
+    return found
+
+
+def _discovered(reader: Reader, patterns: Sequence[Pattern], strict: bool) -> list[Found]:
     taken: set[Node] = set()
     refused: set[tuple[Reason, Node | None]] = set()
     failed: set[tuple[str, str]] = set()

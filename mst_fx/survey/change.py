@@ -1,12 +1,12 @@
 """What is changed in a captured graph before patterns are asked: loops take more of the graph that comes of it.
 
 Checkpoints that large values cross are opened; returned logits are dropped, if the user asks for that; pieces of logits
-are joined; cuts of logits move in front of the projection.
+are joined; cuts of logits move in front of the projection; fused projections are parted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from mst_fx.core.values import fake_value, has_gradient
 from mst_fx.recognise.checkpoints import crossed, openable, opened
 from mst_fx.recognise.discover import discover
 from mst_fx.recognise.early_cut import CutHead, cut_heads
+from mst_fx.recognise.fused_projections import FusedProjection, Parted, fused_projections
 from mst_fx.recognise.joined_heads import JoinedHead, joined_heads
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader
@@ -39,12 +40,14 @@ class Changed:
         report: on early cuts and on logits that are dropped.
         sizes: those that the early cuts need fixed.
         apart: a refusal for each projection whose logits are read in pieces that cannot be joined.
+        parted: the fused projections that were parted for the sake of a region.
     """
 
     reader: Reader
     report: Report
     sizes: tuple[Any, ...]
     apart: tuple[Refusal, ...]
+    parted: tuple[Parted, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,14 +58,16 @@ class Change:
         config: the user's options.
         patterns: the patterns that recognise regions.
         marked: names of the sizes that have to vary.
-        closed: bodies of checkpoints that are not to be opened.
+        owner: the graph as it was captured: with the name of a node, it tells a projection from all others.
+        left_alone: bodies of checkpoints that are not to be opened, and keys of projections that are not to be parted.
         known: decompositions of nodes of the compile; those of changed graphs are added.
     """
 
     config: Config
     patterns: Sequence[Pattern]
     marked: frozenset[str]
-    closed: Collection[GraphModule]
+    owner: GraphModule
+    left_alone: Collection[Hashable]
     known: dict[Hashable, Decomposed | None]
 
     def made_to(self, reader: Reader) -> Changed:
@@ -72,11 +77,12 @@ class Change:
             reader, report = self._without_logits(reader)
         reader, apart = self._joined(reader)
         reader, cuts, sizes = self._cut_early(reader)
-        return Changed(reader, report.joined(cuts), sizes, tuple(apart))
+        reader, parted, faults = self._parted(reader)
+        return Changed(reader, report.joined(cuts).joined(faults), sizes, tuple(apart), parted)
 
     def _opened(self, reader: Reader) -> Reader:
         """Return a reader of the graph with the checkpoints opened that large values of its regions cross."""
-        bodies = openable(reader).difference(self.closed)
+        bodies = openable(reader).difference(self.left_alone)
         while bodies:
             wide = self._changed(reader, opened(reader.owner, bodies))
             found = crossed(wide, self._regions(wide))
@@ -105,12 +111,21 @@ class Change:
         found = list(joined_heads(reader, strict=self.config.strict))
         heads = [head for head in found if isinstance(head, JoinedHead) and head.bytes >= self.config.least_bytes]
         apart = [head for head in found if isinstance(head, Refusal)]
-        return self._replaced(reader, [(head.region, head.whole) for head in heads]), apart
+        joined, _ = self._replaced(reader, [(head.region, head.whole) for head in heads])
+        return joined, apart
 
-    def _replaced(self, reader: Reader, graphs: Sequence[tuple[Region, GraphModule]]) -> Reader:
-        """Return a reader of the graph with the nodes of aten graphs in place of those of regions."""
-        edits = [Edit(region, partial(nodes_of, region=region, lowered=lowered)) for region, lowered in graphs]
-        return self._changed(reader, rebuilt(reader.owner, edits)) if edits else reader
+    def _replaced(
+        self, reader: Reader, graphs: Sequence[tuple[Region, GraphModule]]
+    ) -> tuple[Reader, list[list[Node]]]:
+        """Return a reader of the graph with aten graphs in place of regions, and their outputs in it."""
+        outputs: list[list[Node]] = []
+
+        def put(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], **what: Any) -> list[Node]:
+            outputs.append(nodes_of(owner, place, node_of, **what))
+            return outputs[-1]
+
+        edits = [Edit(region, partial(put, region=region, lowered=lowered)) for region, lowered in graphs]
+        return (self._changed(reader, rebuilt(reader.owner, edits)) if edits else reader), outputs
 
     def _cut_early(self, reader: Reader) -> tuple[Reader, Report, tuple[Any, ...]]:
         """Return a reader of the graph after its early cuts, the report on these, and the sizes that they fix."""
@@ -124,7 +139,34 @@ class Change:
                 return reader, report.joined(Report(refusals=faults)), tuple(sizes.values())
             sizes.update((str(size), size) for head in found for size in head.sizes)
             report = report.joined(Report(cuts=tuple(map(cut_head, found))))
-            reader = self._replaced(reader, [(head.region, head.cut_first) for head in found])
+            reader, _ = self._replaced(reader, [(head.region, head.cut_first) for head in found])
+
+    def _parted(self, reader: Reader) -> tuple[Reader, tuple[Parted, ...], Report]:
+        """Return a reader of the graph with the fused projections parted of which a region needs some features alone.
+
+        All their pieces are parted for a trial: it shows which region takes which piece.
+        """
+        taken = {node for region in self._regions(reader) for node in region.nodes}
+        found = list(fused_projections(reader, taken, strict=self.config.strict))
+        faults = Report(refusals=tuple(refused("fused", each) for each in found if isinstance(each, Refusal)))
+        fused = [each for each in found if isinstance(each, FusedProjection) and self._may_part(each)]
+        if not fused:
+            return reader, (), faults
+        single = [(each, each.parts(range(len(each.pieces)))) for each in fused]
+        trial, outputs = self._replaced(reader, [(each.region, each.parted(parts)) for each, parts in single])
+        regions = [(number, node) for number, region in enumerate(self._regions(trial)) for node in region.nodes]
+        region_of = {node: number for number, node in regions}
+        kinds = [[region_of.get(piece) for piece in pieces] for pieces in outputs]
+        worth = [(each, each.parts(of)) for each, of in zip(fused, kinds, strict=True) if len(set(of)) > 1]
+        reader, outputs = self._replaced(reader, [(each.region, each.parted(parts)) for each, parts in worth])
+        keys = [self._key(each) for each, _ in worth]
+        return reader, tuple(Parted(key, tuple(pieces)) for key, pieces in zip(keys, outputs, strict=True)), faults
+
+    def _may_part(self, fused: FusedProjection) -> bool:
+        return fused.bytes >= self.config.least_bytes and self._key(fused) not in self.left_alone
+
+    def _key(self, fused: FusedProjection) -> Hashable:
+        return self.owner, fused.name
 
     def _is_worth_cutting(self, head: CutHead) -> bool:
         """Return whether the projection makes enough bytes, or may at another length: an early cut costs nothing."""

@@ -50,13 +50,13 @@ class Surveyor:
         config: the user's options.
         patterns: the patterns that recognise regions.
         marked: names of the sizes that have to vary.
-        closed: bodies of checkpoints that are not to be opened.
+        left_alone: changes of graphs that are not to be made (see `Change`).
     """
 
     config: Config
     patterns: Sequence[Pattern]
     marked: frozenset[str] = frozenset()
-    closed: set[GraphModule] = field(default_factory=set)
+    left_alone: set[Hashable] = field(default_factory=set)
     _decomposed: dict[Hashable, Decomposed | None] = field(default_factory=dict)
     _works: dict[Hashable, Work] = field(default_factory=dict)
     _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Surveyor:
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
         """Find the regions of a captured graph, and of its subgraphs."""
-        change = Change(self.config, self.patterns, self.marked, self.closed, self._decomposed)
+        change = Change(self.config, self.patterns, self.marked, gm, self.left_alone, self._decomposed)
         changed = change.made_to(without_dead_code(gm, self._decomposed, around.mode, around.borders))
         reader = changed.reader
         sites, refusals = self._sites(reader, around, changed.sizes)
@@ -74,7 +74,7 @@ class Surveyor:
         looped = {node.name for site in sites for node in site.region.nodes}
         apart = [each for each in changed.apart if each.node is not None and each.node.name not in looped]
         report = report.joined(Report(refusals=tuple(refused("head", each) for each in apart)))
-        return Surveyed(reader, tuple(sites), report, children, around, changed.sizes)
+        return Surveyed(reader, tuple(sites), report, children, around, changed.sizes, changed.parted)
 
     def _sites(self, reader: Reader, around: Around, sizes: tuple[Any, ...]) -> tuple[list[Site], Report]:
         """Return the regions of a graph that can be looped, and a report on the others."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from mst_fx.bodies.work import Work
 from mst_fx.core.modes import TOP as TOP_MODE
@@ -22,6 +22,7 @@ from mst_fx.predict.step_memory import Segment, Timeline, resident_bytes, return
 from mst_fx.predict.time import Device, device_of
 from mst_fx.recognise.checkpoints import left_over
 from mst_fx.recognise.discover import Nested
+from mst_fx.recognise.fused_projections import Parted
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region
 from mst_fx.recognise.write_checks import Overwritten, forbid_later_changes, written_when_run
@@ -104,6 +105,7 @@ class Surveyed:
         children: its subgraphs, by the name of the attribute, each with the nodes that run it.
         around: what is around the graph.
         sizes: the sizes that its early cuts need fixed.
+        parted: its fused projections that were parted for the sake of a region.
     """
 
     reader: Reader
@@ -112,6 +114,7 @@ class Surveyed:
     children: dict[str, tuple[Surveyed, tuple[Node, ...]]]
     around: Around
     sizes: tuple[Any, ...] = ()
+    parted: tuple[Parted, ...] = ()
 
     def all_sites(self) -> Iterator[Site]:
         """Yield the sites of the graph and of its subgraphs."""
@@ -119,10 +122,17 @@ class Surveyed:
         for child, _ in self.children.values():
             yield from child.all_sites()
 
-    def left_over(self, looped: Collection[Site]) -> set[GraphModule]:
-        """Return the opened checkpoints that these loops do not take as a whole (see `checkpoints`)."""
-        found = left_over(self.reader, [site.region for site in self.sites if site in looped])
-        return found.union(*(child.left_over(looped) for child, _ in self.children.values()))
+    def left_over(self, looped: Collection[Site]) -> set[Hashable]:
+        """Return the changes of the graph that these loops do not need: `Change.left_alone` keeps them from it.
+
+        They are opened checkpoints that the loops do not take as a whole (see `checkpoints`), and the keys of parted
+        projections of which they take nothing.
+        """
+        regions = [site.region for site in self.sites if site in looped]
+        taken = {node for region in regions for node in region.nodes}
+        unneeded = {each.key for each in self.parted if taken.isdisjoint(each.features)}
+        inner = (child.left_over(looped) for child, _ in self.children.values())
+        return unneeded.union(left_over(self.reader, regions), *inner)
 
     def without(self, refusals: Mapping[Site, Refusal]) -> Surveyed:
         """Return the same for the graph with these regions refused."""
