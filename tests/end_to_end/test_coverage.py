@@ -35,7 +35,7 @@ SAMPLE = [
 @pytest.mark.parametrize("name", SAMPLE)
 def test_trains_as_without(name):
     case = next(case for case in cases(tuple(TASKS)) if case.class_name == name)
-    result = examine(case, "aot_eager")
+    result = examine(case, "eager")
     assert result.status == "trains", f"{result.status}: {result.error}"
     assert result.mst_error <= TOLERANCE
     assert result.graphs == result.plain_graphs

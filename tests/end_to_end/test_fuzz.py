@@ -9,7 +9,7 @@ from fuzzing.generate import generate
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES, PARTS = 200, 4
+EXAMPLES, PARTS = 120, 4
 
 
 @pytest.mark.parametrize("part", range(PARTS))

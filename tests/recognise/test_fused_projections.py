@@ -160,9 +160,10 @@ def test_attention_alone_stays_one_projection():
     assert text(rewritten(gm)[0]) == text(gm)
 
 
-def test_a_projection_whose_mlp_is_not_looped_stays_one():
+@pytest.mark.parametrize("options", [{"min_bytes": 1 << 30}, {"memory_budget": 1 << 30}], ids=["small", "fits"])
+def test_a_projection_whose_mlp_is_not_looped_stays_one(options):
     gm = captured(in_and_out, *tensors((B, T, D), *BOTH))
-    module, report = rewritten(gm, min_bytes=1 << 30)
+    module, report = rewritten(gm, **options)
     assert not report.regions
     assert text(module) == text(gm)
 
