@@ -188,8 +188,6 @@ def _fused(reader: Reader, node: Node) -> FusedProjection | None:
     if any(map(brings_gradients, makers)) or not all(map(reader.is_pure, makers)):
         return None
     region = close(reader, {*makers, *uncut.users, *pieces}, contraction.activation)
-    if set(region.outputs) != set(pieces):
-        return None
     examples = apart([fake_value(live_in) for live_in in region.live_ins])
     lowered = lower(reader.owner, region.nodes, region.live_ins, region.outputs, region.modes, examples=examples)
     way = _way(lowered, region.live_ins.index(region.stream))

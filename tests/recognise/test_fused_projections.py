@@ -12,8 +12,11 @@ from graphs import captured, rewritten, tensors, text
 from memory_probe import saved_bytes
 from torch.utils.checkpoint import checkpoint
 
+import mst_fx
 from mst_fx.core.clean_room import clean_room
+from mst_fx.engine import Engine
 from mst_fx.recognise.fused_projections import fused_projections
+from mst_fx.recognise.pattern import patterns
 from mst_fx.recognise.reader import Reader
 
 B, T, D, H = 2, 24, 8, 32  # sequences, tokens, features of the stream, wide features
@@ -132,6 +135,18 @@ def tokens_too(x, w_in, w_out):
     return F.linear(torch.cat([attention(qkv)[:, 1:], F.gelu(h)], -1), w_out)
 
 
+def left_out(x, w_in, w_out):
+    y = F.linear(x, w_in)
+    h = F.pad(F.gelu(y[..., 3 * D : -1]), (0, 1))
+    return F.linear(torch.cat([attention(y[..., : 3 * D]), h], -1), w_out)
+
+
+def tokens_of_all(x, w_in, w_out):
+    y = F.linear(x, w_in)
+    qkv, h = y[:, 1:, : 3 * D], y[:, 1:, 3 * D :]
+    return F.linear(torch.cat([attention(qkv), F.gelu(h)], -1), w_out)
+
+
 WHOLE = (
     in_place,
     normed_as_a_whole,
@@ -140,6 +155,7 @@ WHOLE = (
     overlapping,
     read_as_a_whole,
     tokens_too,
+    left_out,
 )
 
 
@@ -151,13 +167,33 @@ def test_stays_one_projection(program):
     assert text(rewritten(gm)[0]) == text(gm)
 
 
-def test_attention_alone_stays_one_projection():
-    def program(x, w_in, w_out):
-        q, k, v = (y[:, None] for y in F.linear(x, w_in).chunk(3, -1))  # heads that are wide together
-        return F.linear(F.scaled_dot_product_attention(q, k, v)[:, 0], w_out)
+def test_attention_beside_an_mlp_stays_one_projection():
+    def program(x, w_in, w_out, up, down):
+        q, k, v = (y[:, None] for y in F.linear(x, w_in).chunk(3, -1))  # each is wide
+        mixed = F.linear(F.scaled_dot_product_attention(q, k, v)[:, 0], w_out)
+        return F.linear(F.gelu(F.linear(mixed, up)), down)
 
-    gm = captured(program, *tensors((B, T, D), (3 * H, D), (D, H)))
-    assert text(rewritten(gm)[0]) == text(gm)
+    gm = captured(program, *tensors((B, T, D), (3 * H, D), (D, H), (H, D), (D, H)))
+    module, report = rewritten(gm)
+    assert len(report.regions) == 1
+    assert "linear(l_x_, l_w_in_)" in text(module)
+
+
+def test_cut_tokens_go_first():
+    gm = captured(tokens_of_all, *tensors((B, T, D), *BOTH))
+    with clean_room():
+        assert not list(fused_projections(Reader(gm), (), strict=True))
+
+
+def test_what_no_loop_needs_is_left_over():
+    gm = captured(in_and_out, *tensors((B, T, D), *BOTH))
+    engine = Engine(gm, mst_fx.Config(min_bytes=0, chunk_tokens=4), patterns())
+    assert engine.surveyed.left_over(engine.surveyed.sites) == set()
+    assert engine.surveyed.left_over(()) == {(gm, "linear")}
+    engine.surveyor.left_alone.add((gm, "linear"))
+    again = engine.surveyor.survey(gm)
+    assert not again.parted
+    assert not again.sites
 
 
 @pytest.mark.parametrize("options", [{"min_bytes": 1 << 30}, {"memory_budget": 1 << 30}], ids=["small", "fits"])
