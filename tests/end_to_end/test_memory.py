@@ -172,6 +172,25 @@ def test_layers_as_predicted(again):
     assert abs((report.peak - resident) / peaks[1] - 1) <= 0.15
 
 
+def test_checkpointed_heads_in_turn_as_predicted():
+    """Their loops hold one chunk of the logits; the gradient of the one matrix is summed over all of them."""
+    head_of = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D)) for _ in range(4))
+    x, w, labels = *tensors((T, D), (V, D)), torch.randint(0, V, (T,))
+
+    def losses():
+        of_each = (checkpoint(lambda x, h=h: head(h(x), w, labels), x, use_reentrant=False) for h in head_of)
+        return sum(of_each)
+
+    inputs = [x, w, *head_of.parameters()]
+    compiled = looped(losses, chunk_tokens=CHUNK, inner="aot_eager")
+    compiled().backward()
+    peak = peak_bytes(lambda: torch.autograd.grad(compiled(), inputs))
+    report = mst_fx.reports()[-1]
+    assert len(report.regions) == 4
+    resident = sum(given.numel() * FLOAT for given in inputs) + labels.numel() * 8
+    assert abs((report.peak - resident) / peak - 1) <= 0.15
+
+
 @pytest.mark.slow
 def test_nothing_wide_grows_with_a_length_that_varies():
     """One compile; of twice the length, what is saved and the peak take more of [tokens, hidden] alone."""
