@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from mst_fx.core.torch_private.captured import break_at, graph_break
+from mst_fx.core.torch_private.captured import break_at, graph_break, is_in_torch
 
-_TORCH_ROOT = torch.__path__[0]
 _FRAME = re.compile(r'File "(?P<file>.+?)", line (?P<line>\d+), in .*\n\s*(?P<code>.*)')
 _RESUMED = re.compile(r'File "(?P<file>.+?)", line \d+, in torch_dynamo_resume_in_.+?_at_(?P<line>\d+)')
 
@@ -40,7 +41,7 @@ def module_path(node: Node) -> str:
         return ""
     path = str(next(reversed(stack.values()))[0])
     path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)  # L['self'].layers[0] -> L.self.layers.0
-    path = re.sub(r"_modules\.|_buffers\.|_parameters\.", "", path)
+    path = re.sub(r"__dict__\.|_modules\.|_buffers\.|_parameters\.", "", path)
     return re.sub(r"^[LG]\.\w+\.?", "", path)
 
 
@@ -63,13 +64,13 @@ def source_line(node: Node) -> str:
     """Return `file:line: code` of the innermost frame outside torch, "" where Dynamo recorded none."""
     found = ""
     for frame in _FRAME.finditer(node.meta.get("stack_trace") or ""):
-        if not frame["file"].startswith(_TORCH_ROOT):
+        if not is_in_torch(frame["file"]):
             found = f"{frame['file']}:{frame['line']}: {frame['code'].strip()}"
     return found
 
 
 def op_name(node: Node) -> str:
-    """Return the op as a user would write it: `torch.nn.functional.gelu`, `Tensor.view`."""
+    """Return the op as a user would write it: `torch.nn.functional.gelu`, `Tensor.view`, `library.Rounded.apply`."""
     if node.op == "call_method":
         return f"Tensor.{node.target}"
     if node.op != "call_function":
@@ -77,6 +78,16 @@ def op_name(node: Node) -> str:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
+    if (function := _applied(target)) is not None:
+        return f"{function.__module__}.{function.__qualname__}.apply"
     module = (getattr(target, "__module__", None) or "").replace("torch._C._nn", "torch.nn.functional")
     name = getattr(target, "__name__", str(target))
     return f"{module.lstrip('_')}.{name}" if module else name
+
+
+def _applied(target: Any) -> type[torch.autograd.Function] | None:
+    """Return the custom autograd function that a function made by Dynamo calls; None for any other target."""
+    if not isinstance(target, FunctionType) or not target.__module__.startswith("torch._dynamo"):
+        return None
+    held = (cell.cell_contents for cell in target.__closure__ or ())
+    return next((x for x in held if isinstance(x, type) and issubclass(x, torch.autograd.Function)), None)

@@ -5,6 +5,7 @@ Private torch API: all of torch's names in this file. Run on torch 2.11, 2.13 an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from typing import Any
 
@@ -16,6 +17,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_tra
 
 make_graph_module = _make_graph_module
 """Make a graph module; within torch.compile it writes its code on the first run."""
+
+
+_ROOT = os.path.join(torch.__path__[0], "")  # with a separator at the end: torchao is another library
+
+
+def is_in_torch(file: str) -> bool:
+    """Return whether a source file is one of torch itself."""
+    return file.startswith(_ROOT)
 
 
 def is_transformed(value: torch.Tensor) -> bool:
@@ -56,5 +65,5 @@ def break_at(file: str, line: int) -> str:
 def _told(reason: Any) -> str:
     """Return a graph break in one line: the first sentence of Dynamo's reason, and the user's source line."""
     first = str(reason.reason).strip().partition("\n")[0]
-    frames = [frame for frame in reason.user_stack or () if not frame.filename.startswith(torch.__path__[0])]
+    frames = [frame for frame in reason.user_stack or () if not is_in_torch(frame.filename)]
     return f"{first} at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else first
