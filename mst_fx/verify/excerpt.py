@@ -106,7 +106,6 @@ def alone(region: Region, change: Change | None = None) -> Region:
             copies so far. Without it the values are the original's.
     """
     graph = Graph()
-    module = module_over(region.owner, graph)
     node_of: dict[Node, Node] = {}
     known: dict[Node, Any] = {}
     for node in (*region.live_ins, *region.nodes):
@@ -116,6 +115,7 @@ def alone(region: Region, change: Change | None = None) -> Region:
         if change is not None:
             known[copy] = copy.meta["example_value"] = change(node, copy, known)
     graph.output(tuple(_read(graph, region, node, node_of[node]) for node in region.outputs))
+    module = module_over(region.owner, graph)  # it takes over the subgraphs that nodes of the graph read
     mapped = replace(
         region,
         owner=module,

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map
 
 from mst_fx.capture.lower import under
+from mst_fx.capture.opened import OF_TORCH
 from mst_fx.capture.run_node import execute
 from mst_fx.core.aten_ops import DRAWS
 from mst_fx.core.clean_room import clean_room, without_autocast
@@ -103,7 +104,8 @@ def _draw(args: Any, kwargs: Mapping[str, Any], generator: torch.Generator) -> t
 class InFloat64(TorchDispatchMode):
     """Runs every op in float64 and on the CPU, whatever dtype and device its program names.
 
-    An op without a float64 form runs in float32.
+    An op without a float64 form runs in float32, and so does an op of another library: where its kernel does not know
+    float64, it may leave its result as it found the memory, without an error.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -111,13 +113,14 @@ class InFloat64(TorchDispatchMode):
         if func == aten.view.dtype:
             raise NotImplementedError("bits of a float are read as another dtype")
         args, kwargs = tree_map(_in_float64_on_cpu, (args, kwargs or {}))
-        try:
-            return func(*args, **kwargs)
-        except RuntimeError:
-            if func._schema.is_mutable:
-                raise
-            args, kwargs = tree_map(_as_float32, (args, kwargs))
-            return tree_map(_as_float64, func(*args, **kwargs))
+        if func.namespace in OF_TORCH or func._schema.is_mutable:
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError:
+                if func._schema.is_mutable:
+                    raise
+        args, kwargs = tree_map(_as_float32, (args, kwargs))
+        return tree_map(_as_float64, func(*args, **kwargs))
 
 
 def _in_float64_on_cpu(given: Any) -> Any:
