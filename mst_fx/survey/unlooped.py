@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import GraphModule, Node
 
+from mst_fx.capture.run_node import is_custom_function
 from mst_fx.core.provenance import module_path, op_name, source_line
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint
@@ -76,22 +77,32 @@ def _values(surveyed: Surveyed, plans: Mapping[Site, Plan], least: int, times: i
             yield _Value(reader, node, node in saved and not surveyed.around.repeated, times, known)
     for child, its_callers in surveyed.children.values():
         yield from _values(child, plans, least, times * len(its_callers))
-    yield from _unseen(reader, surveyed.children, least, times)
+    yield from _unseen(reader, surveyed.children, looped, least, times)
 
 
-def _unseen(reader: Reader, entered: Collection[str], least: int, times: int) -> Iterator[_Value]:
-    """Yield the large values of the subgraphs that no region looks into, without their outputs: these are the op's."""
+def _unseen(
+    reader: Reader, entered: Collection[str], looped: Container[Node], least: int, times: int
+) -> Iterator[_Value]:
+    """Yield the large values of the other subgraphs, without their outputs: these are the op's.
+
+    A region looks into a custom function with the op: what a loop covers is left out, and the rest has the op's reason.
+    """
     for node in reader.owner.graph.find_nodes(op="get_attr"):
         child = getattr(reader.owner, str(node.target), None)
         if not isinstance(child, GraphModule) or node.target in entered:
             continue
-        caller = next(iter(node.users), node)
+        caller = next((user for user in node.users if user not in looped), None)
+        if caller is None:
+            continue
+        known = reader.unmatched.about(caller)
+        if known is None and is_custom_function(caller):
+            known = why_unlooped(reader, caller)
         inner = Reader(child, {}, reader.modes[node], replace(reader.borders, within=op_name(caller)))
         outputs = child.graph.output_node().all_input_nodes
         for value in _large(child, least):
             if value not in outputs and is_written(inner, value, (), ()):
-                yield _Value(inner, value, times=times, known=reader.unmatched.about(caller), within=op_name(caller))
-        yield from _unseen(inner, (), least, times)
+                yield _Value(inner, value, times=times, known=known, within=op_name(caller))
+        yield from _unseen(inner, (), (), least, times)
 
 
 def _large(owner: GraphModule, least: int) -> list[Node]:
