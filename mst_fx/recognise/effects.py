@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from mst_fx.capture.run_node import is_custom_function
 from mst_fx.core.graph_modules import held_graph
 from mst_fx.core.graph_walk import walk
 from mst_fx.core.values import fake_value, has_gradient, is_view, storages_of, storages_of_all
@@ -46,6 +47,8 @@ _SIDE_EFFECTS = {
 
 DATA = frozenset(["_get_data_attr"])
 """Functions whose view shares no version with its base: autograd does not notice a write to it."""
+REBINDS = frozenset(["set_", "_lower_version_count_by_1"])
+"""Methods and functions that Dynamo captures for `x.data = y`."""
 SWITCHES_GRADIENTS = ("detach_", "requires_grad_")
 """Methods that change in place whether a value needs a gradient."""
 DETACHED = DATA | {"detach"}
@@ -77,6 +80,22 @@ def _written_in(caller: Node, subgraph: GraphModule) -> list[Node]:
     if not is_known or any(storages_of(given) != storages_of(operand) for given, operand in pairs):
         return caller.all_input_nodes  # a custom backward reads what its forward has saved
     return [operand for given, operand in pairs if not written.isdisjoint(storages_of(given))]
+
+
+def rebinds(node: Node) -> bool:
+    """Return whether a node lets its operand lie in the memory of another value (`x.data = y`).
+
+    It writes to no memory: of the values before it, only the operand itself changes, and no view of it.
+    """
+    return _name(node) in REBINDS
+
+
+def used_by(node: Node) -> set[Node]:
+    """Return the operands that a node reads; a custom function may be handed more than its forward reads."""
+    if not is_custom_function(node):
+        return set(node.all_input_nodes)
+    pairs = handed(node, subgraphs_of(node)[0])
+    return {operand for given, operand in pairs if given.users}
 
 
 def sends_back(node: Node) -> bool:

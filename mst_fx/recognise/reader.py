@@ -33,10 +33,10 @@ from mst_fx.core.provenance import TOP as TOP_BORDERS
 from mst_fx.core.provenance import Borders
 from mst_fx.core.refusal import Refusal
 from mst_fx.core.sizes import hint, is_size, sure
-from mst_fx.core.values import fake_value, is_view, tensors_of
+from mst_fx.core.values import fake_value, is_view, storages_of_all, tensors_of
 from mst_fx.placement.rules.contraction import factors
 from mst_fx.recognise.decomposed_nodes import decomposed_nodes, reshapes_in_place
-from mst_fx.recognise.effects import SWITCHES_GRADIENTS, gradients_in, writes_data, written_by
+from mst_fx.recognise.effects import SWITCHES_GRADIENTS, gradients_in, rebinds, writes_data, written_by
 from mst_fx.recognise.obstacles import Unmatched, obstacle_in
 
 aten = torch.ops.aten
@@ -108,6 +108,15 @@ class Reader:
     def reshapes_in_place(self) -> list[Node]:
         """The nodes that give a value another shape in place."""
         return [node for node in self.owner.graph.nodes if reshapes_in_place(node)]
+
+    @functools.cached_property
+    def rebinding(self) -> list[Node]:
+        """The nodes that let an operand lie in other memory."""
+        return [node for node in self.owner.graph.nodes if rebinds(node)]
+
+    def memory_written_by(self, node: Node) -> set[torch.UntypedStorage]:
+        """Return the memory that a node writes to."""
+        return set() if rebinds(node) else storages_of_all(self.written_by(node))
 
     def decomposed(self, node: Node) -> Decomposed | None:
         """Return the aten ops of a node; None where it has none (no fake values, a data-dependent op, ...)."""

@@ -17,7 +17,7 @@ from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.values import has_gradient, is_view, storages_of, storages_of_all
-from mst_fx.recognise.effects import DETACHED, handed, leaves, lies_behind, sends_back, writes_data
+from mst_fx.recognise.effects import DETACHED, handed, leaves, lies_behind, sends_back, used_by, writes_data
 from mst_fx.recognise.reader import Reader
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def forbid_writes_between(
     node, end = min(before, nodes[0], key=order.__getitem__), max(order[before], order[nodes[-1]])
     while order.get(node, end + 1) <= end:
         operands = storages_of_all(node.all_input_nodes)
-        written = storages_of_all(reader.written_by(node))
+        written = reader.memory_written_by(node)
         if node in inside:
             wrong = written & (foreign | seen) or operands & changed
             read |= operands
@@ -91,7 +91,7 @@ def forbid_writes_to_shared(reader: Reader, nodes: Sequence[Node], outputs: Sequ
             text = f"{op_name(shown[-1])} gives a view that leaves the graph beside what it views"
             raise Refusal(Reason.MUTATION, shown[-1], text)
     for node in reader.owner.graph.nodes if shared else ():
-        written = storages_of_all(reader.written_by(node))
+        written = reader.memory_written_by(node)
         if node not in inside and reader.order[node] > reader.order[nodes[0]] and not shared.isdisjoint(written):
             raise Refusal(Reason.MUTATION, node, f"{op_name(node)} writes to memory that two results share")
 
@@ -121,7 +121,7 @@ def forbid_late_writes(reader: Reader, region: Region, around: Overwritten, *, r
 def written_behind(reader: Reader, position: int) -> Overwritten:
     """Return the memory that nodes after a position of the graph's order write to, and the last such node of each."""
     nodes = (node for node in reader.owner.graph.nodes if reader.order[node] > position)
-    return {memory: node for node in nodes for memory in storages_of_all(reader.written_by(node))}
+    return {memory: node for node in nodes for memory in reader.memory_written_by(node)}
 
 
 def written_when_run(reader: Reader, child: Nested, around: Overwritten) -> Overwritten:
@@ -167,6 +167,11 @@ def forbid_later_changes(reader: Reader, nodes: Sequence[Node], live_ins: Collec
         ):
             text = f"{op_name(node)} changes in place a value that the region makes or has read"
             raise Refusal(Reason.MUTATION, node, text)
+    read = set().union(*map(used_by, nodes))
+    for node in reader.rebinding:
+        if reader.order[node] > reader.order[nodes[0]] and not read.isdisjoint(node.all_input_nodes[:1]):
+            text = f"{op_name(node)} gives other memory to a value that the region has read"
+            raise Refusal(Reason.MUTATION, node, text)
 
 
 def forbid_writes_to_saved(reader: Reader, nodes: Sequence[Node]) -> None:
@@ -178,7 +183,7 @@ def forbid_writes_to_saved(reader: Reader, nodes: Sequence[Node]) -> None:
     inside = set(nodes)
     given = storages_of_all(operand for node in nodes for operand in node.all_input_nodes if operand not in inside)
     for write in reader.data_writes:
-        memory = storages_of_all(reader.written_by(write)) - (set() if write in inside else given)
+        memory = reader.memory_written_by(write) - (set() if write in inside else given)
         for node in reader.owner.graph.nodes if write in inside else nodes:
             if reader.order[node] < reader.order[write] and _may_have_saved(reader, node, memory):
                 text = f"{op_name(write)} writes through .data to what {op_name(node)} may have saved for backward"
