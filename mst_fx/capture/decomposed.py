@@ -21,7 +21,7 @@ from mst_fx.capture.decompositions import decompositions
 from mst_fx.capture.lower import lower, mutates, traced, tracing
 from mst_fx.capture.run_node import brings_gradients, execute, execute_with_own_gradients
 from mst_fx.core.aten_ops import is_mutable
-from mst_fx.core.graph_modules import operands_read, subgraphs_read
+from mst_fx.core.graph_modules import held_by, operands_read
 from mst_fx.core.graph_walk import ancestors, in_order
 from mst_fx.core.modes import Mode
 from mst_fx.core.torch_private.tracing import TorchDispatchMode
@@ -59,7 +59,7 @@ def decompose_alone(owner: GraphModule, node: Node, result: Node) -> Decomposed 
         result: the node itself, or the operand that it writes to if it has no value of its own.
     """
     try:
-        nodes, operands = [*subgraphs_read(node), node], operands_read(node)
+        nodes, operands = [*held_by([node]), node], operands_read(node)
         lowered = lower(owner, nodes, operands, [result], dict.fromkeys(nodes, Mode()), gathers=False)
     except Exception as error:  # the user's op may do anything
         log.debug("mst_fx: %s is not understood: %s", node, error)
@@ -78,7 +78,9 @@ def decompose_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, 
     region is.
     """
     operands = {operand: fake_value(operand) for node in nodes for operand in operands_read(node)}
-    subgraphs = {held: execute(owner, held, {}) for node in nodes for held in subgraphs_read(node)}
+    things: dict[Node, Any] = {}
+    for held in held_by(nodes):
+        things[held] = execute(owner, held, things)
     leaves = {id(leaf): leaf for leaf in tree_leaves(list(operands.values()))}  # a trace tells values by identity
     counts: list[int] = []
     written: list[frozenset[int]] = []
@@ -86,7 +88,7 @@ def decompose_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, 
     def run(*values: Any) -> list[Any]:
         given = dict(zip(leaves, values, strict=True))
         env = {operand: tree_map(lambda leaf: given[id(leaf)], value) for operand, value in operands.items()}
-        env |= subgraphs
+        env |= things
         made: list[torch.Tensor] = []
         for node in nodes:
             tensors, changed = _run(owner, node, env)

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from mst_fx.capture.run_node import brings_gradients
-from mst_fx.core.graph_modules import held_graph
+from mst_fx.core.graph_modules import held_graph, is_held, makes_settings
 from mst_fx.core.sizes import VARYING, seen
 from mst_fx.core.values import fake_value, has_gradient, tensors_of
 
@@ -58,6 +58,11 @@ def _target(node: Node) -> Hashable:
     return target
 
 
+def _held(node: Node) -> Hashable:
+    """Return a key of a subgraph, or of settings."""
+    return (_target(node), like(node.args), like(node.kwargs)) if makes_settings(node) else _target(node)
+
+
 def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
     """Return a key that is equal for arguments of equal shapes and values.
 
@@ -68,7 +73,7 @@ def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
     if isinstance(value, Node):
         if number and value in number:
             return (Node, number[value])
-        return like(fake_value(value)) if held_graph(value) is None else _target(value)
+        return _held(value) if is_held(value) else like(fake_value(value))
     if isinstance(value, torch.Tensor):
         lazy = (value.is_conj(), value.is_neg())
         return (tuple(map(like, value.shape)), tuple(map(like, value.stride())), value.dtype, value.device, lazy)

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node, map_arg
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from mst_fx.core.clean_room import without_autocast
+from mst_fx.core.graph_modules import operands_read
 from mst_fx.core.values import fake_value, has_gradient, tensors_of
 from mst_fx.ops.own_gradients import own_gradients, upstream
 from mst_fx.placement.rules import rule_for
@@ -69,7 +70,8 @@ def execute_with_own_gradients(owner: GraphModule, node: Node, env: Mapping[Node
             leaves[id(value)] = (value, value.detach().requires_grad_() if needs else value)
         return leaves[id(value)][1]
 
-    operands = {operand: tree_map(leaf, env[operand], fake_value(operand)) for operand in node.all_input_nodes}
+    operands = {operand: tree_map(leaf, env[operand], fake_value(operand)) for operand in operands_read(node)}
+    operands |= {held: env[held] for held in node.all_input_nodes if held not in operands}
     with torch.enable_grad():
         result = execute(owner, node, operands)
     ends = {id(x): x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.requires_grad}

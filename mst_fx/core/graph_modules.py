@@ -1,12 +1,15 @@
-"""Graph modules: copies, and modules over new graphs."""
+"""Graph modules: copies, modules over new graphs, and what their nodes hold that is no value."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from mst_fx.core.graph_walk import ancestors, in_order
 from mst_fx.core.torch_private.captured import make_graph_module
 
 aten = torch.ops.aten
@@ -42,11 +45,25 @@ def held_graph(node: Node) -> GraphModule | None:
     return held if isinstance(held, GraphModule) else None
 
 
-def subgraphs_read(node: Node) -> list[Node]:
-    """Return the operands of a node that are subgraphs."""
-    return [operand for operand in node.all_input_nodes if held_graph(operand) is not None]
+def makes_settings(node: Node) -> bool:
+    """Return whether a node makes a named tuple or a dataclass of constants, as FX writes a function's settings."""
+    if node.op != "call_function" or not isinstance(node.target, type):
+        return False
+    is_written = issubclass(node.target, tuple) or is_dataclass(node.target)
+    return is_written and all(map(makes_settings, node.all_input_nodes))
+
+
+def is_held(node: Node) -> bool:
+    """Return whether a node gives what is no value: a subgraph, or settings. It runs along with its reader."""
+    return held_graph(node) is not None or makes_settings(node)
+
+
+def held_by(nodes: Iterable[Node]) -> list[Node]:
+    """Return the subgraphs and settings that nodes read, in graph order, with the settings that those are made of."""
+    read = [operand for node in nodes for operand in node.all_input_nodes if is_held(operand)]
+    return list(in_order(read[0].graph, ancestors(read))) if read else []
 
 
 def operands_read(node: Node) -> list[Node]:
-    """Return the operands of a node that are values, and no subgraphs."""
-    return [operand for operand in node.all_input_nodes if held_graph(operand) is None]
+    """Return the operands of a node that are values: no subgraphs and no settings."""
+    return [operand for operand in node.all_input_nodes if not is_held(operand)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node, map_arg
 
-from mst_fx.core.graph_modules import layout_free, module_over
+from mst_fx.core.graph_modules import is_held, layout_free, module_over
 from mst_fx.recognise.region import Region
 
 OPENED_FROM = "mst_fx_opened_from"
@@ -111,7 +111,7 @@ def _replace(graph: Graph, region: Region, values: Sequence[Node], node_of: dict
         node_of[outer].replace_all_uses_with(value)
         node_of[outer] = value
     for node in erased:
-        if node.op != "get_attr" or not node.users:  # a subgraph may be read elsewhere, too
+        if not (node.users and is_held(node)):  # what is held may be read elsewhere, too
             graph.erase_node(node)
 
 

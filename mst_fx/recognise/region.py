@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from mst_fx.core.graph_modules import held_graph, subgraphs_read
+from mst_fx.core.graph_modules import held_by, is_held
 from mst_fx.core.graph_walk import descendants, walk
 from mst_fx.core.modes import Mode
 from mst_fx.core.provenance import module_path, op_name
@@ -97,10 +97,10 @@ def close(
             before all readers, or a node writes to memory of the region in between.
     """
     inside = _without_foreign_items(with_items(nodes))
-    inside |= {held for node in inside for held in subgraphs_read(node)}
+    inside |= {*held_by(inside)}
     inside = _without_shown_views(sorted(inside, key=reader.order.__getitem__))
     ordered = tuple(sorted(inside, key=reader.order.__getitem__))
-    outputs = tuple(node for node in ordered if not inside.issuperset(node.users) and held_graph(node) is None)
+    outputs = tuple(node for node in ordered if not inside.issuperset(node.users) and not is_held(node))
     if not outputs:
         last = max(nodes, key=reader.order.__getitem__)
         raise Refusal(Reason.UNREAD, last, f"nobody reads the result of {op_name(last)}")
