@@ -95,9 +95,11 @@ PRODUCTS = (aten.mm.default, aten.bmm.default)
 """[.., n, k] @ [.., k, m]."""
 PRODUCTS_PLUS = (aten.addmm.default, aten.baddbmm.default)
 """A bias, which broadcasts, plus such a product."""
-ONE_PRODUCT = (aten.mm.default, aten.addmm.default)
+SCALED_PRODUCTS = (aten._scaled_mm.default,)
+"""[n, k] @ [k, m] in few bits, times a scale for all, or one for each row and each column."""
+ONE_PRODUCT = (aten.mm.default, aten.addmm.default, *SCALED_PRODUCTS)
 """A product with one matrix, not with one for each of a batch or of groups."""
-CONTRACTIONS = (*PRODUCTS, *PRODUCTS_PLUS, *GROUPED_PRODUCTS)
+CONTRACTIONS = (*PRODUCTS, *PRODUCTS_PLUS, *GROUPED_PRODUCTS, *SCALED_PRODUCTS)
 """Matrix products of any kind."""
 
 # Families: reductions, scans and norms.

@@ -1,4 +1,7 @@
-"""Matrix products: a product of split rows has split rows; a contraction over the axis makes a partial sum."""
+"""Matrix products: a product of split rows has split rows; a contraction over the axis makes a partial sum.
+
+A scale or a bias of a product lies as the rows or columns that it belongs to.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from mst_fx.core.aten_ops import GROUPED_PRODUCTS, PRODUCTS, PRODUCTS_PLUS
+from mst_fx.core.aten_ops import GROUPED_PRODUCTS, PRODUCTS, PRODUCTS_PLUS, SCALED_PRODUCTS
 from mst_fx.core.sizes import sure
 from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split
 from mst_fx.placement.rules.registry import Demand, Flow, args_of, back, mixed, rule, shape_of
@@ -14,7 +17,8 @@ from mst_fx.placement.rules.registry import Demand, Flow, args_of, back, mixed, 
 
 def factors(node: Node) -> tuple[Any, Any]:
     """Return the two operands that are multiplied: left [.., n, k] and right [.., k, m]."""
-    left, right = args_of(node)[:2] if node.target in GROUPED_PRODUCTS else args_of(node)[-2:]
+    first = node.target in (*GROUPED_PRODUCTS, *SCALED_PRODUCTS)
+    left, right = args_of(node)[:2] if first else args_of(node)[-2:]
     return left, right
 
 
@@ -31,21 +35,39 @@ def product_plus(node: Node, flow: Flow) -> Placement:
     result = _product(node, flow, left, right)
     if result == PARTIAL:
         raise mixed(node, "adds a bias to a sum over the axis")
-    expected: Placement = WHOLE
-    if isinstance(result, Split):
-        shape = shape_of(bias)
-        dim = result.dim - len(shape_of(node)) + len(shape)
-        expected = result.moved(dim) if dim >= 0 and not sure(shape[dim] == 1) else WHOLE
-    if flow.of(bias) == WHOLE and isinstance(expected, Split):
-        raise Demand(bias, expected)
-    if flow.of(bias) != expected:
-        raise mixed(node, f"adds a bias placed as {flow.of(bias)} to a product placed as {result}")
+    _check_broadcast(node, flow, result, bias, "bias")
     return result
 
 
-@back(*PRODUCTS, *PRODUCTS_PLUS)
+@rule(*SCALED_PRODUCTS)
+def scaled_product(node: Node, flow: Flow) -> Placement:
+    """[n, k] @ [k, m], times scales: one number, or [n, 1] of the left and [1, m] of the right operand; plus a bias."""
+    left, right, left_scale, right_scale, bias, result_scale = args_of(node)[:6]
+    result = _product(node, flow, left, right)
+    if result == PARTIAL and not (bias is None and result_scale is None):
+        raise mixed(node, "adds a bias to a sum over the axis, or scales it to few bits")
+    for given, name in ((left_scale, "scale"), (right_scale, "scale"), (bias, "bias"), (result_scale, "scale")):
+        if given is not None:
+            _check_broadcast(node, flow, result, given, name)
+    return result
+
+
+def _check_broadcast(node: Node, flow: Flow, result: Placement, given: Node, name: str) -> None:
+    """Raise a refusal, or a `Demand`, unless an operand that broadcasts to a product lies as the product does."""
+    expected: Placement = WHOLE
+    if isinstance(result, Split):
+        shape = shape_of(given)
+        dim = result.dim - len(shape_of(node)) + len(shape)
+        expected = result.moved(dim) if dim >= 0 and not sure(shape[dim] == 1) else WHOLE
+    if flow.of(given) == WHOLE and isinstance(expected, Split):
+        raise Demand(given, expected)
+    if flow.of(given) != expected:
+        raise mixed(node, f"has a {name} placed as {flow.of(given)} and a product placed as {result}")
+
+
+@back(*PRODUCTS, *PRODUCTS_PLUS, *SCALED_PRODUCTS)
 def product_back(node: Node, split: Split) -> dict[Node, Split]:
-    """Rows come from the left operand, columns from the right one, a batch from both; a bias may have the dim, too."""
+    """Rows come from the left operand, columns from the right one, a batch from both; the others may have the dim."""
     left, right = factors(node)
     rank = len(shape_of(node))
     demands = {}
@@ -53,11 +75,10 @@ def product_back(node: Node, split: Split) -> dict[Node, Split]:
         demands[left] = split
     if split.dim != rank - 2:
         demands[right] = split
-    if len(args_of(node)) == 3:
-        bias = args_of(node)[0]
-        dim = split.dim - rank + len(shape_of(bias))
-        if dim >= 0 and not sure(shape_of(bias)[dim] == 1):
-            demands[bias] = split.moved(dim)
+    for given in set(node.all_input_nodes) - {left, right}:
+        dim = split.dim - rank + len(shape_of(given))
+        if dim >= 0 and not sure(shape_of(given)[dim] == 1):
+            demands[given] = split.moved(dim)
     return demands
 
 

@@ -9,6 +9,8 @@ from strategies import broadcasts, chunk_by_chunk
 
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.placement.placement import PARTIAL, WHOLE, Split
+from mst_fx.placement.propagate import propagate
+from mst_fx.verify.by_chunks import Program, check
 
 aten = torch.ops.aten
 SIZES = st.sampled_from([1, 2, 3, 4])
@@ -105,6 +107,24 @@ def test_refused(function, inputs, split):
     with pytest.raises(Refusal) as refused:
         placed(Call(function, inputs), split)
     assert refused.value.reason is Reason.AXIS_MIXED
+
+
+def float8(*shape, seed=0):
+    return values(*shape, seed=seed).detach().to(torch.float8_e4m3fn)
+
+
+def scales(*shape):
+    return (values(*shape).detach().abs() + 0.1).float()
+
+
+@pytest.mark.parametrize("of_rows", [True, False])
+def test_scales_lie_as_the_rows_and_columns_that_they_belong_to(of_rows):
+    program = Program()
+    left, right = program.input(float8(6, 16)), program.input(float8(32, 16, seed=1).t())
+    given = [program.input(scales(*shape)) for shape in ([(6, 1), (1, 32)] if of_rows else [(), ()])]
+    program.outputs = [program.call(aten._scaled_mm.default, left, right, *given, out_dtype=torch.float32)]
+    assert propagate(program.graph, {left: Split(0)}).of[program.outputs[0]] == Split(0)
+    assert check(program, [left])["accepted"]
 
 
 def test_a_product_of_weights_stays_whole():

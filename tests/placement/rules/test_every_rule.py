@@ -43,6 +43,7 @@ def tagged():
 
 UNCHECKED = {
     getattr(aten, "_grouped_mm", aten.mm).default: "runs on some devices alone; see the tests of routing",
+    aten._scaled_mm.default: "takes float8; see the tests of contraction",
     getattr(getattr(aten, "_fused_rms_norm", aten.mm), "default", None): "as above; see the tests of reductions",
     aten.empty_like.default: "its values mean nothing; see the tests of elementwise ops",
     aten.empty.memory_format: "as above; see the tests of creation",
