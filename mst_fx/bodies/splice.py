@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from mst_fx.bodies.call import Call
 from mst_fx.core.aten_ops import DRAWS
 from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.sizes import hint
-from mst_fx.core.values import bytes_made, has_gradient
+from mst_fx.core.values import bytes_made, fake_value, has_gradient, storages_of, storages_of_all
 from mst_fx.placement.partition import Stages
 from mst_fx.recognise.rebuild import captured, live_ins_of
 from mst_fx.recognise.region import Region
@@ -47,7 +47,7 @@ def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacem
     region, stages, graph = replacement.region, replacement.stages, owner.graph
     env = live_ins_of(stages.graph, region, node_of)
     with graph.inserting_before(place):
-        remade = _remade(stages, env)
+        remade = _remade(stages, replacement.call.spec.wanted, env)
         for node in stages.prologue:
             env[node] = captured(graph.node_copy(node, env.__getitem__), node)
             if node in remade:
@@ -65,19 +65,35 @@ def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacem
     return [env[node] for node in stages.outputs]
 
 
-def _remade(stages: Stages, live_in_of: Mapping[Node, Node]) -> set[Node]:
+def _remade(stages: Stages, wanted: Container[int], live_in_of: Mapping[Node, Node]) -> set[Node]:
     """Return the nodes of the prologue to run again in the backward, as under activation checkpointing.
 
-    They make an operand that has no gradient and more bytes than all that it is made of: an unpacked weight.
+    They make an operand without a gradient: of parameters, which exist anyway (a weight in few bits), or of values that
+    have no gradient and fewer bytes (an unpacked weight).
+
+    Args:
+        stages: of the region.
+        wanted: positions of the operands that get a gradient.
+        live_in_of: the node in the graph for each placeholder of the stages.
     """
     remade: set[Node] = set()
-    for operand in set(stages.operands).intersection(stages.prologue):
+    for position, operand in enumerate(stages.operands):
         made = ancestors([operand])
         sources = made.intersection(live_in_of)
-        frozen = not any(has_gradient(live_in_of[source]) for source in sources)
-        if frozen and bytes_made(operand) > sum(map(bytes_made, sources)) and not any(n.target in DRAWS for n in made):
+        given = [live_in_of[source] for source in sources]
+        if position in wanted or operand not in stages.prologue or any(node.target in DRAWS for node in made):
+            continue
+        grown = not any(map(has_gradient, given)) and bytes_made(operand) > sum(map(bytes_made, sources))
+        if grown or (given and all(map(_is_kept, given))):
             remade |= made - sources
     return remade
+
+
+def _is_kept(node: Node) -> bool:
+    """Return whether a value lies in parameters, which exist as long as the model does."""
+    inputs = node.graph.find_nodes(op="placeholder")
+    kept = storages_of_all(given for given in inputs if isinstance(fake_value(given), torch.nn.Parameter))
+    return storages_of(node) <= kept
 
 
 def _laid_out_like(result: Node, value: torch.Tensor) -> Node:
