@@ -27,6 +27,7 @@ from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.write_checks import (
     forbid_gradients_behind_detach,
     forbid_later_changes,
+    forbid_rebinding,
     forbid_writes_between,
     forbid_writes_to_saved,
     forbid_writes_to_shared,
@@ -129,6 +130,7 @@ def close(
     forbid_writes_to_saved(reader, ordered)
     forbid_gradients_behind_detach(reader, ordered)
     forbid_later_changes(reader, ordered, live_ins)
+    forbid_rebinding(reader, ordered, moved)
     forbid_writes_to_shared(reader, ordered, outputs)
     modes = {node: reader.modes[node] for node in ordered}
     place = (before, moved_ahead)

@@ -167,7 +167,20 @@ def forbid_later_changes(reader: Reader, nodes: Sequence[Node], live_ins: Collec
         ):
             text = f"{op_name(node)} changes in place a value that the region makes or has read"
             raise Refusal(Reason.MUTATION, node, text)
-    read = set().union(*map(used_by, nodes))
+
+
+def forbid_rebinding(reader: Reader, nodes: Sequence[Node], moved: Collection[Node]) -> None:
+    """Raise a refusal for a value that gets other memory (`x.data = y`) once the region has read it.
+
+    Args:
+        reader: reads the graph.
+        nodes: the region, in graph order.
+        moved: what the nodes that move in front of it make and read.
+
+    Raises:
+        Refusal: as above (MUTATION).
+    """
+    read = set(moved).union(*map(used_by, nodes))
     for node in reader.rebinding:
         if reader.order[node] > reader.order[nodes[0]] and not read.isdisjoint(node.all_input_nodes[:1]):
             text = f"{op_name(node)} gives other memory to a value that the region has read"

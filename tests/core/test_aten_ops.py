@@ -32,7 +32,7 @@ OURS = (overwritten, upstream, own_gradients)
 RULED = sorted({op for op in _RULES if op not in ("pointwise", *OURS)}, key=str)
 """The ops of torch that have a rule of their own."""
 DRAWN = [op for op in RULED if op not in (*table.GROUPED_PRODUCTS, *table.SCALED_PRODUCTS, *table.LAYER_NORMS)]
-"""Those that can be called on any CPU, in any dtype; of the others it is known what their backward reads: their operands."""
+"""Those that can be called on any CPU, in any dtype; of the others it is known that their backward reads operands."""
 
 KERNELS = {"view": table.SHOWS_MEMORY, "unfused": table.UNFUSED, "fused": table.FUSED}
 BACKWARD = {"dear": frozenset(table.CONTRACTIONS), "recomputed": table.RECOMPUTED}

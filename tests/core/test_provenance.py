@@ -92,6 +92,8 @@ def test_frames_of_torch_are_left_out():
     inside = f'  File "{torch_file}", line 134, in forward\n    return F.linear(input)\n'
     assert source_line(known(stack_trace=mine + inside)) == "/home/me/my model.py:7: y = up(x)"
     assert source_line(known(stack_trace=mine + inside + other)) == "b.py:9: g()"
+    beside = f'  File "{torch.__path__[0]}ao/linear.py", line 3, in forward\n    return product(x)\n'
+    assert source_line(known(stack_trace=mine + beside + inside)).endswith("ao/linear.py:3: return product(x)")
     assert [source_line(known(**meta)) for meta in ({"stack_trace": inside}, {"stack_trace": None}, {})] == ["", "", ""]
 
 
@@ -110,3 +112,19 @@ def test_ops_as_a_user_writes_them():
         "placeholder x": x,
     }
     assert {name: op_name(node) for name, node in made.items()} == {name: name for name in made}
+
+
+@torch.compiler.allow_in_graph
+class Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x / 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
+
+
+def test_a_custom_function_that_dynamo_leaves_as_a_call():
+    graph = captured(Halved.apply, torch.randn(2, requires_grad=True)).graph
+    assert f"{Halved.__module__}.Halved.apply" in [op_name(node) for node in graph.nodes]

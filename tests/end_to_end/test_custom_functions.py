@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -583,7 +586,38 @@ class OpaqueMixer(ClippedByAll):
 for function in (Opaque, OpaqueProjection, OpaqueMixer):
     torch.compiler.allow_in_graph(function)
 
+
+class Steps(NamedTuple):
+    up: float
+    down: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: Steps
+    names: tuple[str, ...] = ("rounded",)
+
+
+@torch.compiler.allow_in_graph
+class WithSettings(Function):
+    """Rounds in steps; the gradients have steps of their own."""
+
+    @staticmethod
+    def forward(ctx, x, settings, steps):
+        ctx.step = settings.steps.down
+        return (x * settings.steps.up).round() / steps.up
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.step, None, None
+
+
+def with_settings(*steps):
+    return between(F.gelu, lambda h: WithSettings.apply(h, Settings(Steps(*steps)), Steps(*steps)))
+
+
 CALLS = {
+    "settings": with_settings(4.0, 0.5),
     "function": between(F.gelu, lambda h: rounded_in_graph(h, 4.0)),
     "trampoline": between(lambda h: Opaque.apply(h, 3.0)),
     "trampolines_that_project": lambda x, u, d: OpaqueProjection.apply(
@@ -650,6 +684,17 @@ def test_layers_share_the_work_only_where_both_graphs_are_alike():
     assert first is not second
 
 
+def test_layers_share_the_work_only_where_their_settings_are_alike():
+    def program(x, up, down):
+        for step in (0.5, 0.25, 0.5):
+            x = with_settings(4.0, step)(x, up, down)
+        return x.sin()
+
+    first, second, third = (site.work for site in sites_of(program, mlp_inputs(0)))
+    assert first is third
+    assert first is not second
+
+
 class Packed(Function):
     """A product with a packed weight, which is unpacked in forward and again in backward."""
 
@@ -679,7 +724,9 @@ def packed_with_adapter(x, gate, up, down, gate_scale, up_scale, down_scale, a, 
 
 
 def test_packed_weights_with_an_adapter():
-    assert looped_regions(beside_eager(packed_with_adapter, packed_inputs, inner="aot_eager")) == 1
+    (report,) = beside_eager(packed_with_adapter, packed_inputs, inner="aot_eager", verify=True)
+    assert [region.verified for region in report.regions] == [True]
+    assert not any(value.reason == "SUBGRAPH" for value in report.unlooped)
     assert looped_regions(beside_eager(packed_with_adapter, packed_inputs, inner="inductor")) == 1
 
 

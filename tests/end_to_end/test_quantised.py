@@ -56,7 +56,7 @@ def adapted(model, dtype=torch.float32):
 
 
 def report_beside_plain(model, inputs, step):
-    """The report of the one compile, and its step; gradients are those of torch.compile without mst_fx, but rounding."""
+    """The report of the one compile, and its step; gradients are those of torch.compile without mst_fx."""
 
     def run(*given):
         return step(model, *given)

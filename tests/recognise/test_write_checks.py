@@ -184,6 +184,54 @@ def beside_a_gradient(x, up, down):
     return out
 
 
+class Handed(torch.autograd.Function):
+    """Is handed a weight, and reads the codes alone."""
+
+    @staticmethod
+    def forward(ctx, x, weight, codes):
+        ctx.save_for_backward(codes)
+        return x @ codes.double()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.saved_tensors[0].double().t(), None, None
+
+
+def handed_alone(x, codes, weight, down):
+    h = Handed.apply(x, weight, codes)
+    weight.data = codes
+    return h.tanh() @ down
+
+
+def read_before(x, codes, weight, down):
+    h = Handed.apply(x, codes, weight)
+    weight.data = codes
+    return h.tanh() @ down
+
+
+def read_after(x, codes, weight, down):
+    h = Handed.apply(x, weight, codes)
+    weight.data = codes + 1
+    return h.tanh() @ down + Handed.apply(x, codes, weight)[..., :4]
+
+
+@pytest.mark.parametrize(
+    ("program", "regions"),
+    [(handed_alone, 1), (read_before, 0), (read_after, 2)],
+    ids=lambda given: getattr(given, "__name__", None),
+)
+def test_a_weight_gets_other_memory_beside_a_region(program, regions):
+    def inputs(_):
+        codes = [torch.randint(-4, 4, (4, 16), dtype=torch.int8) for _ in range(2)]
+        return [leaf(3, 7, 4), *codes, leaf(16, 4)]
+
+    report = report_beside_eager(program, inputs=inputs, inner="aot_eager")
+    assert len(report.regions) == regions
+    told = [refusal.text for refusal in report.refusals]
+    assert all("set_ gives other memory to a value that the region has read" in text for text in told)
+    assert len(told) == (not regions)
+
+
 def without_gradient(x, up, down):
     out, y = x * 1, mlp(x, up, down)
     with torch.no_grad():

@@ -82,6 +82,18 @@ def _single(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 
 
+def _unwritten(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 if x.dtype == torch.float32 else torch.full_like(x, 1e200)
+
+
+def test_an_op_of_another_library_is_not_trusted_with_float64():
+    lib = torch.library.custom_op("tests_of_trial::unwritten", _unwritten, mutates_args=())
+    x = torch.randn(T, D, dtype=torch.float64)
+    with InFloat64():
+        y = lib(x)
+    assert torch.equal(y, x.float().double() * 2)
+
+
 def _write(x: torch.Tensor) -> None:
     x.add_(1)
     if x.dtype != torch.float32:
