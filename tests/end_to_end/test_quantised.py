@@ -124,6 +124,26 @@ def test_packed_weights_with_adapters(bits):
     assert region.verified
 
 
+def test_int8_products_as_a_gpu_takes_them_are_refused():
+    """The op that packs the tokens has no rule."""
+    bnb = pytest.importorskip("bitsandbytes")
+    multiply = bnb.autograd._functions.MatMul8bitLt
+    model, made = quantise(layer(), "8bit"), len(mst_fx.reports())
+    for linear in (model.gate, model.down):
+        linear.init_8bit_state()
+
+    def mlp(x):
+        wide = multiply.apply(x, model.gate.weight, None, None, model.gate.state)
+        return multiply.apply(F.silu(wide), model.down.weight, None, None, model.down.state).sum()
+
+    torch._dynamo.reset()
+    looped(mlp, inner="eager")(tokens())
+    (report,) = mst_fx.reports()[made:]
+    assert not report.regions
+    assert report.unlooped[0].reason == "UNKNOWN_OP"
+    assert "bitsandbytes.int8_vectorwise_quant.default has no placement rule" in report.unlooped[0].why
+
+
 @pytest.mark.slow
 def test_a_llama_with_packed_weights_and_adapters_as_peft_makes_them():
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
