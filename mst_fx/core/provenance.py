@@ -75,7 +75,7 @@ def op_name(node: Node) -> str:
         return f"Tensor.{node.target}"
     if node.op != "call_function":
         return f"{node.op} {node.target}"
-    target = node.target
+    target = getattr(node.target, "__wrapped__", node.target)
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     if (function := _applied(target)) is not None:

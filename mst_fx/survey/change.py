@@ -23,6 +23,7 @@ from mst_fx.recognise.discover import discover
 from mst_fx.recognise.early_cut import CutHead, cut_heads
 from mst_fx.recognise.fused_projections import FusedProjection, Parted, fused_projections
 from mst_fx.recognise.joined_heads import JoinedHead, joined_heads
+from mst_fx.recognise.parts import taken_apart
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.rebuild import Edit, nodes_of, rebuilt
@@ -72,7 +73,8 @@ class Change:
 
     def made_to(self, reader: Reader) -> Changed:
         """Return the changed graph; the graph of `reader` stays as it is."""
-        reader, report = self._opened(reader), Report()
+        plain, report = taken_apart(reader.owner), Report()
+        reader = self._opened(reader if plain is None else self._changed(reader, plain))
         if self.config.returned_logits == "drop":
             reader, report = self._without_logits(reader)
         reader, apart = self._joined(reader)

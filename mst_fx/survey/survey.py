@@ -28,6 +28,7 @@ from mst_fx.predict.time import cost_of
 from mst_fx.recognise.checkpoints import is_opened
 from mst_fx.recognise.dead_code import without_dead_code
 from mst_fx.recognise.decomposed_nodes import strange_tensors
+from mst_fx.recognise.parts import takes_part
 from mst_fx.recognise.discover import discover, nested
 from mst_fx.recognise.norm_in_front import with_front
 from mst_fx.recognise.pattern import Pattern
@@ -251,8 +252,8 @@ class _Candidate:
 
 
 def _strange(reader: Reader) -> Report:
-    """Return a report with a refusal for ops on DTensors, and one for ops on nested tensors: the first of each."""
-    nodes = [node for node in reader.owner.graph.nodes if node.op.startswith("call_")]
+    """Return a report with a refusal for ops on DTensors, and one for ops on other tensors of tensors: the first."""
+    nodes = [node for node in reader.owner.graph.nodes if node.op.startswith("call_") and not takes_part(node)]
     found = [strange for strange in map(strange_tensors, nodes) if strange is not None]
     first = {strange.reason: strange for strange in reversed(found)}
     refusals = []

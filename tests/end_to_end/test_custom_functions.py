@@ -771,7 +771,7 @@ def test_neither_wide_values_nor_unpacked_weights_are_saved(program, inputs, tok
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        kept = looped(program, num_chunks=3)(*given)
+        kept = looped(program, num_chunks=3, inner="aot_eager")(*given)
     assert kept.requires_grad
     assert sum(saved.values()) <= tokens
 
@@ -794,5 +794,9 @@ def test_parameters_in_another_form_are_not_saved():
     x, *weights = (leaf(*shape) for shape in INPUTS)
     weights = [torch.nn.Parameter(weight) for weight in weights]
     torch._dynamo.reset()
-    step = looped(lambda: InFewBits.apply(InFewBits.apply(x, weights[0]).tanh(), weights[1]).sum(), num_chunks=3)
+    step = looped(
+        lambda: InFewBits.apply(InFewBits.apply(x, weights[0]).tanh(), weights[1]).sum(),
+        num_chunks=3,
+        inner="aot_eager",
+    )
     assert saved_bytes(step, [x, *weights]) < weights[0].nbytes
