@@ -34,7 +34,7 @@ class Reason(Enum):
     COMPLEX = "Compute with real and imaginary parts as tensors of their own."
     NUMBER = "Give the op a tensor, or a number that depends neither on the data nor on the length."
     SHARDED = "Ops on DTensors (tensor parallel) are never looped; those on plain tensors are."
-    SUBCLASS = "Ops on plain tensors, and on frozen weights that are made of some, are looped; others on tensor subclasses are not."
+    SUBCLASS = "Ops on tensor subclasses are looped where these are frozen weights alone, and on plain tensors."
     TAKEN = "Compute what both regions need once for each of them, so that each has its own."
     NO_PATTERN = "Write it so that no op makes the large value, or add a pattern (passes/README.md)."
     NO_GAIN = "No loop over tokens helps here. Checkpointing saves fewer of such values."

@@ -41,8 +41,8 @@ def tensors_of(node: Node) -> list[torch.Tensor]:
 
 def storages_of(node: Node) -> set[torch.UntypedStorage]:
     """Return the memory that the node's value lies in, as captured; none inside a transform."""
-    tensors = [tensor for tensor in tensors_of(node) if tensor.layout == torch.strided]
-    return {tensor.untyped_storage() for tensor in tensors if not is_transformed(tensor)}
+    tensors = [plain for tensor in tensors_of(node) for plain in plain_tensors(tensor)]
+    return {x.untyped_storage() for x in tensors if x.layout == torch.strided and not is_transformed(x)}
 
 
 def storages_of_all(nodes: Iterable[Node]) -> set[torch.UntypedStorage]:
@@ -65,6 +65,14 @@ def is_sharded(value: object) -> bool:
 def is_wrapper(value: torch.Tensor) -> bool:
     """Return whether a value wraps other tensors, as nested and quantised tensors do."""
     return is_traceable_wrapper_subclass(value)
+
+
+def plain_tensors(value: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors that a value wraps; the value itself where it wraps none."""
+    if not is_wrapper(value):
+        return [value]
+    names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [plain for name in names for plain in plain_tensors(getattr(value, name))]
 
 
 def bytes_of(value: torch.Tensor, at: Hint = hint) -> int:

@@ -3,8 +3,8 @@
     y = linear(x, w)    becomes    codes, scale = w.codes, w.scale
                                    y = linear_on_parts(x, codes, scale)
 
-The op puts the weight together again and runs as it did, so a trace of it shows what the weight's class computes. Weights
-with a gradient stay whole: the gradient is that of the weight, and has its class.
+The op puts the weight together again and runs as it did, so a trace of it shows what the weight's class computes.
+Weights with a gradient stay whole: the gradient is that of the weight, and has its class.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _on_parts(function: Any, args: Any, kwargs: Any) -> Callable[..., Any]:
                 return kind.__tensor_unflatten__(inner, argument.context, argument.shape, argument.stride)
             return argument
 
-        own_args, own_kwargs = map_aggregate((args, kwargs), filled)  # type: ignore[misc]
+        own_args, own_kwargs = map_aggregate((args, kwargs), filled)
         return function(*own_args, **own_kwargs)
 
     run.__wrapped__ = function  # type: ignore[attr-defined]

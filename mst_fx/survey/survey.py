@@ -28,9 +28,9 @@ from mst_fx.predict.time import cost_of
 from mst_fx.recognise.checkpoints import is_opened
 from mst_fx.recognise.dead_code import without_dead_code
 from mst_fx.recognise.decomposed_nodes import strange_tensors
-from mst_fx.recognise.parts import takes_part
 from mst_fx.recognise.discover import discover, nested
 from mst_fx.recognise.norm_in_front import with_front
+from mst_fx.recognise.parts import takes_part
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region

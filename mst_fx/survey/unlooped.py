@@ -14,7 +14,7 @@ from mst_fx.core.provenance import module_path, op_name, source_line
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint
 from mst_fx.core.torch_private.captured import unwrapped
-from mst_fx.core.values import bytes_of, tensors_of
+from mst_fx.core.values import bytes_of, plain_tensors, tensors_of
 from mst_fx.plan.planner import Plan
 from mst_fx.predict.saved_activations import is_written, saved_values
 from mst_fx.recognise.reader import Reader
@@ -122,7 +122,8 @@ def _shows_operands(node: Node) -> bool:
 
 
 def _memory(node: Node) -> set[torch.UntypedStorage]:
-    return {unwrapped(x).untyped_storage() for x in tensors_of(node) if x.layout == torch.strided}
+    tensors = [plain for x in tensors_of(node) for plain in plain_tensors(unwrapped(x))]
+    return {x.untyped_storage() for x in tensors if x.layout == torch.strided}
 
 
 def _entering(reader: Reader, least: int) -> Iterator[_Value]:
