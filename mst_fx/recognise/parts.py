@@ -93,7 +93,7 @@ def _is_weight(node: Node) -> bool:
 
 def _is_opened(node: Node) -> bool:
     """Return whether a function reads such weights, and gives plain tensors."""
-    if node.op != "call_function" or not any(map(_is_weight, node.all_input_nodes)):
+    if node.op != "call_function" or takes_part(node) or not any(map(_is_weight, node.all_input_nodes)):
         return False
     others = [x for operand in node.all_input_nodes if not _is_weight(operand) for x in tensors_of(operand)]
     return bool(tensors_of(node)) and all(map(is_fake, (*tensors_of(node), *others)))
