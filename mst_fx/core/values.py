@@ -72,7 +72,8 @@ def plain_tensors(value: torch.Tensor) -> list[torch.Tensor]:
     if not is_wrapper(value):
         return [value]
     names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
-    return [plain for name in names for plain in plain_tensors(getattr(value, name))]
+    parts = (getattr(value, name) for name in names)  # a DTensor names its mesh as well
+    return [plain for part in parts if isinstance(part, torch.Tensor) for plain in plain_tensors(part)]
 
 
 def bytes_of(value: torch.Tensor, at: Hint = hint) -> int:

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from mst_fx.core.sizes import is_symbolic
-from mst_fx.core.values import fake_value, is_fake, is_wrapper, tensors_of
+from mst_fx.core.values import fake_value, is_fake, is_sharded, is_wrapper, tensors_of
 from mst_fx.recognise.rebuild import rebuilt
 
 
@@ -78,9 +78,14 @@ def takes_part(node: Node) -> bool:
 
 
 def _is_weight(node: Node) -> bool:
-    """Return whether a node is an input that is a tensor of plain tensors, without a gradient."""
+    """Return whether a node is an input that is a tensor of plain tensors, without a gradient.
+
+    A DTensor is none: its ops communicate. A nested tensor is none: its sizes depend on the data.
+    """
     value = fake_value(node)
-    if node.op != "placeholder" or not isinstance(value, torch.Tensor) or not is_wrapper(value) or value.is_nested:
+    if node.op != "placeholder" or not isinstance(value, torch.Tensor) or not is_wrapper(value):
+        return False
+    if value.is_nested or is_sharded(value):
         return False
     names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
     sizes = (*value.shape, *value.stride())
