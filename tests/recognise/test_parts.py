@@ -10,6 +10,7 @@ from graphs import captured
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 import mst_fx
+from mst_fx.capture.fingerprint import likeness_of_node
 from mst_fx.core.provenance import op_name
 from mst_fx.core.values import storages_of
 from mst_fx.engine import Engine
@@ -66,8 +67,13 @@ def inputs(_):
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_ops_on_frozen_weights_are_looped(inner):
-    (report,) = beside_eager(mlp, inputs, inner=inner, verify=True)
-    assert [region.verified for region in report.regions] == [True]
+    """The weights of the layers are alike but for what their class has besides the parts."""
+
+    def two_layers(x, up, down, other, second):
+        return mlp(mlp(x, up, down, other), second, down, other)
+
+    (report,) = beside_eager(two_layers, lambda k: [*inputs(k), coded(32, 8, 3.0)], inner=inner, verify=True)
+    assert [region.verified for region in report.regions] == [True, True]
     assert not report.refusals
 
 
@@ -81,6 +87,17 @@ def test_ops_keep_their_names_and_parts_the_memory_of_their_weight():
     assert len(parts) == 4
     assert all(storages_of(part) < storages_of(part.all_input_nodes[0]) for part in parts)
     assert taken_apart(apart) is None
+
+
+def test_ops_are_alike_only_where_their_weights_are():
+    def program(x, first, second, third):
+        return F.linear(x, first), F.linear(x, second), F.linear(x, third)
+
+    graph = captured(program, leaf(3, 8), coded(32, 8), coded(32, 8, 3.0), coded(32, 8))
+    ops = [node for node in taken_apart(graph).graph.nodes if "linear" in op_name(node)]
+    first, second, third = map(likeness_of_node, ops)
+    assert first == third
+    assert first != second
 
 
 def test_a_graph_without_loops_stays_as_it_was():
