@@ -71,6 +71,7 @@ class Products(TorchDispatchMode):
         self.vocabulary = vocabulary
         self.mlps = self.experts = self.heads = 0
         self.wide = WeakTensorKeyDictionary()  # values made of widened tokens, and of nothing else as large
+        self.mixed = WeakTensorKeyDictionary()  # values in which widened tokens have met
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op, and count it."""
@@ -78,6 +79,8 @@ class Products(TorchDispatchMode):
         if func in (aten.mm.default, aten.addmm.default):
             tokens, weight = args[-2:]
             inner, outer = weight.shape
+            if min(inner, outer) < LOW_RANK:  # an adapter, beside the product that it adapts
+                return result
             whole = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
             self.mlps += outer < inner and tokens in self.wide and whole
             self.experts += outer < inner and tokens in self.wide and not whole
@@ -86,15 +89,23 @@ class Products(TorchDispatchMode):
                 self.wide[result] = True
         elif func in (aten.bmm.default, aten._grouped_mm.default):
             self.experts += args[0].shape[-1] in FEED_FORWARD and max(result.shape[1:]) < min(FEED_FORWARD)
-        elif not any(word in func.__name__ for word in MIXING):
-            operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            for made in (x for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
-                large = [x for x in operands if 2 * x.numel() >= made.numel()]
-                if large and all(x in self.wide for x in large):
-                    self.wide[made] = True
+        else:
+            self._follow(func, (args, kwargs), result)
         return result
 
+    def _follow(self, func: Any, given: Any, result: Any) -> None:
+        """Store whether results are made of widened tokens, and whether tokens have met in them."""
+        operands = [x for x in tree_leaves(given) if isinstance(x, torch.Tensor)]
+        mixes = any(word in func.__name__ for word in MIXING) and any(x in self.wide for x in operands)
+        for made in (x for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
+            large = [x for x in operands if 2 * x.numel() >= made.numel()]
+            if mixes or any(x in self.mixed for x in operands):
+                self.mixed[made] = True
+            elif large and all(x in self.wide for x in large) and not any(word in func.__name__ for word in MIXING):
+                self.wide[made] = True
 
+
+LOW_RANK = 8
 MIXING = ("conv", "attention", "batch_norm", "cum", "sort", "scan", "fft", "index", "gather", "pool")
 """Substrings of the names of ops that make tokens depend on one another, or may do so."""
 

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 from torch.fx import Node
 
-from mst_fx.core.aten_ops import CONTRACTIONS, SHOWN_TO_CALLERS
+from mst_fx.core.aten_ops import CONTRACTIONS, GROUPED_PRODUCTS, ONE_PRODUCT, SHOWN_TO_CALLERS
 from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.sizes import is_size
+from mst_fx.core.sizes import is_size, sure
 from mst_fx.core.values import fake_value, has_gradient, is_view
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close, needs_gradient, with_items
@@ -73,7 +74,7 @@ def grow(reader: Reader, start: Node, stream: Node) -> Growth | None:
 def _grow(reader: Reader, start: Node, stream: Node) -> Growth | None:
     limit: int | None = reader.numel(stream)
     while limit is not None and reader.numel(start) > limit:
-        attempt = _Attempt(reader, start, limit)
+        attempt = _Attempt(reader, start, stream, limit)
         growth = attempt.growth()
         if growth is not None:
             return growth
@@ -98,8 +99,9 @@ class _Attempt:
         narrowed: elements of the first large value that a contraction made of a larger one: the next limit to try.
     """
 
-    def __init__(self, reader: Reader, start: Node, limit: int) -> None:
+    def __init__(self, reader: Reader, start: Node, stream: Node, limit: int) -> None:
         self.reader, self.start, self.limit = reader, start, limit
+        self.shape = fake_value(stream).shape
         self.inside: set[Node] = set()
         self.ups: list[Node] = []
         self.sinks: list[Node] = []
@@ -151,17 +153,18 @@ class _Attempt:
             self._record_contraction(node, contraction.activation)
             operands = [contraction.weight] if fake_value(contraction.weight).dim() > 2 else []
         else:
-            if self.reader.multiplies(node):
+            if self.reader.multiplies(node) and not self._has_one_for_each_row(node):
                 advice = PRODUCT_ADVICE if self._is_one_product(node) else Reason.NO_GAIN.value
                 self._fail(node, "multiplies large values with one another, as attention does", advice)
-            self.obstacle = self.obstacle or obstacle_to(self.reader, node)
+            self.obstacle = self.obstacle or self._obstacle_to(node)
             if self.obstacle is not None and _mixes(self.reader, self.obstacle):
-                text = f"{self.obstacle.text}, and it joins several values"
+                joins = sum(not self.reader.is_learnt(operand) for operand in self.reader.tensor_operands(node)) > 1
+                text = f"{self.obstacle.text}{', and it joins several values' if joins else ''}"
                 self.failure = self.failure or Refusal(self.obstacle.reason, self.obstacle.node, text, MIXES_ADVICE)
             operands = node.all_input_nodes if node is not self.start else []
         if self.obstacle is not None:
             return []
-        return [operand for operand in operands if self._is_large(operand) and _can_be_made(self.reader, operand)]
+        return [operand for operand in operands if self._is_large(operand) and self._can_be_made(operand)]
 
     def _record_contraction(self, node: Node, activation: Node) -> None:
         """Record a contraction of a large value: a sink, a second widening, or one that narrows."""
@@ -172,6 +175,26 @@ class _Attempt:
             self._fail(node, "widens the large value once more")
         elif self.projects and after < before:
             self.narrowed = self.narrowed or after
+
+    def _has_one_for_each_row(self, node: Node) -> bool:
+        """Return whether each token, a row of the stream or some in a row, is multiplied by a matrix of its own."""
+        decomposed = self.reader.decomposed(node)
+        products = [op for op in decomposed.ops if op.target in CONTRACTIONS] if decomposed is not None else []
+        if any(op.target in (*ONE_PRODUCT, *GROUPED_PRODUCTS) for op in products):
+            return False
+        dims = len(self.shape) - 1
+        tokens = [prod(self.shape[:count]) for count in range(min(2, dims), dims + 1)]  # not the batch alone
+        return all(any(sure(op.meta["val"].shape[0] == count) for count in tokens) for op in products)
+
+    def _obstacle_to(self, node: Node) -> Refusal | None:
+        one_each = self.reader.multiplies(node) and self._has_one_for_each_row(node)
+        return self.reader.obstacle(node) if one_each else obstacle_to(self.reader, node)
+
+    def _can_be_made(self, node: Node) -> bool:
+        """Return whether the loop can make a large operand, and need not read it."""
+        if node.op in ("placeholder", "get_attr"):
+            return False
+        return self.reader.widening(node) is not None or self._obstacle_to(node) is None
 
     def _is_one_product(self, node: Node) -> bool:
         decomposed = self.reader.decomposed(node)
@@ -298,10 +321,3 @@ def obstacle_to(reader: Reader, node: Node) -> Refusal | None:
     if obstacle is None and reader.multiplies(node):
         return Refusal(Reason.ESCAPES, node, f"{op_name(node)} multiplies the large value once more")
     return obstacle
-
-
-def _can_be_made(reader: Reader, node: Node) -> bool:
-    """Return whether the loop can make a large operand, and need not read it."""
-    if node.op in ("placeholder", "get_attr"):
-        return False
-    return reader.widening(node) is not None or obstacle_to(reader, node) is None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from mst_fx.core.aten_ops import LOOK_UPS
+from mst_fx.core.aten_ops import JOINS, LOOK_UPS
 from mst_fx.core.graph_walk import descendants, in_order, walk
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
@@ -49,7 +49,7 @@ def why_entering(reader: Reader, node: Node) -> Refusal:
     broken = reader.borders.break_before
     if broken:
         return Refusal(Reason.OTHER_GRAPH, node, f"made in another graph and read here, after a graph break: {broken}")
-    return Refusal(Reason.OTHER_GRAPH, node, "made outside of the compiled function and read here")
+    return Refusal(Reason.OTHER_GRAPH, node, "made outside of the function that this graph holds, which reads it")
 
 
 def _why_returned(reader: Reader, node: Node) -> Refusal:
@@ -58,7 +58,7 @@ def _why_returned(reader: Reader, node: Node) -> Refusal:
         return Refusal(Reason.OTHER_GRAPH, node, f"made here and read in another graph, after a graph break: {after}")
     if before:
         return Refusal(Reason.OTHER_GRAPH, node, f"the part of the function after a graph break returns it: {before}")
-    return Refusal(Reason.OTHER_GRAPH, node, "the compiled function returns it")
+    return Refusal(Reason.OTHER_GRAPH, node, "the function that this graph holds returns it")
 
 
 def _is_returned(reader: Reader, node: Node) -> bool:
@@ -67,12 +67,26 @@ def _is_returned(reader: Reader, node: Node) -> bool:
 
 
 def _makers(reader: Reader, node: Node) -> tuple[Node, ...]:
-    """Return the makers of a value, and the inputs as large as it that it is made of, in graph order."""
+    """Return the makers of a value, and the inputs as large as it that it is made of, in graph order.
+
+    A join of parts of values as large makes nothing larger: halves that are rotated, say.
+    """
     size = reader.numel(node)
 
-    def as_large(value: Node) -> list[Node]:
+    def operands_of(value: Node, least: int) -> list[Node]:
         operands = (operand for operand in reader.tensor_operands(value) if not reader.is_learnt(operand))
-        return [operand for operand in operands if reader.numel(operand) >= size]
+        return [operand for operand in operands if reader.numel(operand) >= least]
+
+    def as_large(value: Node) -> list[Node]:
+        found = operands_of(value, size)
+        if found or not reader.does(value, JOINS):
+            return found
+        behind = [first_as_large(part) for part in operands_of(value, 0)]
+        return [large for large in behind if large is not None] if all(behind) else []
+
+    def first_as_large(part: Node) -> Node | None:
+        near = walk([part], lambda value: operands_of(value, reader.numel(part)))
+        return next((value for value in near if reader.numel(value) >= size), None)
 
     return in_order(reader.owner.graph, {value for value in walk([node], as_large) if not as_large(value)})
 

@@ -97,5 +97,5 @@ def test_without_a_break_none_is_named():
 def test_a_loss_compiled_alone_reads_what_is_made_outside():
     x, head, labels = inputs()
     (logits,) = explained(lambda logits, labels: F.cross_entropy(logits, labels), F.linear(x, head), labels).unlooped
-    assert (logits.enters, logits.why) == (True, "made outside of the compiled function and read here")
+    assert (logits.enters, logits.why) == (True, "made outside of the function that this graph holds, which reads it")
     assert not explained(lambda logits, labels: F.cross_entropy(logits, labels), torch.randn(T, V), labels).unlooped

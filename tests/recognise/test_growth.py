@@ -42,6 +42,15 @@ def test_metrics_leave_the_scalar_alone():
     assert check(fn).regions[0].backward == "in_forward"
 
 
+def test_a_product_with_a_matrix_for_each_token_keeps_tokens_apart():
+    def fn(x, w, y):
+        several = torch.stack([x, x.sin()], 1)
+        chances = F.linear(several, w).softmax(-1)
+        return F.nll_loss(torch.einsum("tkv,tk->tv", chances, several.mean(-1).softmax(-1)).log(), y)
+
+    assert check(fn).regions[0].axis == f"dim 0 ({T} positions)"
+
+
 def test_two_scalars_recompute():
     def fn(x, w, y):
         each = F.cross_entropy(F.linear(x, w), y, reduction="none")

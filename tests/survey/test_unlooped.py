@@ -264,6 +264,18 @@ def test_values_as_large_as_the_tokens_have_nothing_to_gain():
     }
 
 
+def test_joined_halves_are_no_larger_than_the_value_that_they_are_of():
+    def turned(x, a, b, c):
+        x = x.sin()
+        one, other = F.linear(x, a).chunk(2, -1)
+        return torch.cat([-other, one.cos()], -1) @ b, torch.cat([F.linear(x, a), F.linear(x, b)], -1) @ c
+
+    given = tensors((2, T, 8), (8, 8), (8, 8), (16, 16))
+    why = {(value.op, value.shape[-1]): value.why for value in unlooped(turned, *given)}
+    assert why["torch.cat", 8] == "it is no larger than the tokens that it is made of"
+    assert why["torch.cat", 16] == "no pattern for it: torch.cat makes it of smaller values"
+
+
 def test_values_made_of_parameters_alone():
     class Merged(nn.Module):
         def __init__(self):
@@ -326,7 +338,7 @@ def test_repeated_rows_without_experts():
 
 def test_returned_values_have_to_exist():
     wide, *_ = unlooped(lambda q, k: scores(q, k), *tensors((2, 4, T, 4), (2, 4, T, 4)))
-    assert ("Tensor.softmax", "OTHER_GRAPH", "the compiled function returns it") in {
+    assert ("Tensor.softmax", "OTHER_GRAPH", "the function that this graph holds returns it") in {
         (value.op, value.reason, value.why) for value in unlooped(scores, *tensors((2, 4, T, 4), (2, 4, T, 4)))
     }
     assert wide.shape == (2, 4, T, T)
