@@ -40,6 +40,7 @@ from tqdm import tqdm
 import mst_fx
 
 LIMIT_S = 600
+CHUNK = 16
 TOLERANCE, HALF_TOLERANCE = 2e-6, 2e-2  # of float32 beside twice eager's own error, and of bfloat16 beside eager's
 aten = torch.ops.aten
 
@@ -64,11 +65,16 @@ class Products(TorchDispatchMode):
 
     An MLP is a product that widens the tokens, ops that keep tokens apart, and a product that narrows them again.
     Experts are counted by the products that narrow, heads by the vocabulary.
+
+    Args:
+        vocabulary: the width of logits.
+        above: products of at most this many tokens do not count: those of loops.
     """
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, above: int = 0) -> None:
         super().__init__()
         self.vocabulary = vocabulary
+        self.above = above
         self.mlps = self.experts = self.heads = 0
         self.wide = WeakTensorKeyDictionary()  # values made of widened tokens, and of nothing else as large
         self.mixed = WeakTensorKeyDictionary()  # values in which widened tokens have met
@@ -79,7 +85,7 @@ class Products(TorchDispatchMode):
         if func in (aten.mm.default, aten.addmm.default):
             tokens, weight = args[-2:]
             inner, outer = weight.shape
-            if min(inner, outer) < LOW_RANK:  # an adapter, beside the product that it adapts
+            if min(inner, outer) < LOW_RANK or tokens.shape[0] <= self.above:  # adapters, beside what they adapt
                 return result
             whole = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
             self.mlps += outer < inner and tokens in self.wide and whole
@@ -119,8 +125,8 @@ def examine(case: Case, inner: str, dynamic: bool | None = None) -> Result:
     try:
         model, batch = case.training()
         stage = "eager fails"
-        products = Products(case.vocabulary)
-        with products:
+        products, larger = Products(case.vocabulary), Products(case.vocabulary, above=CHUNK)
+        with products, larger:
             model(**batch)
         result.mlps, result.experts, result.heads = products.mlps, products.experts, products.heads
         eager = step(model, batch, loss_of(model))
@@ -132,9 +138,10 @@ def examine(case: Case, inner: str, dynamic: bool | None = None) -> Result:
         plain = step(model, batch, torch.compile(loss_of(model), backend=counted, dynamic=dynamic))
         result.plain, result.plain_graphs, result.plain_error = "ok", counted.frame_count, difference(truth, plain)
         stage = "fails"
-        looped, watched = looped_step(model, batch, inner, dynamic)
+        looped, watched = looped_step(model, batch, inner, dynamic, case.vocabulary)
         result.eager_error, result.mst_error = difference(truth, eager), difference(truth, looped)
-        result.mlps_looped, result.heads_looped = watched.looped("mlp", "experts"), watched.looped("head")
+        result.mlps_looped = max(watched.looped("mlp", "experts"), larger.mlps - watched.left_whole("mlps"))
+        result.heads_looped = max(watched.looped("head"), larger.heads - watched.left_whole("heads"))
         result.graphs, result.refusals, result.left = watched.graphs, watched.refusals(), watched.left()
         if result.experts and set_experts(model, "grouped_mm"):
             group(result, model.to(torch.bfloat16), batch, inner, dynamic)
@@ -171,11 +178,12 @@ def group(result: Result, model: nn.Module, batch: dict[str, Any], inner: str, d
 
 
 def looped_step(
-    model: nn.Module, batch: dict[str, Any], inner: str, dynamic: bool | None
+    model: nn.Module, batch: dict[str, Any], inner: str, dynamic: bool | None, vocabulary: int = 0
 ) -> tuple[dict[str, torch.Tensor], Watched]:
-    """Run a step with mst_fx, in loops with chunks of 16 tokens; each loop is verified first."""
+    """Run a step with mst_fx, in loops with chunks of CHUNK tokens; each loop is verified first."""
     torch._dynamo.reset()
-    watched = Watched({"inner": inner, "min_bytes": 0, "chunk_tokens": 16, "strict": True, "verify": True})
+    options = {"inner": inner, "min_bytes": 0, "chunk_tokens": CHUNK, "strict": True, "verify": True}
+    watched = Watched(options, vocabulary)
     return step(model, batch, torch.compile(loss_of(model), backend=watched, dynamic=dynamic)), watched
 
 
@@ -216,10 +224,12 @@ def difference(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor
 
 
 class Watched:
-    """The backend; it records the report of a graph each time that the graph runs."""
+    """The backend; each time that a graph runs, it records its report and the products that it runs whole."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: dict[str, Any], vocabulary: int) -> None:
         self.options = options
+        self.vocabulary = vocabulary
+        self.whole: list[Products] = []
         self.runs: list[mst_fx.Report] = []
         self.graphs = 0
 
@@ -231,7 +241,9 @@ class Watched:
 
         def run(*args: Any) -> Any:
             self.runs.append(report)
-            return compiled(*args)
+            self.whole.append(Products(self.vocabulary, above=CHUNK))
+            with self.whole[-1]:
+                return compiled(*args)
 
         return run
 
@@ -239,6 +251,10 @@ class Watched:
         """Return the number of looped regions whose pattern's name contains one of these texts."""
         regions = (region for report in self.runs for region in report.regions)
         return sum(any(part in region.pattern for part in parts) for region in regions)
+
+    def left_whole(self, what: str) -> int:
+        """Return the number of "mlps" or "heads" that ran outside of loops: one loop may hold several."""
+        return sum(getattr(products, what) for products in self.whole)
 
     def refusals(self) -> list[str]:
         """Return every refusal once, with the line of the model, and every loop that could not be verified."""

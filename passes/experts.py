@@ -37,7 +37,7 @@ class Experts(Pattern):
             return None
         if not any(multiplies_by_experts(reader, n) for n in growth.nodes):
             text = f"{op_name(node)} repeats values, and no experts' matrices multiply them"
-            reader.unmatched.give_up(growth.nodes, Refusal(Reason.NO_PATTERN, node, text))
+            reader.unmatched.give_up(growth.nodes, Refusal(Reason.NO_PATTERN, node, text), node)
             return None
         return whole_region(reader, growth, stream)
 

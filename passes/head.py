@@ -56,7 +56,7 @@ class Head(Pattern):
         if growth.obstacle is not None:
             if any(reader.does(inner, NORMALISATIONS) for inner in growth.nodes):
                 raise growth.obstacle
-            reader.unmatched.give_up(growth.nodes, growth.obstacle)
+            reader.unmatched.give_up(growth.nodes, growth.obstacle, node)
             return None
         if not outputs_of(growth):
             leaves = any(user.op == "output" for value in growth.returned for user in value.users)
@@ -65,7 +65,7 @@ class Head(Pattern):
             return None
         if sum(map(reader.numel, outputs_of(growth))) >= reader.numel(node):  # a fused projection, split into outputs
             text = f"what is made of {op_name(node)} is as large as its own value"
-            reader.unmatched.give_up(growth.nodes, Refusal(Reason.NO_GAIN, node, text))
+            reader.unmatched.give_up(growth.nodes, Refusal(Reason.NO_GAIN, node, text), node)
             return None
         return best_region(reader, growth, head.activation)
 

@@ -43,6 +43,8 @@ VIT = FLAT | {"num_heads": HEADS}
 FOUR = {"depths": (1, 1, 1, 1), "num_classes": CLASSES}
 DIMS = (16, 32, 48, 64)
 SWIN = {"img_size": 64, "embed_dim": 16, "num_heads": (1, 2, 4, 4), "window_size": 2} | FOUR
+PIT = {"img_size": 64, "patch_size": 8, "stride": 8, "base_dims": (16, 16, 16), "depth": (1, 1, 1), "heads": (1, 2, 4)}
+PIT |= {"mlp_ratio": 4, "num_classes": CLASSES}
 TIMM: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vit": ("vision_transformer", "VisionTransformer", VIT),
     "vit-swiglu": ("vision_transformer", "VisionTransformer", VIT | {"mlp_layer": "SwiGLU"}),
@@ -53,7 +55,7 @@ TIMM: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vit-diff": ("vision_transformer", "VisionTransformer", VIT | {"block_fn": "DiffParallelScalingBlock"}),
     "vit-relative": ("vision_transformer_relpos", "VisionTransformerRelPos", VIT),
     "vit-sam": ("vision_transformer_sam", "VisionTransformerSAM", VIT | {"window_size": 2}),
-    "naflexvit": ("naflexvit", "create", {"model": "naflexvit_base_patch16_gap"}),
+    "naflexvit": ("naflexvit", "create", {"model": "naflexvit_base_patch16_gap", "depth": 2, "size": 64}),
     "deit": ("deit", "VisionTransformerDistilled", VIT),
     "beit": ("beit", "Beit", VIT),
     "eva": ("eva", "Eva", VIT | {"swiglu_mlp": True}),
@@ -105,27 +107,28 @@ TIMM: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "tnt": ("tnt", "TNT", FLAT | {"inner_dim": 16, "num_heads_inner": 2, "num_heads_outer": HEADS}),
     "volo": ("volo", "create", {"model": "volo_d1_224", "img_size": 64}),
-    "crossvit": ("crossvit", "create", {"model": "crossvit_tiny_240"}),
-    "coat": ("coat", "create", {"model": "coat_tiny", "img_size": 64}),
-    "levit": ("levit", "create", {"model": "levit_128s"}),
-    "mvit2": ("mvitv2", "create", {"model": "mvitv2_tiny"}),
+    "crossvit": ("crossvit", "create", {"model": "crossvit_tiny_240", "depth": ((1, 1, 0), (1, 1, 0))}),
+    "coat": (
+        "coat",
+        "create",
+        {"model": "coat_tiny", "serial_depths": (1, 1, 1, 1), "parallel_depth": 1, "img_size": 64},
+    ),
+    "levit": ("levit", "create", {"model": "levit_128s", "depth": (1, 1, 1)}),
+    "mvit2": ("mvitv2", "create", {"model": "mvitv2_tiny", "size": 224}),
     "gcvit": ("gcvit", "create", {"model": "gcvit_xxtiny"}),
-    "maxvit": ("maxxvit", "create", {"model": "coatnet_pico_rw_224", "size": 224}),
-    "fastvit": ("fastvit", "create", {"model": "fastvit_t8", "size": 64}),
-    "edgenext": ("edgenext", "create", {"model": "edgenext_xx_small", "size": 64}),
-    "efficientformer2": ("efficientformer_v2", "create", {"model": "efficientformerv2_s0", "size": 224}),
+    "maxvit": ("maxxvit", "create", {"model": "test_coatnet", "size": 160}),
+    "fastvit": ("fastvit", "create", {"model": "fastvit_t8", "layers": (1, 1, 1, 1), "size": 64}),
+    "edgenext": ("edgenext", "create", {"model": "edgenext_xx_small", "depths": (1, 1, 1, 1), "size": 64}),
+    "efficientformer2": ("efficientformer_v2", "create", {"model": "efficientformerv2_s0", "depths": (1, 1, 1, 1)}),
     "mobilevit": ("mobilevit", "create", {"model": "mobilevit_xxs", "size": 64}),
-    "mobilevit2": ("mobilevit", "create", {"model": "mobilevitv2_050", "size": 64}),
-    "pit": ("pit", "create", {"model": "pit_ti_224", "size": 224}),
-    "tiny-vit": ("tiny_vit", "create", {"model": "tiny_vit_5m_224", "size": 224}),
-    "starnet": ("starnet", "create", {"model": "starnet_s050", "size": 64}),
+    "pit": ("pit", "PoolingVisionTransformer", PIT),
+    "tiny-vit": ("tiny_vit", "create", {"model": "tiny_vit_5m_224", "depths": (1, 1, 1, 1)}),
+    "starnet": ("starnet", "create", {"model": "starnet_s050", "depths": (1, 1, 1, 1), "size": 64}),
     "efficientnet": ("efficientnet", "create", {"model": "test_efficientnet", "size": 64}),
     "resnet": ("resnet", "create", {"model": "test_resnet", "size": 64}),
-    "poolformer": ("metaformer", "create", {"model": "poolformer_s12", "size": 64}),
-    "visformer": ("visformer", "create", {"model": "visformer_tiny", "size": 224}),
-    "swiftformer": ("swiftformer", "create", {"model": "swiftformer_xs", "size": 64}),
-    "sequencer": ("sequencer", "create", {"model": "sequencer2d_s", "size": 224}),
-    "iformer": ("iformer", "create", {"model": "iformer_t", "size": 64}),
+    "visformer": ("visformer", "create", {"model": "visformer_tiny", "depth": (1, 1, 1)}),
+    "swiftformer": ("swiftformer", "create", {"model": "swiftformer_xs", "layers": (1, 1, 1, 1), "size": 64}),
+    "sequencer": ("sequencer", "create", {"model": "sequencer2d_s", "layers": (1, 1, 1, 1)}),
 }
 WHERE = {"Mlp": "timm.layers", "SwiGLU": "timm.layers", "GluMlp": "timm.layers", "GatedMlp": "timm.layers"}
 

@@ -79,7 +79,7 @@ def _grow(reader: Reader, start: Node, stream: Node) -> Growth | None:
         if growth is not None:
             return growth
         assert attempt.failure is not None
-        reader.unmatched.give_up(attempt.inside, attempt.failure)
+        reader.unmatched.give_up(attempt.inside, attempt.failure, start)
         limit = attempt.narrowed
     return None
 

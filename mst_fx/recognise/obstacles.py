@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -28,25 +28,40 @@ CHECKPOINT_ADVICE = "Checkpoint the whole MLP, or the head with its loss, or nei
 
 
 class Unmatched:
-    """Why matches gave up, by the nodes that they had seen."""
+    """Why matches gave up, by the nodes that they had seen.
 
-    def __init__(self) -> None:
+    Args:
+        order: the position of each node in its graph.
+    """
+
+    def __init__(self, order: Mapping[Node, int]) -> None:
+        self._order = order
         self._refused: dict[Node, Refusal] = {}
-        self._given_up: dict[Node, Refusal] = {}
+        self._given_up: dict[Node, tuple[int, Refusal]] = {}
 
     def refuse(self, nodes: Iterable[Node], refusal: Refusal) -> None:
         """Store why nodes are not looped that look like a region."""
         for node in nodes:
             self._refused.setdefault(node, refusal)
 
-    def give_up(self, nodes: Iterable[Node], refusal: Refusal) -> None:
-        """Store why nodes are none of a region; the first reason stays, and that of a refusal comes before it."""
+    def give_up(self, nodes: Iterable[Node], refusal: Refusal, start: Node | None = None) -> None:
+        """Store why nodes are none of a region; that of a refusal comes before it.
+
+        Args:
+            nodes: what the match has seen.
+            refusal: the reason.
+            start: where the match began, None if nowhere in particular. Of several matches that have seen a node, the
+                one that began nearest before it tells the reason, and of those that began there, the first.
+        """
+        begun = -1 if start is None else self._order[start]
         for node in nodes:
-            self._given_up.setdefault(node, refusal)
+            nearness = begun if begun <= self._order[node] else -1
+            if node not in self._given_up or self._given_up[node][0] < nearness:
+                self._given_up[node] = (nearness, refusal)
 
     def about(self, node: Node) -> Refusal | None:
         """Return why a node is in no region, None where no match has come across it."""
-        return self._refused.get(node) or self._given_up.get(node)
+        return self._refused.get(node) or self._given_up.get(node, (0, None))[1]
 
 
 def obstacle_in(node: Node, decomposed: Decomposed | None, activation: Node | None = None) -> Refusal | None:

@@ -75,8 +75,8 @@ class Reader:
         self.owner = owner
         self.outer = outer
         self.borders = borders
-        self.unmatched = Unmatched()
         self.order = {node: position for position, node in enumerate(owner.graph.nodes)}
+        self.unmatched = Unmatched(self.order)
         self.modes = modes_of(owner.graph, outer)
         self.remembered: dict[Any, Any] = {}  # facts about nodes of this graph, which other stages store
         self.differentiated = ancestors(gradients_in(owner.graph))
