@@ -39,6 +39,7 @@ from mst_fx.placement.rules import (
     route,
     rule_for,
     shape_of,
+    takes,
 )
 
 
@@ -237,7 +238,7 @@ def forbid_unruled(node: Node) -> None:
 
 def forbid_effects(node: Node) -> None:
     """Raise a refusal for an aten node that draws random numbers or writes to an operand."""
-    if is_random(node.target) and not _draws_a_seed(node):
+    if is_random(node.target) and not (_draws_a_seed(node) or _drops_nothing(node)):
         raise Refusal(Reason.RANDOM, node, f"{node.target} draws random numbers, which a recompute cannot replay")
     if is_mutable(node.target):
         raise Refusal(Reason.MUTATION, node, f"{node.target} writes to its operand")
@@ -246,6 +247,11 @@ def forbid_effects(node: Node) -> None:
 def _draws_a_seed(node: Node) -> bool:
     """Return whether a node draws one number for the whole region, as our own dropout does."""
     return node.target in DRAWS and argument(node, "size") in ([], ())
+
+
+def _drops_nothing(node: Node) -> bool:
+    """Return whether a node would draw random numbers, as attention does, for a dropout that it does not have."""
+    return takes(node, "dropout_p") and argument(node, "dropout_p") == 0.0
 
 
 def _check_epilogue(node: Node, placements: Mapping[Node, NodePlacement], epilogue: Mapping[Node, None]) -> None:

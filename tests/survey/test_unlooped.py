@@ -318,6 +318,26 @@ def test_ops_of_several_large_values_that_nobody_knows():
     assert "cdist" in wide.why
 
 
+def test_attention_without_dropout_draws_no_numbers():
+    def attending(x, up):
+        h = F.linear(x, up).unsqueeze(1)
+        return F.scaled_dot_product_attention(h, h.sin(), h.cos()).mean()
+
+    (wide, *_) = unlooped(attending, *tensors((2, T, 8), (WIDE, 8)))
+    assert wide.reason == "UNKNOWN_OP"
+    assert "has no placement rule, and it joins several values" in wide.why
+
+
+def test_the_nearest_match_tells_why():
+    def fused(x, first, up, down):
+        q, k, v, h = F.linear(F.linear(x, first), up).split([8, 8, 8, WIDE], -1)
+        return F.linear(torch.cat([F.scaled_dot_product_attention(q, k, v), F.gelu(h)], -1), down)
+
+    found = unlooped(fused, *tensors((2, T, 4), (8, 4), (24 + WIDE, 8), (8, 8 + WIDE)))
+    wide = next(value for value in found if value.shape[-1] == 24 + WIDE)
+    assert "scaled_dot_product_attention" in wide.why  # and not that the first projection is widened once more
+
+
 def test_projections_that_are_split_into_what_is_as_large():
     def split(x, w):
         return [part.sin() for part in F.linear(x, w).split(8, -1)]

@@ -29,5 +29,6 @@ from mst_fx.placement.rules.registry import demands_of as demands_of
 from mst_fx.placement.rules.registry import mixed as mixed
 from mst_fx.placement.rules.registry import rule_for as rule_for
 from mst_fx.placement.rules.registry import shape_of as shape_of
+from mst_fx.placement.rules.registry import takes as takes
 from mst_fx.placement.rules.routing import inverted as inverted
 from mst_fx.placement.rules.routing import route as route
