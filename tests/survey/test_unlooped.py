@@ -164,6 +164,19 @@ def test_the_op_that_stands_in_the_way():
         assert "torch.conv1d" in value.why
 
 
+def test_a_convolution_joins_no_several_values():
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.between = nn.Conv1d(WIDE, WIDE, 3, padding=1, groups=WIDE)
+
+        def forward(self, *given):
+            return mlp(*given, between=lambda h: self.between(h.transpose(1, 2)).transpose(1, 2))
+
+    wide = next(value for value in unlooped(Between(), *weights()) if value.shape == (2, T, WIDE))
+    assert wide.why == "torch.conv1d: aten.convolution.default has no placement rule"
+
+
 def test_the_op_that_stands_in_the_way_of_what_ends_in_a_small_value():
     for between, name in [(depthwise, "torch.conv1d"), (lambda h: h.renorm(2, 0, 1.0), "Tensor.renorm")]:
         found = unlooped(lambda x, up, between=between: between(F.linear(x, up)).square().mean(), *weights()[:2])
