@@ -154,7 +154,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = {
         },
         lambda: (
             image()
-            | {"encoder_hidden_states": noise(8, 32)}
+            | {"encoder_hidden_states": noise(12, 32)}
             | dict.fromkeys(("original_size", "target_size", "crop_coords"), torch.full((BATCH, 2), 8.0))
         ),
     ),

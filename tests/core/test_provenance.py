@@ -56,6 +56,7 @@ def test_paths_of_captured_modules(nodes):
         ("L['fn']._modules['layers']._modules['0']", "layers.0"),
         ("L['self']._modules['layers']['first'].head", "layers.first.head"),
         ("G['model'].head", "head"),
+        ("L['self'].__dict__['_modules']['layers']._modules['0']", "layers.0"),
         ("L['args'][0].mlp", "0.mlp"),
     ],
 )
@@ -90,6 +91,8 @@ def test_frames_of_torch_are_left_out():
         '  File "b.py", line 9, in f\n  g()',
     )
     inside = f'  File "{torch_file}", line 134, in forward\n    return F.linear(input)\n'
+    beside = f'  File "{torch.__path__[0]}tune/norms.py", line 5, in forward\n    return rms(x)\n'
+    assert source_line(known(stack_trace=mine + beside + inside)).endswith("torchtune/norms.py:5: return rms(x)")
     assert source_line(known(stack_trace=mine + inside)) == "/home/me/my model.py:7: y = up(x)"
     assert source_line(known(stack_trace=mine + inside + other)) == "b.py:9: g()"
     beside = f'  File "{torch.__path__[0]}ao/linear.py", line 3, in forward\n    return product(x)\n'

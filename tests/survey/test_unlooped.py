@@ -289,6 +289,14 @@ def test_joined_halves_are_no_larger_than_the_value_that_they_are_of():
     assert why["torch.cat", 16] == "no pattern for it: torch.cat makes it of smaller values"
 
 
+def test_values_that_are_made_of_none():
+    def filled(x):
+        return (torch.ones(T, 4 * T) @ x).square().mean()
+
+    (wide, *_) = unlooped(filled, *tensors((4 * T, 8)))
+    assert (wide.shape, wide.why) == ((T, 4 * T), "no pattern for it: torch.ones makes it of no other values")
+
+
 def test_values_made_of_parameters_alone():
     class Merged(nn.Module):
         def __init__(self):
