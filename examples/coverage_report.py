@@ -140,5 +140,5 @@ def _version(package: str) -> str:
 
 
 def cell(text: str) -> str:
-    """Return the text so that it does not break a table."""
-    return " ".join(text.split()).replace("|", "/")[:300]
+    """Return the text so that it does not break a table, and without the folders of files."""
+    return re.sub(r"(?<= )/\S+/", "", " ".join(text.split())).replace("|", "/")[:300]
