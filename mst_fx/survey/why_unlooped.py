@@ -32,7 +32,7 @@ def why_unlooped(reader: Reader, node: Node, within: str = "") -> Refusal:
         advice = "Keep the parameters as the ops need them."
         return Refusal(Reason.NO_GAIN, node, "it is made of parameters alone: it does not grow with the tokens", advice)
     makers = _makers(reader, node)
-    if any(_is_input(maker) or reader.does(maker, LOOK_UPS) for maker in makers):
+    if any(_is_input(maker) or reader.does(maker, LOOK_UPS) or _projects(reader, maker, node) for maker in makers):
         given = f"what {reader.borders.within} is given" if reader.borders.within else "the tokens that it is made of"
         return Refusal(Reason.NO_GAIN, node, f"it is no larger than {given}")
     for end in (*makers, node):
@@ -69,9 +69,10 @@ def _is_returned(reader: Reader, node: Node) -> bool:
 
 
 def _makers(reader: Reader, node: Node) -> tuple[Node, ...]:
-    """Return the makers of a value, and the inputs as large as it that it is made of, in graph order.
+    """Return the makers of a value, and the inputs and projections as large as it that it is made of, in graph order.
 
-    A join of parts of values as large makes nothing larger: halves that are rotated, say.
+    Projections are the end, since what they read is tokens, whatever made these. A join of parts of values as large
+    makes nothing larger: halves that are rotated, say.
     """
     size = reader.numel(node)
 
@@ -80,7 +81,7 @@ def _makers(reader: Reader, node: Node) -> tuple[Node, ...]:
         return [operand for operand in operands if reader.numel(operand) >= least]
 
     def as_large(value: Node) -> list[Node]:
-        found = operands_of(value, size)
+        found = operands_of(value, size) if not _projects(reader, value, node) else []
         if found or not reader.does(value, JOINS):
             return found
         behind = [first_as_large(part) for part in operands_of(value, 0)]
@@ -95,3 +96,9 @@ def _makers(reader: Reader, node: Node) -> tuple[Node, ...]:
 
 def _is_input(node: Node) -> bool:
     return node.op in ("placeholder", "get_attr")
+
+
+def _projects(reader: Reader, value: Node, node: Node) -> bool:
+    """Return whether a value is a projection of tokens that are as large as the node's value."""
+    contraction = reader.contraction(value)
+    return contraction is not None and reader.numel(contraction.activation) >= reader.numel(node)

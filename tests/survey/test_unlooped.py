@@ -277,6 +277,17 @@ def test_values_as_large_as_the_tokens_have_nothing_to_gain():
     }
 
 
+def test_projections_of_tokens_are_no_larger_whatever_makes_the_tokens():
+    def patches(image, kernel, w):
+        x = F.conv1d(image, kernel, stride=2, padding=1).transpose(1, 2)
+        return F.linear(x.sin(), w).sin() @ w
+
+    found = unlooped(patches, *tensors((2, 3, T), (16, 3, 3), (16, 16)))
+    why = {value.op: value.why for value in found}
+    assert why["torch.conv1d"] == "torch.conv1d: aten.convolution.default has no placement rule"
+    assert why["torch.nn.functional.linear"] == "it is no larger than the tokens that it is made of"
+
+
 def test_joined_halves_are_no_larger_than_the_value_that_they_are_of():
     def turned(x, a, b, c):
         x = x.sin()
