@@ -126,8 +126,8 @@ def examine(case: Case, inner: str, dynamic: bool | None = None) -> Result:
     try:
         model, batch = case.training()
         stage = "eager fails"
-        products, larger = Products(case.vocabulary), Products(case.vocabulary, above=CHUNK)
-        with products, larger:
+        products = Products(case.vocabulary)
+        with products:
             model(**batch)
         result.mlps, result.experts, result.heads = products.mlps, products.experts, products.heads
         eager = step(model, batch, loss_of(model))
@@ -136,13 +136,14 @@ def examine(case: Case, inner: str, dynamic: bool | None = None) -> Result:
         truth = exact_step(case, eager)
         stage = "not ours"
         counted = torch._dynamo.testing.CompileCounterWithBackend(inner)
-        plain = step(model, batch, torch.compile(loss_of(model), backend=counted, dynamic=dynamic))
+        unlooped = Counting(counted, case.vocabulary)
+        plain = step(model, batch, torch.compile(loss_of(model), backend=unlooped, dynamic=dynamic))
         result.plain, result.plain_graphs, result.plain_error = "ok", counted.frame_count, difference(truth, plain)
         stage = "fails"
         looped, watched = looped_step(model, batch, inner, dynamic, case.vocabulary)
         result.eager_error, result.mst_error = difference(truth, eager), difference(truth, looped)
-        result.mlps_looped = max(watched.looped("mlp", "experts"), larger.mlps - watched.left_whole("mlps"))
-        result.heads_looped = max(watched.looped("head"), larger.heads - watched.left_whole("heads"))
+        result.mlps_looped = max(watched.looped("mlp", "experts"), unlooped.whole("mlps") - watched.whole("mlps"))
+        result.heads_looped = max(watched.looped("head"), unlooped.whole("heads") - watched.whole("heads"))
         result.graphs, result.refusals, result.left = watched.graphs, watched.refusals(), watched.left()
         if result.experts and set_experts(model, "grouped_mm"):
             group(result, model.to(torch.bfloat16), batch, inner, dynamic)
@@ -230,27 +231,47 @@ def difference(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor
     return max(errors) if all(error == error for error in errors) else float("inf")
 
 
-class Watched:
-    """The backend; each time that a graph runs, it records its report and the products that it runs whole."""
+class Counting:
+    """A backend that counts the MLPs and heads that graphs run outside of loops: one loop may hold several."""
+
+    def __init__(self, compiler: Callable[..., Callable[..., Any]], vocabulary: int) -> None:
+        self.compiler = compiler
+        self.vocabulary = vocabulary
+        self.counts: list[Products] = []
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        """Compile a graph."""
+        compiled = self.compiler(gm, example_inputs)
+
+        def run(*args: Any) -> Any:
+            self.counts.append(Products(self.vocabulary, above=CHUNK))
+            with self.counts[-1]:
+                return compiled(*args)
+
+        return run
+
+    def whole(self, what: str) -> int:
+        """Return the number of "mlps" or "heads" of more than a chunk of tokens."""
+        return sum(getattr(products, what) for products in self.counts)
+
+
+class Watched(Counting):
+    """The backend with mst_fx; it records the report of a graph, too, each time that the graph runs."""
 
     def __init__(self, options: dict[str, Any], vocabulary: int) -> None:
-        self.options = options
-        self.vocabulary = vocabulary
-        self.whole: list[Products] = []
+        super().__init__(partial(mst_fx.backend, options=options), vocabulary)
         self.runs: list[mst_fx.Report] = []
         self.graphs = 0
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         """Compile a graph."""
-        compiled = mst_fx.backend(gm, example_inputs, options=self.options)
+        compiled = super().__call__(gm, example_inputs)
         report = mst_fx.reports()[-1]
         self.graphs += 1
 
         def run(*args: Any) -> Any:
             self.runs.append(report)
-            self.whole.append(Products(self.vocabulary, above=CHUNK))
-            with self.whole[-1]:
-                return compiled(*args)
+            return compiled(*args)
 
         return run
 
@@ -258,10 +279,6 @@ class Watched:
         """Return the number of looped regions whose pattern's name contains one of these texts."""
         regions = (region for report in self.runs for region in report.regions)
         return sum(any(part in region.pattern for part in parts) for region in regions)
-
-    def left_whole(self, what: str) -> int:
-        """Return the number of "mlps" or "heads" that ran outside of loops: one loop may hold several."""
-        return sum(getattr(products, what) for products in self.whole)
 
     def refusals(self) -> list[str]:
         """Return every refusal once, with the line of the model, and every loop that could not be verified."""
