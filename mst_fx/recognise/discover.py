@@ -37,7 +37,7 @@ def discover(reader: Reader, patterns: Sequence[Pattern], *, strict: bool = Fals
     Returns:
         Regions and refusals, in graph order of the nodes that were asked about. The reader remembers them.
     """
-    key = (discover, *patterns)
+    key = (discover, strict, *patterns)
     if key not in reader.remembered:
         reader.remembered[key] = _discovered(reader, patterns, strict)
     found: list[Found] = reader.remembered[key]
