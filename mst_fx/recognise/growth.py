@@ -150,6 +150,9 @@ class _Attempt:
         if contraction is not None:
             self._record_contraction(node, contraction.activation)
             operands = [contraction.weight] if fake_value(contraction.weight).dim() > 2 else []
+        elif self._adds_up_experts(node):
+            self.sinks.append(node)
+            operands = node.all_input_nodes
         else:
             if self.reader.multiplies(node):
                 advice = PRODUCT_ADVICE if self._is_one_product(node) else Reason.NO_GAIN.value
@@ -172,6 +175,13 @@ class _Attempt:
             self._fail(node, "widens the large value once more")
         elif self.projects and after < before:
             self.narrowed = self.narrowed or after
+
+    def _adds_up_experts(self, node: Node) -> bool:
+        """Return whether a node multiplies what experts make of tokens by the tokens' own shares, and adds it up."""
+        large = [operand for operand in self.reader.tensor_operands(node) if self._is_large(operand)]
+        products = (self.reader.contraction(each) for each in self.inside)
+        is_sum = self.reader.multiplies(node) and len(large) == 1 and not self._is_large(node)
+        return is_sum and any(product is not None and product.grouped for product in products)
 
     def _is_one_product(self, node: Node) -> bool:
         decomposed = self.reader.decomposed(node)
@@ -218,13 +228,14 @@ def best_region(reader: Reader, growth: Growth, stream: Node) -> Region:
     return region
 
 
-def whole_region(reader: Reader, growth: Growth, stream: Node) -> Region:
+def whole_region(reader: Reader, growth: Growth, stream: Node, smaller: Region | None = None) -> Region:
     """Return all nodes of a growth as one region, with the sorts and permutations of their rows.
 
     Args:
         reader: reads the graph.
         growth: its outputs become those of the region.
         stream: the value that carries the tokens.
+        smaller: a region inside it, to loop where this one cannot be looped.
 
     Raises:
         Refusal: there is an obstacle, a large value is returned (ESCAPES), or the nodes cannot be closed (see `close`).
@@ -236,7 +247,7 @@ def whole_region(reader: Reader, growth: Growth, stream: Node) -> Region:
     nodes = with_permutations(reader, growth.nodes, stream)
     while stream in nodes and stream.all_input_nodes:  # rows that a permutation picked: the rows that they come from
         stream = stream.all_input_nodes[0]
-    return close(reader, nodes, stream)
+    return close(reader, nodes, stream, smaller=smaller)
 
 
 def only_returns(reader: Reader, node: Node) -> bool:
