@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from mst_fx.core.aten_ops import CONTRACTIONS, SHOWN_TO_CALLERS
+from mst_fx.core.aten_ops import SHOWN_TO_CALLERS
 from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
@@ -81,6 +81,11 @@ def _grow(reader: Reader, start: Node, stream: Node) -> Growth | None:
         reader.unmatched.give_up(attempt.inside, attempt.failure)
         limit = attempt.narrowed
     return None
+
+
+def within(reader: Reader, node: Node) -> Growth:
+    """Return a node as a growth, where the large values are inside of it."""
+    return Growth(frozenset([node]), (), (), (), reader.obstacle(node))
 
 
 def grown_from(reader: Reader, start: Node) -> frozenset[Node]:
@@ -155,7 +160,7 @@ class _Attempt:
             operands = node.all_input_nodes
         else:
             if self.reader.multiplies(node):
-                advice = PRODUCT_ADVICE if self._is_one_product(node) else Reason.NO_GAIN.value
+                advice = PRODUCT_ADVICE if self.reader.is_one_product(node) else Reason.NO_GAIN.value
                 self._fail(node, "multiplies large values with one another, as attention does", advice)
             self.obstacle = self.obstacle or obstacle_to(self.reader, node)
             if self.obstacle is not None and _mixes(self.reader, self.obstacle):
@@ -182,10 +187,6 @@ class _Attempt:
         products = (self.reader.contraction(each) for each in self.inside)
         is_sum = self.reader.multiplies(node) and len(large) == 1 and not self._is_large(node)
         return is_sum and any(product is not None and product.grouped for product in products)
-
-    def _is_one_product(self, node: Node) -> bool:
-        decomposed = self.reader.decomposed(node)
-        return decomposed is not None and sum(op.target in CONTRACTIONS for op in decomposed.ops) == 1
 
     def _fail(self, node: Node, text: str, advice: str = "") -> None:
         self.failure = self.failure or Refusal(Reason.NO_PATTERN, node, f"{op_name(node)} {text}", advice)

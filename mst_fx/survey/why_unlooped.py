@@ -39,7 +39,7 @@ def why_unlooped(reader: Reader, node: Node, within: str = "") -> Refusal:
         if (known := reader.unmatched.about(end) or reader.obstacle(end)) is not None:
             return known
     maker = makers[-1]
-    mixes = reader.multiplies(maker) and reader.contraction(maker) is None
+    mixes = reader.is_one_product(maker) and reader.contraction(maker) is None
     text = f"no pattern for it: {op_name(maker)} makes it of smaller values"
     return Refusal(Reason.NO_PATTERN, node, text, PRODUCT_ADVICE if mixes else "")
 
