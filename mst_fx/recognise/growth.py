@@ -37,7 +37,7 @@ class Growth:
     Attributes:
         nodes: the start and all readers of large values: outside of them, nothing but the caller reads a large value.
         ups: the contractions among them that make large values from values that are not, in graph order.
-        sinks: the contractions of large values to values that are not, in graph order.
+        sinks: the contractions, and sums over experts, of large values to values that are not, in graph order.
         returned: the large values among them that the graph returns.
         obstacle: why a reader of a large value cannot be looped, None where there is no such reader.
     """

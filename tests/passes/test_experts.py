@@ -9,6 +9,7 @@ from experts import (
     FORMS,
     GROUPED,
     D,
+    E,
     Experts,
     K,
     einsum,
@@ -129,6 +130,14 @@ def test_forms(form):
     (region,) = report.regions
     assert region.chunks == 4
     assert not report.refusals
+
+
+def test_what_experts_make_is_returned():
+    def returned(x, weights, experts, up, down):
+        rows = torch.bmm(gated(torch.einsum("nd,edf->enf", x, up)), down)
+        return torch.bmm(weights[:, None, :1].expand(-1, 1, E), rows.transpose(0, 1)), rows
+
+    assert refusal(returned).reason == "ESCAPES"
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
