@@ -153,7 +153,7 @@ LOOPED = {
 @pytest.mark.parametrize("name", LOOPED)
 def test_looped_with_the_gradients_of_the_function(name):
     program, inputs, pattern = LOOPED[name]
-    (report,) = beside_eager(program, inputs, inner="aot_eager")
+    (report,) = beside_eager(program, inputs)
     (region,) = report.regions
     assert region.pattern == pattern
     assert not any(entry.reason == "SUBGRAPH" for entry in report.unlooped)
@@ -179,7 +179,7 @@ class MixesTokens(Mlp):
 
 
 def test_a_function_that_mixes_tokens_is_refused_with_op_and_line():
-    (report,) = beside_eager(MixesTokens.apply, mlp_inputs, inner="aot_eager")
+    (report,) = beside_eager(MixesTokens.apply, mlp_inputs)
     (refusal,) = report.refusals
     assert "norm" in refusal.text
     assert refusal.text.endswith("in a backward of its own")
