@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from mst_fx.recognise.pattern import (
+    Growth,
     Pattern,
     Reader,
     Reason,
@@ -39,10 +40,24 @@ class Experts(Pattern):
             text = f"{op_name(node)} repeats values, and no experts' matrices multiply them"
             reader.unmatched.give_up(growth.nodes, Refusal(Reason.NO_PATTERN, node, text), node)
             return None
-        return whole_region(reader, growth, stream)
+        return whole_region(reader, growth, stream, smaller=None if up is not None else behind_picks(reader, growth))
 
 
 def multiplies_by_experts(reader: Reader, node: Node) -> bool:
     """Return whether the node is a product with one matrix for each of several groups."""
     contraction = reader.contraction(node)
     return contraction is not None and contraction.grouped
+
+
+def behind_picks(reader: Reader, growth: Growth) -> Region | None:
+    """Return the region of a growth's experts alone, which reads the rows that were picked; None if it is none.
+
+    Where each expert chooses its tokens, the picks mix tokens, and the slots of an expert are apart all the same.
+    """
+    first = next(node for node in reader.order if node in growth.nodes and multiplies_by_experts(reader, node))
+    up = reader.widening(first)
+    inner = grow(reader, first, up.activation) if up is not None else None
+    try:
+        return whole_region(reader, inner, up.activation) if up is not None and inner is not None else None
+    except Refusal:
+        return None

@@ -32,9 +32,10 @@ class GatedMlp(Pattern):
 
 def is_gated(reader: Reader, growth: Growth) -> bool:
     """Return whether a down-projection reads less than an up-projection makes, or a value that joins two of these."""
-    down = reader.contraction(growth.sinks[0])
-    assert down is not None
-    if reader.numel(down.activation) < max(map(reader.numel, growth.ups)):
+    downs = [down for down in map(reader.contraction, growth.sinks) if down is not None]
+    if not downs:
+        return False
+    if reader.numel(downs[0].activation) < max(map(reader.numel, growth.ups)):
         return True
     ups_of: dict[Node, set[Node]] = {up: {up} for up in growth.ups}
     for node in sorted(growth.nodes - ups_of.keys(), key=reader.order.__getitem__):

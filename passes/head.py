@@ -21,6 +21,7 @@ from mst_fx.recognise.pattern import (
     grow,
     op_name,
     register,
+    within,
 )
 
 aten = torch.ops.aten
@@ -45,6 +46,9 @@ class Head(Pattern):
 
     def match(self, reader: Reader, node: Node) -> Region | None:
         """Start at the projection; refuse, with advice, a loss whose logits come from elsewhere."""
+        inside = reader.inner_contractions(node)
+        if len(inside) == 1:  # the projection and the loss are one function with a backward of its own
+            return best_region(reader, within(reader, node), inside[0].activation)
         head = reader.widening(node)
         if head is None:
             if reader.does(node, NEGATIVE_LOG_LIKELIHOODS):

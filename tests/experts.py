@@ -92,6 +92,15 @@ def inverse_by_argsort(x, weights, experts, up, down):
     return (rows.view(-1, K, x.shape[1]) * weights.unsqueeze(-1)).sum(1)
 
 
+def written_back(x, weights, experts, up, down):
+    """Rows are written to where they came from, and added up by a product with the weights of each token."""
+    order = experts.view(-1).argsort(stable=True)
+    ends = ends_of_groups(experts.view(-1), up.shape[0])
+    rows = torch.zeros((order.shape[0], x.shape[1]), dtype=x.dtype)
+    rows[order] = grouped(gated(grouped(x[order // K], up, ends)), down, ends)
+    return torch.bmm(weights.unsqueeze(1), rows.view(-1, K, x.shape[1])).squeeze(1)
+
+
 def one_matrix_a_row(x, weights, experts, up, down):
     """Each pair of a token and an expert multiplies by its own copy of the matrices."""
     chosen = experts.reshape(-1)
@@ -115,6 +124,6 @@ def einsum(x, weights, experts, up, down):
     return torch.einsum("end,ne->nd", rows, share)
 
 
-GROUPED = (sorted_and_brought_back, added_by_index, gathered_and_scattered, inverse_by_argsort)
+GROUPED = (sorted_and_brought_back, added_by_index, gathered_and_scattered, inverse_by_argsort, written_back)
 DENSE = (one_matrix_a_row, every_expert_on_every_token, einsum)
 FORMS = {form.__name__: form for form in (*GROUPED, *DENSE)}

@@ -20,12 +20,11 @@ from mst_fx.bodies.factors import take_out_products
 from mst_fx.bodies.log_softmax import reduces_wide_rows, run_in_tiles
 from mst_fx.capture.lower import trace
 from mst_fx.core.config import Accumulate
-from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.sizes import is_symbolic, sure
 from mst_fx.core.values import HALF
 from mst_fx.kernels.write_order import products_late
 from mst_fx.ops.overwritten import overwritten
-from mst_fx.ops.own_gradients import own_gradients, own_of, read_forward, upstream, with_own_gradients
+from mst_fx.ops.own_gradients import backward_of, own_gradients, own_of, with_own_gradients
 from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import Split, adds_up, split_of
 from mst_fx.placement.run_on_chunk import run_resized
@@ -206,49 +205,28 @@ def computed(
     length = axis_length([axis_of(stages, node) for node in stages.operands], operands)
     env: dict[Node, Any] = dict(zip(stages.operands, operands, strict=True))
     inside = set(stages.loop)
+
+    def run(node: Node, env: Mapping[Node, Any]) -> Any:
+        value = run_resized(node, stages.placements.of[node], length, env)
+        _check_shape(stages, node, value, length)
+        return value
+
     for node in stages.loop:
         if node.target == overwritten:
             env[node] = _Known.apply(*map_arg(node.args, env.get))
         elif node.target == own_gradients:
             values, inputs = (list(map(env.__getitem__, nodes)) for nodes in own_of(node)[:2])
-            env[node] = with_own_gradients(values, inputs, partial(_gradients_brought, stages, node, env, length))
+            env[node] = with_own_gradients(values, inputs, backward_of(node, stages.backward, env, run))
         elif reads_log_softmax(node, inside):
             env[node] = run_on_logits(node, env)
         elif reduces_wide_rows(node):
             env[node] = run_in_tiles(node, env)
         else:
-            env[node] = run_resized(node, stages.placements.of[node], length, env)
+            env[node] = run(node, env)
         if known and node in known:
             env[node] = _Known.apply(env[node], known[node])
         _check_shape(stages, node, env[node], length)
     return env
-
-
-def _gradients_brought(
-    stages: Stages, node: Node, env: Mapping[Node, Any], length: int, upstream_grads: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Return the gradients that a function brings for one chunk: the nodes of its own backward run on the chunk.
-
-    Args:
-        stages: the stages of the region.
-        node: of `own_gradients`.
-        env: the values of the chunk.
-        length: positions of the chunk.
-        upstream_grads: the gradients of the function's values.
-    """
-    own = own_of(node)
-    grad_of = dict(zip(own.values, upstream_grads, strict=True))
-    mine = ancestors(own.gradients, read_forward)
-    local = dict(env)
-    for step in stages.backward:
-        if step not in mine:
-            continue
-        if step.target == upstream:
-            local[step] = grad_of[step.all_input_nodes[0]]
-        else:
-            local[step] = run_resized(step, stages.placements.of[step], length, local)
-        _check_shape(stages, step, local[step], length)
-    return [local[gradient] for gradient in own.gradients]
 
 
 def _check_shape(stages: Stages, node: Node, value: Any, length: int) -> None:

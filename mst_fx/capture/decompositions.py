@@ -160,6 +160,13 @@ def _decompose_convolution(
     return rows.reshape(*positions.shape[:-1], rows.shape[1]).movedim(-1, 1)
 
 
+def _decompose_scatter_reduce(
+    x: torch.Tensor, dim: int, index: torch.Tensor, src: torch.Tensor, reduce: str, *, include_self: bool = True
+) -> Any:
+    """Add to what is there, where the op reduces by a sum."""
+    return x.scatter_add(dim, index, src) if reduce == "sum" and include_self else NotImplemented
+
+
 def _decompose_product(x: torch.Tensor, y: torch.Tensor) -> Any:
     """Multiply and sum, where a matrix product has one row and one column: it is a reduction of what it reads."""
     if not (sure(x.shape[-2] == 1) and sure(y.shape[-1] == 1)):
@@ -196,5 +203,6 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.dot.default: _sum_of_products,
     aten.glu.default: _decompose_glu,
     aten.rand_like.default: _decompose_rand_like,
+    aten.scatter_reduce.two: _decompose_scatter_reduce,
     aten.sgn.default: _decompose_sgn,
 }

@@ -30,7 +30,10 @@ class Reason(Enum):
     SUBGRAPH = "Write its ops into the function around it, without the subgraph."
     NO_VALUE = "Compile with torch._dynamo.config.use_graph_deduplication = False."
     DYNAMIC = "Compile with static shapes (dynamic=False) or make only the split dim dynamic."
-    DATA_DEPENDENT = "Route tokens without sizes that depend on them: sort them by expert and multiply group by group."
+    DATA_DEPENDENT = (
+        "Route tokens without sizes that depend on them: sort them by expert, count them by histc or one_hot, "
+        "and multiply group by group."
+    )
     COMPLEX = "Compute with real and imaginary parts as tensors of their own."
     NUMBER = "Give the op a tensor, or a number that depends neither on the data nor on the length."
     SHARDED = "Ops on DTensors (tensor parallel) are never looped; those on plain tensors are."

@@ -13,7 +13,7 @@ gradients to the operands. Both only exist in graphs: whoever runs one calls `wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -73,6 +73,30 @@ def only_for_gradients(graph: Graph) -> tuple[Node, ...]:
         return ()
     forward = ancestors(graph.output_node().all_input_nodes, read_forward)
     return in_order(graph, ancestors(gradients) - forward)
+
+
+def backward_of(
+    node: Node, steps: Iterable[Node], env: Mapping[Node, Any], run: Callable[[Node, Mapping[Node, Any]], Any]
+) -> Backward:
+    """Return what gives the gradients that a function brings, from those of its values.
+
+    Args:
+        node: of `own_gradients`.
+        steps: nodes that only gradients are made of, in graph order; others than those of this function do not run.
+        env: the values of the forward; it may grow until the backward runs.
+        run: runs one node on the values of its operands.
+    """
+    own = own_of(node)
+    mine = ancestors(own.gradients, read_forward)
+
+    def backward(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        grad_of, local = dict(zip(own.values, grads, strict=True)), dict(env)
+        for step in steps:
+            if step in mine:
+                local[step] = grad_of[step.all_input_nodes[0]] if step.target == upstream else run(step, local)
+        return [local[gradient] for gradient in own.gradients]
+
+    return backward
 
 
 def with_own_gradients(

@@ -7,6 +7,7 @@
 4. A partial sum stays one through linear ops; any other op that reads it belongs to the epilogue, which runs once,
    after the loop.
 5. A sum that does not depend on the given placeholders (a count of labels) is whole: it is computed before the loop.
+   But of the keys of sorted rows, each chunk counts its own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from mst_fx.core.aten_ops import DRAWS, FILLS, MADE_IN_CHUNKS, is_mutable, is_random
+from mst_fx.core.aten_ops import CASTS, DRAWS, FILLS, MADE_IN_CHUNKS, is_mutable, is_random
 from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data, hint, is_size, sure
@@ -33,8 +34,10 @@ from mst_fx.placement.rules import (
     argument,
     casts,
     check_gradients,
+    count,
     demands_of,
     is_linear,
+    made_for_counts,
     mixed,
     route,
     rule_for,
@@ -159,18 +162,21 @@ def _walk(
     epilogue: dict[Node, None] = {}
     dependent = set(seeds)
     forward = [node for node in nodes if node not in backward]
+    of_each_chunk = made_for_counts(forward)
     for node in (*forward, *(node for node in nodes if node in backward)):  # the forward demands what it needs first
         operands = read_forward(node)
         if node.target == upstream or not dependent.isdisjoint(operands):
             dependent.add(node)
-        placement = _placed(node, flow, forced, node in backward) if epilogue.keys().isdisjoint(operands) else None
+        casts_summands = (node in backward and casts(node)) or (node in of_each_chunk and node.target in CASTS)
+        placement = _placed(node, flow, forced, casts_summands) if epilogue.keys().isdisjoint(operands) else None
         if placement is None:
             if node in backward or node.target == own_gradients:
                 raise Refusal(Reason.TWO_PASSES, node, f"{node.target} needs a sum over the axis before it is complete")
             _check_epilogue(node, flow.placements, epilogue)
             epilogue[node] = None
             continue
-        known = placement == PARTIAL and node not in dependent and _is_small(node, seeds)
+        is_known = placement == PARTIAL and node not in dependent and node not in of_each_chunk
+        known = is_known and _is_small(node, seeds)
         flow.placements[node] = WHOLE if known else placement
     for node in forward:
         if node.target == own_gradients:
@@ -179,15 +185,17 @@ def _walk(
     return Placements(flow.placements, tuple(epilogue), frozenset(made))
 
 
-def _placed(node: Node, flow: _Walk, forced: Mapping[Node, Split], backward: bool) -> NodePlacement | None:
+def _placed(node: Node, flow: _Walk, forced: Mapping[Node, Split], casts_summands: bool) -> NodePlacement | None:
     """Return a node's placement; None for a node that has to wait until a sum is complete.
 
-    In a backward, a cast of a sum casts each summand: the gradient adds up in a dtype of its own.
+    In a backward, a cast of a sum casts each summand: the gradient adds up in a dtype of its own. So do counts.
     """
     if node.target in (upstream, own_gradients):
         return _place(node, flow)
+    if (counts := count(node, flow)) is not None:
+        return counts
     if any(flow.placements[operand] == PARTIAL for operand in node.all_input_nodes):
-        return PARTIAL if is_linear(node, flow) or (backward and casts(node)) else None
+        return PARTIAL if is_linear(node, flow) or casts_summands else None
     if node in forced and node.target not in FILLS:  # a fill reads only its operand's dtype
         _check_forced(node, flow)
     return forced.get(node) or _place(node, flow)
@@ -224,7 +232,7 @@ def _place(node: Node, flow: _Walk) -> NodePlacement:
     if rule is None:
         if all(flow.placements[operand] == WHOLE for operand in node.all_input_nodes):
             return WHOLE
-        raise Refusal(Reason.UNKNOWN_OP, node, f"{node.target} has no placement rule")
+        raise _unruled(node)
     return rule(node, flow)
 
 
@@ -233,7 +241,14 @@ def forbid_unruled(node: Node) -> None:
     if is_size(node.meta.get("val")) or node.target is operator.getitem:
         return
     if rule_for(node.target) is None:
-        raise Refusal(Reason.UNKNOWN_OP, node, f"{node.target} has no placement rule")
+        raise _unruled(node)
+
+
+def _unruled(node: Node) -> Refusal:
+    """Return the refusal of an op that has no placement rule, and can have none where its sizes depend on the data."""
+    if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
+        return Refusal(Reason.DATA_DEPENDENT, node, f"{node.target} gives as many values as the data say")
+    return Refusal(Reason.UNKNOWN_OP, node, f"{node.target} has no placement rule")
 
 
 def forbid_effects(node: Node) -> None:

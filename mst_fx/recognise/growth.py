@@ -38,7 +38,7 @@ class Growth:
     Attributes:
         nodes: the start and all readers of large values: outside of them, nothing but the caller reads a large value.
         ups: the contractions among them that make large values from values that are not, in graph order.
-        sinks: the contractions of large values to values that are not, in graph order.
+        sinks: the contractions, and sums over experts, of large values to values that are not, in graph order.
         returned: the large values among them that the graph returns.
         obstacle: why a reader of a large value cannot be looped, None where there is no such reader.
     """
@@ -82,6 +82,11 @@ def _grow(reader: Reader, start: Node, stream: Node) -> Growth | None:
         reader.unmatched.give_up(attempt.inside, attempt.failure, start)
         limit = attempt.narrowed
     return None
+
+
+def within(reader: Reader, node: Node) -> Growth:
+    """Return a node as a growth, where the large values are inside of it."""
+    return Growth(frozenset([node]), (), (), (), reader.obstacle(node))
 
 
 def grown_from(reader: Reader, start: Node) -> frozenset[Node]:
@@ -152,9 +157,12 @@ class _Attempt:
         if contraction is not None:
             self._record_contraction(node, contraction.activation)
             operands = [contraction.weight] if fake_value(contraction.weight).dim() > 2 else []
+        elif self._adds_up_experts(node):
+            self.sinks.append(node)
+            operands = node.all_input_nodes
         else:
             if self.reader.multiplies(node) and not self._has_one_for_each_row(node):
-                advice = PRODUCT_ADVICE if self._is_one_product(node) else Reason.NO_GAIN.value
+                advice = PRODUCT_ADVICE if self.reader.is_one_product(node) else Reason.NO_GAIN.value
                 self._fail(node, "multiplies large values with one another, as attention does", advice)
             self.obstacle = self.obstacle or self._obstacle_to(node)
             if self.obstacle is not None and _mixes(self.reader, self.obstacle):
@@ -196,9 +204,12 @@ class _Attempt:
             return False
         return self.reader.widening(node) is not None or self._obstacle_to(node) is None
 
-    def _is_one_product(self, node: Node) -> bool:
-        decomposed = self.reader.decomposed(node)
-        return decomposed is not None and sum(op.target in CONTRACTIONS for op in decomposed.ops) == 1
+    def _adds_up_experts(self, node: Node) -> bool:
+        """Return whether a node multiplies what experts make of tokens by the tokens' own shares, and adds it up."""
+        large = [operand for operand in self.reader.tensor_operands(node) if self._is_large(operand)]
+        products = (self.reader.contraction(each) for each in self.inside)
+        is_sum = self.reader.multiplies(node) and len(large) == 1 and not self._is_large(node)
+        return is_sum and any(product is not None and product.grouped for product in products)
 
     def _fail(self, node: Node, text: str, advice: str = "") -> None:
         self.failure = self.failure or Refusal(Reason.NO_PATTERN, node, f"{op_name(node)} {text}", advice)
@@ -241,13 +252,14 @@ def best_region(reader: Reader, growth: Growth, stream: Node) -> Region:
     return region
 
 
-def whole_region(reader: Reader, growth: Growth, stream: Node) -> Region:
+def whole_region(reader: Reader, growth: Growth, stream: Node, smaller: Region | None = None) -> Region:
     """Return all nodes of a growth as one region, with the sorts and permutations of their rows.
 
     Args:
         reader: reads the graph.
         growth: its outputs become those of the region.
         stream: the value that carries the tokens.
+        smaller: a region inside it, to loop where this one cannot be looped.
 
     Raises:
         Refusal: there is an obstacle, a large value is returned (ESCAPES), or the nodes cannot be closed (see `close`).
@@ -259,7 +271,7 @@ def whole_region(reader: Reader, growth: Growth, stream: Node) -> Region:
     nodes = with_permutations(reader, growth.nodes, stream)
     while stream in nodes and stream.all_input_nodes:  # rows that a permutation picked: the rows that they come from
         stream = stream.all_input_nodes[0]
-    return close(reader, nodes, stream)
+    return close(reader, nodes, stream, smaller=smaller)
 
 
 def only_returns(reader: Reader, node: Node) -> bool:

@@ -7,10 +7,7 @@ contractions, and a custom activation of ten nodes is ten elementwise nodes. The
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Hashable
-from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -32,26 +29,26 @@ from mst_fx.core.modes import TOP, Mode, modes_of
 from mst_fx.core.provenance import TOP as TOP_BORDERS
 from mst_fx.core.provenance import Borders
 from mst_fx.core.refusal import Refusal
-from mst_fx.core.sizes import hint, is_size, sure
+from mst_fx.core.sizes import is_size
 from mst_fx.core.values import fake_value, is_view, storages_of_all, tensors_of
 from mst_fx.placement.rules.contraction import factors
+from mst_fx.recognise.contractions import (
+    Contraction,
+    is_input,
+    is_made_of_two,
+    is_matrix,
+    is_one_of_several,
+    is_weight,
+    numel,
+    operand_of,
+    rank_of,
+    size_of,
+)
 from mst_fx.recognise.decomposed_nodes import decomposed_nodes, reshapes_in_place
 from mst_fx.recognise.effects import SWITCHES_GRADIENTS, gradients_in, rebinds, writes_data, written_by
 from mst_fx.recognise.obstacles import Unmatched, obstacle_in
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """activation [.., n, k] times weight [k, m] or [m, k], or times one such matrix for each group, [g, k, m].
-
-    A convolution whose kernel is one position wide is such a product, too; its weight is [m, k, 1, ..].
-    """
-
-    activation: Node
-    weight: Node
-    grouped: bool = False
 
 
 class Reader:
@@ -124,21 +121,44 @@ class Reader:
         return found if found is not None and found.understood else None
 
     def contraction(self, node: Node) -> Contraction | None:
-        """Return the node as activation times weight, None where it is something else."""
+        """Return the node as activation times weight, None where it is something else.
+
+        A function with a backward of its own may hold more products: an adapter, a second projection.
+        """
         decomposed = self.decomposed(node)
         if decomposed is None or not tensors_of(node):
             return None
         products = [op for op in decomposed.ops if op.target in CONTRACTIONS]
-        if len(products) != 1:
-            return None
-        left, right = (_operand(node, decomposed, arg) for arg in factors(products[0]))
+        if len(products) > 1 and decomposed.backward:
+            size = max(map(size_of, tensors_of(node)))
+            products = [op for op in products if size_of(op.meta["val"]) == size and is_made_of_two(decomposed, op)][:1]
+        return self._contraction_by(node, decomposed, products[0]) if len(products) == 1 else None
+
+    def inner_contractions(self, node: Node) -> list[Contraction]:
+        """Return the contractions of a function with a backward of its own, if the first widens and its value is small.
+
+        Such a function holds a whole MLP, or a head with its loss.
+        """
+        decomposed = self.decomposed(node)
+        if decomposed is None or not decomposed.backward or not tensors_of(node):
+            return []
+        products = [op for op in decomposed.ops if op.target in CONTRACTIONS]
+        found = [self._contraction_by(node, decomposed, op) for op in products]
+        first = found[0] if found else None
+        if first is None or not self.numel(node) <= self.numel(first.activation) < size_of(products[0].meta["val"]):
+            return []
+        return [contraction for contraction in found if contraction is not None]
+
+    def _contraction_by(self, node: Node, decomposed: Decomposed, product: Node) -> Contraction | None:
+        """Return a product that a node decomposes into, as operands of the node."""
+        left, right = (operand_of(node, decomposed, arg) for arg in factors(product))
         if left is None or right is None or left is right:
             return None
-        weights = self._weights(left, right, products[0].target)
+        weights = self._weights(left, right, product.target)
         if len(weights) != 1:
             return None
         activation, weight = (left, right) if weights == [right] else (right, left)
-        return Contraction(activation, weight, _rank(weight) == 3 and products[0].target not in ONE_PRODUCT)
+        return Contraction(activation, weight, rank_of(weight) == 3 and product.target not in ONE_PRODUCT)
 
     def _weights(self, left: Node, right: Node, product: object) -> list[Node]:
         """Return the factors that are weights: made of parameters, or an input that looks like a weight."""
@@ -146,12 +166,12 @@ class Reader:
         if found:
             return found  # two learnt factors merge an adapter into its weight: there are no tokens
         roots = {operand: self._input_behind(operand) for operand in (left, right)}
-        if _rank(left) == _rank(right) == 3 and product not in ONE_PRODUCT:
-            return [operand for operand, root in roots.items() if _is_input(root) and _rank(root) == 3]
+        if rank_of(left) == rank_of(right) == 3 and product not in ONE_PRODUCT:
+            return [operand for operand, root in roots.items() if is_input(root) and rank_of(root) == 3]
         if product in GROUPED_PRODUCTS:
             return [right]
-        weight = left if _is_weight(left) and not _is_weight(right) else right
-        return [weight] if _is_matrix(weight) or _rank(weight) == 1 else []
+        weight = left if is_weight(left) and not is_weight(right) else right
+        return [weight] if is_matrix(weight) or rank_of(weight) == 1 else []
 
     def widening(self, node: Node) -> Contraction | None:
         """Return the node as a contraction that makes more elements than its activation has, None where it is none.
@@ -212,7 +232,7 @@ class Reader:
 
     def unviewed(self, node: Node) -> Node:
         """Return the value that a node views or casts; the node itself where it does neither."""
-        while not (_is_input(node) or _is_one_of_several(node)) and self._does_only(node, VIEWS_AND_CASTS):
+        while not (is_input(node) or is_one_of_several(node)) and self._does_only(node, VIEWS_AND_CASTS):
             node = node.all_input_nodes[0]
         return node
 
@@ -228,7 +248,7 @@ class Reader:
 
     def _input_behind(self, node: Node) -> Node:
         """Return the graph input that a node views, casts or picks rows of; otherwise some value that is no input."""
-        while not _is_input(node) and self._does_only(node, PICKS):
+        while not is_input(node) and self._does_only(node, PICKS):
             node = node.all_input_nodes[0]
         return node
 
@@ -251,7 +271,7 @@ class Reader:
 
     def rank(self, node: Node) -> int:
         """Return the number of dims of the node's value, -1 where it is no tensor."""
-        return _rank(node)
+        return rank_of(node)
 
     def tensor_operands(self, node: Node) -> list[Node]:
         """Return the operands that are tensors or tuples of tensors: no sizes, no subgraphs."""
@@ -260,6 +280,11 @@ class Reader:
     def multiplies(self, node: Node) -> bool:
         """Return whether the node decomposes into a matrix product of any kind, as attention does."""
         return self.does(node, CONTRACTIONS)
+
+    def is_one_product(self, node: Node) -> bool:
+        """Return whether the node decomposes into one matrix product, among other ops."""
+        decomposed = self.decomposed(node)
+        return decomposed is not None and sum(op.target in CONTRACTIONS for op in decomposed.ops) == 1
 
     def obstacle(self, node: Node) -> Refusal | None:
         """Return why a region must not contain this node; None where each of its ops has a placement rule."""
@@ -281,43 +306,3 @@ class Reader:
     def numel(self, node: Node) -> int:
         """Return the number of elements of the node's captured value; for a tuple, the sum over its tensors."""
         return numel(node)
-
-
-def numel(node: Node) -> int:
-    """Return the number of elements of a node's captured value; for a tuple, the sum over its tensors."""
-    return sum(prod(map(hint, tensor.shape)) for tensor in tensors_of(node))
-
-
-def _operand(node: Node, decomposed: Decomposed, arg: Any) -> Node | None:
-    """Return the operand of the node that a factor of the product is made of, the largest of several."""
-    if not isinstance(arg, Node):
-        return None
-    positions = {decomposed.position_of[made] for made in ancestors([arg]) if made in decomposed.position_of}
-    operands = [node.all_input_nodes[position] for position in sorted(positions)]
-    return max(operands, key=numel, default=None)
-
-
-def _rank(node: Node) -> int:
-    value = fake_value(node)
-    return value.dim() if isinstance(value, torch.Tensor) else -1
-
-
-def _is_matrix(node: Node) -> bool:
-    """Whether a value has rows and columns, and no more: a kernel that is one position wide has."""
-    return _rank(node) >= 2 and all(sure(size == 1) for size in fake_value(node).shape[2:])
-
-
-def _is_input(node: Node) -> bool:
-    return node.op in ("placeholder", "get_attr")
-
-
-def _is_one_of_several(node: Node) -> bool:
-    """Return whether the node picks one of the values of its operand."""
-    return node.target is operator.getitem and not isinstance(fake_value(node.all_input_nodes[0]), torch.Tensor)
-
-
-def _is_weight(node: Node) -> bool:
-    """Return whether a node is a matrix that comes into the graph, or a view or cast of one."""
-    if not _is_matrix(node):
-        return False
-    return _is_input(node) or (len(node.all_input_nodes) == 1 and _is_weight(node.all_input_nodes[0]))

@@ -73,15 +73,26 @@ def _values(surveyed: Surveyed, plans: Mapping[Site, Plan], least: int, times: i
     saved = saved_values(reader, looped, callers, hint) if large else {}
     for node in large:
         if is_written(reader, node, saved, {*looped, *callers}):
-            known = _left_by_plan(node, left[node]) if node in left else reader.unmatched.about(node)
-            yield _Value(reader, node, node in saved and not surveyed.around.repeated, times, known)
+            yield _Value(
+                reader, node, node in saved and not surveyed.around.repeated, times, _known(reader, left, node)
+            )
     for child, its_callers in surveyed.children.values():
         yield from _values(child, plans, least, times * len(its_callers))
-    yield from _unseen(reader, surveyed.children, looped, least, times)
+    yield from _unseen(reader, surveyed.children, looped, left, least, times)
+
+
+def _known(reader: Reader, left: Mapping[Node, Plan], node: Node) -> Refusal | None:
+    """Return why a plan or a match has left out what a node makes, None where neither tells."""
+    return _left_by_plan(node, left[node]) if node in left else reader.unmatched.about(node)
 
 
 def _unseen(
-    reader: Reader, entered: Collection[str], looped: Container[Node], least: int, times: int
+    reader: Reader,
+    entered: Collection[str],
+    looped: Container[Node],
+    left: Mapping[Node, Plan],
+    least: int,
+    times: int,
 ) -> Iterator[_Value]:
     """Yield the large values of the other subgraphs, without their outputs: these are the op's.
 
@@ -94,7 +105,7 @@ def _unseen(
         caller = next((user for user in node.users if user not in looped), None)
         if caller is None:
             continue
-        known = reader.unmatched.about(caller)
+        known = _known(reader, left, caller)
         if known is None and is_custom_function(caller):
             known = why_unlooped(reader, caller)
         inner = Reader(child, {}, reader.modes[node], replace(reader.borders, within=op_name(caller)))
@@ -102,7 +113,7 @@ def _unseen(
         for value in _large(child, least):
             if value not in outputs and is_written(inner, value, (), ()):
                 yield _Value(inner, value, times=times, known=known, within=op_name(caller))
-        yield from _unseen(inner, (), (), least, times)
+        yield from _unseen(inner, (), (), {}, least, times)
 
 
 def _large(owner: GraphModule, least: int) -> list[Node]:

@@ -41,7 +41,7 @@ def why_unlooped(reader: Reader, node: Node, within: str = "") -> Refusal:
     maker = makers[-1]
     if reader.fills(maker):
         return Refusal(Reason.NO_PATTERN, node, f"no pattern for it: {op_name(maker)} makes it of no other values")
-    mixes = reader.multiplies(maker) and reader.contraction(maker) is None
+    mixes = reader.is_one_product(maker) and reader.contraction(maker) is None
     text = f"no pattern for it: {op_name(maker)} makes it of smaller values"
     return Refusal(Reason.NO_PATTERN, node, text, PRODUCT_ADVICE if mixes else "")
 

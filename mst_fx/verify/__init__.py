@@ -2,5 +2,5 @@
 
 In: a Region, its Work and the call of its loop.
 Out: Verified or Refusal.
-Imports: core, placement, capture, recognise, bodies.
+Imports: core, ops, placement, capture, recognise, bodies.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +22,7 @@ from mst_fx.capture.run_node import execute
 from mst_fx.core.aten_ops import DRAWS
 from mst_fx.core.clean_room import clean_room, without_autocast
 from mst_fx.core.torch_private.tracing import TorchDispatchMode
+from mst_fx.ops.own_gradients import backward_of, only_for_gradients, own_gradients, own_of, with_own_gradients
 from mst_fx.verify.excerpt import Excerpt
 
 aten = torch.ops.aten
@@ -65,12 +67,18 @@ def as_captured(excerpt: Excerpt) -> Program:
         placeholders = (node for node in stages.graph.nodes if node.op == "placeholder")
         env: dict[Node, Any] = dict(zip(placeholders, values, strict=True))
         generator = torch.Generator().manual_seed(SEED)
+        steps = only_for_gradients(stages.graph)
+        run_node = partial(execute, region.owner)
         with without_autocast():  # a lowered graph holds its casts as nodes
             for node in stages.graph.nodes:
                 if node.target in DRAWS:
                     env[node] = _draw(node.args, node.kwargs, generator)
-                elif node.op == "call_function":
-                    env[node] = execute(region.owner, node, env)
+                elif node.target == own_gradients:
+                    made, operands = (list(map(env.__getitem__, nodes)) for nodes in own_of(node)[:2])
+                    backward = backward_of(node, steps, env, run_node)
+                    env[node] = list(with_own_gradients(made, operands, backward))
+                elif node.op == "call_function" and node not in steps:
+                    env[node] = run_node(node, env)
         return [env[node] for node in stages.outputs]
 
     return run_lowered if any(node.target in DRAWS for node in stages.graph.nodes) else run

@@ -43,7 +43,7 @@ class Drawer:
         self.lengths = tuple(self.choice(FEW_LENGTHS if small else LENGTHS) for _ in range(calls))
         one = (False,) * 20 + (True, True, "mark") if small else (False, False, None, True, "mark")
         self.dynamic: bool | str | None = self.choice((True, None, None, "mark") if calls > 1 else one)
-        helpers = {"Square": harness.Square, "StraightThrough": harness.StraightThrough, "D": torch.float64}
+        helpers = {function.__name__: function for function in harness.OWN} | {"D": torch.float64}
         makers = {"normal": harness.normal, "weight": harness.weight, "indices": harness.indices}
         common = {"torch": torch, "F": nn.functional, "nn": nn, "checkpoint": checkpoint, **helpers, **makers}
         self.runs = tuple({**common, "T": probe} for probe in PROBES)

@@ -11,9 +11,10 @@ import torch
 
 from fuzzing import harness
 from fuzzing.drawer import Drawer
+from fuzzing.experts import experts
 from fuzzing.losses import head
 from fuzzing.program import Program
-from fuzzing.projections import experts, narrowed, normed, stream, widened
+from fuzzing.projections import narrowed, normed, stream, widened
 from fuzzing.twins import twins
 from fuzzing.wide import wide_steps
 
@@ -79,16 +80,14 @@ def _block(g: Drawer, values: list[str], small: bool) -> None:
         return head(g, x)
     if g.token_dims(x) and kind < (0.47 if small else 0.55):
         return twins(g, x)
-    if kind > (0.96 if small else 0.92):
+    if kind > (0.94 if small else 0.92):
         y = experts(g, x)
         if y:
             g.kept.append(y)
         return None
     if g.chance(0.3):
         x = normed(g, x)
-    h = widened(g, x)
-    h = h and wide_steps(g, h, (0, 0, 0, 1, 1) if small else (0, 0, 1, 1, 2, 3))
-    y = narrowed(g, h, x) if h else None
+    y = _mlp(g, x, small)
     if y and len(g.shape(y)) > 1 and g.token_dims(y):
         values.append(y)
         if g.chance(0.06):  # an MLP that nobody reads, unless its result is
@@ -97,7 +96,20 @@ def _block(g: Drawer, values: list[str], small: bool) -> None:
     return None
 
 
+def _mlp(g: Drawer, x: str, small: bool) -> str | None:
+    if g.chance(0.03):
+        D = g.shape(x)[-1]
+        y = g.let(f"Block.apply({x}, {g.plain_weight(D, g.F)}, {g.plain_weight(g.F, D)})", "own gradients")
+        g.kept += [y] if y else []
+        return y
+    h = widened(g, x)
+    h = h and wide_steps(g, h, (0, 0, 0, 1, 1) if small else (0, 0, 1, 1, 2, 3))
+    return narrowed(g, h, x) if h else None
+
+
 def _embedded(g: Drawer, x: str) -> str | None:
+    if g.chance(0.3):
+        return g.let(g.choice(("Scaled.apply({}, 0.5)", "Clipped.apply({}, 0.1)")).format(x), "own gradients")
     D = g.shape(x)[-1]
     ids = g.given("i", "indices(11, T)")
     table = g.weight(11, D)

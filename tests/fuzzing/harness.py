@@ -18,7 +18,7 @@ import mst_fx
 
 warnings.filterwarnings("ignore")
 D = torch.float64
-RELATIVE, NARROW = 1e-9, 1e-5  # of norms: where all is float64, and where a value goes through float32
+RELATIVE, NARROW, COARSE = 1e-9, 1e-5, 5e-2  # of norms: where all is float64, where values go through less bits
 NOISE = [0.0]  # relative noise on every input: how far does rounding alone carry?
 
 
@@ -45,6 +45,71 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
         return g
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.factor * g, None
+
+
+class Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bound: float) -> torch.Tensor:
+        ctx.bound = bound
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return g.clamp(-ctx.bound, ctx.bound), None
+
+
+class RowScaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().amax(-1, keepdim=True) + 1
+        ctx.save_for_backward(x, w, scale)
+        return x / scale * w
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, w, scale = ctx.saved_tensors
+        return g * w / scale, (g * x).flatten(0, -2).sum(0)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, w = ctx.saved_tensors
+        return g @ w.t() * 2, x.flatten(0, -2).t() @ g.flatten(0, -2) / 2
+
+
+class Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        h = x @ up
+        ctx.save_for_backward(x, up, down, h)
+        return h.tanh() @ down
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, up, down, h = ctx.saved_tensors
+        of_h = g @ down.t() * h.cos()
+        rows, of_rows = x.flatten(0, -2), g.flatten(0, -2)
+        return of_h @ up.t(), rows.t() @ of_h.flatten(0, -2), h.tanh().flatten(0, -2).t() @ of_rows
+
+
+OWN = (Square, StraightThrough, Scaled, Clipped, RowScaled, Product, Block)
 
 
 def normal(*shape: int, grad: bool = True, dtype: torch.dtype = D, scale: float = 1.0) -> torch.Tensor:

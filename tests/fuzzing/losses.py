@@ -9,7 +9,7 @@ from fuzzing.loss_tables import LOSSES, METRICS
 from fuzzing.projections import normed, projected
 from fuzzing.wide import wide_steps
 
-OFTEN = {"cross entropy": 6, "picked": 3, "shifted": 6, "statistic": 2}  # others once
+OFTEN = {"cross entropy": 6, "picked": 3, "shifted": 6, "statistic": 2, "pieces": 3, "checkpointed": 2}  # others once
 
 
 def head(g: Drawer, x: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fuzzing.harness import NARROW, RELATIVE
+from fuzzing.harness import COARSE, NARROW, RELATIVE
 
 HARNESS = Path(__file__).with_name("harness.py")
 HEAD = """
@@ -91,8 +91,10 @@ class Program:
     @property
     def relative(self) -> float:
         """How far a result may be from eager's."""
-        narrow = any(re.search(r"float\(\)|float32", step.text) for step in self.steps)
-        return NARROW if narrow else RELATIVE
+        text = "\n".join(step.text for step in self.steps)
+        if "bfloat16" in text:
+            return COARSE
+        return NARROW if re.search(r"float\(\)|float32", text) else RELATIVE
 
     def compiling(self, inner: str) -> dict[str, Any]:
         dynamic = None if self.dynamic == "mark" else self.dynamic

@@ -11,7 +11,30 @@ ACTIVATIONS = (
     "F.dropout({}, 0.0)", "F.dropout({}, 0.3, training=False)", "({} * 3).clamp(-1, 1)", "{}.abs()", "F.selu({})",
 )  # fmt: skip
 
-OPENED = ("checkpoint(F.silu, {}, use_reentrant=False)", "Square.apply({})", "StraightThrough.apply({})")
+# how often, of which rank (0: any), and how; {x} [.., D] times {w} [D, out], or {t} [out, D], plus {b} [out];
+# {a} [D, 2] and {c} [2, out] are an adapter's, {n} and {m} the first two sizes
+WAYS = (
+    (40, 0, "{x} @ {w}", ""),
+    (8, 0, "F.linear({x}, {t})", ""),
+    (8, 0, "F.linear({x}, {t}, {b})", ""),
+    (7, 0, "torch.einsum('...d,df->...f', {x}, {w})", ""),
+    (6, 2, "torch.addmm({b}, {x}, {w})", ""),
+    (3, 0, "F.linear({x}, {t}) + {x} @ {a} @ {c} * 0.5", "adapter"),
+    (3, 0, "F.linear({x}, {t}) + {x} @ {a} @ {c} * 2", "adapter"),
+    (6, 0, "F.layer_norm({x}, ({D},)) @ {w}", ""),
+    (3, 0, "checkpoint(F.linear, {x}, {t}, use_reentrant=False)", "checkpoint"),
+    (7, 3, "({x}.flatten(0, 1) @ {w}).unflatten(0, ({n}, {m}))", ""),
+    (3, 3, "F.conv1d({x}.transpose(1, 2), {t}[..., None], {b}).transpose(1, 2)", "convolution"),
+    (8, 4, "F.conv2d({x}.movedim(-1, 1), {t}[..., None, None]).movedim(1, -1)", "convolution"),
+    (4, 0, "Product.apply({x}, {w})", "own gradients"),
+    (3, 0, "({t} @ {x}.transpose(-1, -2)).transpose(-1, -2)", "channels first"),
+    (6, 0, "torch.matmul({x}, {w}) + {b}", ""),
+)
+
+OPENED = (
+    "checkpoint(F.silu, {}, use_reentrant=False)", "Square.apply({})", "StraightThrough.apply({})",
+    "Scaled.apply({}.tanh(), -0.5)", "Clipped.apply({}, 0.2)",
+)  # fmt: skip
 
 STREAMS = (
     # what makes it, the dim of the tokens
@@ -42,38 +65,24 @@ def stream(g: Drawer) -> str:
 def projected(g: Drawer, x: str, out: int, tag: str = "projection") -> str | None:
     """`x` [.., D] to [.., out], in one of the ways that people write it."""
     D = g.shape(x)[-1]
-    how = g.random.random()
-    if how < 0.4:
-        text = f"{x} @ {g.weight(D, out)}"
-    elif how < 0.55:
-        bias = f", {g.weight(out)}" if g.chance(0.5) else ""
-        text = f"F.linear({x}, {g.weight(out, D)}{bias})"
-    elif how < 0.62:
-        text = f"torch.einsum('...d,df->...f', {x}, {g.weight(D, out)})"
-    elif how < 0.68 and len(g.shape(x)) == 2:
-        text = f"torch.addmm({g.weight(out)}, {x}, {g.weight(D, out)})"
-    elif how < 0.74:
-        scale = g.choice(("0.5", "2"))
-        text = f"F.linear({x}, {g.weight(out, D)}) + {x} @ {g.weight(D, 2)} @ {g.weight(2, out)} * {scale}"
-        tag = "adapter"
-    elif how < 0.80:
-        text = f"F.layer_norm({x}, ({D},)) @ {g.weight(D, out)}"
-    elif how < 0.815:
-        text = f"checkpoint(F.linear, {x}, {g.weight(out, D)}, use_reentrant=False)"
-        tag = "checkpoint"
-    elif how < 0.90 and len(g.shape(x)) == 3:
-        text = f"({x}.flatten(0, 1) @ {g.weight(D, out)}).unflatten(0, ({g.size(x, 0)}, {g.size(x, 1)}))"
-    elif how < 0.94:
-        text = f"({g.weight(out, D)} @ {x}.transpose(-1, -2)).transpose(-1, -2)"
-        tag = "channels first"
-    else:
-        text = f"torch.matmul({x}, {g.weight(D, out)}) + {g.weight(out)}"
-    return g.let(text, tag)
+    ways = [way for way in WAYS if way[1] in (0, len(g.shape(x)))]
+    ((_, _, template, own_tag),) = g.random.choices(ways, [way[0] for way in ways])
+    sizes = {"w": (D, out), "t": (out, D), "b": (out,), "a": (D, 2), "c": (2, out)}
+    wanted = [key for key in sizes if f"{{{key}}}" in template]
+    weights = {key: g.weight(*sizes[key]) for key in wanted}
+    text = template.replace("{x}", x).replace("{D}", str(D))
+    if "{n}" in text:
+        text = text.replace("{n}", g.size(x, 0)).replace("{m}", g.size(x, 1))
+    for key, name in weights.items():
+        text = text.replace(f"{{{key}}}", name)
+    return g.let(text, own_tag or tag)
 
 
 def activated(g: Drawer, h: str) -> str | None:
-    if g.chance(0.05):
+    if g.chance(0.08):
         return g.let(g.choice(OPENED).format(h), "graph inside")
+    if g.chance(0.02):
+        return g.let(f"RowScaled.apply({h}, {g.weight(g.shape(h)[-1])})", "own gradients")
     return g.let(g.choice(ACTIVATIONS).format(h), "activation")
 
 
@@ -169,27 +178,3 @@ def narrowed(g: Drawer, h: str, x: str) -> str | None:
             g.kept[-1] = added
         y = added or y
     return y
-
-
-def experts(g: Drawer, x: str) -> str | None:
-    """Batched experts: each on every token, or each on the tokens that it chose."""
-    tokens = x if len(g.shape(x)) == 2 else g.let(f"{x}.flatten(0, -2)", "flatten")
-    if tokens is None:
-        return None
-    E, D = 3, g.shape(x)[-1]
-    up, down, router = g.weight(E, D, g.F), g.weight(E, g.F, D), g.weight(D, E)
-    scores = g.let(f"({tokens} @ {router}).softmax(-1)", "router")
-    if scores is None:
-        return None
-    if g.chance(0.5):
-        h = g.let(f"torch.einsum('td,edf->etf', {tokens}, {up})", "experts")
-        h = h and activated(g, h)
-        y = h and g.let(f"torch.bmm({h}, {down})", "experts")
-        return y and g.let(f"torch.einsum('etd,te->td', {y}, {scores})", "experts")
-    k = g.name()
-    text = f"{k} = max({tokens}.shape[0] // 2, 1)\n"
-    p, i, y, o = g.name(), g.name(), g.name(), g.name()
-    text += f"{p}, {i} = {scores}.t().topk({k}, -1)\n"
-    text += f"{y} = F.silu(torch.bmm({tokens}[{i}], {up})) @ {down} * {p}[..., None]\n"
-    text += f"{o} = torch.zeros_like({tokens}).index_add(0, {i}.flatten(), {y}.flatten(0, 1))"
-    return o if g.add(text, "experts that choose") else None

@@ -9,6 +9,7 @@ from experts import (
     FORMS,
     GROUPED,
     D,
+    E,
     Experts,
     K,
     einsum,
@@ -21,6 +22,7 @@ from experts import (
 from graphs import assert_idempotent, captured, rewritten, text
 from memory_probe import peak_bytes, saved_bytes
 from numerics import assert_as_good_as_eager, gradients, looped, relative_error
+from torch import nn
 
 import mst_fx
 
@@ -128,6 +130,16 @@ def test_forms(form):
     (region,) = report.regions
     assert region.chunks == 4
     assert not report.refusals
+
+
+def test_what_experts_make_is_returned():
+    def returned(x, weights, experts, up, down):
+        rows = torch.bmm(gated(torch.einsum("nd,edf->enf", x, up)), down)
+        return torch.bmm(weights[:, None, :1].expand(-1, 1, E), rows.transpose(0, 1)), rows
+
+    _, report = rewritten(captured(model(returned), *inputs()))
+    assert not report.regions
+    assert {entry.reason for entry in report.refusals} == {"ESCAPES"}
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -290,10 +302,19 @@ COUNTS = {
     "one_hot": lambda keys, groups: F.one_hot(keys, groups).sum((0, 1)),
     "one_hot, flat": lambda keys, groups: F.one_hot(keys.flatten(), groups).float().sum(0),
     "one_hot, dim by dim": lambda keys, groups: F.one_hot(keys, groups).sum(1).sum(0),
+    "one_hot, tokens first": lambda keys, groups: F.one_hot(keys, groups).sum(0).float().sum(0),
+    "one_hot, dims merged and moved": lambda keys, groups: F.one_hot(keys, groups).view(-1, groups).t().sum(1),
     "mask": counted_by_mask,
     "mask of integers": lambda keys, groups: keys.new_zeros((keys.shape[0], groups)).scatter_(1, keys, 1).sum(0),
     "comparison": lambda keys, groups: (keys.flatten()[:, None] == torch.arange(groups)).sum(0),
     "comparison, groups first": lambda keys, groups: (keys.flatten() == torch.arange(groups)[:, None]).sum(1),
+    "a mask to add to": lambda keys, groups: (
+        torch.zeros(keys.shape[0], groups).scatter_add_(1, keys, torch.ones(keys.shape)).sum(0)
+    ),
+    "one by one": lambda keys, groups: torch.stack([(keys == e).sum() for e in range(groups)]),
+    "scatter_reduce": lambda keys, groups: torch.zeros(groups, dtype=torch.long).scatter_reduce(
+        0, *ones_at(keys), "sum"
+    ),
     "scatter_add": lambda keys, groups: torch.zeros(groups, dtype=torch.long).scatter_add_(0, *ones_at(keys)),
     "index_add": lambda keys, groups: torch.zeros(groups, dtype=torch.long).index_add_(0, *ones_at(keys)),
     "index_add of ones made apart": lambda keys, groups: torch.zeros(groups, dtype=torch.long).index_add_(
@@ -349,7 +370,7 @@ def test_groups_may_be_counted_in_any_way(name, dynamic):
     for compiled in (False, True):
         counters.append(torch.zeros(4))
         layer = by_counts(count, of_top_k, counters[-1])
-        options = {"min_bytes": 0, "num_chunks": 3, "strict": True, "inner": "aot_eager"}
+        options = {"min_bytes": 0, "num_chunks": 3, "strict": True, "inner": "eager"}
         layer = torch.compile(layer, backend="mst_fx", options=options, dynamic=dynamic) if compiled else layer
         y = layer(*given)
         results.append((y, *torch.autograd.grad(y.square().sum(), given)))
@@ -371,6 +392,64 @@ def test_a_mask_does_not_count_keys_that_may_stand_twice_in_a_row():
     _, report = rewritten(gm)
     assert not report.regions
     assert any("groups that are not those of its rows" in refusal.text for refusal in report.refusals)
+
+
+def by_bincount(keys, groups):
+    return torch.bincount(keys.flatten(), minlength=groups)
+
+
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_counts_of_which_the_data_say_how_many_there_are():
+    shapes = (N, D), (4, D), (4, D, 4 * D), (4, 4 * D, D)
+    _, report = rewritten(captured(by_counts(by_bincount, of_top_k), *map(torch.randn, shapes)))
+    assert not report.regions
+    (refused,) = report.refusals
+    assert (refused.reason, "as many values as the data say" in refused.text) == ("DATA_DEPENDENT", True)
+    assert "torch.bincount" in refused.source
+    assert "histc" in refused.advice
+
+
+def by_capacity(x, router, up, down):
+    """Each expert has places for a few tokens; one-hot matrices say which token is where."""
+    scores, keys = F.linear(x, router).softmax(-1).max(-1)
+    chosen = F.one_hot(keys, router.shape[0])
+    place = (chosen.cumsum(0) * chosen).sum(-1) - 1
+    kept = (chosen * (place < CAPACITY)[:, None]).to(x.dtype)
+    dispatch = kept[:, :, None] * F.one_hot(place.clamp(max=CAPACITY - 1), CAPACITY).to(x.dtype)[:, None]
+    rows = torch.einsum("nec,nd->ecd", dispatch, x)
+    out = torch.einsum("ecf,efd->ecd", F.relu(torch.einsum("ecd,edf->ecf", rows, up)), down)
+    return torch.einsum("nec,ecd->nd", dispatch * scores[:, None, None], out)
+
+
+def by_choice_of_experts(x, router, up, down):
+    """Each expert takes the tokens that suit it best."""
+    scores, tokens = F.linear(x, router).softmax(-1).t().topk(CAPACITY, -1)
+    out = torch.bmm(F.gelu(torch.bmm(x[tokens], up)), down) * scores[..., None]
+    return torch.zeros_like(x).index_add(0, tokens.flatten(), out.flatten(0, 1))
+
+
+CAPACITY = 12
+
+
+@pytest.mark.parametrize("mixture", [by_capacity, by_choice_of_experts])
+def test_places_at_experts_are_apart_where_tokens_are_not(mixture):
+    torch.manual_seed(0)
+    shapes = (4, D), (4, D, 4 * D), (4, 4 * D, D)
+    weights = nn.ParameterList(torch.randn(shape) / 2 for shape in shapes)
+    report = assert_as_good_as_eager(
+        Mixture(mixture, weights), [tokens()], step=lambda m, x: m(x).square().sum(), chunk_tokens=20
+    )
+    (region,) = report.regions
+    assert (region.pattern, region.axis, region.chunks) == ("experts", "dim 1 (12 positions)", 3)
+
+
+class Mixture(nn.Module):
+    def __init__(self, mixture, weights):
+        super().__init__()
+        self.mixture, self.weights = mixture, weights
+
+    def forward(self, x):
+        return self.mixture(x, *self.weights)
 
 
 def test_a_write_to_sorted_keys_that_nobody_reads_again():

@@ -12,7 +12,8 @@ from looping import returned
 from torch import nn
 
 from mst_fx.core.refusal import Reason
-from mst_fx.recognise.reader import Contraction, Reader
+from mst_fx.recognise.contractions import Contraction
+from mst_fx.recognise.reader import Reader
 
 aten = torch.ops.aten
 B, T, D, FF, R = 2, 5, 4, 8, 2

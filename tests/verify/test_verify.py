@@ -67,6 +67,26 @@ def dropout():
     return lambda x, w, v: F.dropout(F.gelu(x @ w), 0.3) @ v, tensors((2, 37, D), (D, FF), (FF, D))
 
 
+class Rounded(torch.autograd.Function):
+    """A straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def own_gradients():
+    return lambda x, w, v: Rounded.apply(4 * F.gelu(x @ w)) @ v, tensors((2, 37, D), (D, FF), (FF, D))
+
+
+def own_gradients_beside_dropout():
+    return lambda x, w, v: Rounded.apply(4 * F.dropout(x @ w, 0.3)) @ v, tensors((2, 37, D), (D, FF), (FF, D))
+
+
 def no_grad_inside():
     def fn(x, w, v):
         h = x @ w
@@ -100,7 +120,19 @@ def accuracy():
     return fn, [*tensors((2, 37, D), (D, V)), torch.randint(0, V, (2, 37))]
 
 
-@pytest.mark.parametrize("case", [strided, dropout, no_grad_inside, autocast, ignored, accuracy])
+CASES = (
+    strided,
+    dropout,
+    own_gradients,
+    own_gradients_beside_dropout,
+    no_grad_inside,
+    autocast,
+    ignored,
+    accuracy,
+)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_right_whatever_is_inside(case):
     fn, inputs = case()
     assert_verified(report_of(fn, *inputs), regions=1)

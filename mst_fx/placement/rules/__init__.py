@@ -14,6 +14,7 @@ from mst_fx.placement.rules import pointwise as pointwise
 from mst_fx.placement.rules import reduction as reduction
 from mst_fx.placement.rules import view as view
 from mst_fx.placement.rules import writing as writing
+from mst_fx.placement.rules.counting import made_for_counts as made_for_counts
 from mst_fx.placement.rules.indexing import positions_of as positions_of
 from mst_fx.placement.rules.linear import casts as casts
 from mst_fx.placement.rules.linear import is_linear as is_linear
@@ -30,5 +31,6 @@ from mst_fx.placement.rules.registry import mixed as mixed
 from mst_fx.placement.rules.registry import rule_for as rule_for
 from mst_fx.placement.rules.registry import shape_of as shape_of
 from mst_fx.placement.rules.registry import takes as takes
+from mst_fx.placement.rules.routing import count as count
 from mst_fx.placement.rules.routing import inverted as inverted
 from mst_fx.placement.rules.routing import route as route

@@ -2,14 +2,16 @@
 
     histc(key, n, 0, n - 1)                       (key[..., None] == arange(n)).sum(all dims but the last)
     zeros(.., n).scatter(-1, key, 1).sum(..)      zeros(n).scatter_add(0, key, ones), index_add, index_put
+    zeros(.., n).scatter_add(-1, key, ones).sum(..)      stack([(key == 0).sum(), (key == 1).sum(), ...])
 
-A mask (the first of the second line) marks a key once in each row, so the keys of a row have to be distinct, as those
-that a top-k picks are.
+Marks (what the sums add up) may have their dims moved, merged and parted. A mask (the first of the second line) marks a
+key once in each row, so the keys of a row have to be distinct, as those that a top-k picks are.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +24,19 @@ from mst_fx.core.aten_ops import (
     FILLS,
     FILLS_LIKE,
     GROUPED_PRODUCTS,
+    JOINS,
+    PERMUTES,
     RESHAPES,
     ROW_ADDS,
 )
-from mst_fx.core.graph_walk import descendants
+from mst_fx.core.graph_walk import ancestors, descendants
 from mst_fx.core.sizes import sure
-from mst_fx.placement.placement import same_shape
+from mst_fx.placement.placement import Split, same_shape
 from mst_fx.placement.rules.indexing import counts_up
-from mst_fx.placement.rules.registry import args_of, argument, shape_of, takes
+from mst_fx.placement.rules.registry import Spans, args_of, argument, demands_of, shape_of, takes
 
 aten = torch.ops.aten
+PLAIN_SUMS = (aten.sum.default, aten.sum.dim_IntList)
 
 DISTINCT = "distinct"
 """Key of `meta`: whether no value stands twice in a row of an input of the graph, as is known from what makes it."""
@@ -49,9 +54,23 @@ def counted_key(node: Node) -> Node | None:
     """Return what a node counts, if it makes one number for each group; None for a node that counts nothing."""
     if node.target in COUNTS:
         return None if takes_range_from_values(node) else args_of(node)[0]
-    if node.target not in (aten.sum.dim_IntList, *ROW_ADDS) or len(shape_of(node)) != 1:
+    if len(shape_of(node)) != 1:
         return None
-    return _added_to_zeros(node) if node.target in ROW_ADDS else _summed_marks(node)
+    if node.target in ROW_ADDS:
+        return _added_to_zeros(node)
+    if node.target in JOINS:
+        return _compared_one_by_one(node)
+    return _summed_marks(node) if node.target in PLAIN_SUMS else None
+
+
+def made_for_counts(nodes: Iterable[Node]) -> set[Node]:
+    """Return what each chunk makes of its own keys to count them: the values between these and counts for groups."""
+    found = set[Node]()
+    for node in nodes:
+        key = counted_key(node)
+        if key is not None and feeds_groups(node):
+            found |= descendants([_unviewed(key)]) & ancestors([node])
+    return found
 
 
 def takes_range_from_values(node: Node) -> bool:
@@ -71,20 +90,43 @@ def feeds_groups(counts: Node) -> bool:
 
 def _summed_marks(node: Node) -> Node | None:
     """Return the key whose marks, one in each row of classes, are summed over all dims but that of the classes."""
-    marks, classes = node, 0  # the dim of the classes, which the sums leave
-    while marks.target in (aten.sum.dim_IntList, *CASTS):
-        source = args_of(marks)[0]
-        if marks.target == aten.sum.dim_IntList:
-            rank = len(shape_of(source))
-            dims = {dim % rank for dim in argument(marks, "dim") or range(rank)}
-            left = [dim for dim in range(rank) if dim not in dims]
-            if argument(marks, "keepdim") or classes >= len(left):
-                return None
-            classes = left[classes]
-        marks = source
+    marks, classes, is_mask = node, Split(0), False
+    while marks.target in (*PLAIN_SUMS, *CASTS, *RESHAPES, *PERMUTES):
+        is_mask = is_mask or (marks.target in CASTS and marks.meta["val"].dtype == torch.bool)
+        if is_mask and marks.target in PLAIN_SUMS:
+            return None  # more than one becomes one
+        try:
+            ((marks, classes),) = demands_of(marks, classes).items()
+        except Spans:
+            return None
+    if (classes.outer, classes.inner) != (1, 1) or not sure(shape_of(marks)[classes.dim] == shape_of(node)[0]):
+        return None
     if marks.target == aten.eq.Tensor:
-        return _compared(marks, classes)
-    return _marked(marks) if marks.target == aten.scatter.value and classes == len(shape_of(marks)) - 1 else None
+        return _compared(marks, classes.dim)
+    if marks.target not in (aten.scatter_add.default, aten.scatter.value, aten.scatter.src):
+        return None
+    return _marked(marks) if argument(marks, "dim") % len(shape_of(marks)) == classes.dim else None
+
+
+def _compared_one_by_one(joined: Node) -> Node | None:
+    """Return the key that is compared with 0, 1, 2, ..., and each comparison summed by itself."""
+    keys = []
+    for number, part in enumerate(args_of(joined)[0]):
+        if not all(sure(size == 1) for size in shape_of(part)):
+            return None
+        while part.target in (*PLAIN_SUMS, *CASTS, *RESHAPES) and part.meta["val"].dtype != torch.bool:
+            part = args_of(part)[0]
+        if part.target != aten.eq.Scalar or args_of(part)[1] != number:
+            return None
+        keys.append(args_of(part)[0])
+    return keys[0] if len(set(map(_unviewed, keys))) == 1 else None
+
+
+def _unviewed(node: Node) -> Node:
+    """Return the value that a node is, before reshapes and casts."""
+    while node.target in (*RESHAPES, *CASTS):
+        node = args_of(node)[0]
+    return node
 
 
 def _compared(marks: Node, classes: int) -> Node | None:
@@ -96,9 +138,7 @@ def _compared(marks: Node, classes: int) -> Node | None:
             continue
         own = _padded(key, rank)
         is_range = [sure(size == 1) for size in _padded(numbers, rank)] == [dim != classes for dim in range(rank)]
-        while numbers.target in (*RESHAPES, *CASTS):
-            numbers = args_of(numbers)[0]
-        if is_range and sure(own[classes] == 1) and counts_up(numbers):
+        if is_range and sure(own[classes] == 1) and counts_up(_unviewed(numbers)):
             return key
     return None
 
@@ -110,11 +150,16 @@ def _padded(node: Node, rank: int) -> tuple[Any, ...]:
 
 
 def _marked(marks: Node) -> Node | None:
-    """Return the key at whose classes a row of zeros has ones; one class may not stand twice in a row."""
+    """Return the key at whose classes a row of zeros has ones, or has them added to it.
+
+    Where they are written, one class may not stand twice in a row.
+    """
     target, dim, key, value = args_of(marks)
-    last = len(shape_of(marks)) - 1
-    is_mark = value == 1 and dim % (last + 1) == last and _is_filled_with(target, 0)
-    return key if is_mark and (sure(shape_of(key)[-1] == 1) or _is_top_k(key)) else None
+    if not _is_filled_with(target, 0) or not (value == 1 or _is_filled_with(value, 1)):
+        return None
+    rows_are_last = dim % len(shape_of(marks)) == len(shape_of(marks)) - 1
+    is_once = rows_are_last and (sure(shape_of(key)[-1] == 1) or _is_top_k(key))
+    return key if is_once or marks.target == aten.scatter_add.default else None
 
 
 def _is_top_k(node: Node) -> bool:

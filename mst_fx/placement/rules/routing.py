@@ -60,17 +60,26 @@ def route(node: Node, flow: Flow) -> NodePlacement | None:
         Demand: a whole operand has to be split.
     """
     routed = any(isinstance(flow.of(operand), Routed) for operand in node.all_input_nodes if _is_tensor(operand))
-    key = None if routed else counted_key(node)
-    split = flow.of(key)
-    if key is not None and isinstance(split, Split) and feeds_groups(node):
-        ones = _row_write(node).values if node.target in ROW_ADDS else None
-        if isinstance(ones, Node) and shape_of(ones) and flow.of(ones) == WHOLE:
-            raise Demand(ones, split)
-        return Routed("counts", key_of(key), split)
     starts = node.target in (*SORTS, *COUNTS) and isinstance(flow.of(args_of(node)[0]), Split)
     if not routed and not (starts and len(shape_of(args_of(node)[0])) == 1):
         return None
     return _HANDLERS.get(node.target, _keep_apart)(node, flow)
+
+
+def count(node: Node, flow: Flow) -> Routed | None:
+    """Return the placement of counts of split keys that say where groups end; None for any other value.
+
+    Raises:
+        Demand: the ones that are added up have to be split, too.
+    """
+    key = counted_key(node)
+    split = flow.of(key)
+    if key is None or not isinstance(split, Split) or not feeds_groups(node):
+        return None
+    ones = _row_write(node).values if node.target in ROW_ADDS else None
+    if isinstance(ones, Node) and shape_of(ones) and flow.of(ones) == WHOLE:
+        raise Demand(ones, split)
+    return Routed("counts", key_of(key), split)
 
 
 @rule(*GROUPED_PRODUCTS, *COUNTS)
@@ -174,22 +183,25 @@ def _pick(node: Node, flow: Flow) -> NodePlacement:
 
 
 def _add(node: Node, flow: Flow) -> NodePlacement:
-    """Place a write: it adds sorted rows to where they came from, or inverts a permutation by writing positions."""
+    """Place a write: it brings sorted rows back to where they came from, or inverts a permutation by writing positions.
+
+    A permutation names each row once, so that nothing is left of a value that rows are written to.
+    """
     written = _row_write(node)
     permutation, rows = flow.of(written.index), flow.of(written.values)
     if not isinstance(permutation, Routed) or permutation.kind != "permutation":
-        raise mixed(node, "adds to rows in an order of its own")
-    if not written.accumulates:
-        if permutation.per == 1 and _are_positions(written):
-            return replace(permutation, kind="inverse")
         raise mixed(node, "writes to rows in an order of its own")
+    if not written.accumulates and permutation.per != 1:
+        raise mixed(node, "writes to rows in an order of its own")
+    if not written.accumulates and _are_positions(written):
+        return replace(permutation, kind="inverse")
     if not isinstance(rows, Routed) or (rows.kind, rows.by, rows.split.dim) != ("rows", permutation.by, 0):
-        raise mixed(node, "adds rows that are in another order")
+        raise mixed(node, "writes rows that are in another order")
     expected = _narrowed(permutation)
     if flow.of(written.target) == WHOLE:
         raise Demand(written.target, expected)
     if flow.of(written.target) != expected:
-        raise mixed(node, "adds to rows that are split differently")
+        raise mixed(node, "writes to rows that are split differently")
     return expected
 
 
