@@ -15,10 +15,10 @@ from mst_fx.core.provenance import op_name as op_name
 from mst_fx.core.refusal import Reason as Reason
 from mst_fx.core.refusal import Refusal as Refusal
 from mst_fx.recognise.contractions import Contraction as Contraction
+from mst_fx.recognise.grown_regions import best_region as best_region
+from mst_fx.recognise.grown_regions import whole_region as whole_region
 from mst_fx.recognise.growth import Growth as Growth
-from mst_fx.recognise.growth import best_region as best_region
 from mst_fx.recognise.growth import grow as grow
-from mst_fx.recognise.growth import whole_region as whole_region
 from mst_fx.recognise.growth import within as within
 from mst_fx.recognise.reader import Reader as Reader
 from mst_fx.recognise.region import Region as Region
