@@ -96,7 +96,7 @@ def written_back(x, weights, experts, up, down):
     """Rows are written to where they came from, and added up by a product with the weights of each token."""
     order = experts.view(-1).argsort(stable=True)
     ends = ends_of_groups(experts.view(-1), up.shape[0])
-    rows = torch.zeros((order.shape[0], x.shape[1]), dtype=x.dtype)
+    rows = torch.zeros((order.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
     rows[order] = grouped(gated(grouped(x[order // K], up, ends)), down, ends)
     return torch.bmm(weights.unsqueeze(1), rows.view(-1, K, x.shape[1])).squeeze(1)
 

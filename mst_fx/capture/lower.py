@@ -119,6 +119,7 @@ def traced(
     more = openings(module.graph)
     if not more:
         return module
+    module.graph.eliminate_dead_code()  # an alias of a constant that nobody reads: torch 2.11 does not run it again
     with without_autocast():  # the first trace has made its casts nodes
         return make_fx(Interpreter(module).run, decomposition_table={**(table or {}), **more})(*examples)
 

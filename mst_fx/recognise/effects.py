@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from mst_fx.capture.run_node import is_custom_function
 from mst_fx.core.graph_modules import held_graph
-from mst_fx.core.graph_walk import walk
+from mst_fx.core.graph_walk import ancestors, walk
 from mst_fx.core.values import fake_value, has_gradient, is_view, storages_of, storages_of_all
 
 _OPERATORS = (
@@ -73,7 +73,8 @@ def _written_in(caller: Node, subgraph: GraphModule) -> list[Node]:
     """Return the operands of a higher-order operator that its subgraph writes to; all where that is not known."""
     targets = [target for inner in subgraph.graph.nodes for target in written_by(inner)]
     written, placeholders = storages_of_all(targets), subgraph.graph.find_nodes(op="placeholder")
-    is_known = all(fake_value(given) is not None for given in placeholders)
+    reached = ancestors(targets)  # torch 2.11 does not tell the values of gradients that come in
+    is_known = all(fake_value(given) is not None for given in placeholders if given in reached)
     if not targets or (is_known and written.isdisjoint(storages_of_all(placeholders))):
         return []
     pairs = handed(caller, subgraph)

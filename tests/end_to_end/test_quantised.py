@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from float8 import needs_scales_of_rows
 from memory_probe import saved_bytes
 from numerics import gradients, looped, relative_error
 from torch import nn
@@ -176,6 +177,7 @@ def test_a_scale_a_row_is_looped():
     assert_looped(in_float8(layer(), "rowwise_with_gw_hp", emulate=True))
 
 
+@needs_scales_of_rows
 def test_a_scale_a_row_of_frozen_weights_is_looped():
     """The scales of the gradients of weights would be of all tokens, but nobody asks for these gradients."""
     model = in_float8(layer(torch.bfloat16), "rowwise", emulate=False)

@@ -435,21 +435,21 @@ CAPACITY = 12
 def test_places_at_experts_are_apart_where_tokens_are_not(mixture):
     torch.manual_seed(0)
     shapes = (4, D), (4, D, 4 * D), (4, 4 * D, D)
-    weights = nn.ParameterList(torch.randn(shape) / 2 for shape in shapes)
+    weights = [nn.Parameter(torch.randn(shape) / 2) for shape in shapes]
     report = assert_as_good_as_eager(
-        Mixture(mixture, weights), [tokens()], step=lambda m, x: m(x).square().sum(), chunk_tokens=20
+        Mixture(mixture, *weights), [tokens()], step=lambda m, x: m(x).square().sum(), chunk_tokens=20
     )
     (region,) = report.regions
     assert (region.pattern, region.axis, region.chunks) == ("experts", "dim 1 (12 positions)", 3)
 
 
 class Mixture(nn.Module):
-    def __init__(self, mixture, weights):
+    def __init__(self, mixture, router, up, down):
         super().__init__()
-        self.mixture, self.weights = mixture, weights
+        self.mixture, self.router, self.up, self.down = mixture, router, up, down
 
     def forward(self, x):
-        return self.mixture(x, *self.weights)
+        return self.mixture(x, self.router, self.up, self.down)
 
 
 def test_a_write_to_sorted_keys_that_nobody_reads_again():

@@ -9,6 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from beside import leaf, report_beside_eager
+from graphs import captured
+
+from mst_fx.recognise.effects import writes
 
 MLP = (3, 7, 4), (4, 16), (16, 4)
 
@@ -235,3 +238,28 @@ def test_functions_that_no_schema_tells_of(program):
         return [*(leaf(*shape) for shape in MLP), torch.ones(16, dtype=torch.float64)]
 
     report_beside_eager(program, inputs=inputs, inner="aot_eager")
+
+
+class Unpacked(torch.autograd.Function):
+    """Its backward unpacks a weight, in place in memory of its own."""
+
+    @staticmethod
+    def forward(ctx, x, packed):
+        ctx.save_for_backward(packed)
+        return x @ packed
+
+    @staticmethod
+    def backward(ctx, grad):
+        (packed,) = ctx.saved_tensors
+        return grad @ packed.clone().mul_(1.0).t(), None
+
+
+def test_memory_that_a_backward_makes_is_none_of_a_gradient_without_a_value():
+    gm = captured(lambda x, packed: Unpacked.apply(x, packed) * 2, leaf(3, 4), torch.randn(4, 5, dtype=torch.float64))
+    (function,) = [node for node in gm.graph.nodes if "autograd_function" in str(node.target)]
+    for held in function.all_input_nodes:
+        body = getattr(gm, str(held.target), None) if held.op == "get_attr" else None
+        for given in body.graph.find_nodes(op="placeholder") if body is not None else ():
+            if "grad" in given.name:
+                given.meta.pop("example_value", None)  # as torch 2.11 leaves it
+    assert not writes(function)
