@@ -16,6 +16,7 @@ from mst_fx.capture.fixed_sizes import as_if_fixed, equal, fix_all, forbid_lengt
 from mst_fx.capture.lower import apart, lower
 from mst_fx.capture.scalar_operands import as_tensors
 from mst_fx.core.config import Config
+from mst_fx.core.graph_walk import descendants
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.values import fake_value
@@ -186,10 +187,15 @@ def _forbid_complex(region: Region, needs_grad: Mapping[Node, bool]) -> None:
 
 
 def _reused(region: Region, stages: Stages, differentiable: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the positions of the results that are returned as they are: they exist anyway, so backward reads them."""
+    """Return the positions of the results that are returned as they are: they exist anyway, so backward reads them.
+
+    One that no other gradient passes is not read: it is not saved, and its reader may write to it.
+    """
     exist = [all(_returned(region, outer)) for outer in region.outputs]
     returned = {inner for inner, exists in zip(stages.outputs, exist, strict=True) if exists}
-    return tuple(i for i in differentiable if stages.results[i] in returned)
+    ends = {stages.results[i] for i in differentiable}
+    found = (i for i in differentiable if stages.results[i] in returned)
+    return tuple(i for i in found if not ends.isdisjoint(descendants([stages.results[i]]) - {stages.results[i]}))
 
 
 def _gradients(

@@ -47,8 +47,8 @@ _SIDE_EFFECTS = {
 
 DATA = frozenset(["_get_data_attr"])
 """Functions whose view shares no version with its base: autograd does not notice a write to it."""
-REBINDS = frozenset(["set_", "_lower_version_count_by_1"])
-"""Methods and functions that Dynamo captures for `x.data = y`."""
+REBINDS = frozenset(["set_", "_lower_version_count_by_1", "shallow_copy_data_"])
+"""Methods, functions and, from torch 2.15, an op that Dynamo captures for `x.data = y`."""
 SWITCHES_GRADIENTS = ("detach_", "requires_grad_")
 """Methods that change in place whether a value needs a gradient."""
 DETACHED = DATA | {"detach"}

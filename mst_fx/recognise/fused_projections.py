@@ -25,7 +25,7 @@ from mst_fx.capture.run_node import brings_gradients, execute
 from mst_fx.core.aten_ops import SLICES
 from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.faults import refusal_for
-from mst_fx.core.graph_walk import between, walk
+from mst_fx.core.graph_walk import between, descendants, walk
 from mst_fx.core.refusal import Refusal
 from mst_fx.core.sizes import expression, is_size, is_symbolic
 from mst_fx.core.values import bytes_of, fake_value
@@ -116,8 +116,8 @@ class _Way:
         dim: the dim of its features.
         starts: the weights and biases, and how the features lie in each.
         placements: how the features lie in each node.
-        whole: the nodes that have no features.
-        split: those that have.
+        whole: the nodes that are not made of the starts.
+        split: those that are: values with features, and sizes of these.
     """
 
     uncut: Node
@@ -259,8 +259,8 @@ def _way(lowered: GraphModule, position: int) -> _Way | None:
     alone = all(start.op == "placeholder" and (s.outer, s.inner) == (1, 1) for start, s in starts.items())
     if not alone or stream in starts or placements.get(uncut) != axis:
         return None
-    nodes = between(starts, uncut)
-    split = tuple(node for node in nodes if isinstance(placements[node], Split))
+    nodes, dependent = between(starts, uncut), descendants(starts)
+    split = tuple(node for node in nodes if node in dependent)
     return _Way(uncut, dim, starts, placements, frozenset(nodes).difference(split), split)
 
 

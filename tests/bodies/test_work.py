@@ -79,6 +79,17 @@ def test_returned_values_exist_anyway_and_are_read_again_in_backward():
     assert (detached.backward, detached.reused) == ("in_forward", ())
 
 
+def test_returned_values_that_no_other_gradient_passes_are_not_read():
+    """Nor saved: who gets them may write to them."""
+
+    def program(x, w):
+        logits = x @ w
+        return logits, logits.argmax(-1)
+
+    work = work_of(program, returned=1)
+    assert (work.backward, work.differentiable, work.reused) == ("recompute", (0,), ())
+
+
 def test_regions_that_are_alike_share_their_work():
     known = {}
     work = work_of(head, known=known)
