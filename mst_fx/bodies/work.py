@@ -19,6 +19,7 @@ from mst_fx.core.config import Config
 from mst_fx.core.graph_walk import descendants
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.torch_private.captured import graph_break
 from mst_fx.core.values import fake_value
 from mst_fx.placement.partition import Numbers, Stages, partition
 from mst_fx.placement.placement import PARTIAL
@@ -137,8 +138,12 @@ def _likeness(region: Region) -> Hashable:
 
 
 def _returned(region: Region, output: Node) -> tuple[bool, bool]:
-    """Return whether an output is a large value that the graph returns, and whether it returns it as it is."""
-    return output in region.returned, any(user.op == "output" for user in output.users)
+    """Return whether an output is a large value that the graph returns, and whether it stays as it is.
+
+    The code behind a graph break may write to it, as eager execution allows.
+    """
+    stays = any(user.op == "output" for user in output.users) and not graph_break(region.owner)
+    return output in region.returned, stays
 
 
 def _analysed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Container[str]) -> Work:

@@ -344,3 +344,17 @@ def test_logits_that_a_graph_break_hands_on_stay_as_they_are(option):
     torch.testing.assert_close(results[1], results[0])
     (note,) = (note for report in mst_fx.reports()[-2:] for note in report.notes)
     assert note.startswith(f"returned_logits: {option!r} does not hold before a graph break")
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_returned_logits_may_be_written_behind_a_graph_break(shifted):
+    def program(x, head, labels):
+        logits = F.linear(x, head)
+        rows = logits[:, :-1] if shifted else logits
+        loss = F.cross_entropy(rows.flatten(0, 1), labels[:, : rows.shape[1]].flatten())
+        torch._dynamo.graph_break()
+        logits.detach().mul_(3)
+        return loss, logits
+
+    reports = beside_eager(program, lambda _: inputs(), num_chunks=3)
+    assert len(reports[0].regions) == 1
