@@ -85,24 +85,21 @@ def cut_heads(reader: Reader, marked: Container[str] = (), *, strict: bool = Fal
 def _chain(reader: Reader, head: Node) -> tuple[list[Node], Node] | None:
     """Return the nodes from a widening contraction to a cut, and its activation; None where there is no such chain.
 
-    Each node is the only reader of the one before; one value on the way may also be returned.
+    Each node is the only reader of the one before, but for writes in place; one value on the way may also be returned,
+    if none is written to.
     """
     contraction = reader.widening(head)
     if contraction is None or is_custom_function(head):
         return None
     nodes, returned = [head], 0
     while True:
-        readers = [user for user in nodes[-1].users if user.op != "output"]
-        returned += len(readers) < len(nodes[-1].users)
-        if len(readers) != 1 or returned > 1:
+        writers, readers, leaving = _readers(reader, nodes[-1])
+        nodes += writers
+        returned += leaving
+        if len(readers) != 1 or returned > 1 or (returned and writers):
             return None
         (user,) = readers
-        if (
-            brings_gradients(user)
-            or reader.obstacle(user) is not None
-            or reader.multiplies(user)
-            or reader.written_by(user)
-        ):
+        if any(_forbids(reader, node) for node in (*writers, user)) or reader.written_by(user):
             return None
         decomposed = reader.decomposed(user)
         cuts = decomposed is not None and any(node.target in CUTS for node in decomposed.ops)
@@ -110,6 +107,24 @@ def _chain(reader: Reader, head: Node) -> tuple[list[Node], Node] | None:
         if cuts and reader.numel(user) < reader.numel(nodes[-2]):
             shares = returned and leaves(user)  # the caller may write to one of the two and read the other
             return None if shares else (nodes, contraction.activation)
+
+
+def _readers(reader: Reader, value: Node) -> tuple[list[Node], list[Node], bool]:
+    """Return the nodes that write to a value in place before all else reads it, the readers, and whether it leaves."""
+    writers, pending = list[Node](), set(value.users)
+    while True:
+        leaves_graph = any(user.op == "output" for user in pending)
+        readers = sorted((user for user in pending if user.op != "output"), key=reader.order.__getitem__)
+        written = set(reader.written_by(readers[0])) if readers else set()
+        if not written or not written <= {value, *writers}:
+            return writers, readers, leaves_graph
+        writers.append(readers[0])
+        pending = (pending | set(readers[0].users)) - set(writers)
+
+
+def _forbids(reader: Reader, node: Node) -> bool:
+    """Return whether a node is none that acts on each token alone, as far as a cut may move past it."""
+    return brings_gradients(node) or reader.obstacle(node) is not None or reader.multiplies(node)
 
 
 def _cut_first(region: Region, examples: list[Any]) -> GraphModule | None:

@@ -6,6 +6,7 @@ import expecttest
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from beside import beside_eager, leaf
 from graphs import captured, rewritten, tensors, text
 
 import mst_fx
@@ -174,3 +175,72 @@ def test_prefill_computes_the_last_token_only():
         report = mst_fx.explain(lambda ids: model(ids)[:, -1:], torch.randint(0, V, (B, T)), options={"min_bytes": 0})
     assert [(cut.bytes_before // T, cut.bytes_after) for cut in report.cuts] == [(B * V * 4, B * V * 4)]
     assert "of logits" in str(report)
+
+
+def scaled(logits, other):
+    logits.mul_(0.5)
+    return logits[:, :-1]
+
+
+def scaled_twice(logits, other):
+    logits *= 0.5
+    logits.add_(1).tanh_()
+    return logits[:, 1:]
+
+
+def scaled_without_gradient(logits, other):
+    with torch.no_grad():
+        logits.mul_(0.5)
+    return logits[:, :-1]
+
+
+def added(logits, other):
+    logits += other
+    return logits[:, :-1]
+
+
+def classes_forbidden(logits, other):
+    logits[..., 3:] = -2.0
+    return logits[:, :-1]
+
+
+def tokens_written(logits, other):
+    logits[:, 1] = other[:, 2]
+    return logits[:, :-1]
+
+
+def read_before(logits, other):
+    before = logits.exp()
+    logits.mul_(0.5)
+    return logits[:, :-1] + before[:, :-1]
+
+
+def written_behind(logits, other):
+    cut = logits[:, :-1]
+    logits.mul_(0.5)
+    return cut
+
+
+MOVED = (scaled, scaled_twice, scaled_without_gradient, added)
+STAYING = (classes_forbidden, tokens_written, read_before, written_behind)
+
+
+@pytest.mark.parametrize("write", [*MOVED, *STAYING], ids=lambda fn: fn.__name__)
+def test_a_write_in_place_in_front_of_a_cut(write):
+    def program(x, w, other):
+        return write(F.linear(x, w), other).logsumexp(-1)
+
+    (report,) = beside_eager(program, lambda _: [leaf(B, T, D), leaf(V, D), leaf(B, T, V)])
+    assert len(report.cuts) == (write in MOVED), str(report)
+    if write in MOVED:
+        assert ["(11 positions)" in region.axis for region in report.regions] == [True]
+
+
+def test_a_value_that_is_written_to_and_returned_is_cut_where_it_is():
+    def program(x, w):
+        logits = F.linear(x, w)
+        logits.mul_(0.5)
+        return logits[:, :-1].logsumexp(-1), logits
+
+    (report,) = beside_eager(program, lambda _: [leaf(B, T, D), leaf(V, D)])
+    assert not report.cuts
