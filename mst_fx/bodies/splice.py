@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,9 @@ def _remade(stages: Stages, wanted: Container[int], live_in_of: Mapping[Node, No
         live_in_of: the node in the graph for each placeholder of the stages.
     """
     remade: set[Node] = set()
+    if not stages.prologue:
+        return remade
+    kept = _in_parameters(live_in_of.values())
     for position, operand in enumerate(stages.operands):
         made = ancestors([operand])
         sources = made.intersection(live_in_of)
@@ -84,16 +87,16 @@ def _remade(stages: Stages, wanted: Container[int], live_in_of: Mapping[Node, No
         if position in wanted or operand not in stages.prologue or any(node.target in DRAWS for node in made):
             continue
         grown = not any(map(has_gradient, given)) and bytes_made(operand) > sum(map(bytes_made, sources))
-        if grown or (given and all(map(_is_kept, given))):
+        if grown or (given and kept.issuperset(given)):
             remade |= made - sources
     return remade
 
 
-def _is_kept(node: Node) -> bool:
-    """Return whether a value lies in parameters, which exist as long as the model does."""
-    inputs = node.graph.find_nodes(op="placeholder")
+def _in_parameters(live_ins: Collection[Node]) -> set[Node]:
+    """Return the values that lie in parameters, which exist as long as the model does."""
+    inputs = next(iter(live_ins)).graph.find_nodes(op="placeholder") if live_ins else []
     kept = storages_of_all(given for given in inputs if isinstance(fake_value(given), torch.nn.Parameter))
-    return storages_of(node) <= kept
+    return {node for node in live_ins if storages_of(node) <= kept}
 
 
 def _laid_out_like(result: Node, value: torch.Tensor) -> Node:

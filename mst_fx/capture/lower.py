@@ -6,7 +6,7 @@ detach nodes, and makes writes to values of the region itself out-of-place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
@@ -122,6 +122,38 @@ def traced(
     module.graph.eliminate_dead_code()  # an alias of a constant that nobody reads: torch 2.11 does not run it again
     with without_autocast():  # the first trace has made its casts nodes
         return make_fx(Interpreter(module).run, decomposition_table={**(table or {}), **more})(*examples)
+
+
+def retraced(function: Callable[..., Any], examples: Sequence[Any]) -> GraphModule:
+    """Trace a function that runs the nodes of an aten graph in another way, without what no result needs.
+
+    Args:
+        function: of the values of the graph's placeholders.
+        examples: fake values for these.
+    """
+    with tracing(examples), without_autocast():
+        module = traced(function, examples)
+    module.graph.eliminate_dead_code()
+    return module
+
+
+def executed(lowered: GraphModule, values: Iterable[Any], runs: Callable[[Node], bool]) -> dict[Any, Any]:
+    """Return the values of an aten graph's placeholders, and of the nodes to run, each under its own meta.
+
+    Args:
+        lowered: the module that holds the graph.
+        values: of its placeholders.
+        runs: says which nodes to run; they read one another and placeholders alone.
+    """
+    env: dict[Any, Any] = {}
+    given = iter(values)
+    for node in lowered.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = next(given)
+        elif node.op != "output" and runs(node):
+            with set_current_meta(node):
+                env[node] = execute(lowered, node, env)
+    return env
 
 
 def apart(values: Sequence[Any]) -> list[Any]:

@@ -14,10 +14,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.capture.fixed_sizes import as_if_fixed, other_dims
-from mst_fx.capture.lower import apart, lower, set_current_meta, traced, tracing
+from mst_fx.capture.lower import apart, lower, retraced, set_current_meta
 from mst_fx.capture.run_node import brings_gradients, execute, is_custom_function
 from mst_fx.core.aten_ops import CONTRACTIONS, CUTS
-from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.graph_walk import between
 from mst_fx.core.refusal import Refusal
@@ -185,10 +184,7 @@ def _retraced(
                     env[node] = next(given) if node.op == "placeholder" else execute(lowered, node, env)
         raise AssertionError("a graph ends in its output")
 
-    with tracing(examples), without_autocast():
-        moved = traced(run, examples)
-    moved.graph.eliminate_dead_code()
-    return moved
+    return retraced(run, examples)
 
 
 @dataclass(frozen=True)

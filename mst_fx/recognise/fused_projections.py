@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from mst_fx.capture.lower import apart, lower, set_current_meta, traced, tracing
-from mst_fx.capture.run_node import brings_gradients, execute
+from mst_fx.capture.lower import apart, executed, lower, retraced, set_current_meta
+from mst_fx.capture.run_node import brings_gradients
 from mst_fx.core.aten_ops import SLICES
-from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.graph_walk import between, descendants, walk
 from mst_fx.core.refusal import Refusal
@@ -69,28 +68,18 @@ class FusedProjection:
     def parted(self, parts: Sequence[Sequence[int]]) -> GraphModule:
         """Return the aten graph of the region with a projection for each part."""
         way, lowered = self._way, self._lowered
-        sizes = [sum(end - start for start, end in map(self.pieces.__getitem__, part)) for part in parts]
+        widths = [[end - start for start, end in map(self.pieces.__getitem__, part)] for part in parts]
 
         def run(*values: Any) -> Any:
-            env: dict[Node, Any] = {}
-            given = iter(values)
-            for node in lowered.graph.nodes:
-                if node.op == "placeholder":
-                    env[node] = next(given)
-                elif node in way.whole:
-                    with set_current_meta(node):
-                        env[node] = execute(lowered, node, env)
+            env = executed(lowered, values, way.whole.__contains__)
             found: dict[int, Any] = {}
-            for part, value in zip(parts, way.on_parts(env, sizes), strict=True):
-                widths = [end - start for start, end in map(self.pieces.__getitem__, part)]
-                pieces = value.split(widths, way.dim) if len(part) > 1 else [value]
-                found.update(zip(part, pieces, strict=True))
+            made = way.on_parts(env, list(map(sum, widths)))
+            for part, own, value in zip(parts, widths, made, strict=True):
+                found.update(zip(part, value.split(own, way.dim) if len(part) > 1 else [value], strict=True))
             return [found[piece] for piece in range(len(self.pieces))]
 
-        with tracing(self._examples), without_autocast():
-            module = traced(run, self._examples)
+        module = retraced(run, self._examples)
         _read_once(module)
-        module.graph.eliminate_dead_code()
         return revalued(module, self.region, self._examples)
 
 
@@ -204,6 +193,7 @@ def _read_once(module: GraphModule) -> None:
     for node in module.graph.nodes:
         if node.op == "call_function" and is_size(node.meta.get("val")):
             node.replace_all_uses_with(known.setdefault(expression(node.meta["val"]), node))
+    module.graph.eliminate_dead_code()
 
 
 def _uncut(reader: Reader, node: Node) -> Node | None:

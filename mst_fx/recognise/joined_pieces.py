@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from mst_fx.capture.lower import set_current_meta, traced, tracing
+from mst_fx.capture.lower import executed, retraced, set_current_meta
 from mst_fx.capture.run_node import execute
 from mst_fx.core.aten_ops import (
     CASTS,
@@ -27,7 +27,6 @@ from mst_fx.core.aten_ops import (
     is_pointwise,
     is_random,
 )
-from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.graph_walk import descendants, walk
 from mst_fx.placement.placement import Split
 from mst_fx.placement.rules import args_of, shape_of
@@ -176,14 +175,7 @@ def _retraced(lowered: GraphModule, family: Family, examples: Sequence[Any]) -> 
     bounds = list(zip([0, *ends[:-1]], ends, strict=True))
 
     def run(*values: Any) -> Any:
-        env: dict[Any, Any] = {}
-        given = iter(values)
-        for node in lowered.graph.nodes:
-            if node.op == "placeholder":
-                env[node] = next(given)
-            elif node.op != "output" and node not in late:
-                with set_current_meta(node):
-                    env[node] = execute(lowered, node, env)
+        env = executed(lowered, values, lambda node: node not in late)
         for track in family.tracks:
             with set_current_meta(track.members[0]):
                 env[track] = track.make(env)
@@ -196,10 +188,7 @@ def _retraced(lowered: GraphModule, family: Family, examples: Sequence[Any]) -> 
                     env[node] = _run(lowered, node, env)
         raise AssertionError("a graph ends in its output")
 
-    with tracing(examples), without_autocast():
-        module = traced(run, examples)
-    module.graph.eliminate_dead_code()
-    return module
+    return retraced(run, examples)
 
 
 def _run(lowered: GraphModule, node: Node, env: dict[Any, Any]) -> Any:
