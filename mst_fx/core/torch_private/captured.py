@@ -45,6 +45,11 @@ def marked_dims(node: Node) -> Collection[int]:
     return getattr(given, "_dynamo_dynamic_indices", ())
 
 
+def is_captured(gm: GraphModule) -> bool:
+    """Return whether Dynamo hands this graph to a backend; False for a subgraph of one, and for any other graph."""
+    return hasattr(gm, "compile_subgraph_reason")
+
+
 def graph_break(gm: GraphModule) -> str:
     """Return why and where Dynamo ended a graph before the user's function ends, "" where the function ends, too.
 
