@@ -6,6 +6,7 @@ The whole suite takes this way with MST_FX_ENABLE=1 in the environment; here are
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import losses
@@ -133,11 +134,13 @@ def through_cheap_inductor():
     return inductor.patch({"cpp.simdlen": 1})
 
 
-def test_options_of_the_backend_hold_under_enable():
+@pytest.mark.parametrize(("disable", "chunks"), [((), [4]), (("mlp",), [])])
+def test_options_of_the_backend_hold_under_enable(disable, chunks):
+    """Where it loops nothing, `enable` does not loop either."""
     mst_fx.enable(min_bytes=0, num_chunks=2)
-    step = torch.compile(loss_of(Mlp()), backend="mst_fx", options={"min_bytes": 0, "num_chunks": 4})
-    (report,) = new_reports(step, *tokens())
-    assert [region.chunks for region in report.regions] == [4]
+    options = {"min_bytes": 0, "num_chunks": 4, "disable": disable}
+    (report,) = new_reports(torch.compile(loss_of(Mlp()), backend="mst_fx", options=options), *tokens())
+    assert [region.chunks for region in report.regions] == chunks
 
 
 def test_other_backends_are_left_alone():
@@ -196,7 +199,7 @@ def test_blocks_and_disable_put_everything_back():
     with mst_fx.enabled(chunk_tokens=8):
         outer = inductor.pre_grad_custom_pass
         assert outer.config.chunk_tokens == 8
-        with pytest.raises(KeyError), mst_fx.enabled(chunk_tokens=16):
+        with suppress(KeyError), mst_fx.enabled(chunk_tokens=16):
             assert inductor.pre_grad_custom_pass.config.chunk_tokens == 16
             raise KeyError
         assert inductor.pre_grad_custom_pass is outer
