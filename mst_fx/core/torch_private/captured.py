@@ -64,8 +64,9 @@ class Attempt:
 
 
 def attempt() -> Attempt | None:
-    """Return the attempt that is under way, None outside of a compile."""
-    trace_id = torch._guards.CompileContext.current_trace_id()
+    """Return the attempt that is under way, None outside of a compile, or where torch does not tell."""
+    context = getattr(torch._guards, "CompileContext", None)
+    trace_id = getattr(context, "current_trace_id", lambda: None)()
     return Attempt(trace_id.compile_id, trace_id.attempt) if trace_id is not None else None
 
 
