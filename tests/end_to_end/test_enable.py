@@ -232,3 +232,25 @@ def test_an_error_in_the_pass_costs_only_the_loops(monkeypatch):
     assert text(gm) == before
     refusal = mst_fx.reports()[-1].refusals[0]
     assert "ZeroDivisionError" in refusal.text
+
+
+def test_a_compile_that_begins_anew_has_one_report():
+    """Reports of earlier compiles stay, though a reset gives Dynamo's names of compiles once more."""
+    mlp = Mlp()
+    counts = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        tried = []
+
+        def inner(gm, _, tried=tried):
+            tried.append(gm)
+            if len(tried) == 1:
+                raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason="a number is fixed")
+            return gm
+
+        with through_inductor():
+            step = torch.compile(loss_of(mlp), backend="mst_fx", options={**OPTIONS, "inner": inner})
+            counts.append((len(new_reports(step, *tokens())), len(mst_fx.reports())))
+        assert len(tried) == 2
+    assert [count for count, _ in counts] == [1, 1]
+    assert counts[1][1] == counts[0][1] + 1
