@@ -21,6 +21,7 @@ from through_inductor import through_inductor
 from torch import nn
 from torch._inductor.compile_fx import _recursive_pre_grad_passes
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils.checkpoint import checkpoint
 
 import mst_fx
 
@@ -61,17 +62,23 @@ def new_reports(step, *inputs):
 
 
 def numbered(gm):
-    """The graph as text, with its values numbered."""
+    """The graph and its subgraphs as text, with the values numbered."""
+    children = [numbered(child) for _, child in gm.named_children()]
     for number, node in enumerate(gm.graph.nodes):
         node.name = f"v{number}"
-    return text(gm)
+    return [text(gm), *children]
+
+
+def checkpointed_mlp(x, w, y):
+    wide = checkpoint(lambda x: F.silu(x @ w.t()) @ w, x, use_reentrant=False)
+    return wide.square().mean() + y.sum()
 
 
 PROGRAMS = {
     name: program
     for group in (losses.CROSS_ENTROPY, losses.REINFORCEMENT, losses.SHIFTED, losses.PIECES, losses.CHECKPOINTED)
     for name, program in list(group.items())[:4]
-}
+} | {"checkpointed_mlp": checkpointed_mlp}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
