@@ -160,6 +160,13 @@ def test_graphs_that_dynamo_has_not_captured_are_left_alone():
     assert not new_reports(_recursive_pre_grad_passes, torch.fx.symbolic_trace(Mlp()), tokens())
 
 
+def test_a_graph_without_a_module_is_told(caplog):
+    mst_fx.enable(**OPTIONS)
+    inductor.pre_grad_custom_pass(torch.fx.Graph())
+    assert "belongs to no module" in caplog.text
+    assert "belongs to no module" in mst_fx.reports()[-1].refusals[0].text
+
+
 class Counted(CustomGraphPass):
     """A pass of the user: it counts its calls."""
 
