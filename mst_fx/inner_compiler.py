@@ -64,17 +64,17 @@ def _inductor(mode: str | None, options: dict[str, Any]) -> Compile:
 
 
 def cached_with_loops() -> dict[str, Any]:
-    """Name our call, with a version, to AOTAutograd's cache as cacheable; the key of a graph covers the bodies."""
+    """Name our calls, with a version, to AOTAutograd's cache as cacheable; the key of a graph covers the bodies."""
     try:
+        from mst_fx.ops.shards import enter, leave
         from mst_fx.runtime.cache_version import VERSION
         from mst_fx.runtime.mini_sequence import mini_sequence
 
         known = inductor.option("unsafe_marked_cacheable_functions")
     except (ImportError, AttributeError):  # no loops, or no cache that asks
         return {}
-    return {
-        "unsafe_marked_cacheable_functions": {**known, f"{mini_sequence.__module__}.{mini_sequence.__name__}": VERSION}
-    }
+    ours = {f"{call.__module__}.{call.__name__}": VERSION for call in (mini_sequence, enter, leave)}
+    return {"unsafe_marked_cacheable_functions": {**known, **ours}}
 
 
 def writes_python(options: dict[str, Any]) -> bool:

@@ -17,6 +17,10 @@ from mst_fx.core.values import fake_value, tensors_of
 from mst_fx.placement.rules.contraction import factors
 
 
+RANKS = "mst_fx_ranks"
+"""The key of a node's meta that holds the number of ranks on which parts of its value lie, of which it is one."""
+
+
 @dataclass(frozen=True)
 class Contraction:
     """activation [.., n, k] times weight [k, m] or [m, k], or times one such matrix for each group, [g, k, m].
@@ -30,8 +34,11 @@ class Contraction:
 
 
 def numel(node: Node) -> int:
-    """Return the number of elements of a node's captured value; for a tuple, the sum over its tensors."""
-    return sum(map(size_of, tensors_of(node)))
+    """Return the number of elements of a node's captured value; for a tuple, the sum over its tensors.
+
+    Those of a shard are counted on all ranks: an MLP is one, however many ranks share its features.
+    """
+    return sum(map(size_of, tensors_of(node))) * int(node.meta.get(RANKS, 1))
 
 
 def size_of(value: torch.Tensor) -> int:

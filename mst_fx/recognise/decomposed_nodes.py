@@ -15,7 +15,14 @@ from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private.captured import is_transformed
 from mst_fx.core.values import fake_value, is_fake, is_sharded, is_wrapper, tensors_of
+from mst_fx.ops.shards import crosses
 from mst_fx.recognise.effects import writes, written_by
+
+
+STAYS = "mst_fx_stays"
+"""The key of a node's meta that holds why it stays on DTensors (see `local_shards`)."""
+MOVES_SHARDS = ("from_local", "redistribute", "to_local", "full_tensor")
+"""What makes DTensors, or plain tensors of them, and computes nothing; by the names that DTensors have for it."""
 
 
 def decomposed_nodes(owner: GraphModule, known: dict[Hashable, Decomposed | None]) -> dict[Node, Decomposed | None]:
@@ -62,11 +69,18 @@ def strange_tensors(node: Node) -> Refusal | None:
     """Return a refusal of a node that reads or makes DTensors, or other tensors of tensors: its ops are unknown."""
     values = [value for value in _near(node) if not is_fake(value)]
     if any(map(is_sharded, values)):
-        return Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors")
+        why = f" and {node.meta[STAYS]}" if STAYS in node.meta else ""
+        return Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors{why}")
     for value in values:
         if value.is_nested or is_wrapper(value):
             return Refusal(Reason.SUBCLASS, node, f"{op_name(node)} works on values of {type(value).__name__}")
     return None
+
+
+def moves_shards(node: Node) -> bool:
+    """Return whether a node is there for DTensors alone, and computes nothing that a loop could take."""
+    name = str(getattr(node.target, "__name__", node.target))
+    return crosses(node.target) or any(moves in name for moves in MOVES_SHARDS)
 
 
 def _near(node: Node) -> list[torch.Tensor]:

@@ -14,6 +14,11 @@ from mst_fx.recognise.region import Region
 OPENED_FROM = "mst_fx_opened_from"
 """The key of a node's meta that holds the bodies of checkpoints that it was opened from (see `checkpoints`)."""
 
+LOCAL = "mst_fx_local"
+"""The key of a node's meta that holds the changes by which it runs on shards (see `local_shards`)."""
+MARKS = (OPENED_FROM, LOCAL)
+"""What the nodes of a region hand on to those that are put in their place."""
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -86,13 +91,14 @@ def nodes_of(
 ) -> list[Node]:
     """Copy the nodes of a region's aten graph in front of `place`; arguments and return as for `Edit.make`."""
     env = live_ins_of(lowered.graph, region, node_of)
-    bodies = frozenset[GraphModule]().union(*(node.meta.get(OPENED_FROM, ()) for node in region.nodes))
+    marks = {key: frozenset[Any]().union(*(node.meta.get(key, ()) for node in region.nodes)) for key in MARKS}
+    marks = {key: value for key, value in marks.items() if value}
     with owner.graph.inserting_before(place):
         for node in lowered.graph.nodes:
             if node.op == "call_function":
                 env[node] = captured(owner.graph.node_copy(node, env.__getitem__), node)
                 origin = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
-                env[node].meta.update({**origin, OPENED_FROM: bodies} if bodies else origin)
+                env[node].meta.update({**origin, **marks})
     returned: Any = lowered.graph.output_node().args[0]
     return [env[node] for node in returned]
 

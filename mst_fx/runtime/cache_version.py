@@ -40,7 +40,7 @@ def _files(module: str, root: Path) -> list[Path]:
 
 
 def _version() -> str:
-    paths = sources("mst_fx.runtime.inductor_lowering", "mst_fx.runtime.mini_sequence")
+    paths = sources("mst_fx.runtime.inductor_lowering", "mst_fx.runtime.mini_sequence", "mst_fx.ops.shards")
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 

@@ -23,6 +23,7 @@ from mst_fx.recognise.discover import discover
 from mst_fx.recognise.early_cut import CutHead, cut_heads
 from mst_fx.recognise.fused_projections import FusedProjection, Parted, fused_projections
 from mst_fx.recognise.joined_heads import JoinedHead, joined_heads
+from mst_fx.recognise.local_shards import localised
 from mst_fx.recognise.parts import taken_apart
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader
@@ -62,6 +63,7 @@ class Change:
         owner: the graph as it was captured: with the name of a node, it tells a projection from all others.
         left_alone: bodies of checkpoints that are not to be opened, and keys of projections that are not to be parted.
         known: decompositions of nodes of the compile; those of changed graphs are added.
+        on_shards: what nodes of the compile do on shards (see `localised`).
     """
 
     config: Config
@@ -70,10 +72,14 @@ class Change:
     owner: GraphModule
     left_alone: Collection[Hashable]
     known: dict[Hashable, Decomposed | None]
+    on_shards: dict[Hashable, Any]
 
     def made_to(self, reader: Reader) -> Changed:
         """Return the changed graph; the graph of `reader` stays as it is."""
-        plain, report = taken_apart(reader.owner), Report()
+        report = Report()
+        local = localised(reader.owner, self.owner, reader.outer, self.left_alone, self.on_shards)
+        reader = reader if local is None else self._changed(reader, local)
+        plain = taken_apart(reader.owner)
         reader = self._opened(reader if plain is None else self._changed(reader, plain))
         if self.config.returned_logits == "drop":
             reader, report = self._without_logits(reader)

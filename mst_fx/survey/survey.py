@@ -27,7 +27,7 @@ from mst_fx.predict.region_memory import RegionMemory, memory_of, temporary_byte
 from mst_fx.predict.time import cost_of
 from mst_fx.recognise.checkpoints import is_opened
 from mst_fx.recognise.dead_code import without_dead_code
-from mst_fx.recognise.decomposed_nodes import strange_tensors
+from mst_fx.recognise.decomposed_nodes import moves_shards, strange_tensors
 from mst_fx.recognise.discover import discover, nested
 from mst_fx.recognise.norm_in_front import with_front
 from mst_fx.recognise.parts import takes_part
@@ -59,6 +59,7 @@ class Surveyor:
     marked: frozenset[str] = frozenset()
     left_alone: set[Hashable] = field(default_factory=set)
     _decomposed: dict[Hashable, Decomposed | None] = field(default_factory=dict)
+    _on_shards: dict[Hashable, Any] = field(default_factory=dict)
     _works: dict[Hashable, Work] = field(default_factory=dict)
     _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
     _memories: dict[tuple[Work, Lengths, Hint], RegionMemory] = field(default_factory=dict)
@@ -66,7 +67,7 @@ class Surveyor:
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
         """Find the regions of a captured graph, and of its subgraphs."""
-        change = Change(self.config, self.patterns, self.marked, gm, self.left_alone, self._decomposed)
+        change = Change(self.config, self.patterns, self.marked, gm, self.left_alone, self._decomposed, self._on_shards)
         changed = change.made_to(without_dead_code(gm, self._decomposed, around.mode, around.borders))
         reader = changed.reader
         sites, refusals = self._sites(reader, around, changed.sizes)
@@ -253,8 +254,9 @@ class _Candidate:
 
 def _strange(reader: Reader) -> Report:
     """Return a report with a refusal for ops on DTensors, and one for ops on other tensors of tensors: the first."""
-    nodes = [node for node in reader.owner.graph.nodes if node.op.startswith("call_") and not takes_part(node)]
-    found = [strange for strange in map(strange_tensors, nodes) if strange is not None]
+    calls = [node for node in reader.owner.graph.nodes if node.op.startswith("call_") and not takes_part(node)]
+    computing = [node for node in calls if not moves_shards(node)]
+    found = [strange for strange in map(strange_tensors, computing) if strange is not None]
     first = {strange.reason: strange for strange in reversed(found)}
     refusals = []
     for reason, strange in first.items():

@@ -24,6 +24,7 @@ from mst_fx.recognise.checkpoints import left_over
 from mst_fx.recognise.discover import Nested
 from mst_fx.recognise.fused_projections import Parted
 from mst_fx.recognise.reader import Reader
+from mst_fx.recognise.rebuild import LOCAL
 from mst_fx.recognise.region import Region
 from mst_fx.recognise.write_checks import Overwritten, forbid_later_changes, written_when_run
 from mst_fx.report.report import Report, refused
@@ -125,12 +126,15 @@ class Surveyed:
     def left_over(self, looped: Collection[Site]) -> set[Hashable]:
         """Return the changes of the graph that these loops do not need: `Change.left_alone` keeps them from it.
 
-        They are opened checkpoints that the loops do not take as a whole (see `checkpoints`), and the keys of parted
-        projections of which they take nothing.
+        They are opened checkpoints that the loops do not take as a whole (see `checkpoints`), the keys of parted
+        projections of which they take nothing, and those of ops on shards of which they take none.
         """
         regions = [site.region for site in self.sites if site in looped]
         taken = {node for region in regions for node in region.nodes}
         unneeded = {each.key for each in self.parted if taken.isdisjoint(each.features)}
+        if looped:  # otherwise the graph stays as it was captured in any case
+            nodes = self.reader.owner.graph.nodes
+            unneeded |= set().union(*(_local(node) for node in nodes)).difference(*map(_local, taken))
         inner = (child.left_over(looped) for child, _ in self.children.values())
         return unneeded.union(left_over(self.reader, regions), *inner)
 
@@ -140,6 +144,11 @@ class Surveyed:
         added = tuple(refused(site.pattern, refusals[site]) for site in self.sites if site in refusals)
         children = {name: (child.without(refusals), callers) for name, (child, callers) in self.children.items()}
         return replace(self, sites=left, report=self.report.joined(Report(refusals=added)), children=children)
+
+
+def _local(node: Node) -> frozenset[Hashable]:
+    """Return the changes by which a node runs on shards."""
+    return frozenset(node.meta.get(LOCAL, ()))
 
 
 def timeline_of(surveyed: Surveyed, at: Hint = hint) -> Timeline:
