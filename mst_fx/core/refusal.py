@@ -36,7 +36,7 @@ class Reason(Enum):
     )
     COMPLEX = "Compute with real and imaginary parts as tensors of their own."
     NUMBER = "Give the op a tensor, or a number that depends neither on the data nor on the length."
-    SHARDED = "Ops on DTensors (tensor parallel) are never looped; those on plain tensors are."
+    SHARDED = "Ops on DTensors are looped where each rank computes on its own shard: redistribute before them."
     SUBCLASS = "Ops on tensor subclasses are looped where these are frozen weights alone, and on plain tensors."
     TAKEN = "Compute what both regions need once for each of them, so that each has its own."
     NO_PATTERN = "Write it so that no op makes the large value, or add a pattern (passes/README.md)."

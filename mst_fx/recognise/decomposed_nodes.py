@@ -20,7 +20,7 @@ from mst_fx.recognise.effects import writes, written_by
 
 
 STAYS = "mst_fx_stays"
-"""The key of a node's meta that holds why it stays on DTensors (see `local_shards`)."""
+"""The key of a node's meta that holds why it has to stay on DTensors, "" if it need not (see `local_shards`)."""
 MOVES_SHARDS = ("from_local", "redistribute", "to_local", "full_tensor")
 """What makes DTensors, or plain tensors of them, and computes nothing; by the names that DTensors have for it."""
 
@@ -69,7 +69,7 @@ def strange_tensors(node: Node) -> Refusal | None:
     """Return a refusal of a node that reads or makes DTensors, or other tensors of tensors: its ops are unknown."""
     values = [value for value in _near(node) if not is_fake(value)]
     if any(map(is_sharded, values)):
-        why = f" and {node.meta[STAYS]}" if STAYS in node.meta else ""
+        why = f" and {node.meta[STAYS]}" if node.meta.get(STAYS) else ""
         return Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors{why}")
     for value in values:
         if value.is_nested or is_wrapper(value):

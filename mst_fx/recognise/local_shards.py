@@ -47,7 +47,7 @@ def localised(
 ) -> GraphModule | None:
     """Return a copy of a graph with ops on shards in place of ops on DTensors; None for a graph without DTensors.
 
-    Nodes of the copy hold in their meta of which change they are (LOCAL), why they stay on DTensors (STAYS), and on how
+    Nodes of the copy hold in their meta of which change they are (LOCAL), why they have to stay on DTensors (STAYS), and on how
     many ranks the parts of their value lie (RANKS).
 
     Args:
@@ -93,10 +93,9 @@ class _Change:
         for node in self.owner.graph.nodes:
             if node.op.startswith("call_") and _near_shards(node):
                 fact = self._fact(node)
+                node.meta[STAYS] = "" if isinstance(fact, OnShards) else fact
                 if isinstance(fact, OnShards):
                     self.facts[node] = fact
-                else:
-                    node.meta[STAYS] = fact
         part_of = self._parts()
         keys = {node: (owner, "on shards", part.name) for node, part in part_of.items()}
         chosen = [node for node in self.facts if node in keys and keys[node] not in left_alone]

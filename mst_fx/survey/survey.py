@@ -27,7 +27,7 @@ from mst_fx.predict.region_memory import RegionMemory, memory_of, temporary_byte
 from mst_fx.predict.time import cost_of
 from mst_fx.recognise.checkpoints import is_opened
 from mst_fx.recognise.dead_code import without_dead_code
-from mst_fx.recognise.decomposed_nodes import moves_shards, strange_tensors
+from mst_fx.recognise.decomposed_nodes import STAYS, moves_shards, strange_tensors
 from mst_fx.recognise.discover import discover, nested
 from mst_fx.recognise.norm_in_front import with_front
 from mst_fx.recognise.parts import takes_part
@@ -255,7 +255,7 @@ class _Candidate:
 def _strange(reader: Reader) -> Report:
     """Return a report with a refusal for ops on DTensors, and one for ops on other tensors of tensors: the first."""
     calls = [node for node in reader.owner.graph.nodes if node.op.startswith("call_") and not takes_part(node)]
-    computing = [node for node in calls if not moves_shards(node)]
+    computing = [node for node in calls if not moves_shards(node) and node.meta.get(STAYS) != ""]
     found = [strange for strange in map(strange_tensors, computing) if strange is not None]
     first = {strange.reason: strange for strange in reversed(found)}
     refusals = []

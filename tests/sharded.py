@@ -1,0 +1,217 @@
+"""Tensor parallel programs, and what becomes of them: beside one process, and beside plain `torch.compile`."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from functorch.compile import make_boxed_func
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+import mst_fx
+
+HIDDEN, TOKENS = 16, 24
+
+
+class Gated(nn.Module):
+    """A gated MLP; the last projection has a bias."""
+
+    def __init__(self, features: int = 64) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(HIDDEN, features), nn.Linear(HIDDEN, features, bias=False)
+        self.down = nn.Linear(features, HIDDEN)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Plain(nn.Module):
+    """An MLP with one projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, 64), nn.Linear(64, HIDDEN)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """A norm and an MLP beside a residual."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.RMSNorm(HIDDEN), mlp
+
+    def forward(self, x):
+        return x + self.mlp(self.norm(x))
+
+
+class Twice(nn.Module):
+    """The tokens go through an MLP, and are read once more by an op that needs the other kind of gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Gated()
+
+    def forward(self, x):
+        y = x * 2
+        return self.mlp(y) + y * y
+
+
+MLP = {"gate": ColwiseParallel, "up": ColwiseParallel, "down": RowwiseParallel}
+
+
+def styles(prefix: str = "", down: Mapping[str, Any] = {}, **options: Any) -> dict[str, Any]:
+    """A plan for the projections of an MLP."""
+    return {prefix + name: kind(**options, **(down if name == "down" else {})) for name, kind in MLP.items()}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A tensor parallel program.
+
+    Attributes:
+        make: the model, for one process.
+        plan: the styles of its modules.
+        tokens: the dim along which the ranks share the tokens, None where all have all of them.
+        sharded: whether the tokens come, and the results go, as DTensors.
+    """
+
+    make: Callable[[], nn.Module]
+    plan: Callable[[], dict[str, Any]]
+    tokens: int | None = None
+    sharded: bool = False
+
+
+def _along_the_sequence() -> dict[str, Any]:
+    whole = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+    return {"norm": SequenceParallel(), "mlp": whole, **styles("mlp.", {"output_layouts": Shard(1)})}
+
+
+def _along_the_sequence_local() -> dict[str, Any]:
+    whole = PrepareModuleInput(
+        input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),), use_local_output=True
+    )
+    norm = SequenceParallel(use_local_output=True)
+    return {"norm": norm, "mlp": whole, **styles("mlp.", {"output_layouts": Shard(1)})}
+
+
+PROGRAMS = {
+    "gated": Program(Gated, styles),
+    "plain": Program(Plain, lambda: {"up": ColwiseParallel(), "down": RowwiseParallel()}),
+    "narrow": Program(partial(Gated, 24), styles),  # 12 of 24 features on a rank, of tokens of 16
+    "dtensors": Program(Gated, partial(styles, use_local_output=False), sharded=True),
+    "twice": Program(Twice, partial(styles, "mlp.", use_local_output=False), sharded=True),
+    "sequence": Program(partial(Block, Gated()), _along_the_sequence, tokens=1),
+    "sequence, local": Program(partial(Block, Gated()), _along_the_sequence_local, tokens=1),
+}
+
+
+class Counting:
+    """Counts the collectives in compiled graphs, by kind."""
+
+    def __init__(self) -> None:
+        self.found: Counter[str] = Counter()
+
+    def _count(self, gm: torch.fx.GraphModule, _: Any) -> Any:
+        for module in gm.modules():
+            for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                if "c10d_functional" in str(node.target) and "wait" not in str(node.target):
+                    self.found[str(node.target)] += 1
+        return make_boxed_func(gm.forward)
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Any, **_: Any) -> Any:
+        """Compile a graph."""
+        return aot_autograd(fw_compiler=self._count, bw_compiler=self._count)(gm, inputs)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program.
+
+    Attributes:
+        errors: of the loss and of each gradient, relative to one process; "x" is that of the tokens.
+        collectives: in the compiled graphs, by kind.
+        without: those of plain `torch.compile`.
+        regions: the patterns of the loops.
+        refusals: reasons and texts.
+        sizes: bytes of the temporaries of each loop.
+    """
+
+    errors: dict[str, float]
+    collectives: Counter[str]
+    without: Counter[str]
+    regions: list[str]
+    refusals: list[tuple[str, str]]
+    sizes: list[int]
+
+
+def outcome(name: str, mesh: DeviceMesh, **options: Any) -> Outcome:
+    """Run a program on the ranks of a mesh."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    program = PROGRAMS[name]
+    model = program.make().double()
+    x = torch.randn(2, TOKENS, HIDDEN, dtype=torch.float64)
+    truth = _step(model, model, x)
+    counts = [Counting(), Counting()]
+    told = len(mst_fx.reports())
+    for count, ours in zip(counts, (False, True), strict=True):
+        own = parallelize_module(copy.deepcopy(model), mesh, program.plan())
+        given = {"min_bytes": 0, "num_chunks": 4, "strict": True, "verify": True, "inner": count, **options}
+        compiled = torch.compile(own, backend="mst_fx", options=given) if ours else torch.compile(own, backend=count)
+        found = _step(own, compiled, x, program, mesh)
+    reports = mst_fx.reports()[told:]
+    return Outcome(
+        {key: float((found[key] - value).norm() / value.norm()) for key, value in truth.items()},
+        counts[1].found,
+        counts[0].found,
+        [region.pattern for report in reports for region in report.regions],
+        [(each.reason, each.text) for report in reports for each in report.refusals],
+        [region.bytes_before for report in reports for region in report.regions],
+    )
+
+
+def outcomes(names: list[str]) -> dict[str, Outcome]:
+    """Run programs on all ranks."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    return {name: outcome(name, mesh) for name in names}
+
+
+def _step(
+    model: nn.Module, run: Callable[..., Any], x: torch.Tensor, program: Program | None = None, mesh: Any = None
+) -> dict[str, torch.Tensor]:
+    """The loss, and all gradients, as one process has them."""
+    x = x.clone().requires_grad_()
+    given: Any = x
+    spread = program is not None and (program.tokens is not None or program.sharded)
+    if program is not None and spread:
+        where = Shard(program.tokens) if program.tokens is not None else Replicate()
+        given = DTensor.from_local(x, mesh, [Replicate()]).redistribute(placements=[where])
+        given = given if program.sharded else given.to_local()
+    y = run(given)
+    if program is not None and spread and not isinstance(y, DTensor):
+        y = DTensor.from_local(y, mesh, [where])
+    loss = (y.full_tensor() if isinstance(y, DTensor) else y).square().sum()
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    found = {"loss": loss.detach(), "x": x.grad, **grads}
+    return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in found.items()}
