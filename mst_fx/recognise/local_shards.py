@@ -31,6 +31,7 @@ from mst_fx.recognise.on_shards import (
     on_shards,
     placements_of,
     ranks_of,
+    same_sizes,
 )
 from mst_fx.recognise.rebuild import LOCAL, rebuilt
 
@@ -228,6 +229,5 @@ def _spread_ranks(gm: GraphModule) -> None:
             node.meta[RANKS] = max(ranks_of(fake_value(operand)) for operand in sharded)
             continue
         parts = [operand for operand in operands if operand.meta.get(RANKS, 1) > 1 and tensors_of(operand)]
-        shapes = {tensors_of(operand)[0].shape for operand in parts}
-        if len(parts) == 1 or value.shape in shapes:
+        if len(parts) == 1 or any(same_sizes(value, tensors_of(operand)[0]) for operand in parts):
             node.meta[RANKS] = max(operand.meta[RANKS] for operand in parts)

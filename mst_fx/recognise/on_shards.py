@@ -180,13 +180,13 @@ class _Trial:
         if any(map(is_random, met)):
             return "draws random numbers"
         captured = fake_value(self.node)
-        if is_sharded(captured) != is_sharded(run.value) or not _same_sizes(captured, run.value):
+        if is_sharded(captured) != is_sharded(run.value) or not same_sizes(captured, run.value):
             return "makes another value than was captured"
         if is_sharded(captured):
             if placements_of(captured) != placements_of(run.value):
                 return "places its value otherwise than was captured"
             again = leave(plain_tensors(run.value)[0].detach(), run.value, placements_of(captured))
-            if not _same_sizes(captured, again):
+            if not same_sizes(captured, again):
                 return "has shards of unlike sizes"
         return ""
 
@@ -214,7 +214,7 @@ class _Trial:
             return False
         divided = {shards[node]: share for node, share in shares.items() if share != 1}
         run.ops.update((aten.div.Tensor, like((shard, share)), like({})) for shard, share in divided.items())
-        if run.ops != whole.ops or not _same_sizes(plain_tensors(whole.value)[0], run.value):
+        if run.ops != whole.ops or not same_sizes(plain_tensors(whole.value)[0], run.value):
             return False
         return all((grad is None) == (whole.grads.get(node) is None) for node, grad in run.grads.items())
 
@@ -239,7 +239,8 @@ def _upstream(value: torch.Tensor) -> torch.Tensor:
         return leave(torch.empty_like(plain_tensors(value)[0]), value, gradient_of(placements_of(value)))
 
 
-def _same_sizes(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same_sizes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors have the same dtype, and the same sizes whatever varies."""
     pairs = list(zip(one.shape, other.shape, strict=False))
     return one.dim() == other.dim() and one.dtype == other.dtype and all(sure(a == b) for a, b in pairs)
 
@@ -290,4 +291,4 @@ def _is_alias(op: Any, args: Any, result: Any) -> bool:
     """Return whether an op gives its operand as it is, or no tensor."""
     if op in ALIASES or not isinstance(result, torch.Tensor | tuple | list):
         return True
-    return op == aten.view.default and _same_sizes(args[0], result)
+    return op == aten.view.default and same_sizes(args[0], result)

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from mst_fx.capture.decomposed import Decomposed
 from mst_fx.core.config import Config
+from mst_fx.core.faults import refusal_for
 from mst_fx.core.refusal import Refusal
 from mst_fx.core.sizes import is_symbolic
 from mst_fx.core.values import fake_value, has_gradient
@@ -76,17 +77,25 @@ class Change:
 
     def made_to(self, reader: Reader) -> Changed:
         """Return the changed graph; the graph of `reader` stays as it is."""
-        report = Report()
-        local = localised(reader.owner, self.owner, reader.outer, self.left_alone, self.on_shards)
-        reader = reader if local is None else self._changed(reader, local)
+        reader, report = self._localised(reader)
         plain = taken_apart(reader.owner)
         reader = self._opened(reader if plain is None else self._changed(reader, plain))
         if self.config.returned_logits == "drop":
-            reader, report = self._without_logits(reader)
+            reader, left_out = self._without_logits(reader)
+            report = report.joined(left_out)
         reader, apart = self._joined(reader)
         reader, cuts, sizes = self._cut_early(reader)
         reader, parted, faults = self._parted(reader)
         return Changed(reader, report.joined(cuts).joined(faults), sizes, tuple(apart), parted)
+
+    def _localised(self, reader: Reader) -> tuple[Reader, Report]:
+        """Return a reader of the graph with ops on shards in place of ops on DTensors, and a report on errors."""
+        try:
+            local = localised(reader.owner, self.owner, reader.outer, self.left_alone, self.on_shards)
+        except Exception as error:
+            refusal = refusal_for(error, None, "ops on shards", strict=self.config.strict)
+            return reader, Report(refusals=(refused("all", refusal),))
+        return (reader if local is None else self._changed(reader, local)), Report()
 
     def _opened(self, reader: Reader) -> Reader:
         """Return a reader of the graph with the checkpoints opened that large values of its regions cross."""
