@@ -15,7 +15,7 @@ from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private.captured import is_transformed
 from mst_fx.core.values import fake_value, is_fake, is_sharded, is_wrapper, tensors_of
-from mst_fx.ops.shards import crosses
+from mst_fx.ops.shards import crosses, leave
 from mst_fx.recognise.effects import writes, written_by
 
 
@@ -69,6 +69,8 @@ def strange_tensors(node: Node) -> Refusal | None:
     """Return a refusal of a node that reads or makes DTensors, or other tensors of tensors: its ops are unknown."""
     values = [value for value in _near(node) if not is_fake(value)]
     if any(map(is_sharded, values)):
+        if node.target is leave:  # it is there for what reads it
+            node = next((user for user in node.users if user.meta.get(STAYS)), node)
         why = f" and {node.meta[STAYS]}" if node.meta.get(STAYS) else ""
         return Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors{why}")
     for value in values:

@@ -213,10 +213,21 @@ class _Trial:
         except Exception:  # a size of the whole does not fit, or a method of DTensors is none of shards
             return False
         divided = {shards[node]: share for node, share in shares.items() if share != 1}
-        run.ops.update((aten.div.Tensor, like((shard, share)), like({})) for shard, share in divided.items())
-        if run.ops != whole.ops or not same_sizes(plain_tensors(whole.value)[0], run.value):
+        divisions = Counter(_division(shard, share) for shard, share in divided.items())
+        more = Counter(_without_dtype(key) for key in (whole.ops - run.ops).elements())
+        if run.ops - whole.ops or more != divisions or not same_sizes(plain_tensors(whole.value)[0], run.value):
             return False
         return all((grad is None) == (whole.grads.get(node) is None) for node, grad in run.grads.items())
+
+
+def _division(shard: torch.Tensor, share: int) -> Hashable:
+    return aten.div.Tensor, like(tuple(shard.shape)), like(share)
+
+
+def _without_dtype(key: Any) -> Hashable:
+    """Return the key of a division without the dtype, any other as it is: under autocast, the cast may come first."""
+    op, args, _ = key
+    return (op, args[0][0], args[1]) if op == aten.div.Tensor else key
 
 
 def _leaf(value: torch.Tensor) -> torch.Tensor:

@@ -255,7 +255,8 @@ class _Candidate:
 def _strange(reader: Reader) -> Report:
     """Return a report with a refusal for ops on DTensors, and one for ops on other tensors of tensors: the first."""
     calls = [node for node in reader.owner.graph.nodes if node.op.startswith("call_") and not takes_part(node)]
-    computing = [node for node in calls if not moves_shards(node) and node.meta.get(STAYS) != ""]
+    callers = {caller for child in nested(reader.owner) for caller in child.callers}
+    computing = [node for node in calls if not (moves_shards(node) or node in callers or node.meta.get(STAYS) == "")]
     found = [strange for strange in map(strange_tensors, computing) if strange is not None]
     first = {strange.reason: strange for strange in reversed(found)}
     refusals = []
