@@ -101,7 +101,8 @@ class Engine:
                 return self._rewritten_but(without or {})
             except _LeftOverError as left:
                 self.surveyor.left_alone.update(left.changes)
-                self.surveyed = self._surveyed()
+                before, self.surveyed = self.surveyed, self._surveyed()
+                self.surveyed = self.surveyed.with_shards_of(before)
 
     def _rewritten_but(self, reasons: Mapping[Work, str]) -> Rewritten:
         sites = [site for site in self.surveyed.all_sites() if site.work in reasons]

@@ -138,6 +138,12 @@ class Surveyed:
         inner = (child.left_over(looped) for child, _ in self.children.values())
         return unneeded.union(left_over(self.reader, regions), *inner)
 
+    def with_shards_of(self, before: Surveyed) -> Surveyed:
+        """Return the same with what an earlier survey, of more ops on shards, has refused because of DTensors."""
+        told = self.report.refusals
+        more = (each for each in before.report.refusals if each.reason == Reason.SHARDED.name and each not in told)
+        return replace(self, report=self.report.joined(Report(refusals=tuple(more))))
+
     def without(self, refusals: Mapping[Site, Refusal]) -> Surveyed:
         """Return the same for the graph with these regions refused."""
         left = tuple(site for site in self.sites if site not in refusals)

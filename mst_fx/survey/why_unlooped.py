@@ -12,6 +12,8 @@ from mst_fx.core.aten_ops import JOINS, LOOK_UPS
 from mst_fx.core.graph_walk import descendants, in_order, walk
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
+from mst_fx.core.values import tensors_of
+from mst_fx.recognise.decomposed_nodes import moves_shards, strange_tensors
 from mst_fx.recognise.growth import PRODUCT_ADVICE
 from mst_fx.recognise.reader import Reader
 
@@ -32,7 +34,7 @@ def why_unlooped(reader: Reader, node: Node, within: str = "") -> Refusal:
         advice = "Keep the parameters as the ops need them."
         return Refusal(Reason.NO_GAIN, node, "it is made of parameters alone: it does not grow with the tokens", advice)
     makers = _makers(reader, node)
-    if any(_is_input(maker) or reader.does(maker, LOOK_UPS) or _projects(reader, maker, node) for maker in makers):
+    if any(_is_input(maker) or _looks_up(reader, maker) or _projects(reader, maker, node) for maker in makers):
         given = f"what {reader.borders.within} is given" if reader.borders.within else "the tokens that it is made of"
         return Refusal(Reason.NO_GAIN, node, f"it is no larger than {given}")
     for end in (*makers, node):
@@ -95,7 +97,16 @@ def _makers(reader: Reader, node: Node) -> tuple[Node, ...]:
 
 
 def _is_input(node: Node) -> bool:
-    return node.op in ("placeholder", "get_attr")
+    """Return whether a value comes from outside: into the graph, or from other ranks."""
+    return node.op in ("placeholder", "get_attr") or moves_shards(node)
+
+
+def _looks_up(reader: Reader, node: Node) -> bool:
+    """Return whether a node picks rows of a parameter: on DTensors, whether it reads parameters and indices alone."""
+    if strange_tensors(node) is None:
+        return reader.does(node, LOOK_UPS)
+    values = [operand for operand in reader.tensor_operands(node) if tensors_of(operand)[0].is_floating_point()]
+    return bool(values) and all(map(reader.is_learnt, values))
 
 
 def _projects(reader: Reader, value: Node, node: Node) -> bool:
