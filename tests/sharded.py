@@ -215,3 +215,30 @@ def _step(
     grads = {name: p.grad for name, p in model.named_parameters()}
     found = {"loss": loss.detach(), "x": x.grad, **grads}
     return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in found.items()}
+
+
+def on_two_dims() -> tuple[dict[str, float], list[str]]:
+    """Two blocks, tensor parallel on one dim of a 2 x 2 mesh and fully sharded on the other, each compiled by itself.
+
+    Returns the errors of loss and gradients beside one process, and the patterns of the loops.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(Gated()), Block(Plain())).double()
+    x = torch.randn(4, TOKENS, HIDDEN, dtype=torch.float64)
+    loss = model(x).square().mean()
+    loss.backward()
+    truth = {name: p.grad for name, p in model.named_parameters()}
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    own = copy.deepcopy(model)
+    told = len(mst_fx.reports())
+    plans = (styles("mlp."), {"mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()})
+    for block, plan in zip(own, plans, strict=True):
+        parallelize_module(block, mesh["tensor"], plan)
+        block.compile(backend="mst_fx", options={"min_bytes": 0, "num_chunks": 4, "strict": True, "inner": "aot_eager"})
+        fully_shard(block, mesh=mesh["data"])
+    fully_shard(own, mesh=mesh["data"])
+    own.zero_grad()
+    own(x.chunk(2)[mesh["data"].get_local_rank()]).square().mean().backward()
+    errors = {name: (p.grad.full_tensor() - truth[name]) / truth[name].norm() for name, p in own.named_parameters()}
+    regions = [region.pattern for report in mst_fx.reports()[told:] for region in report.regions]
+    return {name: float(error.norm()) for name, error in errors.items()}, regions
