@@ -29,6 +29,7 @@ from mst_fx.core.sizes import Hint, fix, hint, long_hint, without_guards
 from mst_fx.core.values import marked_sizes, sizes_of
 from mst_fx.plan.chunk_length import Lengths
 from mst_fx.plan.planner import Plan, Plans, make_plans
+from mst_fx.recognise.local_shards import ON_SHARDS
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.rebuild import Edit, rebuilt
 from mst_fx.report.entries import looped
@@ -70,12 +71,13 @@ class Engine:
         gm: the captured graph; the pass does not change it.
         config: the user's options.
         chosen: the patterns that recognise regions.
+        on_shards: whether ops on DTensors may run on shards.
     """
 
-    def __init__(self, gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> None:
+    def __init__(self, gm: GraphModule, config: Config, chosen: Sequence[Pattern], *, on_shards: bool = True) -> None:
         self.gm = gm
         self.config, self._told = within_breaks(config, gm)
-        self.surveyor = Surveyor(self.config, chosen, marked_sizes(gm))
+        self.surveyor = Surveyor(self.config, chosen, marked_sizes(gm), set() if on_shards else {ON_SHARDS})
         self.surveyed = self._surveyed()
 
     def _surveyed(self) -> Surveyed:

@@ -77,6 +77,12 @@ def cached_with_loops() -> dict[str, Any]:
     return {"unsafe_marked_cacheable_functions": {**known, **ours}}
 
 
+def joins_collectives(options: dict[str, Any]) -> bool:
+    """Return whether Inductor joins products with the collectives beside them (async tensor parallel)."""
+    name = "_micro_pipeline_tp"
+    return bool(options.get(name, inductor.has_option(name) and inductor.option(name)))
+
+
 def writes_python(options: dict[str, Any]) -> bool:
     """Return whether Inductor's wrapper is Python, which the loop's lowering needs."""
     return not options.get("cpp_wrapper", inductor.option("cpp_wrapper"))

@@ -32,7 +32,7 @@ from mst_fx.core.faults import refusal_for, words_of
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private import inductor
 from mst_fx.core.torch_private.dynamo import PASSING
-from mst_fx.inner_compiler import Compile, inner_compiler, writes_python
+from mst_fx.inner_compiler import Compile, inner_compiler, joins_collectives, writes_python
 from mst_fx.report.report import Report, record, refused
 
 if TYPE_CHECKING:
@@ -145,7 +145,8 @@ def _engine(gm: GraphModule, config: Config, foreign: dict[str, Any]) -> Engine 
         return refusal_for(error, None, "the pass cannot be loaded", strict=config.strict)
     chosen = pattern.patterns(config.disable) if config.disable else known
     try:
-        return engine.Engine(gm, config, chosen)
+        on_shards = config.inner != "inductor" or not joins_collectives(foreign)
+        return engine.Engine(gm, config, chosen, on_shards=on_shards)
     except Exception as error:
         return refusal_for(error, None, "the pass failed", strict=config.strict)
 

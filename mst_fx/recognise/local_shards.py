@@ -35,6 +35,8 @@ from mst_fx.recognise.on_shards import (
 )
 from mst_fx.recognise.rebuild import LOCAL, rebuilt
 
+ON_SHARDS = "on shards"
+"""All changes of this kind."""
 ORIGIN = ("stack_trace", "nn_module_stack")
 
 
@@ -98,7 +100,7 @@ class _Change:
                 if isinstance(fact, OnShards):
                     self.facts[node] = fact
         part_of = self._parts()
-        keys = {node: (owner, "on shards", part.name) for node, part in part_of.items()}
+        keys = {node: (owner, ON_SHARDS, part.name) for node, part in part_of.items()}
         chosen = [node for node in self.facts if node in keys and keys[node] not in left_alone]
         for node in chosen:
             self._localise(node, frozenset([keys[node]]), set(chosen))

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from mst_fx.capture.decomposed import Decomposed
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
-from mst_fx.core.refusal import Refusal
+from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import is_symbolic
 from mst_fx.core.values import fake_value, has_gradient
 from mst_fx.recognise.checkpoints import crossed, openable, opened
@@ -24,7 +24,7 @@ from mst_fx.recognise.discover import discover
 from mst_fx.recognise.early_cut import CutHead, cut_heads
 from mst_fx.recognise.fused_projections import FusedProjection, Parted, fused_projections
 from mst_fx.recognise.joined_heads import JoinedHead, joined_heads
-from mst_fx.recognise.local_shards import localised
+from mst_fx.recognise.local_shards import ON_SHARDS, has_shards, localised
 from mst_fx.recognise.parts import taken_apart
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader
@@ -32,6 +32,9 @@ from mst_fx.recognise.rebuild import Edit, nodes_of, rebuilt
 from mst_fx.recognise.region import Region
 from mst_fx.report.entries import cut_head, dropped
 from mst_fx.report.report import Report, refused
+
+JOINED = "Inductor joins products with the collectives beside them (_micro_pipeline_tp): no op on DTensors is looped"
+JOINED_ADVICE = "Switch either off: a loop takes the products away from their collectives."
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,9 @@ class Change:
 
     def _localised(self, reader: Reader) -> tuple[Reader, Report]:
         """Return a reader of the graph with ops on shards in place of ops on DTensors, and a report on errors."""
+        if ON_SHARDS in self.left_alone:
+            refusal = Refusal(Reason.SHARDED, None, JOINED, JOINED_ADVICE)
+            return reader, Report(refusals=(refused("all", refusal),)) if has_shards(reader.owner) else Report()
         try:
             local = localised(reader.owner, self.owner, reader.outer, self.left_alone, self.on_shards)
         except Exception as error:
