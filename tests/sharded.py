@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from functorch.compile import make_boxed_func
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -25,9 +27,12 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from torch.utils.checkpoint import checkpoint
+
 import mst_fx
 
 HIDDEN, TOKENS = 16, 24
+OPTIONS = {"min_bytes": 0, "num_chunks": 4, "strict": True, "verify": True}
 
 
 class Gated(nn.Module):
@@ -76,6 +81,24 @@ class Twice(nn.Module):
         return self.mlp(y) + y * y
 
 
+class Adapted(Gated):
+    """A gated MLP with an adapter of low rank, whose first matrix is plain and whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(HIDDEN, 2, bias=False), nn.Linear(2, 64, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x) + self.b(self.a(x))) * self.up(x))
+
+
+class Checkpointed(Block):
+    """A block that backward recomputes."""
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
 MLP = {"gate": ColwiseParallel, "up": ColwiseParallel, "down": RowwiseParallel}
 
 
@@ -90,13 +113,13 @@ class Program:
 
     Attributes:
         make: the model, for one process.
-        plan: the styles of its modules.
+        plan: the styles of its modules; None has all parameters whole on all ranks, as DTensors.
         tokens: the dim along which the ranks share the tokens, None where all have all of them.
         sharded: whether the tokens come, and the results go, as DTensors.
     """
 
     make: Callable[[], nn.Module]
-    plan: Callable[[], dict[str, Any]]
+    plan: Callable[[], dict[str, Any]] | None
     tokens: int | None = None
     sharded: bool = False
 
@@ -120,9 +143,20 @@ PROGRAMS = {
     "narrow": Program(partial(Gated, 24), styles),  # 12 of 24 features on a rank, of tokens of 16
     "dtensors": Program(Gated, partial(styles, use_local_output=False), sharded=True),
     "twice": Program(Twice, partial(styles, "mlp.", use_local_output=False), sharded=True),
+    "adapted": Program(Adapted, lambda: {**styles(), "b": ColwiseParallel()}),
+    "checkpointed": Program(partial(Checkpointed, Gated()), partial(styles, "mlp.")),
+    "whole": Program(Gated, None, sharded=True),
+    "batch": Program(Gated, None, tokens=0, sharded=True),
     "sequence": Program(partial(Block, Gated()), _along_the_sequence, tokens=1),
     "sequence, local": Program(partial(Block, Gated()), _along_the_sequence_local, tokens=1),
 }
+
+
+def parallel(model: nn.Module, mesh: DeviceMesh, program: Program) -> nn.Module:
+    """Spread the parameters of a model."""
+    if program.plan is None:
+        return distribute_module(model, mesh)
+    return parallelize_module(model, mesh, program.plan())
 
 
 class Counting:
@@ -153,7 +187,7 @@ class Outcome:
         without: those of plain `torch.compile`.
         regions: the patterns of the loops.
         refusals: reasons and texts.
-        sizes: bytes of the temporaries of each loop.
+        sizes: bytes of the temporaries of each region, without a loop.
     """
 
     errors: dict[str, float]
@@ -175,8 +209,8 @@ def outcome(name: str, mesh: DeviceMesh, **options: Any) -> Outcome:
     counts = [Counting(), Counting()]
     told = len(mst_fx.reports())
     for count, ours in zip(counts, (False, True), strict=True):
-        own = parallelize_module(copy.deepcopy(model), mesh, program.plan())
-        given = {"min_bytes": 0, "num_chunks": 4, "strict": True, "verify": True, "inner": count, **options}
+        own = parallel(copy.deepcopy(model), mesh, program)
+        given = {**OPTIONS, "inner": count, **options}
         compiled = torch.compile(own, backend="mst_fx", options=given) if ours else torch.compile(own, backend=count)
         found = _step(own, compiled, x, program, mesh)
     reports = mst_fx.reports()[told:]
@@ -192,7 +226,7 @@ def outcome(name: str, mesh: DeviceMesh, **options: Any) -> Outcome:
 
 def outcomes(names: list[str]) -> dict[str, Outcome]:
     """Run programs on all ranks."""
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return {name: outcome(name, mesh) for name in names}
 
 
@@ -234,7 +268,7 @@ def on_two_dims() -> tuple[dict[str, float], list[str]]:
     plans = (styles("mlp."), {"mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()})
     for block, plan in zip(own, plans, strict=True):
         parallelize_module(block, mesh["tensor"], plan)
-        block.compile(backend="mst_fx", options={"min_bytes": 0, "num_chunks": 4, "strict": True, "inner": "aot_eager"})
+        block.compile(backend="mst_fx", options={**OPTIONS, "inner": "aot_eager"})
         fully_shard(block, mesh=mesh["data"])
     fully_shard(own, mesh=mesh["data"])
     own.zero_grad()
@@ -242,3 +276,33 @@ def on_two_dims() -> tuple[dict[str, float], list[str]]:
     errors = {name: (p.grad.full_tensor() - truth[name]) / truth[name].norm() for name, p in own.named_parameters()}
     regions = [region.pattern for report in mst_fx.reports()[told:] for region in report.regions]
     return {name: float(error.norm()) for name, error in errors.items()}, regions
+
+
+def planned_llama(folder: str) -> tuple[dict[str, float], list[mst_fx.Report]]:
+    """A small Llama that transformers spreads by the plan that comes with it (`tp_plan="auto"`).
+
+    Returns the errors of loss and gradients beside one process, and the reports.
+
+    Args:
+        folder: holds its weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    torch.manual_seed(0)
+    ids = torch.randint(0, 64, (2, TOKENS))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    truth = model(input_ids=ids, labels=ids).loss
+    truth.backward()
+    mesh = init_device_mesh("cpu", (world,))
+    own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, tp_plan="auto", device_mesh=mesh)
+    told = len(mst_fx.reports())
+    compiled = torch.compile(own, backend="mst_fx", options={**OPTIONS, "inner": "aot_eager"})
+    loss = compiled(input_ids=ids, labels=ids).loss
+    loss.backward()
+    errors = {"loss": float((loss - truth).abs())}
+    for (name, p), whole in zip(own.named_parameters(), model.parameters(), strict=True):
+        grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        errors[name] = float((grad - whole.grad).norm() / whole.grad.norm())
+    return errors, mst_fx.reports()[told:]
