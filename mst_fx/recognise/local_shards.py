@@ -19,10 +19,11 @@ from torch.fx import GraphModule, Node, map_arg
 from mst_fx.capture.lower import tracing, under
 from mst_fx.capture.run_node import execute
 from mst_fx.core.modes import Mode, modes_of
-from mst_fx.core.values import fake_value, is_sharded, plain_tensors, tensors_of
+from mst_fx.core.values import fake_value, is_sharded, plain_tensors, storages_of_all, tensors_of
 from mst_fx.ops.shards import enter, leave
 from mst_fx.recognise.contractions import RANKS
 from mst_fx.recognise.decomposed_nodes import STAYS
+from mst_fx.recognise.effects import written_by
 from mst_fx.recognise.on_shards import (
     OnShards,
     Placements,
@@ -93,9 +94,12 @@ class _Change:
 
     def make(self, left_alone: Collection[Hashable], owner: Hashable) -> None:
         """Run on shards what can run there, but for the parts that are to be left alone."""
-        for node in self.owner.graph.nodes:
+        nodes = self.owner.graph.nodes
+        written = storages_of_all(target for node in nodes for target in written_by(node))
+        for node in nodes:
             if node.op.startswith("call_") and _near_shards(node):
-                fact = self._fact(node)
+                is_written = not written.isdisjoint(storages_of_all((node, *node.all_input_nodes)))
+                fact = "shares memory that is written to" if is_written else self._fact(node)
                 node.meta[STAYS] = "" if isinstance(fact, OnShards) else fact
                 if isinstance(fact, OnShards):
                     self.facts[node] = fact

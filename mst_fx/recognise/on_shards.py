@@ -17,10 +17,10 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mst_fx.capture.fingerprint import like
+from mst_fx.capture.fingerprint import like, likeness_of_node
 from mst_fx.capture.lower import tracing, under
 from mst_fx.capture.run_node import execute
-from mst_fx.core.aten_ops import ALIASES, is_mutable, is_random
+from mst_fx.core.aten_ops import ALIASES, is_random
 from mst_fx.core.graph_modules import operands_read
 from mst_fx.core.modes import Mode
 from mst_fx.core.sizes import hint, sure
@@ -90,8 +90,6 @@ def on_shards(owner: GraphModule, node: Node, mode: Mode) -> OnShards | str:
 
 def likeness_on_shards(node: Node, mode: Mode) -> Hashable:
     """Return a key that is equal for nodes that do the same on DTensors of the same placements."""
-    from mst_fx.capture.fingerprint import likeness_of_node
-
     near = [x for each in (node, *node.all_input_nodes) for x in tensors_of(each)]
     facts = [(x.requires_grad, placements_of(x), like(plain_tensors(x)[0])) for x in near if is_sharded(x)]
     return likeness_of_node(node), tuple(facts), mode
@@ -113,6 +111,8 @@ def _strange(node: Node) -> str:
             return f"has values placed as {kinds.pop().__name__}"
         if any(each.is_partial() and each.reduce_op != "sum" for each in value.placements):
             return "has values to be reduced by other means than a sum"
+        if not _is_even(value):
+            return "has shards of unlike sizes"
     return ""
 
 
@@ -146,7 +146,7 @@ class _Trial:
             if why:
                 return why
             grads = tuple(self._gradient(whole, operand) for operand in sharded)
-            if not whole.ops:
+            if self._moves(whole, given):
                 return OnShards(True, grads, (1,) * len(sharded), ranks_of(value) if is_sharded(value) else 1)
             if not is_sharded(value) or not sharded:
                 return "gives a plain value"
@@ -182,13 +182,17 @@ class _Trial:
         captured = fake_value(self.node)
         if is_sharded(captured) != is_sharded(run.value) or not same_sizes(captured, run.value):
             return "makes another value than was captured"
-        if is_sharded(captured):
-            if placements_of(captured) != placements_of(run.value):
-                return "places its value otherwise than was captured"
-            again = leave(plain_tensors(run.value)[0].detach(), run.value, placements_of(captured))
-            if not same_sizes(captured, again):
-                return "has shards of unlike sizes"
+        if is_sharded(captured) and placements_of(captured) != placements_of(run.value):
+            return "places its value otherwise than was captured"
         return ""
+
+    def _moves(self, run: _Run, given: Mapping[Node, Any]) -> bool:
+        """Return whether a run gave the shard of its one operand as it was, and passed the gradient back as it is."""
+        values = [value for value in given.values() if isinstance(value, torch.Tensor)]
+        if run.ops or len(values) != 1 or values[0].requires_grad != run.value.requires_grad:
+            return False
+        before, after = plain_tensors(values[0])[0], plain_tensors(run.value)[0]
+        return before.untyped_storage() == after.untyped_storage() and same_sizes(before, after)
 
     def _gradient(self, run: _Run, operand: Node) -> Placements:
         grad, value = run.grads.get(operand), fake_value(operand)
@@ -218,6 +222,15 @@ class _Trial:
         if run.ops - whole.ops or more != divisions or not same_sizes(plain_tensors(whole.value)[0], run.value):
             return False
         return all((grad is None) == (whole.grads.get(node) is None) for node, grad in run.grads.items())
+
+
+def _is_even(value: Any) -> bool:
+    """Return whether all ranks hold shards of the same size."""
+    sizes = list(plain_tensors(value)[0].shape)
+    for placement, ranks in zip(placements_of(value), value.device_mesh.shape, strict=True):
+        if placement.is_shard():
+            sizes[placement.dim] *= ranks
+    return all(sure(size == whole) for size, whole in zip(sizes, value.shape, strict=True))
 
 
 def _division(shard: torch.Tensor, share: int) -> Hashable:
