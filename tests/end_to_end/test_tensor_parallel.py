@@ -35,6 +35,13 @@ def test_sizes_are_those_of_the_shard(results):
 
 
 @pytest.mark.slow
+def test_inductor_compiles_what_enters_and_leaves():
+    for name, found in on_ranks(2, outcomes, ["gated", "dtensors"], "inductor").items():
+        assert max(found.errors.values()) < 1e-13, (name, found.errors)
+        assert found.regions == ["gated_mlp"]
+
+
+@pytest.mark.slow
 def test_blocks_that_are_fully_sharded_as_well():
     errors, regions = on_ranks(4, on_two_dims)
     assert max(errors.values()) < 1e-13, errors
