@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
+from frugal import frugal
+from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from functorch.compile import make_boxed_func
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
@@ -26,11 +27,9 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
-
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
-from frugal import frugal
 
 HIDDEN, TOKENS = 16, 24
 OPTIONS = {"min_bytes": 0, "num_chunks": 4, "strict": True, "verify": True}
@@ -131,9 +130,7 @@ def _along_the_sequence() -> dict[str, Any]:
 
 
 def _along_the_sequence_local() -> dict[str, Any]:
-    whole = PrepareModuleInput(
-        input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),), use_local_output=True
-    )
+    whole = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),), use_local_output=True)
     norm = SequenceParallel(use_local_output=True)
     return {"norm": norm, "mlp": whole, **styles("mlp.", {"output_layouts": Shard(1)})}
 

@@ -26,7 +26,7 @@ def enter(value: DTensor, grads: tuple[Placement, ...], share: int = 1) -> torch
     shard = value.to_local(grad_placements=grads)
     if share == 1:
         return shard
-    divided: torch.Tensor = _Share.apply(shard, share)  # type: ignore[no-untyped-call]
+    divided: torch.Tensor = _Share.apply(shard, share)
     return divided
 
 
@@ -54,5 +54,5 @@ class _Share(torch.autograd.Function):
         return value / share
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad, None

@@ -16,7 +16,6 @@ from mst_fx.core.sizes import hint, sure
 from mst_fx.core.values import fake_value, tensors_of
 from mst_fx.placement.rules.contraction import factors
 
-
 RANKS = "mst_fx_ranks"
 """The key of a node's meta that holds the number of ranks on which parts of its value lie, of which it is one."""
 

@@ -18,7 +18,6 @@ from mst_fx.core.values import fake_value, is_fake, is_sharded, is_wrapper, tens
 from mst_fx.ops.shards import crosses, leave
 from mst_fx.recognise.effects import writes, written_by
 
-
 STAYS = "mst_fx_stays"
 """The key of a node's meta that holds why it has to stay on DTensors, "" if it need not (see `local_shards`)."""
 MOVES_SHARDS = ("from_local", "redistribute", "to_local", "full_tensor")

@@ -23,17 +23,9 @@ from mst_fx.core.values import fake_value, is_sharded, plain_tensors, storages_o
 from mst_fx.ops.shards import enter, leave
 from mst_fx.recognise.contractions import RANKS
 from mst_fx.recognise.decomposed_nodes import STAYS
+from mst_fx.recognise.dtensors import Placements, gradient_of, placements_of, ranks_of, same_sizes
 from mst_fx.recognise.effects import written_by
-from mst_fx.recognise.on_shards import (
-    OnShards,
-    Placements,
-    gradient_of,
-    likeness_on_shards,
-    on_shards,
-    placements_of,
-    ranks_of,
-    same_sizes,
-)
+from mst_fx.recognise.on_shards import OnShards, likeness_on_shards, on_shards
 from mst_fx.recognise.rebuild import LOCAL, rebuilt
 
 ON_SHARDS = "on shards"
@@ -51,8 +43,8 @@ def localised(
 ) -> GraphModule | None:
     """Return a copy of a graph with ops on shards in place of ops on DTensors; None for a graph without DTensors.
 
-    Nodes of the copy hold in their meta of which change they are (LOCAL), why they have to stay on DTensors (STAYS), and on how
-    many ranks the parts of their value lie (RANKS).
+    Nodes of the copy hold in their meta of which change they are (LOCAL), why they have to stay on DTensors (STAYS),
+    and on how many ranks the parts of their value lie (RANKS).
 
     Args:
         gm: the graph.

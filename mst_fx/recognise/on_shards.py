@@ -1,37 +1,43 @@
 """A node on DTensors is traced on fakes, forward and backward: does it do the same on each rank's shard, by itself?
 
 It does where the ops that the DTensors run on their shards are those that the node runs on plain shards. A collective,
-a reduction that counts the elements of all ranks, and a size that is that of the whole differ; no list of ops is needed.
+a reduction that counts the elements of all ranks, and a size that is that of the whole differ. There is no list of ops.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from mst_fx.capture.fingerprint import like, likeness_of_node
 from mst_fx.capture.lower import tracing, under
 from mst_fx.capture.run_node import execute
-from mst_fx.core.aten_ops import ALIASES, is_random
+from mst_fx.core.aten_ops import is_random
 from mst_fx.core.graph_modules import operands_read
 from mst_fx.core.modes import Mode
-from mst_fx.core.sizes import hint, sure
-from mst_fx.core.torch_private.tracing import TorchDispatchMode
 from mst_fx.core.values import fake_value, is_sharded, plain_tensors, tensors_of
 from mst_fx.ops.shards import leave
+from mst_fx.recognise.dtensors import (
+    Placements,
+    Watch,
+    gradient_of,
+    is_even,
+    placements_of,
+    ranks_of,
+    same_sizes,
+)
 from mst_fx.recognise.effects import writes
 
 aten = torch.ops.aten
 
-Placements: TypeAlias = tuple[Any, ...]
 COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "_dtensor", "symm_mem")
 """Namespaces of ops that communicate."""
 
@@ -51,24 +57,6 @@ class OnShards:
     grads: tuple[Placements, ...]
     shares: tuple[int, ...]
     ranks: int
-
-
-def placements_of(value: Any) -> Placements:
-    """Return the placements of a DTensor, with dims that count from the front."""
-    return tuple(_from_the_front(each, value.dim()) for each in value.placements)
-
-
-def gradient_of(placements: Placements) -> Placements:
-    """Return the placements that the gradient of a DTensor has by default: whole where the value is a sum to be."""
-    from torch.distributed.tensor import Replicate
-
-    return tuple(Replicate() if each.is_partial() else each for each in placements)
-
-
-def ranks_of(value: Any) -> int:
-    """Return the number of ranks that hold parts of a DTensor, each a part of its own."""
-    shard = plain_tensors(value)[0]
-    return max(1, prod(map(hint, value.shape)) // max(1, prod(map(hint, shard.shape))))
 
 
 def on_shards(owner: GraphModule, node: Node, mode: Mode) -> OnShards | str:
@@ -105,13 +93,14 @@ def _strange(node: Node) -> str:
         return "gives several values" if tensors_of(node) else "gives no tensor"
     if writes(node):
         return "writes in place"
-    for value in (x for each in (node, *node.all_input_nodes) for x in tensors_of(each) if is_sharded(x)):
+    near: list[Any] = [x for each in (node, *node.all_input_nodes) for x in tensors_of(each) if is_sharded(x)]
+    for value in near:
         kinds = {type(each) for each in value.placements} - {Shard, Replicate, Partial}
         if kinds:  # a mask that such a placement holds would stay in torch's cache, as a fake tensor
             return f"has values placed as {kinds.pop().__name__}"
         if any(each.is_partial() and each.reduce_op != "sum" for each in value.placements):
             return "has values to be reduced by other means than a sum"
-        if not _is_even(value):
+        if not is_even(value):
             return "has shards of unlike sizes"
     return ""
 
@@ -160,7 +149,7 @@ class _Trial:
     def _run(self, given: Mapping[Node, Any]) -> _Run:
         wanted = {node: x for node, x in given.items() if isinstance(x, torch.Tensor) and x.requires_grad}
         grads: Sequence[Any] = ()
-        watch = _Watch(given.values())
+        watch = Watch(given.values())
         with watch, under(self.mode.autocast):
             value = execute(self.owner, self.node, given)
         if value.requires_grad and wanted:
@@ -224,15 +213,6 @@ class _Trial:
         return all((grad is None) == (whole.grads.get(node) is None) for node, grad in run.grads.items())
 
 
-def _is_even(value: Any) -> bool:
-    """Return whether all ranks hold shards of the same size."""
-    sizes = list(plain_tensors(value)[0].shape)
-    for placement, ranks in zip(placements_of(value), value.device_mesh.shape, strict=True):
-        if placement.is_shard():
-            sizes[placement.dim] *= ranks
-    return all(sure(size == whole) for size, whole in zip(sizes, value.shape, strict=True))
-
-
 def _division(shard: torch.Tensor, share: int) -> Hashable:
     return aten.div.Tensor, like(tuple(shard.shape)), like(share)
 
@@ -255,64 +235,9 @@ def _shard(value: Any) -> Any:
     return own.requires_grad_(value.requires_grad)
 
 
-def _upstream(value: torch.Tensor) -> torch.Tensor:
+def _upstream(value: Any) -> torch.Tensor:
     """Return a gradient for a value, placed as it is by default."""
     with torch.no_grad():
         if not is_sharded(value):
             return torch.empty_like(value)
         return leave(torch.empty_like(plain_tensors(value)[0]), value, gradient_of(placements_of(value)))
-
-
-def same_sizes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two tensors have the same dtype, and the same sizes whatever varies."""
-    pairs = list(zip(one.shape, other.shape, strict=False))
-    return one.dim() == other.dim() and one.dtype == other.dtype and all(sure(a == b) for a, b in pairs)
-
-
-def _from_the_front(placement: Any, dims: int) -> Any:
-    if not placement.is_shard() or placement.dim >= 0:
-        return placement
-    return type(placement)(placement.dim % dims)
-
-
-class _Watch(TorchDispatchMode):
-    """Records the ops on shards, and on what is made of them; a DTensor turns its own ops into these.
-
-    It also runs ops for the shape of the whole, on other tensors: these are not recorded.
-
-    Args:
-        values: the DTensors or shards to follow.
-    """
-
-    def __init__(self, values: Iterable[Any]) -> None:
-        super().__init__()
-        self.keys: list[Hashable] = []
-        self.seen: list[Any] = []
-        self._followed: dict[int, torch.Tensor] = {}
-        self.follow(values)
-
-    def follow(self, values: Iterable[Any]) -> None:
-        """Follow the tensors among the values, too."""
-        for value in values:
-            for plain in plain_tensors(value) if isinstance(value, torch.Tensor) else ():
-                self._followed[id(plain)] = plain
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one op."""
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if any(map(is_sharded, given)):
-            return NotImplemented
-        result = func(*args, **(kwargs or {}))
-        if any(id(x) in self._followed for x in given):
-            self.follow(tree_leaves(result))
-            if not _is_alias(func, args, result):
-                self.seen.append(func)
-                self.keys.append((func, like(args), like(kwargs or {})))
-        return result
-
-
-def _is_alias(op: Any, args: Any, result: Any) -> bool:
-    """Return whether an op gives its operand as it is, or no tensor."""
-    if op in ALIASES or not isinstance(result, torch.Tensor | tuple | list):
-        return True
-    return op == aten.view.default and same_sizes(args[0], result)
