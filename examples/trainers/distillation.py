@@ -1,0 +1,54 @@
+"""TRL's distillation: DistillationTrainer, which runs both heads in tiles, and GKDTrainer, whose heads mst_fx loops.
+
+    python examples/trainers/distillation.py
+
+GKDTrainer computes its divergence of the logits of both models: compile `compute_loss`, and both heads are in one loop.
+"""
+
+from __future__ import annotations
+
+import tiny
+import torch
+from trl import DistillationConfig, DistillationTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+GENERATED = {"max_completion_length": 8, "bf16": False}
+
+
+def teacher():
+    return tiny.model(hidden_size=48)
+
+
+def distillation(compiled: bool) -> list[float]:
+    chosen = DistillationConfig(tiny.folder(), **{**tiny.STEPS, **GENERATED}, torch_compile=compiled)
+    trainer = DistillationTrainer(
+        model=tiny.model(),
+        teacher_model=teacher(),
+        args=chosen,
+        train_dataset=tiny.texts(prompt=8, completion=8),
+        processing_class=tiny.tokenizer(),
+    )
+    return tiny.losses(trainer)
+
+
+def gkd(compiled: bool) -> list[float]:
+    chosen = GKDConfig(tiny.folder(), **tiny.STEPS, bf16=False, lmbda=0.0)
+    trainer = GKDTrainer(
+        model=tiny.model(),
+        teacher_model=teacher(),
+        args=chosen,
+        train_dataset=tiny.texts(prompt=8, completion=16),
+        processing_class=tiny.tokenizer(),
+    )
+    if compiled:
+        trainer.compute_loss = torch.compile(trainer.compute_loss)
+    return tiny.losses(trainer)
+
+
+RUNS = (
+    tiny.Run("distillation", distillation, {"gated_mlp": 2 * tiny.LAYERS}),
+    tiny.Run("GKD", gkd, {"gated_mlp": 2 * tiny.LAYERS, "head": 1}),
+)
+
+if __name__ == "__main__":
+    tiny.main(RUNS)
