@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from mst_fx.core.provenance import module_path, op_name, source_line
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Refusal
+from mst_fx.core.torch_private.captured import Attempt, attempt
 from mst_fx.report.unlooped import Unlooped, joined, largest, text_of
 
 
@@ -199,14 +200,17 @@ def refused(pattern: str, refusal: Refusal) -> RefusedRegion:
     )
 
 
-_MADE: deque[Report] = deque(maxlen=1000)
+_MADE: deque[tuple[Report, Attempt | None]] = deque(maxlen=1000)
 
 
 def record(report: Report) -> None:
-    """Store the report of a compile for `reports`."""
-    _MADE.append(report)
+    """Store the report of a compile for `reports`, in place of what it has stored before Dynamo began it anew."""
+    now = attempt()
+    while now is not None and _MADE and now.replaces(_MADE[-1][1]):
+        _MADE.pop()
+    _MADE.append((report, now))
 
 
 def reports() -> list[Report]:
     """Return the reports of this process's compiles (the last thousand), oldest first, one for each graph."""
-    return list(_MADE)
+    return [report for report, _ in _MADE]
