@@ -12,7 +12,7 @@ import torch
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-GENERATED = {"max_completion_length": 8, "bf16": False}
+GENERATED = {"max_completion_length": 8, "bf16": False, "gradient_checkpointing": False}
 
 
 def teacher():
@@ -20,24 +20,26 @@ def teacher():
 
 
 def distillation(compiled: bool) -> list[float]:
-    chosen = DistillationConfig(tiny.folder(), **{**tiny.STEPS, **GENERATED}, torch_compile=compiled)
+    chosen = DistillationConfig(tiny.folder(), **{**tiny.STEPS, **GENERATED})
     trainer = DistillationTrainer(
         model=tiny.model(),
         teacher_model=teacher(),
         args=chosen,
-        train_dataset=tiny.texts(prompt=8, completion=8),
+        train_dataset=tiny.texts(prompt=8),
         processing_class=tiny.tokenizer(),
     )
+    if compiled:
+        trainer.compute_loss = torch.compile(trainer.compute_loss)
     return tiny.losses(trainer)
 
 
 def gkd(compiled: bool) -> list[float]:
-    chosen = GKDConfig(tiny.folder(), **tiny.STEPS, bf16=False, lmbda=0.0)
+    chosen = GKDConfig(tiny.folder(), **tiny.STEPS, bf16=False, gradient_checkpointing=False, lmbda=0.0)
     trainer = GKDTrainer(
         model=tiny.model(),
         teacher_model=teacher(),
         args=chosen,
-        train_dataset=tiny.texts(prompt=8, completion=16),
+        train_dataset=tiny.conversations(),
         processing_class=tiny.tokenizer(),
     )
     if compiled:

@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, Rewa
 
 
 def losses(kind: Any, config: Any, data: Dataset, compiled: bool, **models: Any) -> list[float]:
-    chosen = config(tiny.folder(), **tiny.STEPS, bf16=False, torch_compile=compiled)
+    chosen = config(tiny.folder(), **tiny.STEPS, bf16=False, gradient_checkpointing=False, torch_compile=compiled)
     return tiny.losses(kind(**models, args=chosen, train_dataset=data, processing_class=tiny.tokenizer()))
 
 

@@ -85,7 +85,7 @@ def compared(run: Run) -> Compared:
         ours = run.train(True)
     torch.compiler.reset()
     made = mst_fx.reports()[before:]
-    return Compared(plain, ours, sum(made[1:], made[0]))
+    return Compared(plain, ours, sum(made[1:], made[0]) if made else mst_fx.Report(graphs=0))
 
 
 def main(runs: Sequence[Run]) -> None:
@@ -115,7 +115,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     known = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
     known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=known, **names)
+    chat = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=known, chat_template=chat, **names)
 
 
 def sentence(words: int, seed: int) -> str:
@@ -130,6 +131,16 @@ def texts(**columns: int) -> Dataset:
         [
             {name: sentence(words, 8 * column + row) for column, (name, words) in enumerate(columns.items())}
             for row in range(8)
+        ]
+    )
+
+
+def conversations() -> Dataset:
+    """Return eight conversations of a question and an answer."""
+    return Dataset.from_list(
+        [
+            {"messages": [{"role": "user", "content": row["asked"]}, {"role": "assistant", "content": row["said"]}]}
+            for row in texts(asked=8, said=16)
         ]
     )
 
