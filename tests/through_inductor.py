@@ -1,4 +1,4 @@
-"""The backend's tests, with the pass at the place that `enable` gives it: among Inductor's passes on captured graphs."""
+"""Inductor's passes on captured graphs, among them ours under `enable`, without the code that Inductor would generate."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 from unittest import mock
 
+from torch._inductor import compile_fx
 from torch._inductor.compile_fx import _recursive_pre_grad_passes
 from torch.fx import GraphModule
 
@@ -24,6 +25,17 @@ def through_inductor() -> Iterator[None]:
     Only code generation is left out, which costs seconds: the inner compiler stays the one of the options.
     """
     with mock.patch.object(pipeline, "compiled_and_told", _compiled_and_told):
+        yield
+
+
+@contextmanager
+def without_code() -> Iterator[None]:
+    """Let plain `torch.compile` run what Inductor's passes make of a graph as it is, which saves seconds a graph."""
+
+    def passes(gm: GraphModule, inputs: Sequence[Any], **_: Any) -> GraphModule:
+        return _recursive_pre_grad_passes(gm, inputs)
+
+    with mock.patch.object(compile_fx, "compile_fx", passes):
         yield
 
 

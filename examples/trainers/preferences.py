@@ -3,7 +3,8 @@
     python examples/trainers/preferences.py
 
 TRL runs the heads of DPO and KTO in tiles, and a reward model has none: mst_fx loops the MLPs, those of the reference
-model, which needs no gradient, too.
+model, which needs no gradient, too. Checkpointing is off: TRL would switch it at each step, and compile anew each time
+(README.md). KTO runs the reference in a second form, with fewer results, for its estimate of the divergence.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def reward(compiled: bool) -> list[float]:
 
 RUNS = (
     tiny.Run("DPO", dpo, {"gated_mlp": 2 * tiny.LAYERS}),
-    tiny.Run("KTO", kto, {"gated_mlp": 2 * tiny.LAYERS}),
+    tiny.Run("KTO", kto, {"gated_mlp": 3 * tiny.LAYERS}),
     tiny.Run("reward model", reward, {"gated_mlp": tiny.LAYERS}),
 )
 

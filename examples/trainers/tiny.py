@@ -50,12 +50,14 @@ class Run:
         train: trains from the start and returns the loss of each step; whether to compile is its only argument.
         looped: the number of looped regions of each pattern, heads and MLPs.
         options: options of mst_fx beside `LOOP_ALL`.
+        error: how far the losses may differ, relative to the larger of loss and 1; more in bfloat16.
     """
 
     title: str
     train: Callable[[bool], list[float]]
     looped: Mapping[str, int]
     options: Mapping[str, Any] = field(default_factory=dict)
+    error: float = 2e-6
 
 
 @dataclass(frozen=True)
