@@ -9,6 +9,7 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
@@ -51,22 +52,23 @@ class Attempt:
     """One of Dynamo's attempts to compile a program: it begins anew where something turns out to be otherwise.
 
     Attributes:
-        compile_id: of the compile.
+        compiling: gives what Dynamo knows of the compile while it goes on. Its number would not do: numbers start
+            anew after a reset.
         number: of the attempt, from 0.
     """
 
-    compile_id: Any
+    compiling: ReferenceType[Any]
     number: int
 
     def replaces(self, other: Attempt | None) -> bool:
         """Return whether it is a later attempt at the same compile."""
-        return other is not None and self.compile_id == other.compile_id and self.number > other.number
+        return other is not None and self.compiling() is other.compiling() and self.number > other.number
 
 
 def attempt() -> Attempt | None:
     """Return the attempt that is under way, None outside of a compile."""
-    trace_id = torch._guards.CompileContext.current_trace_id()
-    return Attempt(trace_id.compile_id, trace_id.attempt) if trace_id is not None else None
+    compiling = torch._guards.CompileContext.try_get()
+    return Attempt(ref(compiling), compiling.attempt) if compiling is not None else None
 
 
 def is_captured(gm: GraphModule) -> bool:
