@@ -1,4 +1,4 @@
-"""Inductor's passes on captured graphs, among them ours under `enable`, without the code that Inductor would generate."""
+"""Inductor's passes on captured graphs, among them ours under `enable`, without the code that it would generate."""
 
 from __future__ import annotations
 

@@ -15,12 +15,12 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 
-
 class MaskedGKD(GKDTrainer):
-    """Masks the sums of each token: `jsd[mask]`, a shape that depends on data, ends a compiled graph behind the heads."""
+    """A GKDTrainer that masks the sums of each token: the shape of `jsd[mask]` depends on data, which ends a graph."""
 
     @staticmethod
     def generalized_jsd_loss(student_logits, teacher_logits, labels=None, num_items_in_batch=None, **options):
+        """Return the mean divergence of the tokens that have a label."""
         each = GKDTrainer.generalized_jsd_loss(student_logits, teacher_logits, reduction="none", **options).sum(-1)
         kept = labels != -100
         return (each * kept).sum() / (kept.sum() if num_items_in_batch is None else num_items_in_batch)

@@ -1,6 +1,6 @@
 """A LightningModule under Lightning's Trainer: compile the module, and its whole training_step is in the graph.
 
-    python examples/trainers/lightning_module.py
+python examples/trainers/lightning_module.py
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ class Causal(lightning.LightningModule):
         self.model, self.seen = tiny.model(), []
 
     def training_step(self, batch, index):
+        """Return the loss that the model computes."""
         return self.model(**batch).loss
 
     def on_train_batch_end(self, outputs, batch, index):
+        """Remember the loss."""
         self.seen.append(outputs["loss"].item())
 
     def configure_optimizers(self):
+        """Take steps as large as the gradients."""
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
