@@ -193,13 +193,19 @@ def run_apart(method: str, checkpointing: bool, args: argparse.Namespace) -> lis
     command = [sys.executable, __file__, "--here", method, "--lengths", *map(str, args.lengths)]
     command += ["--checkpointing"] * checkpointing + ["--small"] * args.small
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    rows = [Row(**json.loads(line)) for line in run.stdout.splitlines() if line.startswith('{"method"')]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        try:
+            out, told = run.communicate(timeout=args.limit)
+        except subprocess.TimeoutExpired:
+            run.kill()
+            out, told = run.communicate()
+            told += f"\nmore than {args.limit} s"
+    rows = [Row(**json.loads(line)) for line in out.splitlines() if line.startswith('{"method"')]
     if args.log:
         with open(args.log, "a") as file:
-            file.write(f"## {method}, checkpointing {checkpointing}\n{run.stderr}\n")
+            file.write(f"## {method}, checkpointing {checkpointing}\n{told}\n")
     if len(rows) < len(args.lengths):
-        why = f"failed: {(run.stderr.strip().splitlines() or ['no error was printed'])[-1][:200]}"
+        why = f"failed: {(told.strip().splitlines() or ['no error was printed'])[-1][:200]}"
         rows += [Row(method, checkpointing, tokens, failed=why) for tokens in args.lengths[len(rows) :]]
     return rows
 
@@ -209,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="16384 and 32768, tiny ones if small")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT)
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one process, all lengths")
     parser.add_argument("--json", help="append each row to this file, a line of JSON each")
     parser.add_argument("--log", help="append what each process writes to stderr to this file, reports of mst_fx too")
     parser.add_argument("--here", choices=METHODS, help=argparse.SUPPRESS)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
-from weakref import ReferenceType, ref
+from weakref import ref
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
@@ -52,23 +52,23 @@ class Attempt:
     """One of Dynamo's attempts to compile a program: it begins anew where something turns out to be otherwise.
 
     Attributes:
-        compiling: gives what Dynamo knows of the compile while it goes on. Its number would not do: numbers start
-            anew after a reset.
+        context: Dynamo's record of the compile; its name would not do, which a reset of Dynamo gives once more.
         number: of the attempt, from 0.
     """
 
-    compiling: ReferenceType[Any]
+    context: ref[Any]
     number: int
 
     def replaces(self, other: Attempt | None) -> bool:
         """Return whether it is a later attempt at the same compile."""
-        return other is not None and self.compiling() is other.compiling() and self.number > other.number
+        return other is not None and self.context() is other.context() is not None and self.number > other.number
 
 
 def attempt() -> Attempt | None:
-    """Return the attempt that is under way, None outside of a compile."""
-    compiling = torch._guards.CompileContext.try_get()
-    return Attempt(ref(compiling), compiling.attempt) if compiling is not None else None
+    """Return the attempt that is under way, None outside of a compile, or where torch does not tell."""
+    kind = getattr(torch._guards, "CompileContext", None)
+    context = getattr(kind, "try_get", lambda: None)()
+    return Attempt(ref(context), getattr(context, "attempt", 0)) if context is not None else None
 
 
 def is_captured(gm: GraphModule) -> bool:
