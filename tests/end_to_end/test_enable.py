@@ -126,24 +126,6 @@ def test_plain_compile_is_looped():
     assert [region.chunks for region in report.regions] == [6]
 
 
-def test_what_dynamo_compiles_anew_has_one_report(monkeypatch):
-    tries = []
-
-    def compile_fx(gm, inputs, **_):
-        looped = _recursive_pre_grad_passes(gm, inputs)
-        tries.append(looped)
-        if len(tries) == 1:
-            raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason="a number is fixed")
-        return looped
-
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
-    known = len(mst_fx.reports())
-    with mst_fx.enabled(**OPTIONS):
-        torch.compile(loss_of(Mlp()))(*tokens())
-    assert len(tries) == 2
-    assert len(mst_fx.reports()) == known + 1
-
-
 def test_layers_that_are_compiled_one_by_one():
     layers = nn.Sequential(Mlp(), Mlp())
     for layer in layers:

@@ -41,18 +41,3 @@ def test_report_tells_the_bytes():
     (region,) = report.regions
     assert region.bytes_before == 8 * region.bytes_after
     assert region.bytes_before == 2 * length * classes * 4  # the logits and their log-softmax
-
-
-def test_a_compile_after_a_reset_replaces_no_report():
-    """Numbers of compiles start anew there, and a compile that meets a graph break is a second attempt."""
-
-    def parted(x):
-        y = F.gelu(x)
-        torch._dynamo.graph_break()
-        return y
-
-    known = len(mst_fx.reports())
-    for program in (F.gelu, parted):
-        torch._dynamo.reset()
-        torch.compile(program, backend="mst_fx", options={"inner": "eager"})(torch.randn(2, 8, D))
-    assert len(mst_fx.reports()) == known + 2
