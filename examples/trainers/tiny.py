@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 
@@ -93,6 +93,7 @@ def compared(run: Run) -> Compared:
 def main(runs: Sequence[Run]) -> None:
     """Compare and print each run."""
     warnings.filterwarnings("ignore")
+    disable_progress_bars()
     for name in ("transformers", "datasets", "accelerate", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for run in runs:
