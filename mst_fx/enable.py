@@ -97,7 +97,7 @@ def enable(**options: Any) -> None:
         **options: of `Config`, but for `inner`. A second call replaces the options of the first.
 
     Raises:
-        ValueError: an unknown option, options that exclude each other, or `inner`.
+        ValueError: an unknown option or pattern name, options that exclude each other, or `inner`.
         TypeError: an option has a value that it does not take.
         RuntimeError: this torch version has no such place for a pass, or it is switched off.
     """
@@ -111,6 +111,10 @@ def enable(**options: Any) -> None:
         )
     if inductor.has_option("use_pre_grad_passes") and not inductor.option("use_pre_grad_passes"):
         raise RuntimeError("mst_fx: Inductor's option use_pre_grad_passes is off, so enable() cannot work")
+    if config.disable:
+        from mst_fx.recognise.pattern import patterns  # late, as in `pipeline`
+
+        patterns(config.disable)
     disable()
     before = {name: inductor.option(name) for name in (PLACE, TIMING, CACHEABLE) if inductor.has_option(name)}
     inductor.register_pass(LoopPass)

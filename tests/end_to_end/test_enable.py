@@ -224,6 +224,8 @@ def test_blocks_and_disable_put_everything_back():
 def test_what_cannot_work_is_told_at_once(monkeypatch):
     with pytest.raises(ValueError, match="unknown option 'chunk'"):
         mst_fx.enable(chunk=3)
+    with pytest.raises(ValueError, match="no pattern is called"):
+        mst_fx.enable(disable="heads")
     with pytest.raises(ValueError, match="works inside Inductor"):
         mst_fx.enable(inner="eager")
     with inductor.patch(use_pre_grad_passes=False), pytest.raises(RuntimeError, match="use_pre_grad_passes is off"):
