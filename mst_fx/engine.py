@@ -22,6 +22,7 @@ from mst_fx.core.clean_room import clean_room
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.modes import Mode
+from mst_fx.core.module_paths import knowing, landmarks_of
 from mst_fx.core.provenance import borders_of
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Reason, Refusal
@@ -73,7 +74,7 @@ class Engine:
     """
 
     def __init__(self, gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> None:
-        self.gm = gm
+        self.gm, self.landmarks = gm, landmarks_of(gm)
         self.config, self._told = within_breaks(config, gm)
         self.surveyor = Surveyor(self.config, chosen, marked_sizes(gm))
         self.surveyed = self._surveyed()
@@ -81,7 +82,7 @@ class Engine:
     def _surveyed(self) -> Surveyed:
         mode = Mode(grad=torch.is_grad_enabled(), inference=torch.is_inference_mode_enabled())
         around = Around(mode=mode, borders=borders_of(self.gm))
-        with _quiet_room(), without_guards(sizes_of(self.gm) if self.config.strict else ()):
+        with self._room(), without_guards(sizes_of(self.gm) if self.config.strict else ()):
             surveyed = self.surveyor.survey(self.gm, around)
             notes = (*self._told, *left_out(self.config), *unmatched(self.config, surveyed))
         return replace(surveyed, report=surveyed.report.joined(Report(notes=notes)))
@@ -89,6 +90,12 @@ class Engine:
     def copy(self) -> GraphModule:
         """Return a copy of the captured graph: compilers change the graph that they get."""
         return rebuilt(self.gm, [])
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Enter a quiet room where the paths of the user's modules are known."""
+        with knowing(self.landmarks), _quiet_room():
+            yield
 
     def rewritten(self, without: Mapping[Work, str] | None = None) -> Rewritten:
         """Return the graph with loops.
@@ -105,10 +112,9 @@ class Engine:
 
     def _rewritten_but(self, reasons: Mapping[Work, str]) -> Rewritten:
         sites = [site for site in self.surveyed.all_sites() if site.work in reasons]
-        surveyed = self.surveyed.without(
-            {site: Refusal(Reason.INTERNAL, site.region.last, reasons[site.work]) for site in sites}
-        )
-        with _quiet_room():
+        left = {site: Refusal(Reason.INTERNAL, site.region.last, reasons[site.work]) for site in sites}
+        with self._room():
+            surveyed = self.surveyed.without(left)
             while True:
                 try:
                     return self._rewritten(surveyed)
@@ -159,7 +165,8 @@ class Engine:
             plan = plans[site]
             if plan.lengths is None:
                 refusal = Refusal(Reason.SMALL, site.region.last, plan.reason)
-                report = report.joined(Report(refusals=(refused(site.pattern, refusal),)))
+                refusals = (refused(site.pattern, refusal, site.region.module),)
+                report = report.joined(Report(refusals=refusals))
                 continue
             detached = site.region.returned if self.config.returned_logits == "detach" else ()
             edits.append(Edit(site.region, partial(self._put, site, plan), detached))

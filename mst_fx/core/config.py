@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
+
+from mst_fx.core.module_paths import matches
 
 Accumulate = Literal["float32", "native"]
 ReturnedLogits = Literal["keep", "detach", "drop"]
@@ -113,7 +114,7 @@ class Config:
 
     def wish_for(self, modules: Collection[str]) -> Wish:
         """Return what the user wants for a region whose nodes belong to the modules with these paths."""
-        paths = [path for path in self.modules if any(is_in(module, path) for module in modules)]
+        paths = [path for path in self.modules if any(matches(module, path) for module in modules)]
         said = self.modules[max(paths, key=len)] if paths else {}
         if isinstance(said, bool):
             return Wish(said, self.chunk_tokens, self.num_chunks)
@@ -166,11 +167,6 @@ def _is_budget(value: object) -> bool:
     if isinstance(value, float):
         return 0 < value <= 1
     return value is None or (_is_int(value) and isinstance(value, int) and value > 0)
-
-
-def is_in(module: str, path: str) -> bool:
-    """Return whether a module's path matches a path of the option `modules`, or lies inside one that does."""
-    return fnmatchcase(module, path) or fnmatchcase(module, f"{path}.*")
 
 
 def _is_wish(entry: tuple[object, object]) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-from mst_fx.core.provenance import module_path, op_name, source_line
+from mst_fx.core.module_paths import module_path
+from mst_fx.core.provenance import op_name, source_line
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Refusal
 from mst_fx.report.unlooped import Unlooped, joined, largest, text_of
@@ -17,7 +18,7 @@ class LoopedRegion:
 
     Attributes:
         pattern: name of the pattern that recognised it.
-        module: path of the module of its last op.
+        module: path of the innermost module that holds its projections: an MLP, or the projection of a head.
         source: file, line and code of its last op.
         axis: the split dim of the stream, and its length in positions.
         chunks: number of mini-sequences.
@@ -73,7 +74,7 @@ class RefusedRegion:
         source: file, line and code of that op.
         advice: what to change.
         text: the reason in one sentence.
-        module: path of the module that the op belongs to.
+        module: path of the region's module as in `LoopedRegion`; if there is no region, of the module of the op.
     """
 
     pattern: str
@@ -96,7 +97,7 @@ class EarlyCut:
     """A projection whose result the program cuts along the tokens; the compiled code cuts its operand.
 
     Attributes:
-        module: path of the module that cuts.
+        module: path of the projection.
         source: file, line and code of the cut.
         bytes_before, bytes_after: bytes of what the projection makes.
     """
@@ -116,7 +117,7 @@ class Dropped:
     """Logits that the compiled function does not return: it returns None in their place.
 
     Attributes:
-        module: path of the module that makes them.
+        module: path of the projection that makes them.
         source: file, line and code of their op.
         bytes: bytes of the logits.
     """
@@ -180,12 +181,13 @@ class Report:
         return "\n".join([head, *map(str, entries), *text_of(self.unlooped), *self.notes])
 
 
-def refused(pattern: str, refusal: Refusal) -> RefusedRegion:
+def refused(pattern: str, refusal: Refusal, module: str | None = None) -> RefusedRegion:
     """Return the entry of a refused region.
 
     Args:
         pattern: name of the pattern, "all" where the refusal is about the whole graph.
         refusal: the reason, the node and the text.
+        module: path of the region's module, None where no region was found.
     """
     node = refusal.node
     return RefusedRegion(
@@ -195,7 +197,7 @@ def refused(pattern: str, refusal: Refusal) -> RefusedRegion:
         source=source_line(node) if node is not None else "",
         advice=refusal.advice,
         text=refusal.text,
-        module=module_path(node) if node is not None else "",
+        module=module if module is not None else module_path(node) if node is not None else "",
     )
 
 

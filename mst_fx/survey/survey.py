@@ -16,7 +16,7 @@ from mst_fx.bodies.work import Work, analysed
 from mst_fx.capture.decomposed import Decomposed
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
-from mst_fx.core.provenance import module_path
+from mst_fx.core.module_paths import module_names
 from mst_fx.core.refusal import Refusal
 from mst_fx.core.sizes import Hint, hint
 from mst_fx.core.values import fake_value
@@ -91,7 +91,8 @@ class Surveyor:
                 its_own = replace(around, repeated=around.repeated or is_opened(candidate.region))
                 sites.append(Site(found.pattern, candidate.region, candidate.work, its_own, candidate.terms))
             except Exception as error:
-                refusals.append(refused(found.pattern, self._refusal(reader, error, found.outcome)))
+                module = found.outcome.module if isinstance(found.outcome, Region) else None
+                refusals.append(refused(found.pattern, self._refusal(reader, error, found.outcome), module))
         return sites, Report(refusals=tuple(refusals))
 
     def _children(self, reader: Reader, around: Around) -> tuple[dict[str, tuple[Surveyed, tuple[Node, ...]]], Report]:
@@ -166,7 +167,8 @@ class Surveyor:
         return refusal_for(error, region.last, f"a region at {region.name}", strict=self.config.strict)
 
     def _terms(self, region: Region, work: Work, at: Hint) -> Terms:
-        wish = self.config.wish_for({module_path(node) for node in region.nodes if node not in region.front})
+        nodes = (node for node in region.nodes if node not in region.front)
+        wish = self.config.wish_for(set[str]().union(*map(module_names, nodes)))
         recomputes = work.backward == "recompute"
         return terms_of(extent_of(work, at), wish, self.config.accumulate, recomputes=recomputes)
 
