@@ -47,7 +47,7 @@ class Config:
         chunk_tokens: tokens in one chunk, which is one mini-sequence; None lets the planner choose.
         num_chunks: number of chunks, in place of `chunk_tokens`; at most one of the two may be set.
         modules: for regions with a node in a module with one of these paths ("model.layers.0.mlp", "*.mlp"; the longest
-            match counts): False for no loop, True for a loop in any case, or {"chunk_tokens": n} or {"num_chunks": n}.
+            match counts; `module_paths` says where paths begin): False for no loop, True for a loop in any case, or {"chunk_tokens": n} or {"num_chunks": n}.
         accumulate: dtype in which the gradients of half-precision weights add up over the chunks:
             "float32" (as accurate as no loop; 4 bytes an element while the loop runs) or "native" (the weight's).
         returned_logits: what happens to logits that the compiled function also returns: "keep" their gradient (backward

@@ -92,14 +92,18 @@ def common_path(paths: Collection[str]) -> str:
 
 
 def _paths(node: Node) -> Sequence[str]:
-    """Return the paths of the modules around a node, from the outermost to the innermost."""
+    """Return the paths of the modules around a node, from the outermost to the innermost.
+
+    A module that is called by the program itself is a root, too. It begins a path only where its parameters do not tell
+    that it lies in another module, so it does not where no root is known.
+    """
     stack = [str(entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values()]
     return _paths_of(tuple(stack), _known.get().roots)
 
 
 @lru_cache(maxsize=10_000)
 def _paths_of(sources: tuple[str, ...], roots: tuple[str, ...]) -> Sequence[str]:
-    candidates = sorted(map(_plain, (*roots, *sources[:1])), key=len)
+    candidates = sorted(map(_plain, (*roots, *sources[:1])), key=len) if roots else []
     return [_below(candidates, _plain(source)) for source in sources]
 
 

@@ -50,7 +50,8 @@ def test_outside_of_modules_there_is_no_path(meta):
     [
         (["L['self'].model", "L['self'].model.mlp"], ["L['self']"], "model.mlp"),  # a method of a module
         (["L['self'].model", "L['self'].model.mlp"], ["L['self'].model"], "mlp"),  # of what is no module
-        (["L['self'].model", "L['self'].model.mlp"], [], "mlp"),
+        (["L['self'].model", "L['self'].model.mlp"], [], "model.mlp"),
+        (["L['m']", "L['m'].blocks[1].mlp"], ["L['m'].blocks[1]"], "blocks.1.mlp"),
         (["L['fn'].args[0].mlp"], ["L['fn'].args[0]"], "mlp"),
         (["L['self'].blocks[1].mlp"], ["L['self'].blocks[1]", "L['self']"], "blocks.1.mlp"),  # a plain list in a module
         (["L['c']._orig_mod", "L['c']._orig_mod.mlp"], ["L['c']._orig_mod"], "mlp"),
@@ -65,9 +66,10 @@ def test_paths_begin_below_the_root(stack, roots, expected):
 
 def graph_of(*stacks):
     graph = Graph()
-    for stack in stacks:
+    for number, stack in enumerate(stacks):
         sources = [f"L['self']{part}" for part in stack]
-        graph.placeholder("x").meta["nn_module_stack"] = {s: (s, nn.Module) for s in sources}
+        graph.placeholder(f"x{number}").meta["nn_module_stack"] = {s: (s, nn.Module) for s in sources}
+    graph.output(())
     return GraphModule(nn.Module(), graph)
 
 

@@ -151,8 +151,8 @@ def test_a_layer_that_is_compiled_by_itself(caplog):
     for layer in model.model.layers:
         layer.compile(backend="mst_fx", options={**OPTIONS, "modules": {"*.mlp": {"num_chunks": 2}, **MODULES}})
     model(X, Y)
-    (report,) = mst_fx.reports()[before:]
-    assert [(region.module, region.chunks) for region in report.regions] == [("mlp", 2)]
+    regions = [region for report in mst_fx.reports()[before:] for region in report.regions]
+    assert {(region.module, region.chunks) for region in regions} == {("mlp", 2)}
     assert "'model.layers.1.mlp' matches no module of this graph; there is 'mlp'" in caplog.text
 
 
