@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,8 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
     made: list[Report] = []
 
     def watched(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled, report = compiled_and_told(gm, inputs, None, {"inner": "eager", **(options or {})})
+        given = {"inner": "eager", **options} if isinstance(options, Mapping) else options or {"inner": "eager"}
+        compiled, report = compiled_and_told(gm, inputs, None, given)
         made.append(report)
         return compiled
 

@@ -17,13 +17,15 @@ def inner_compiler(config: Config, mode: str | None, options: dict[str, Any]) ->
     """Return the function that compiles the rewritten graph.
 
     Args:
-        config: its `inner` chooses the compiler.
+        config: its `inner` chooses the compiler, and its `mode` is the mode where none is given.
         mode: torch.compile's mode; Inductor or a callable takes it.
         options: torch.compile's options that are not ours; Inductor or a callable takes them.
 
     Raises:
         ValueError: a mode or option that `inner` does not take.
     """
+    mode = mode or config.mode
+    mode = None if mode == "default" else mode
     if config.inner == "inductor":
         return _inductor(mode, options)
     if callable(config.inner):
@@ -32,7 +34,8 @@ def inner_compiler(config: Config, mode: str | None, options: dict[str, Any]) ->
         chosen = config.inner
         return lambda gm, inputs: chosen(gm, inputs, **given)
     if options or mode:
-        raise ValueError(f"mst_fx: inner={config.inner!r} takes neither a mode nor {sorted(options)}")
+        names = ", ".join([*([f"mode={mode!r}"] if mode else []), *sorted(options)])
+        raise ValueError(f"mst_fx: inner={config.inner!r} takes neither a mode nor options of Inductor: {names}")
     compiler: Compile = dynamo.backend_named(config.inner)
     return compiler
 
