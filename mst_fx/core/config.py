@@ -54,8 +54,8 @@ class Config:
             "float32" (as accurate as no loop; 4 bytes an element while the loop runs) or "native" (the weight's).
         returned_logits: what happens to logits that the compiled function also returns: "keep" their gradient (backward
             then starts from a gradient as large as the logits, zeros if nobody used them), "detach" them, or "drop"
-            them: where a loss that is made of them needs a gradient, None is returned in their place, for callers
-            that read only the loss.
+            them: where a loss that is made of them needs a gradient, they are not returned, for callers that read only
+            the loss; in their place is an object that says why when it is used (see `not_returned`).
         disable: names of patterns to leave out.
         inner: the compiler of the rewritten graph: "inductor", "aot_eager", "eager" or a backend callable.
         mode: torch.compile's mode for the inner compiler; torch.compile takes no `mode=` beside `options=`.

@@ -54,7 +54,9 @@ class LoopedRegion:
         ]
         if self.returned_bytes:
             size = readable(self.returned_bytes)
-            lines.append(f"Returned logits have to exist: {size}; returned_logits='drop' returns None in training.")
+            lines.append(
+                f"Returned logits have to exist: {size}; returned_logits='drop' does without them in training."
+            )
         if self.returned_gradient_bytes:
             size = readable(self.returned_gradient_bytes)
             lines.append(f"Backward starts with their gradient, {size}; returned_logits='detach' does without it.")
@@ -114,7 +116,7 @@ class EarlyCut:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Logits that the compiled function does not return: it returns None in their place.
+    """Logits that the compiled function does not return: in their place is an object that says why when it is used.
 
     Attributes:
         module: path of the projection that makes them.
@@ -127,7 +129,17 @@ class Dropped:
     bytes: int
 
     def __str__(self) -> str:
-        return f"None is returned for {readable(self.bytes)} at {self.module or 'the top'}\n    {self.source}"
+        return f"nothing is returned for {readable(self.bytes)} at {self.module or 'the top'}\n    {self.source}"
+
+    @property
+    def instead(self) -> str:
+        """What is said to who uses them."""
+        where = f" of {self.module}" if self.module else ""
+        return (
+            f"mst_fx: the logits{where} ({readable(self.bytes)}, {self.source}) were never made: the option "
+            "returned_logits='drop' is set. To use them in training, compile with returned_logits='detach' (without "
+            "their gradient) or 'keep'"
+        )
 
 
 @dataclass(frozen=True)
