@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch.fx import GraphModule, Node
 
+from mst_fx.bodies.call import Call
 from mst_fx.bodies.splice import Replacement, loop
 from mst_fx.bodies.work import Work, fix_for
 from mst_fx.core.clean_room import clean_room
@@ -26,7 +27,7 @@ from mst_fx.core.module_paths import knowing, landmarks_of
 from mst_fx.core.provenance import borders_of
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.sizes import Hint, fix, hint, long_hint, without_guards
+from mst_fx.core.sizes import Hint, fix, hint, is_symbolic, long_hint, without_guards
 from mst_fx.core.values import marked_sizes, sizes_of
 from mst_fx.plan.chunk_length import Lengths
 from mst_fx.plan.planner import Plan, Plans, make_plans
@@ -34,6 +35,7 @@ from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.rebuild import Edit, rebuilt
 from mst_fx.report.entries import looped
 from mst_fx.report.report import Report, refused
+from mst_fx.runtime.places import Place, remember
 from mst_fx.survey.survey import Surveyor
 from mst_fx.survey.surveyed import Around, Site, Surveyed, device_of_graph, timeline_of
 from mst_fx.survey.unlooped import unlooped
@@ -207,6 +209,7 @@ class Engine:
             call = self.surveyor.call(site.work, lengths)
             fix_for(site.region, site.work)
             replacement = Replacement(site.region, site.work.stages, call, site.around.saves_results)
+            remember(_place(site, call), call.spec.forward_spec, call.spec.backward_spec)
             return loop(owner, place, node_of, replacement)
 
         return self._for(site, put)
@@ -252,6 +255,15 @@ def _quiet_room() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _place(site: Site, call: Call) -> Place:
+    """Return what errors at run time say of a region."""
+    operands = [node.meta["val"] for node in site.work.stages.operands]
+    axes = (call.spec.backward_spec or call.spec.forward_spec)[2][-len(operands) :]
+    whole = (tuple(x.shape) for x, axis in zip(operands, axes, strict=True) if axis is None)
+    weights = frozenset(shape for shape in whole if not any(map(is_symbolic, shape)))
+    return Place(site.pattern, site.region.module, weights)
 
 
 def _with_budget(report: Report, plans: Plans) -> Report:

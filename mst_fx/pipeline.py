@@ -28,7 +28,7 @@ from torch.fx import GraphModule
 
 from mst_fx.core.clean_room import modes_given_back
 from mst_fx.core.config import Config
-from mst_fx.core.faults import refusal_for, words_of
+from mst_fx.core.faults import refusal_for, unfit_torch, words_of
 from mst_fx.core.provenance import source_line
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private import inductor
@@ -111,6 +111,8 @@ def _engine(gm: GraphModule, config: Config, foreign: dict[str, Any]) -> Engine 
     """
     if config.inner == "inductor" and not writes_python(foreign):
         return Refusal(Reason.BACKEND, None, "Inductor's C++ wrapper cannot call the loop")
+    if (unfit := unfit_torch()) is not None:
+        return Refusal(Reason.TORCH, None, unfit)
     try:
         from mst_fx import engine
         from mst_fx.recognise import pattern
