@@ -89,6 +89,29 @@ def compiled_and_told(
     return compiled, report
 
 
+def looped_and_told(gm: GraphModule, config: Config) -> GraphModule:
+    """Return a graph with loops, `gm` itself where nothing changes, and record the report.
+
+    Args:
+        gm: the captured graph; it stays as it is.
+        config: the user's options; Inductor compiles the graph.
+    """
+    engine = _engine(gm, config, {})
+    try:
+        rewritten = engine if isinstance(engine, Refusal) else engine.rewritten()
+    except Exception as error:
+        rewritten = refusal_for(error, None, "the pass failed", strict=config.strict)
+    if isinstance(rewritten, Refusal):
+        module, report = gm, Report(refusals=(refused("all", rewritten),))
+    else:
+        module, report = rewritten.module, rewritten.report
+    for entry in report.dropped:  # no code of ours runs behind the compiled code, to return what says why
+        log.warning("%s; None is returned for them", entry.instead)
+    record(report)
+    log.info("%s", report)
+    return module
+
+
 def rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple[GraphModule, Report]:
     """Return the graph with loops and the report; `gm` itself where nothing changes.
 

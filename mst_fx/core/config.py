@@ -127,7 +127,7 @@ class Config:
         return Wish(None, **said) if said else Wish(None, self.chunk_tokens, self.num_chunks)
 
     @staticmethod
-    def split(options: Mapping[str, Any] | None, foreign: frozenset[str]) -> tuple[Config, dict[str, Any]]:
+    def split(options: Mapping[str, Any] | None, foreign: Collection[str]) -> tuple[Config, dict[str, Any]]:
         """Divide torch.compile's `options` into ours and Inductor's.
 
         Args:

@@ -9,6 +9,7 @@ from mst_fx.core.module_paths import module_path
 from mst_fx.core.provenance import op_name, source_line
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Refusal
+from mst_fx.core.torch_private.captured import Attempt, attempt
 from mst_fx.report.unlooped import Unlooped, joined, largest, text_of
 
 
@@ -213,14 +214,17 @@ def refused(pattern: str, refusal: Refusal, module: str | None = None) -> Refuse
     )
 
 
-_MADE: deque[Report] = deque(maxlen=1000)
+_MADE: deque[tuple[Report, Attempt | None]] = deque(maxlen=1000)
 
 
 def record(report: Report) -> None:
-    """Store the report of a compile for `reports`."""
-    _MADE.append(report)
+    """Store the report of a compile for `reports`, in place of what it has stored before Dynamo began it anew."""
+    now = attempt()
+    while now is not None and _MADE and now.replaces(_MADE[-1][1]):
+        _MADE.pop()
+    _MADE.append((report, now))
 
 
 def reports() -> list[Report]:
     """Return the reports of this process's compiles (the last thousand), oldest first, one for each graph."""
-    return list(_MADE)
+    return [report for report, _ in _MADE]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,6 +58,34 @@ def source_of(node: Node) -> str:
     source = getattr(node.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One of Dynamo's attempts to compile a program: it begins anew where something turns out to be otherwise.
+
+    Attributes:
+        compile_id: of the compile.
+        number: of the attempt, from 0.
+    """
+
+    compile_id: Any
+    number: int
+
+    def replaces(self, other: Attempt | None) -> bool:
+        """Return whether it is a later attempt at the same compile."""
+        return other is not None and self.compile_id == other.compile_id and self.number > other.number
+
+
+def attempt() -> Attempt | None:
+    """Return the attempt that is under way, None outside of a compile."""
+    trace_id = torch._guards.CompileContext.current_trace_id()
+    return Attempt(trace_id.compile_id, trace_id.attempt) if trace_id is not None else None
+
+
+def is_captured(gm: GraphModule) -> bool:
+    """Return whether Dynamo hands this graph to a backend; False for a subgraph of one, and for any other graph."""
+    return hasattr(gm, "compile_subgraph_reason")
 
 
 def graph_break(gm: GraphModule) -> str:
