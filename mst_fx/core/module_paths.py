@@ -32,10 +32,12 @@ class Landmarks:
     Attributes:
         roots: sources of the roots whose parameters the graph reads.
         chain: names on the way from the root to the innermost module that all others of the graph lie in.
+        modules: paths of the innermost modules around the nodes.
     """
 
     roots: tuple[str, ...] = ()
     chain: tuple[str, ...] = ()
+    modules: frozenset[str] = frozenset()
 
 
 NONE = Landmarks()
@@ -57,14 +59,14 @@ def landmarks_of(gm: GraphModule) -> Landmarks:
     sources = (re.split(_HOLDER, source_of(node), maxsplit=1) for node in gm.graph.find_nodes(op="placeholder"))
     roots = tuple(dict.fromkeys(parts[0] for parts in sources if len(parts) > 1))
     with knowing(Landmarks(roots)):
-        return Landmarks(roots, _chain(gm))
+        owners = [owner for owner in gm.modules() if isinstance(owner, GraphModule)]
+        stacks = [_paths(node) for owner in owners for node in owner.graph.nodes]
+    innermost = frozenset(stack[-1] for stack in stacks if stack and stack[-1])
+    return Landmarks(roots, _chain(stacks, innermost), innermost)
 
 
-def _chain(gm: GraphModule) -> tuple[str, ...]:
+def _chain(stacks: Sequence[Sequence[str]], innermost: Collection[str]) -> tuple[str, ...]:
     """Return the chain of a graph. An item of a list is no wrapper, and a list of modules is none: nobody calls it."""
-    owners = [owner for owner in gm.modules() if isinstance(owner, GraphModule)]
-    stacks = [_paths(node) for owner in owners for node in owner.graph.nodes]
-    innermost = {stack[-1] for stack in stacks if stack and stack[-1]}
     names = list(takewhile(lambda name: not name.isdecimal(), common_path(innermost).split(".")))
     called = {path for stack in stacks for path in stack}
     while names and ".".join(names) not in called:
@@ -122,9 +124,32 @@ def _plain(source: str) -> tuple[str, ...]:
 def matches(path: str, written: str) -> bool:
     """Return whether a module's path matches what the option `modules` says, or lies inside a module that does.
 
-    Wrappers of torch may be written. `*.` in front stands for nothing, too.
+    Wrappers of torch may be written. `*.` in front stands for nothing, too. A graph may begin at a part of the model,
+    behind a graph break: names in front of that part may be written where no module of the graph matches with them.
     """
+    if _is_plain_match(path, written):
+        return True
+    parts = _parts(written)
+    if not any(fnmatchcase(path, part) or fnmatchcase(path, f"{part}.*") for part in parts):
+        return False
+    return not _is_there(_known.get(), written)
+
+
+def _is_plain_match(path: str, written: str) -> bool:
     return any(fnmatchcase(path, form) or fnmatchcase(path, f"{form}.*") for form in _forms(written))
+
+
+@lru_cache(maxsize=1000)
+def _is_there(landmarks: Landmarks, written: str) -> bool:
+    return any(_is_plain_match(path, written) for path in landmarks.modules)
+
+
+@lru_cache(maxsize=1000)
+def _parts(written: str) -> Sequence[str]:
+    """Return what is written without names in front, of two names or more: an item of a list is none to leave out."""
+    names = [name for name in written.split(".") if name not in WRAPPED]
+    front = list(takewhile(str.isidentifier, names))
+    return [".".join(names[skipped:]) for skipped in range(1, min(len(front), len(names) - 2) + 1)]
 
 
 @lru_cache(maxsize=1000)

@@ -105,10 +105,21 @@ def test_wrappers_may_be_left_out():
         ("model.layers.0.mlp", "module.model.layers.0.mlp", True),
         ("model.layers.0.mlp", "_orig_mod.model.layers.0._checkpoint_wrapped_module.mlp", True),
         ("module.mlp", "module.mlp", True),
+        ("layers.0.mlp.up", "model.layers.0.mlp", True),  # behind a graph break, the part is a root
+        ("layers.0.mlp", "base.model.*.mlp", True),
+        ("0.mlp", "layers.0.mlp", True),
+        ("mlp", "layers.0.mlp", False),  # whichever layer
+        ("head", "vision.head", False),
     ],
 )
 def test_what_the_option_may_say(path, written, does):
     assert matches(path, written) is does
+
+
+def test_a_part_is_meant_only_where_the_whole_is_not_there():
+    with knowing(Landmarks(modules=frozenset(["vision.layers.0", "layers.0"]))):
+        assert not matches("layers.0", "vision.layers.0")
+    assert matches("layers.0", "vision.layers.0")
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,27 @@ def test_a_layer_that_is_compiled_by_itself(caplog):
     assert "'model.layers.1.mlp' matches no module of this graph; there is 'mlp'" in caplog.text
 
 
+def test_a_part_behind_a_graph_break():
+    class Broken(LM):
+        def forward(self, x, y):
+            torch._dynamo.graph_break()
+            return super().forward(x, y)
+
+    class Apart(LM):
+        def forward(self, x, y):
+            with torch.profiler.record_function("apart"):
+                torch._dynamo.graph_break()  # in a block: nothing of this function is captured, only what it calls
+                return super().forward(x, y)
+
+    for kind in (Broken, Apart):
+        torch._dynamo.reset()
+        before = len(mst_fx.reports())
+        torch.compile(kind(), backend="mst_fx", options={**OPTIONS, "modules": MODULES})(X, Y)
+        regions = [region for report in mst_fx.reports()[before:] for region in report.regions]
+        assert ("mlp", 2) in {(region.module.split(".")[-1], region.chunks) for region in regions}
+        assert "1" not in {name for region in regions for name in region.module.split(".")}
+
+
 def test_dropped_logits_and_cuts_have_the_path_of_the_projection():
     torch._dynamo.reset()
     report = mst_fx.explain(LM(), X, Y, options={**OPTIONS, "returned_logits": "drop"})
