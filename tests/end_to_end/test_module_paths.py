@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
+from mst_fx.survey import survey
 
 OPTIONS = {"min_bytes": 0, "inner": "eager"}
 X, Y = torch.randn(2, 8, 32), torch.randint(120, (2, 8))
@@ -188,3 +189,12 @@ def test_refused_heads_have_the_path_of_the_projection(options):
     torch._dynamo.reset()
     report = mst_fx.explain(lambda *batch: LM()(*batch)[0], X, Y, options={**OPTIONS, **options})
     assert "lm_head" in [refusal.module for refusal in report.refusals]
+
+
+def test_regions_that_fail_have_the_path_of_their_projections(monkeypatch):
+    def fails(*_, **__):
+        raise KeyError
+
+    monkeypatch.setattr(survey, "analysed", fails)
+    report = mst_fx.explain(LM(), X, Y, options=OPTIONS)
+    assert {refusal.module for refusal in report.refusals} == {*MODULES}
