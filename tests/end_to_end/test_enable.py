@@ -6,6 +6,7 @@ The whole suite takes this way with MST_FX_ENABLE=1 in the environment; here are
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import losses
@@ -20,6 +21,7 @@ from through_inductor import through_inductor
 from torch import nn
 from torch._inductor.compile_fx import _recursive_pre_grad_passes
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils.checkpoint import checkpoint
 
 import mst_fx
 
@@ -60,17 +62,23 @@ def new_reports(step, *inputs):
 
 
 def numbered(gm):
-    """The graph as text, with its values numbered."""
+    """The graph and its subgraphs as text, with the values numbered."""
+    children = [numbered(child) for _, child in gm.named_children()]
     for number, node in enumerate(gm.graph.nodes):
         node.name = f"v{number}"
-    return text(gm)
+    return [text(gm), *children]
+
+
+def checkpointed_mlp(x, w, y):
+    wide = checkpoint(lambda x: F.silu(x @ w.t()) @ w, x, use_reentrant=False)
+    return wide.square().mean() + y.sum()
 
 
 PROGRAMS = {
     name: program
     for group in (losses.CROSS_ENTROPY, losses.REINFORCEMENT, losses.SHIFTED, losses.PIECES, losses.CHECKPOINTED)
     for name, program in list(group.items())[:4]
-}
+} | {"checkpointed_mlp": checkpointed_mlp}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -133,11 +141,13 @@ def through_cheap_inductor():
     return inductor.patch({"cpp.simdlen": 1})
 
 
-def test_options_of_the_backend_hold_under_enable():
+@pytest.mark.parametrize(("disable", "chunks"), [((), [4]), (("mlp",), [])])
+def test_options_of_the_backend_hold_under_enable(disable, chunks):
+    """Where it loops nothing, `enable` does not loop either."""
     mst_fx.enable(min_bytes=0, num_chunks=2)
-    step = torch.compile(loss_of(Mlp()), backend="mst_fx", options={"min_bytes": 0, "num_chunks": 4})
-    (report,) = new_reports(step, *tokens())
-    assert [region.chunks for region in report.regions] == [4]
+    options = {"min_bytes": 0, "num_chunks": 4, "disable": disable}
+    (report,) = new_reports(torch.compile(loss_of(Mlp()), backend="mst_fx", options=options), *tokens())
+    assert [region.chunks for region in report.regions] == chunks
 
 
 def test_other_backends_are_left_alone():
@@ -196,7 +206,7 @@ def test_blocks_and_disable_put_everything_back():
     with mst_fx.enabled(chunk_tokens=8):
         outer = inductor.pre_grad_custom_pass
         assert outer.config.chunk_tokens == 8
-        with pytest.raises(KeyError), mst_fx.enabled(chunk_tokens=16):
+        with suppress(KeyError), mst_fx.enabled(chunk_tokens=16):
             assert inductor.pre_grad_custom_pass.config.chunk_tokens == 16
             raise KeyError
         assert inductor.pre_grad_custom_pass is outer
@@ -244,3 +254,25 @@ def test_logits_that_are_dropped_are_told(caplog):
     (record,) = (record for record in caplog.records if record.name == "mst_fx" and record.levelname == "WARNING")
     assert "test_enable.py" in record.getMessage()
     assert "returned_logits='drop' is set" in record.getMessage()
+
+
+def test_a_compile_that_begins_anew_has_one_report():
+    """Reports of earlier compiles stay, though a reset gives Dynamo's names of compiles once more."""
+    mlp = Mlp()
+    counts = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        tried = []
+
+        def inner(gm, _, tried=tried):
+            tried.append(gm)
+            if len(tried) == 1:
+                raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason="a number is fixed")
+            return gm
+
+        with through_inductor():
+            step = torch.compile(loss_of(mlp), backend="mst_fx", options={**OPTIONS, "inner": inner})
+            counts.append((len(new_reports(step, *tokens())), len(mst_fx.reports())))
+        assert len(tried) == 2
+    assert [count for count, _ in counts] == [1, 1]
+    assert counts[1][1] == counts[0][1] + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ class TwoHeads(nn.Module):
         return Output(logits.logsumexp(-1).sum() + others.logsumexp(-1).sum(), logits, {"small": others, "none": None})
 
 
+@pytest.mark.skipif("MST_FX_ENABLE" in os.environ, reason="under enable() they are None")
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_it_names_the_module_the_option_and_the_line(inner):
     torch._dynamo.reset()
