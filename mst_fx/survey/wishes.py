@@ -17,6 +17,8 @@ from mst_fx.survey.surveyed import Surveyed
 
 log = logging.getLogger("mst_fx")
 
+_warned: set[str] = set()
+
 ALIKE = 0.6
 """Share of two paths that is the same text, from which on one may be meant for the other."""
 
@@ -39,7 +41,7 @@ def left_out(config: Config) -> tuple[str, ...]:
 
 
 def unmatched(config: Config, surveyed: Surveyed) -> tuple[str, ...]:
-    """Return, and log as a warning, a note for each path that matches no module, or no region that can be looped.
+    """Return, and log once as a warning, a note for each path that matches no module, or no region that can be looped.
 
     The check sees one graph: where a model is captured in several graphs, a path may match a module of another one.
     """
@@ -53,7 +55,9 @@ def unmatched(config: Config, surveyed: Surveyed) -> tuple[str, ...]:
         elif wish is not False and not any(matches(module, path) for module in regions):
             notes.append(f"modules: {path!r} matches no region that can be looped in this graph")
     for note in notes:
-        log.warning("mst_fx: %s", note)
+        if note not in _warned:  # layers that are compiled one by one would all say so
+            _warned.add(note)
+            log.warning("mst_fx: %s", note)
     return tuple(notes)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
-from mst_fx.survey import survey
+from mst_fx.survey import survey, wishes
 
 OPTIONS = {"min_bytes": 0, "inner": "eager"}
 X, Y = torch.randn(2, 8, 32), torch.randint(120, (2, 8))
@@ -146,7 +146,8 @@ def test_wrappers_may_be_written_or_left_out(name, written):
     assert report.notes == ()
 
 
-def test_a_layer_that_is_compiled_by_itself(caplog):
+def test_a_layer_that_is_compiled_by_itself(monkeypatch, caplog):
+    monkeypatch.setattr(wishes, "_warned", set())
     torch._dynamo.reset()
     model, before = LM(), len(mst_fx.reports())
     for layer in model.model.layers:
