@@ -74,12 +74,12 @@ class Region:
 
     @property
     def module(self) -> str:
-        """The path of the innermost module that all its products are in, or else of the first product's, or "".
+        """The path of the innermost module that all its products are in; at the top, that of the last product.
 
         So a head has the path of its projection, wherever the loss is, and an MLP that of the module around its own.
         """
         paths = [module_path(node) for node in self.products or (self.last,)]
-        return common_path(paths) or (paths[0] if self.last not in self.products else "")
+        return common_path(paths) or paths[-1]
 
     @property
     def name(self) -> str:
