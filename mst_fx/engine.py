@@ -32,7 +32,8 @@ from mst_fx.plan.planner import Plan, Plans, make_plans
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.rebuild import Edit, rebuilt
 from mst_fx.report.entries import looped
-from mst_fx.report.report import Report, refused
+from mst_fx.report.items import refused
+from mst_fx.report.report import Report
 from mst_fx.survey.survey import Surveyor
 from mst_fx.survey.surveyed import Around, Site, Surveyed, device_of_graph, timeline_of
 from mst_fx.survey.unlooped import unlooped

@@ -33,7 +33,8 @@ from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private import inductor
 from mst_fx.core.torch_private.dynamo import PASSING
 from mst_fx.inner_compiler import Compile, inner_compiler, writes_python
-from mst_fx.report.report import Report, record, refused
+from mst_fx.report.items import refused
+from mst_fx.report.report import Report, record
 
 if TYPE_CHECKING:
     from mst_fx.engine import Engine, Rewritten

@@ -35,7 +35,8 @@ from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region
 from mst_fx.recognise.write_checks import forbid_late_writes
-from mst_fx.report.report import RefusedRegion, Report, refused
+from mst_fx.report.items import RefusedRegion, refused
+from mst_fx.report.report import Report
 from mst_fx.survey.change import Change
 from mst_fx.survey.surveyed import TOP, Around, Site, Surveyed
 
