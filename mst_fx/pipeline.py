@@ -181,4 +181,6 @@ def _compiled_in_part(
 def _unlooped(report: Report, text: str) -> Report:
     """Return the report of the captured graph without loops: nothing is cut or dropped either."""
     why = () if report.refusals else (refused("all", Refusal(Reason.INTERNAL, None, text)),)
-    return replace(report, refusals=report.refusals + why, cuts=(), dropped=(), peak=report.peak_whole)
+    timelines = tuple(timeline.without_loops() for timeline in report.timelines)
+    unlooped = replace(report, refusals=report.refusals + why, cuts=(), dropped=(), timelines=timelines)
+    return replace(unlooped, peak=report.peak_whole)

@@ -11,9 +11,7 @@ from mst_fx.report.lines import at, times
 from mst_fx.report.unlooped import Unlooped
 
 
-def first_of(
-    regions: Iterable[LoopedRegion], refusals: Iterable[RefusedRegion], unlooped: Iterable[Unlooped]
-) -> str:
+def first_of(regions: Iterable[LoopedRegion], refusals: Iterable[RefusedRegion], unlooped: Iterable[Unlooped]) -> str:
     """Return the most valuable advice in one sentence, "" where there is none.
 
     A budget that is missed comes first, then what has most bytes, then the first refusal, whose bytes are unknown. What
@@ -29,7 +27,7 @@ def first_of(
 
 
 def _values(unlooped: list[Unlooped]) -> Iterator[tuple[int, str]]:
-    """Yield the advice about values that no loop covers, with bytes; checkpointing is for all of those that it helps."""
+    """Yield the advice about values that no loop covers, with bytes; checkpointing helps many at once."""
     for value in unlooped:
         if value.reason not in (Reason.SMALL.name, Reason.NO_GAIN.name) and value.advice:
             size = f"{times(value.count)}{readable(value.bytes)}"

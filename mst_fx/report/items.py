@@ -1,4 +1,4 @@
-"""What a report lists: regions looped and refused, early cuts, logits dropped. Plain data, and `str()` gives its text."""
+"""What a report lists: regions looped and refused, early cuts, logits dropped. They are plain data."""
 
 from __future__ import annotations
 
@@ -144,7 +144,9 @@ class Dropped:
 
     def lines(self, count: int = 1) -> list[str]:
         """Return the text of `count` values that are alike."""
-        return entry(f"None is returned for {times(count)}{readable(self.bytes)} at {at(self.module)}", source=self.source)
+        return entry(
+            f"None is returned for {times(count)}{readable(self.bytes)} at {at(self.module)}", source=self.source
+        )
 
 
 def refused(pattern: str, refusal: Refusal) -> RefusedRegion:

@@ -52,3 +52,8 @@ def several(number: int, thing: str) -> str:
 def times(number: int) -> str:
     """Return what stands in front of a thing that is there so often: "32 x ", and "" for one."""
     return f"{number} x " if number > 1 else ""
+
+
+def short(op: str) -> str:
+    """Return the name of an op without the module of torch or of Python that it is in."""
+    return re.sub(r"^(torch\.nn\.functional|torch|operator)\.(?=\w+$)", "", op)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mst_fx.core.readable import readable
-from mst_fx.report.lines import WIDTH, at, clipped, times
+from mst_fx.report.lines import WIDTH, at, clipped, short, times
 
-TOLD = 6
+TOLD = 7
 """Number of rows that the text has for what is alive at the peaks."""
 KINDS = {
     "parameters": "parameters",
@@ -17,6 +17,7 @@ KINDS = {
     "gradients": "gradients of parameters",
     "saved": "saved for backward",
     "running": "while it runs",
+    "other": "the rest",
 }
 """Kinds of memory, and what texts call them."""
 
@@ -26,8 +27,9 @@ class Alive:
     """Memory that is alive at a peak; values of one kind, of modules that are alike, are together.
 
     Attributes:
-        kind: a key of KINDS.
-        what: the op or the pattern that makes it; "" for parameters, inputs, outputs and gradients.
+        kind: "parameters", "inputs" (others), "outputs", "gradients" (of parameters), "saved" (for backward), "running"
+            (what the running part needs itself) or "other" (all that is too small to be listed).
+        what: the op or the pattern that makes it; "" for what has none.
         module: path of the module that it belongs to; with * for numbers where several are alike.
         bytes: of all of it.
         count: number of values or regions.
@@ -41,7 +43,11 @@ class Alive:
 
     def __str__(self) -> str:
         told = KINDS[self.kind]
-        return f"{told}: {times(self.count)}{self.what}{self.module and f' at {self.module}'}" if self.what else told
+        return (
+            f"{told}: {times(self.count)}{short(self.what)}{self.module and f' at {self.module}'}"
+            if self.what
+            else told
+        )
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Course:
         saved: bytes that the forward has saved for the backward, or that are recomputed for it.
         running: bytes of what runs at the point: a region, or the op that needs most.
         at: where the peak is, in words.
-        alive: what is alive at the peak, parameters and inputs included, the largest first; the rest has no `what`.
+        alive: what is alive at the peak, parameters and inputs included, the largest first.
     """
 
     outputs: tuple[int, ...] = ()
@@ -113,6 +119,10 @@ class GraphTimeline:
         """Return the most bytes at once in one of the two courses."""
         return self.parameters + self.inputs + max(0, *course.totals())
 
+    def without_loops(self) -> GraphTimeline:
+        """Return the same for the graph as it was captured."""
+        return replace(self, looped=self.whole, spans=tuple(replace(span, looped=False) for span in self.spans))
+
 
 def peaks_of(timelines: tuple[GraphTimeline, ...]) -> tuple[Course, Course]:
     """Return the courses of the graphs with the highest peaks, without and with loops: both may be of one graph."""
@@ -122,21 +132,20 @@ def peaks_of(timelines: tuple[GraphTimeline, ...]) -> tuple[Course, Course]:
 
 def rows_of(before: Course, after: Course) -> Iterator[str]:
     """Yield what is alive at the peaks of two courses, the largest first, with its bytes at both."""
-    kinds: dict[tuple[str, str, str], list[Alive | None]] = {}
+    kinds: dict[tuple[str, str, str], list[Alive]] = {}
+    sizes: dict[tuple[str, str, str], list[int]] = {}
     for place, course in enumerate((before, after)):
         for alive in course.alive:
-            kinds.setdefault((alive.kind, alive.what, alive.module), [None, None])[place] = alive
-    rows = []
-    for both in kinds.values():
-        most = max((alive for alive in both if alive), key=lambda alive: alive.bytes)
-        sizes = [alive.bytes if alive else 0 for alive in both]
-        rows.append((sizes, str(most)))
-    rows.sort(key=lambda row: -max(row[0]))
-    told, others = rows[:TOLD], rows[TOLD:]
-    if others:
-        told.append(([sum(sizes[place] for sizes, _ in others) for place in (0, 1)], "the rest"))
-    for (whole, looped), text in told:
-        columns = f"{readable(whole):>12} -> {readable(looped):>10}" if before != after else f"{readable(whole):>12}"
+            key = (alive.kind, alive.what, alive.module)
+            kinds.setdefault(key, []).append(alive)
+            sizes.setdefault(key, [0, 0])[place] = alive.bytes
+    keys = sorted(kinds, key=lambda key: (key[0] == "other", -max(sizes[key])))
+    rows = [(sizes[key], str(max(kinds[key], key=lambda alive: alive.bytes))) for key in keys]
+    if len(rows) > TOLD:
+        others = [each for each, _ in rows[TOLD - 1 :]]
+        rows = [*rows[: TOLD - 1], ([sum(each[place] for each in others) for place in (0, 1)], KINDS["other"])]
+    for (whole, looped), text in rows:
+        columns = f"{readable(whole):>12}" + (f" -> {readable(looped):>10}" if before != after else "")
         yield clipped(f"{columns}  {text}", WIDTH)
 
 
@@ -147,4 +156,4 @@ def places_of(before: Course, after: Course) -> str:
 
 def where(phase: str, what: str, module: str) -> str:
     """Return a place in a step, in words."""
-    return f"{phase} of {what} at {at(module)}" if what else phase
+    return f"{phase} of {short(what)} at {at(module)}" if what else phase

@@ -100,5 +100,7 @@ def text_of(values: tuple[Unlooped, ...]) -> list[str]:
     others = [value for value in values if value.reason == Reason.NO_GAIN.name]
     if others:
         size = readable(sum(value.total for value in others))
-        entries.append(f"{size} in {several(len(others), 'kind')} of values that no loop makes smaller (report.unlooped)")
+        entries.append(
+            f"{size} in {several(len(others), 'kind')} of values that no loop makes smaller (report.unlooped)"
+        )
     return ["not looped, the largest first:", *entries] if entries else []

@@ -33,7 +33,7 @@ def test_explain():
 def test_explain_of_a_small_model_says_why_not():
     report = mst_fx.explain(MlpLM(), *tokens())
     assert [refusal.reason for refusal in report.refusals] == ["SMALL", "SMALL"]
-    assert "min_bytes is 67,108,864" in str(report)
+    assert "min_bytes is 64.0 MiB" in str(report)
 
 
 def test_explain_counts_graphs():
