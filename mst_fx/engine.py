@@ -22,7 +22,7 @@ from mst_fx.core.clean_room import clean_room
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.modes import Mode
-from mst_fx.core.provenance import borders_of
+from mst_fx.core.provenance import At, borders_of
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import Hint, fix, hint, long_hint, without_guards
@@ -103,6 +103,7 @@ class Engine:
             try:
                 return self._rewritten_but(without or {})
             except _LeftOverError as left:
+                log.debug("mst_fx: survey: once more: %s", left)
                 self.surveyor.left_alone.update(left.changes)
                 self.surveyed = self._surveyed()
 
@@ -116,6 +117,7 @@ class Engine:
                 try:
                     return self._rewritten(surveyed)
                 except _AtFaultError as fault:
+                    log.debug("mst_fx: left out: %s at %s: %s", fault.site.pattern, At(fault.site.region.last), fault)
                     surveyed = surveyed.without({fault.site: fault.refusal})
 
     def _rewritten(self, surveyed: Surveyed) -> Rewritten:
@@ -123,6 +125,7 @@ class Engine:
         timeline = timeline_of(surveyed)
         plans = make_plans(offers, timeline, device_of_graph(surveyed), self.config)
         of_site = dict(zip(surveyed.all_sites(), plans.of, strict=True))
+        _log_plans(plans, of_site)
         unneeded = surveyed.left_over([site for site, plan in of_site.items() if plan.lengths])
         if unneeded:
             raise _LeftOverError(unneeded)
@@ -215,7 +218,9 @@ class Engine:
             call = self.surveyor.call(site.work, lengths)
             fix_for(site.region, site.work)
             replacement = Replacement(site.region, site.work.stages, call, site.around.saves_results)
-            return loop(owner, place, node_of, replacement)
+            results = loop(owner, place, node_of, replacement)
+            log.debug("mst_fx: spliced: %s at %s", site.pattern, At(site.region.last))
+            return results
 
         return self._for(site, put)
 
@@ -260,6 +265,19 @@ def _quiet_room() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _log_plans(plans: Plans, of_site: Mapping[Site, Plan]) -> None:
+    """Log each plan as a debug message."""
+    whole, peak = readable(plans.peak_whole), readable(plans.peak)
+    log.debug("mst_fx: plan: the peak of a step goes from %s to %s", whole, peak)
+    for site, plan in of_site.items():
+        if plan.lengths is None:
+            log.debug("mst_fx: plan: %s at %s: no loop: %s", site.pattern, At(site.region.last), plan.reason)
+        else:
+            text = "mst_fx: plan: %s at %s: chunks of %d positions, %d of them, forward in chunks of %d"
+            lengths = plan.lengths
+            log.debug(text, site.pattern, At(site.region.last), lengths.chunk, plan.chunks, lengths.forward)
 
 
 def _with_budget(report: Report, plans: Plans) -> Report:

@@ -33,6 +33,7 @@ from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private import inductor
 from mst_fx.core.torch_private.dynamo import PASSING
 from mst_fx.inner_compiler import Compile, inner_compiler, writes_python
+from mst_fx.report.files import DebugFiles
 from mst_fx.report.items import refused
 from mst_fx.report.report import Report, record
 
@@ -78,7 +79,9 @@ def compiled_and_told(
 ) -> tuple[Callable[..., Any], Report]:
     """Return the compiled function and the report about it; arguments and errors as for `backend`."""
     config, foreign = Config.split(options, inductor.option_names())
-    compile_graph = inner_compiler(config, mode, foreign)
+    files = DebugFiles(config.debug_dir, strict=config.strict)
+    files.captured(gm)
+    compile_graph = files.watching(inner_compiler(config, mode, foreign))
     engine = _engine(gm, config, foreign)
     if isinstance(engine, Refusal):
         compiled, report = compile_graph(gm, example_inputs), Report(refusals=(refused("all", engine),))
@@ -86,6 +89,7 @@ def compiled_and_told(
         compiled, report = _compiled(engine, compile_graph, example_inputs)
     record(report)
     log.info("%s", report)
+    files.report(report)
     return compiled, report
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
+from os import PathLike
 from typing import Any, Literal, get_args
 
 Accumulate = Literal["float32", "native"]
@@ -58,6 +59,7 @@ class Config:
         strict: raise errors of the pass, in place of compiling the graph unrewritten.
         verify: run each distinct region once while compiling, looped and as captured, on random numbers; a region whose
             loop differs by more than rounding is left alone.
+        debug_dir: a folder, made where it is missing: for each compile the graph before and after, and the report.
     """
 
     memory_budget: int | float | str | None = None
@@ -71,6 +73,7 @@ class Config:
     inner: Inner | Callable[..., Any] = "inductor"
     strict: bool = False
     verify: bool = False
+    debug_dir: str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         """Raise TypeError or ValueError for a value that its option does not take."""
@@ -92,6 +95,10 @@ class Config:
         _check(known, "inner", f"a callable or one of {get_args(Inner)}", self.inner)
         for name in ("strict", "verify"):
             _check(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
+        folder = self.debug_dir
+        _check(
+            folder is None or (isinstance(folder, (str, PathLike)) and bool(str(folder))), "debug_dir", FOLDER, folder
+        )
 
     def budget_bytes(self, device_memory: int) -> int | None:
         """Return `memory_budget` in bytes, None where it is not set.
@@ -150,6 +157,7 @@ class Config:
 SMALL_BYTES = 64 * 2**20
 BUDGETS = "bytes as an int, a string like '40GiB', or a fraction of the device between 0.0 and 1.0"
 WISHES = "a dict from module paths to False, True, {'chunk_tokens': n} or {'num_chunks': n}"
+FOLDER = "the path of a folder or None"
 UNITS = {f"{unit}B": 1000**power for power, unit in enumerate("KMGT", 1)}
 UNITS |= {f"{unit}iB": 1024**power for power, unit in enumerate("KMGT", 1)}
 

@@ -69,6 +69,23 @@ def source_line(node: Node) -> str:
     return found
 
 
+class At:
+    """Where a node is, in words, for messages: its text is made when one is written.
+
+    Args:
+        node: of a captured graph; None for the whole graph.
+    """
+
+    def __init__(self, node: Node | None) -> None:
+        self.node = node
+
+    def __str__(self) -> str:
+        if self.node is None:
+            return "the whole graph"
+        source = re.match(r".*?([^/\\]+:\d+): ", source_line(self.node))
+        return (module_path(self.node) or "the top") + (f" ({source[1]})" if source else "")
+
+
 def op_name(node: Node) -> str:
     """Return the op as a user would write it: `torch.nn.functional.gelu`, `Tensor.view`, `library.Rounded.apply`."""
     if node.op == "call_method":

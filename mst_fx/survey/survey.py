@@ -5,6 +5,7 @@ The analysis of one node or region serves all that are alike.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from mst_fx.bodies.work import Work, analysed
 from mst_fx.capture.decomposed import Decomposed
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
-from mst_fx.core.provenance import module_path
+from mst_fx.core.provenance import At, module_path
 from mst_fx.core.refusal import Refusal
 from mst_fx.core.sizes import Hint, hint
 from mst_fx.core.values import fake_value
@@ -42,6 +43,11 @@ from mst_fx.survey.surveyed import TOP, Around, Site, Surveyed
 
 if TYPE_CHECKING:
     from mst_fx.verify.verify import Verified
+
+log = logging.getLogger("mst_fx")
+
+REFUSED = "mst_fx: refused: %s at %s: %s: %s"
+"""The message of a refusal: pattern, place, reason and text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +96,13 @@ class Surveyor:
                     raise found.outcome
                 candidate = self._best_candidate(graph, found.outcome)
                 its_own = replace(around, repeated=around.repeated or is_opened(candidate.region))
-                sites.append(Site(found.pattern, candidate.region, candidate.work, its_own, candidate.terms))
+                site = Site(found.pattern, candidate.region, candidate.work, its_own, candidate.terms)
+                _log_found(site)
+                sites.append(site)
             except Exception as error:
-                refusals.append(refused(found.pattern, self._refusal(reader, error, found.outcome)))
+                refusal = self._refusal(reader, error, found.outcome)
+                log.debug(REFUSED, found.pattern, At(refusal.node), refusal.reason.name, refusal.text)
+                refusals.append(refused(found.pattern, refusal))
         return sites, Report(refusals=tuple(refusals))
 
     def _children(self, reader: Reader, around: Around) -> tuple[dict[str, tuple[Surveyed, tuple[Node, ...]]], Report]:
@@ -104,6 +114,7 @@ class Surveyor:
                 children[child.name] = (self.survey(child.module, around.inside(reader, child)), child.callers)
             except Refusal as refusal:
                 reader.unmatched.refuse(child.callers, refusal)
+                log.debug(REFUSED, "subgraph", At(refusal.node), refusal.reason.name, refusal.text)
                 refusals.append(refused("all", refusal))
         return children, Report(refusals=tuple(refusals))
 
@@ -176,6 +187,8 @@ class Surveyor:
         key = (work, lengths)
         if key not in self._calls:
             self._calls[key] = assembled(work, lengths.chunk, lengths.forward, self.config.accumulate)
+            shape = work.stages.stream.meta["val"].shape
+            log.debug("mst_fx: bodies: traced for tokens %s, chunks of %d positions", shape, lengths.chunk)
         return self._calls[key]
 
     def verified(self, site: Site, lengths: Lengths) -> Verified | Refusal | None:
@@ -224,6 +237,12 @@ class Surveyor:
         if key not in self._memories:
             self._memories[key] = memory_of(work, self.call(work, lengths), at)
         return self._memories[key]
+
+
+def _log_found(site: Site) -> None:
+    nodes, stages, last = site.region.nodes, site.work.stages, site.region.last
+    text = "mst_fx: found: %s at %s: %d ops, dim %d of %s positions, backward %s"
+    log.debug(text, site.pattern, At(last), len(nodes), stages.axis.dim, stages.length, site.work.backward)
 
 
 @dataclass(frozen=True, eq=False)
