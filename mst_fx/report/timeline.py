@@ -16,7 +16,7 @@ KINDS = {
     "outputs": "outputs",
     "gradients": "gradients of parameters",
     "saved": "saved for backward",
-    "running": "while it runs",
+    "running": "working memory",
     "other": "the rest",
 }
 """Kinds of memory, and what texts call them."""
