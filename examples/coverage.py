@@ -339,6 +339,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("coverage"))
     parser.add_argument("--again", default="", help="statuses to run again, separated by commas")
     args = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has forked cannot use a GPU
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     args.out.mkdir(exist_ok=True)

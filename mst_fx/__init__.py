@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from mst_fx.core.config import Config as Config
 from mst_fx.core.refusal import Reason as Reason
 from mst_fx.core.refusal import Refusal as Refusal
+from mst_fx.enable import disable as disable
+from mst_fx.enable import enable as enable
+from mst_fx.enable import enabled as enabled
 from mst_fx.explain import explain as explain
 from mst_fx.pipeline import backend as backend
 from mst_fx.report.report import Report as Report
@@ -28,6 +31,9 @@ __all__ = [
     "Report",
     "backend",
     "check_rule",
+    "disable",
+    "enable",
+    "enabled",
     "explain",
     "register",
     "register_rule",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 from torch.fx import GraphModule
@@ -11,6 +12,13 @@ from mst_fx.core.config import Config
 from mst_fx.core.torch_private import dynamo, inductor
 
 Compile: TypeAlias = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+
+_of_our_backend: ContextVar[bool] = ContextVar("mst_fx_of_our_backend", default=False)
+
+
+def is_of_our_backend() -> bool:
+    """Return whether Inductor compiles a graph that the backend has been through."""
+    return _of_our_backend.get()
 
 
 def inner_compiler(config: Config, mode: str | None, options: dict[str, Any]) -> Compile:
@@ -24,6 +32,19 @@ def inner_compiler(config: Config, mode: str | None, options: dict[str, Any]) ->
     Raises:
         ValueError: a mode or option that `inner` does not take.
     """
+    chosen = _chosen(config, mode, options)
+
+    def compile_graph(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        token = _of_our_backend.set(True)
+        try:
+            return chosen(gm, inputs)
+        finally:
+            _of_our_backend.reset(token)
+
+    return compile_graph
+
+
+def _chosen(config: Config, mode: str | None, options: dict[str, Any]) -> Compile:
     if config.inner == "inductor":
         return _inductor(mode, options)
     if callable(config.inner):
@@ -38,11 +59,11 @@ def inner_compiler(config: Config, mode: str | None, options: dict[str, Any]) ->
 
 
 def _inductor(mode: str | None, options: dict[str, Any]) -> Compile:
-    all_options = {**(inductor.options_of_mode(mode) if mode else {}), **_cached_with_loops(), **options}
+    all_options = {**(inductor.options_of_mode(mode) if mode else {}), **cached_with_loops(), **options}
     return lambda gm, inputs: inductor.compile_graph(gm, inputs, all_options)
 
 
-def _cached_with_loops() -> dict[str, Any]:
+def cached_with_loops() -> dict[str, Any]:
     """Name our call, with a version, to AOTAutograd's cache as cacheable; the key of a graph covers the bodies."""
     try:
         from mst_fx.runtime.cache_version import VERSION

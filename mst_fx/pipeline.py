@@ -93,6 +93,31 @@ def compiled_and_told(
     return compiled, report
 
 
+def looped_and_told(gm: GraphModule, config: Config) -> GraphModule:
+    """Return a graph with loops, `gm` itself where nothing changes, and record the report.
+
+    Args:
+        gm: the captured graph; it stays as it is.
+        config: the user's options; Inductor compiles the graph.
+    """
+    files = DebugFiles(config.debug_dir, strict=config.strict)
+    files.captured(gm)
+    engine = _engine(gm, config, {})
+    try:
+        rewritten = engine if isinstance(engine, Refusal) else engine.rewritten()
+    except Exception as error:
+        rewritten = refusal_for(error, None, "the pass failed", strict=config.strict)
+    if isinstance(rewritten, Refusal):
+        module, report = gm, Report(refusals=(refused("all", rewritten),))
+    else:
+        module, report = rewritten.module, rewritten.report
+    record(report)
+    log.info("%s", report)
+    files.looped(module)
+    files.report(report)
+    return module
+
+
 def rewrite(gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> tuple[GraphModule, Report]:
     """Return the graph with loops and the report; `gm` itself where nothing changes.
 

@@ -1,8 +1,10 @@
+import os
 from collections.abc import Iterator
 
 import pytest
 from frugal import frugal
 from hypothesis import HealthCheck, settings
+from through_inductor import through_inductor
 
 settings.register_profile(
     "ci",
@@ -18,4 +20,14 @@ settings.load_profile("ci")
 @pytest.fixture(scope="session", autouse=True)
 def cheap_compiles() -> Iterator[None]:
     with frugal():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def place_of_the_pass() -> Iterator[None]:
+    """With MST_FX_ENABLE=1 in the environment, the whole suite takes the way of `enable`."""
+    if os.environ.get("MST_FX_ENABLE"):
+        with through_inductor():
+            yield
+    else:
         yield

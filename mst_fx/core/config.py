@@ -73,7 +73,7 @@ class Config:
     inner: Inner | Callable[..., Any] = "inductor"
     strict: bool = False
     verify: bool = False
-    debug_dir: str | PathLike[str] | None = None
+    debug_dir: str | PathLike[str] | None = dataclasses.field(default=None, repr=False)  # repr: in keys of caches
 
     def __post_init__(self) -> None:
         """Raise TypeError or ValueError for a value that its option does not take."""

@@ -30,6 +30,31 @@ def copied(module: GraphModule) -> GraphModule:
     return module_over(module, graph)
 
 
+def take_over(gm: GraphModule, changed: GraphModule) -> None:
+    """Give a graph, in place, the nodes and subgraphs of a changed copy of it; its own placeholders stay.
+
+    Compilers read what the one who captured the graph has left on placeholders.
+    """
+    graph = gm.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in reversed(graph.nodes):
+        if node.op != "placeholder":
+            graph.erase_node(node)
+    taken = [node for node in changed.graph.nodes if node.op == "placeholder"]
+    node_of = dict(zip(taken, placeholders, strict=True))
+    for node in changed.graph.nodes:
+        if node.op != "placeholder":
+            node_of[node] = graph.node_copy(node, node_of.__getitem__)
+    read = {str(node.target).partition(".")[0] for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    for name in dict(gm.named_children()):
+        if name not in read:
+            delattr(gm, name)
+    for name in read:
+        setattr(gm, name, getattr(changed, name))
+    graph.lint()
+    gm.recompile()
+
+
 def layout_free(target: Any) -> Any:
     """Return `reshape` for `view`, other ops as they are: not every kernel gives the memory layout that was traced.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_map_only
 
 from mst_fx.capture.lower import tracing
 from mst_fx.capture.run_node import execute
@@ -25,10 +26,15 @@ def revalued(module: GraphModule, region: Region, examples: Sequence[Any]) -> Gr
     if not any(mode.grad for mode in region.modes.values()):
         return module
     env: dict[Node, Any] = {}
-    given = iter(examples)
+    given = iter([tree_map_only(torch.Tensor, _leaf, example) for example in examples])
     with tracing(examples), without_autocast(), torch.enable_grad():
         for node in module.graph.nodes:
             if node.op != "output":
                 env[node] = next(given) if node.op == "placeholder" else execute(module, node, env)
                 node.meta["val"] = env[node]
     return module
+
+
+def _leaf(value: torch.Tensor) -> torch.Tensor:
+    """Return an alias without a history: a write to what it is a view of may have made that unreadable."""
+    return value.detach().requires_grad_(value.requires_grad)

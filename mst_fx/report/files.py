@@ -58,6 +58,11 @@ class DebugFiles:
 
         return watched
 
+    def looped(self, gm: GraphModule) -> None:
+        """Write the graph with loops."""
+        self._try(lambda: self._keep(gm))
+        self._try(self._write_looped)
+
     def report(self, report: Report) -> None:
         """Write the report."""
         self._try(lambda: self._write("report.txt", f"{report}\n"))

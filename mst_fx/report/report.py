@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
+from mst_fx.core.torch_private.captured import Attempt, attempt
 from mst_fx.report.first import first_of
 from mst_fx.report.items import Dropped, EarlyCut, LoopedRegion, RefusedRegion
 from mst_fx.report.plain import json_of, plain
@@ -115,14 +116,17 @@ class Report:
 
 FORMAT = 1
 """The version of `Report.to_dict`: it grows when a key goes or changes its meaning, not when one is added."""
-_MADE: deque[Report] = deque(maxlen=1000)
+_MADE: deque[tuple[Report, Attempt | None]] = deque(maxlen=1000)
 
 
 def record(report: Report) -> None:
-    """Store the report of a compile for `reports`."""
-    _MADE.append(report)
+    """Store the report of a compile for `reports`, in place of what it has stored before Dynamo began it anew."""
+    now = attempt()
+    while now is not None and _MADE and now.replaces(_MADE[-1][1]):
+        _MADE.pop()
+    _MADE.append((report, now))
 
 
 def reports() -> list[Report]:
     """Return the reports of this process's compiles (the last thousand), oldest first, one for each graph."""
-    return list(_MADE)
+    return [report for report, _ in _MADE]

@@ -557,6 +557,22 @@ def test_cuts_and_pieces_of_logits_leave_the_gradients_alone(name):
         beside_eager(program, inputs, inner="aot_eager")
 
 
+def test_a_cut_behind_a_functions_view_of_what_is_written_to():
+    """Autograd cannot tell the history of such a view any more; nothing asks for it."""
+
+    def program(x, head, y):
+        with torch.no_grad():
+            x.mul_(2)
+        logits = Reversed.apply(x, 0.5) @ head
+        return F.cross_entropy(logits[:, :-1].reshape(-1, 48), y[:, 1:].reshape(-1))
+
+    def inputs(_):
+        return leaf(2, 24, 8), weight(8, 48), indices(48, 2, 24)
+
+    reports = beside_eager(program, inputs)
+    assert looped_regions(reports) == 1
+
+
 # --- functions that Dynamo leaves as a call
 
 

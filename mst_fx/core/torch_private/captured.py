@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,6 +44,34 @@ def marked_dims(node: Node) -> Collection[int]:
     """Return the dims of an input of a graph that the user marked as varying (`mark_dynamic`)."""
     given = getattr(node.meta.get("grapharg"), "example", None)
     return getattr(given, "_dynamo_dynamic_indices", ())
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One of Dynamo's attempts to compile a program: it begins anew where something turns out to be otherwise.
+
+    Attributes:
+        compile_id: of the compile.
+        number: of the attempt, from 0.
+    """
+
+    compile_id: Any
+    number: int
+
+    def replaces(self, other: Attempt | None) -> bool:
+        """Return whether it is a later attempt at the same compile."""
+        return other is not None and self.compile_id == other.compile_id and self.number > other.number
+
+
+def attempt() -> Attempt | None:
+    """Return the attempt that is under way, None outside of a compile."""
+    trace_id = torch._guards.CompileContext.current_trace_id()
+    return Attempt(trace_id.compile_id, trace_id.attempt) if trace_id is not None else None
+
+
+def is_captured(gm: GraphModule) -> bool:
+    """Return whether Dynamo hands this graph to a backend; False for a subgraph of one, and for any other graph."""
+    return hasattr(gm, "compile_subgraph_reason")
 
 
 def graph_break(gm: GraphModule) -> str:

@@ -32,6 +32,27 @@ def option(name: str) -> Any:
     return getattr(config, name)
 
 
+def set_option(name: str, value: Any) -> None:
+    """Set an option for every compile of the process."""
+    from torch._inductor import config
+
+    setattr(config, name, value)
+
+
+def has_option(name: str) -> bool:
+    """Return whether this version has an option."""
+    from torch._inductor import config
+
+    return hasattr(config, name)
+
+
+def register_pass(kind: type) -> None:
+    """Let Inductor take a class as one of passes on graphs that tell its caches their version (`uuid`)."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    CustomGraphPass.register(kind)
+
+
 def compile_graph(gm: GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
     """Compile a graph."""
     from torch._inductor.compile_fx import compile_fx

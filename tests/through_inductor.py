@@ -1,0 +1,38 @@
+"""The backend's tests, with the pass at the place that `enable` gives it: among Inductor's passes on captured graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+from unittest import mock
+
+from torch._inductor.compile_fx import _recursive_pre_grad_passes
+from torch.fx import GraphModule
+
+import mst_fx
+from mst_fx import pipeline
+from mst_fx.core.torch_private import inductor
+from mst_fx.inner_compiler import inner_compiler
+
+
+@contextmanager
+def through_inductor() -> Iterator[None]:
+    """Let the backend leave its graph to Inductor's passes under `enable`, and compile what these give.
+
+    Only code generation is left out, which costs seconds: the inner compiler stays the one of the options.
+    """
+    with mock.patch.object(pipeline, "compiled_and_told", _compiled_and_told):
+        yield
+
+
+def _compiled_and_told(
+    gm: GraphModule, inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
+) -> tuple[Callable[..., Any], mst_fx.Report]:
+    config, foreign = mst_fx.Config.split(options, inductor.option_names())
+    compile_graph = inner_compiler(config, mode, foreign)
+    own = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "inner"}
+    with mst_fx.enabled(**own):
+        looped = _recursive_pre_grad_passes(gm, inputs)
+    return compile_graph(looped, inputs), mst_fx.reports()[-1]
