@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.core.sizes import Hint
-from mst_fx.core.values import bytes_of, fake_value, storages_of_all
+from mst_fx.core.values import bytes_of, fake_value, has_gradient, storages_of_all
 from mst_fx.predict.saved_activations import activation_bytes, passing_bytes, saved_values
 from mst_fx.recognise.reader import Reader
 
@@ -260,8 +260,13 @@ def _inputs(reader: Reader) -> list[Node]:
 
 
 def _last_readers(reader: Reader, at: Hint) -> dict[Node, int]:
-    """Return the bytes of the gradients of parameters, by the last node that reads them: there backward makes them."""
+    """Return the bytes of the gradients of parameters, by the last node that reads them: there backward makes them.
+
+    There are none where nothing in the graph has a gradient, as under no_grad.
+    """
     gradients: dict[Node, int] = {}
+    if not any(has_gradient(node) for node in reader.owner.graph.nodes if node.op.startswith("call_")):
+        return gradients
     for node in _inputs(reader):
         value = fake_value(node)
         if isinstance(value, torch.nn.Parameter) and value.requires_grad and node.users:

@@ -5,67 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from expecttest import TestCase
+from sample_reports import FULL, LINE, MIB, mlp, refusal, value
 
 from mst_fx.core.readable import readable
 from mst_fx.report.alike import alike
-from mst_fx.report.items import Dropped, EarlyCut, LoopedRegion, RefusedRegion
+from mst_fx.report.items import RefusedRegion
 from mst_fx.report.lines import WIDTH, prose, short, source_clipped
 from mst_fx.report.report import Report
-from mst_fx.report.timeline import Alive, Course, GraphTimeline, Span
-from mst_fx.report.unlooped import Unlooped
-
-MIB = 2**20
-LINE = "/a/long/path/to/the/package/model/modeling.py:164: return self.down(self.act(self.gate(x)) * self.up(x))"
-
-
-def mlp(layer: int, **changed) -> LoopedRegion:
-    module = f"model.layers.{layer}.mlp.down"
-    return replace(LoopedRegion("gated_mlp", module, LINE, "dim 1 (64 positions)", 8, 36 * MIB, 4 * MIB, "recompute"), **changed)
-
-
-def refusal(layer: int, reason: str = "ESCAPES", **changed) -> RefusedRegion:
-    text, module = "the value of the gate is returned", f"model.layers.{layer}.mlp"
-    return replace(RefusedRegion("mlp", reason, "torch.relu", LINE, "Keep it inside.", text, module), **changed)
-
-
-def value(size: int, reason: str = "NO_PATTERN", *, saved: bool = True, advice: str = "Add a pattern.") -> Unlooped:
-    return Unlooped("torch.tanh", "model.norm", LINE, (4, 4), "float32", size, 1, saved, reason, "why", advice)
-
-
-def course(*, loops: bool) -> Course:
-    alive = (Alive("parameters", "", "", 5 * MIB), Alive("saved", "mlp", "model.layers.*.mlp", 9 * MIB, 4))
-    running = Alive("running", "torch.nn.functional.scaled_dot_product_attention", "model.layers.3.self_attn", 2 * MIB)
-    if loops:
-        return Course((0,) * 4, (0, 0, 1, 1), (0, 0, 0, 0), (2 * MIB,) * 4, "forward of attention", (alive[0], running))
-    return Course((0,) * 4, (0, 0, 1, 1), (0, 9 * MIB, 0, 0), (0,) * 4, "backward of mlp at model", alive)
-
-
-TIMELINE = GraphTimeline(
-    parameters=5 * MIB,
-    inputs=0,
-    forward=2,
-    looped=course(loops=True),
-    whole=course(loops=False),
-    spans=(Span("mlp", "model.layers.0.mlp", True, 1, 2),),
-)
-FULL = Report(
-    regions=(*map(mlp, range(4)), mlp(4, chunks=2, verified=True, verification="its own sizes", returned_bytes=3 * MIB)),
-    refusals=(refusal(7), refusal(9), refusal(3, text="another")),
-    cuts=(EarlyCut("lm_head", LINE, 4 * MIB, MIB),),
-    dropped=(Dropped("lm_head", LINE, MIB),),
-    graphs=2,
-    peak=7 * MIB,
-    peak_whole=14 * MIB,
-    unlooped=(value(2 * MIB), value(MIB, "NO_GAIN")),
-    notes=("a note",),
-    budget=8 * MIB,
-    timelines=(TIMELINE,),
-)
 
 
 class TextTest(TestCase):
     def test_text(self):
-        self.assertExpectedInline(str(FULL), """\
+        self.assertExpectedInline(
+            str(FULL),
+            """\
 mst_fx: 5 looped, 3 left alone, 2 graphs
 peak of a step (largest of 2 graphs): 14.0 MiB -> 7.0 MiB (predicted, without and with loops)
   alive then: backward of mlp at model -> forward of attention
@@ -97,16 +50,20 @@ not looped, the largest first:
     .../model/modeling.py:164: return self.down(self.act(self.gate(x)) * self.up(x))
     Add a pattern.
 1.0 MiB in 1 kind of values that no loop makes smaller (report.unlooped)
-a note""")
+a note""",
+        )
 
     def test_a_missed_budget_is_one_line(self):
         missed = RefusedRegion("all", "BUDGET", "", "", "2.0 MiB more", "5.0 MiB allowed, the least is 7.0 MiB", "")
         report = Report(refusals=(missed,), peak=7 * MIB, peak_whole=7 * MIB, budget=5 * MIB)
-        self.assertExpectedInline(str(report), """\
+        self.assertExpectedInline(
+            str(report),
+            """\
 mst_fx: 0 looped, 0 left alone, 1 graph
 peak of a step: 7.0 MiB (predicted)
 memory_budget missed: 5.0 MiB allowed, the least is 7.0 MiB
-change first: 2.0 MiB more""")
+change first: 2.0 MiB more""",
+        )
 
 
 def test_lines_fit_a_terminal():
@@ -123,7 +80,7 @@ def test_data_stay_one_entry_each():
 
 
 def test_only_numbers_that_differ_are_stars():
-    (entry, group), = alike([refusal(1, module=f"blocks.{n}.experts.2.mlp") for n in (10, 11)])
+    ((entry, group),) = alike([refusal(1, module=f"blocks.{n}.experts.2.mlp") for n in (10, 11)])
     assert (entry.module, len(group)) == ("blocks.*.experts.2.mlp", 2)
 
 
@@ -157,7 +114,9 @@ def test_one_unit_style():
 
 def test_what_has_most_bytes_is_to_be_changed_first():
     assert Report().change_first == ""
-    assert Report(unlooped=(value(2 * MIB), value(3 * MIB))).change_first.startswith("3.0 MiB of torch.tanh at model.norm: ")
+    assert Report(unlooped=(value(2 * MIB), value(3 * MIB))).change_first.startswith(
+        "3.0 MiB of torch.tanh at model.norm: "
+    )
     two = value(2 * MIB), value(2 * MIB, "NO_GAIN"), value(2 * MIB, "NO_GAIN")
     assert Report(unlooped=two).change_first.startswith("activation checkpointing: 4.0 MiB ")
     returned = mlp(0, returned_bytes=3 * MIB, returned_gradient_bytes=3 * MIB)
