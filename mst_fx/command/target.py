@@ -84,7 +84,7 @@ def _known(name: str) -> None:
     try:
         spec = importlib.util.find_spec(name)
     except ModuleNotFoundError as error:
-        if not name.startswith(f"{error.name}."):
+        if not f"{name}.".startswith(f"{error.name}."):
             raise _failed(name, "fails when it is imported", error) from error
         spec = None
     if spec is None:
@@ -121,7 +121,7 @@ def _given(target: str, made: Any) -> tuple[Callable[..., Any], tuple[Any, ...],
     """Return the function, arguments and keyword arguments that a call has returned; None where it was a step."""
     if not (isinstance(made, tuple) and made and callable(made[0])):
         return None
-    fn, args, kwargs = (*made, (), {})[:3] if len(made) < 3 else made[:3]
+    fn, args, kwargs = (*made, *((), {})[len(made) - 1 :])[:3]
     if len(made) > 3 or not (isinstance(args, (tuple, list)) and isinstance(kwargs, dict)):
         raise ExplainError(f"{target} returns a function with something else than (function, arguments, keywords)")
     return fn, tuple(args), kwargs
