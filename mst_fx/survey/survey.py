@@ -24,7 +24,7 @@ from mst_fx.core.values import fake_value
 from mst_fx.plan.chunk_length import Lengths, Terms, terms_of
 from mst_fx.plan.planner import Offer
 from mst_fx.predict.extent import extent_of
-from mst_fx.predict.region_memory import RegionMemory, memory_of, temporary_bytes, written_after
+from mst_fx.predict.region_memory import RegionMemory, memory_of, memory_unlooped, temporary_bytes, written_after
 from mst_fx.predict.time import cost_of
 from mst_fx.recognise.checkpoints import is_opened
 from mst_fx.recognise.dead_code import without_dead_code
@@ -218,7 +218,7 @@ class Surveyor:
         terms = site.terms if at is hint else self._terms(site.region, work, at)
         written = temporary_bytes(work.stages, terms.extent.length, at)
         if written < self.config.least_bytes and not (due or terms.wish.loop):
-            memory = RegionMemory(written)  # it is not looped: no need to trace its bodies
+            memory = memory_unlooped(work, at)  # no need to trace its bodies
         else:
             memory = self._memory(work, terms.lengths, at)
         cost = cost_of(work, memory, terms.extent, at)
