@@ -38,5 +38,5 @@ def _values(unlooped: list[Unlooped]) -> Iterator[tuple[int, str]]:
 
 def _returned(region: LoopedRegion) -> tuple[int, str]:
     size = region.returned_bytes + region.returned_gradient_bytes
-    told = f"{readable(size)} of returned logits and their gradient at {at(region.module)}"
-    return size, f"{told}: returned_logits='drop' returns None in training"
+    what = "returned logits and their gradient" if region.returned_gradient_bytes else "returned logits"
+    return size, f"{readable(size)} of {what} at {at(region.module)}: returned_logits='drop' returns None in training"

@@ -39,7 +39,10 @@ def test_entry_point_needs_no_import():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"chunk_token": 4}, "unknown option 'chunk_token'; ours are accumulate, chunk_tokens, debug_dir, disable, inner"),
+        (
+            {"chunk_token": 4},
+            "unknown option 'chunk_token'; ours are accumulate, chunk_tokens, debug_dir, disable, inner",
+        ),
         ({"chunk_tokens": "4"}, "'chunk_tokens' takes a positive int or None, not '4'"),
         ({"num_chunks": 0}, "'num_chunks' takes a positive int"),
         ({"chunk_tokens": 4, "num_chunks": 2}, "exclude each other"),

@@ -104,6 +104,13 @@ def test_an_error_in_making_it_costs_no_loop(monkeypatch):
     assert "no numbers" in report.refusals[0].text
 
 
+def test_regions_that_are_too_small_to_be_looped_are_part_of_the_peak(report):
+    """Their bodies are not traced, so that only what they save counts."""
+    (timeline,) = (small := report_of(NanoGPT(3), min_bytes=2**40)).timelines
+    assert {alive.what for alive in timeline.whole.alive} >= {"mlp", "head"}
+    assert 0.85 * report.peak_whole < small.peak == small.peak_whole <= report.peak_whole
+
+
 def test_a_graph_without_gradients_holds_nothing_for_backward():
     with torch.no_grad():
         (timeline,) = report_of(MlpLM()).timelines
