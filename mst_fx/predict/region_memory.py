@@ -108,7 +108,7 @@ def memory_of(work: Work, call: Call, at: Hint) -> RegionMemory:
 
 
 def memory_unlooped(work: Work, at: Hint) -> RegionMemory:
-    """Predict the bytes of a region that is not looped in any case, without its bodies: those that it saves at least."""
+    """Predict the bytes of a region that is not looped in any case, without its bodies: those that it saves."""
     saved = _saved_whole_bytes(work, at)
     written = temporary_bytes(work.stages, at(work.stages.length), at)
     return RegionMemory(written, saved_whole=saved, whole_forward=saved, whole_backward=saved, whole_again=saved)

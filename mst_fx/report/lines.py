@@ -55,5 +55,5 @@ def times(number: int) -> str:
 
 
 def short(op: str) -> str:
-    """Return the name of an op without the module of torch or of Python that it is in, and without a default overload."""
+    """Return the name of an op without the module of torch or of Python that it is in, nor a default overload."""
     return re.sub(r"^(torch\.nn\.functional|torch|operator|aten)\.(\w+?)(\.default)?$", r"\2", op)
