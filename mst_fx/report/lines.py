@@ -9,14 +9,21 @@ from textwrap import wrap
 WIDTH = 100
 """Columns. A longer word is not broken."""
 INDENT = "    "
+TIED = "\N{NO-BREAK SPACE}"
 
 
 def prose(text: str, indent: str = "") -> list[str]:
     """Return a sentence in lines of at most WIDTH columns; those after the first are indented further."""
-    behind = indent + INDENT
-    return wrap(
-        text, WIDTH, initial_indent=indent, subsequent_indent=behind, break_long_words=False, break_on_hyphens=False
+    joined = re.sub(r"(?<=\d) (?=(?:B|[KMG]iB|ms)\b)", TIED, text)
+    lines = wrap(
+        joined,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent + INDENT,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
+    return [line.replace(TIED, " ") for line in lines]
 
 
 def entry(head: str, *details: str, source: str = "") -> list[str]:

@@ -24,7 +24,7 @@ COLOURS = {
     "running": "#c8694a",
 }
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
-LABELS, LETTERS = 40, 32
+LABELS, LETTERS = 40, 36
 """The most labels of regions in a picture, and the most characters of one."""
 GRAPHS = 6
 """The most graphs in a picture: those with the highest peaks."""
@@ -50,24 +50,24 @@ def draw(report: Report, path: str | PathLike[str]) -> None:
     drawn = _drawn(report.timelines)
     if not drawn:
         raise ValueError("mst_fx: the report has no timeline to draw: no graph was captured, or the pass failed")
-    figure = figure_of(figsize=(min(11 * len(drawn), 33), 7.5), layout="constrained")
-    axes = figure.subplots(2, len(drawn), sharex="col", sharey=True, squeeze=False)
+    courses = (("without loops", False), ("with loops", True))[: 2 if report.regions else 1]
+    figure = figure_of(figsize=(min(11 * len(drawn), 33), 1.5 + 3 * len(courses)), layout="constrained")
+    axes = figure.subplots(len(courses), len(drawn), sharex="col", sharey=True, squeeze=False)
     top = max(timeline.peak(course) for timeline in drawn.values() for course in (timeline.whole, timeline.looped))
     unit, size = next((each for each in UNITS if top >= each[1]), UNITS[-1])
     for column, (number, timeline) in enumerate(drawn.items()):
         name = f"graph {number + 1} of {len(report.timelines)}, " if len(report.timelines) > 1 else ""
-        for row, (course, title) in enumerate(((timeline.whole, "without loops"), (timeline.looped, "with loops"))):
-            picture = axes[row][column]
+        for pictures, (title, with_loops) in zip(axes, courses, strict=True):
+            picture, course = pictures[column], timeline.looped if with_loops else timeline.whole
             _stack(picture, timeline, course, size)
             _mark(picture, timeline, course, size)
+            _shade(picture, [span for span in timeline.spans if span.looped or not with_loops])
             picture.set_title(f"{name}{title}: peak {readable(timeline.peak(course))}", loc="left", fontsize=11)
             picture.set_ylim(0, 1.22 * max(1, top) / size)
-        _shade(axes[0][column], timeline.spans)
-        _shade(axes[1][column], [span for span in timeline.spans if span.looped])
-        _label(axes[1][column], timeline.spans)
-        axes[1][column].set_xlabel("parts of the graph, in the order in which they run")
-    for row in (0, 1):
-        axes[row][0].set_ylabel(f"bytes alive ({unit})")
+        _label(axes[-1][column], timeline.spans)
+        axes[-1][column].set_xlabel("parts of the graph, in the order in which they run")
+    for pictures in axes:
+        pictures[0].set_ylabel(f"bytes alive ({unit})")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=len(COLOURS), frameon=False)
     figure.suptitle(_title(report, len(drawn)))
@@ -82,9 +82,8 @@ def _drawn(timelines: tuple[GraphTimeline, ...]) -> dict[int, GraphTimeline]:
 
 def _title(report: Report, drawn: int) -> str:
     loops = several(len(report.regions), "loop")
-    title = (
-        f"Predicted memory of a training step: peak {readable(report.peak_whole)}, with {loops} {readable(report.peak)}"
-    )
+    looped = f"with {loops} {readable(report.peak)}" if report.regions else "nothing is looped"
+    title = f"Predicted memory of a training step: peak {readable(report.peak_whole)}, {looped}"
     if len(report.timelines) > 1:
         which = f"the {drawn} largest of " if drawn < len(report.timelines) else ""
         title += f" ({which}{len(report.timelines)} graphs, each by itself)"
@@ -166,5 +165,7 @@ def _label(picture: Any, spans: Iterable[Span]) -> None:
 def _name(span: Span) -> str:
     """Return the name of a region with the end of its module's path."""
     left = LETTERS - len(span.pattern) - 1
-    module = span.module if len(span.module) <= left else f"...{span.module[3 - left :]}"
+    module = span.module
+    if len(module) > left:
+        module = "..." + module[3 - left :].partition(".")[2]
     return f"{span.pattern} {module}".strip() + ("" if span.looped else ", no loop")

@@ -7,11 +7,13 @@ import logging
 
 import pytest
 import torch
+from graphs import captured
 from models import MlpLM, tokens
 from torch.fx import Graph, GraphModule
 
 import mst_fx
 from mst_fx.core.config import Config
+from mst_fx.pipeline import looped_and_told
 from mst_fx.report.files import DebugFiles
 from mst_fx.report.report import Report
 
@@ -94,3 +96,16 @@ def test_a_wrong_folder_is_an_error():
     for wrong in (3, "", True):
         with pytest.raises(TypeError, match="'debug_dir' takes the path of a folder"):
             Config(debug_dir=wrong)
+
+
+def test_the_way_through_inductor_leaves_them_too(tmp_path):
+    """That of `enable`, which compiles nothing itself."""
+    gm = captured(MlpLM(), *tokens())
+    module = looped_and_told(gm, Config(min_bytes=0, chunk_tokens=8, debug_dir=tmp_path))
+    assert module is not gm
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "000_captured.py",
+        "000_looped.py",
+        "000_report.json",
+        "000_report.txt",
+    ]

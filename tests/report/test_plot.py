@@ -44,6 +44,16 @@ def test_a_picture_tells_its_numbers(tmp_path):
         assert told in text
 
 
+def test_without_loops_there_is_one_picture_a_graph(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        replace(FULL, regions=(), peak=FULL.peak_whole).plot(tmp_path / "memory.svg")
+    text = (tmp_path / "memory.svg").read_text()
+    assert "peak 14.0 MiB, nothing is looped" in text
+    assert "without loops: peak" in text
+    assert "with loops: peak" not in text
+
+
 def test_of_many_graphs_the_largest_are_drawn():
     small, large = replace(TIMELINE, parameters=1), TIMELINE
     many = (*[small] * 5, large, *[small] * 5)

@@ -95,6 +95,11 @@ def test_long_words_are_not_broken():
     assert prose(f"see {word}") == ["see", f"    {word}"]
 
 
+def test_a_number_and_its_unit_stay_together():
+    for length in range(80, 100):
+        assert not any(line.endswith(" 3.0") for line in prose(f"{'a' * length} 3.0 MiB of it"))
+
+
 def test_ops_are_told_without_the_modules_of_torch():
     names = {"torch.nn.functional.linear": "linear", "operator.add": "add", "torch.cat": "cat", "aten.mm.default": "mm"}
     assert {name: short(name) for name in names} == names
