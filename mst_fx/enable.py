@@ -71,11 +71,11 @@ class LoopPass:
 def enable(**options: Any) -> None:
     """Let every later `torch.compile` of this process that uses Inductor, its default, go through the pass.
 
-    Call it before the first step: what is compiled already stays as it is (`torch._dynamo.reset()` lets go of it). The
-    caller's `mode=` and `options=` hold as without it; options of mst_fx are given here. `backend="mst_fx"` keeps its own
-    options and loops once. Other backends than Inductor are left alone, and so are compiles with Inductor's options
-    `use_pre_grad_passes=False` (mode "lite") or a `pre_grad_custom_pass` of their own. A `pre_grad_custom_pass` that is
-    set already is kept and runs first.
+    Call it before the first step: what is compiled already stays as it is (`torch._dynamo.reset()` lets go of it).
+    Options of mst_fx are given here; the caller's `mode=` and `options=` hold as without it. `backend="mst_fx"` keeps
+    its own options, and loops once. Left alone are other backends than Inductor, and compiles whose own options switch
+    this place off (`use_pre_grad_passes`, mode "lite") or take it (`pre_grad_custom_pass`). A pass that Inductor's
+    configuration holds already is kept, and runs first.
 
     The pass runs in front of Inductor's caches, so each compile has its report (`mst_fx.reports`). An error inside the
     pass costs the loop that it hits; an error that Inductor raises on a loop ends the compile, unlike with
@@ -89,7 +89,7 @@ def enable(**options: Any) -> None:
         TypeError: an option has a value that it does not take.
         RuntimeError: this torch version has no such place for a pass, or it is switched off.
     """
-    config, _ = Config.split(options, ())
+    config, _ = Config.split(options, frozenset())
     if "inner" in options:
         raise ValueError("mst_fx: enable() works inside Inductor; for another compiler, use backend='mst_fx'")
     if not inductor.has_option(PLACE):
@@ -117,8 +117,7 @@ def disable() -> None:
 def enabled(**options: Any) -> Iterator[None]:
     """Go through the pass inside a block only; an `enable` around it holds again behind it.
 
-    A compile belongs to the block if it happens in there: at the first call of a compiled function, or at one with
-    shapes that it was not compiled for.
+    Compiles happen at calls: at the first one of a compiled function, and at later ones with other shapes.
 
     Args:
         **options: as for `enable`.

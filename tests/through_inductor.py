@@ -1,4 +1,4 @@
-"""The backend's tests, with the pass at the place that `enable` gives it: among Inductor's passes on captured graphs."""
+"""The backend's tests, with the pass where `enable` puts it: among Inductor's passes on captured graphs."""
 
 from __future__ import annotations
 

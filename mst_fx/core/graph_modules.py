@@ -45,7 +45,8 @@ def take_over(gm: GraphModule, changed: GraphModule) -> None:
     for node in changed.graph.nodes:
         if node.op != "placeholder":
             node_of[node] = graph.node_copy(node, node_of.__getitem__)
-    read = {str(node.target).partition(".")[0] for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    reads = (str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module"))
+    read = dict.fromkeys(target.partition(".")[0] for target in reads)  # in order, for the keys of caches
     for name in dict(gm.named_children()):
         if name not in read:
             delattr(gm, name)

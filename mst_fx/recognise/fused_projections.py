@@ -235,9 +235,9 @@ def _way(lowered: GraphModule, position: int) -> _Way | None:
         position: of the stream among its placeholders.
     """
     uncuts = {_cut_from(piece) for piece in lowered.graph.output_node().all_input_nodes}
-    if len(uncuts) != 1:
+    uncut = uncuts.pop()
+    if uncuts or not isinstance(uncut.meta["val"], torch.Tensor):  # a split into pieces of a size that varies
         return None
-    (uncut,) = uncuts
     dims = {_cut_dim(piece, uncut) for piece in lowered.graph.output_node().all_input_nodes}
     dim = dims.pop()
     if dims or dim is None:

@@ -167,6 +167,14 @@ def test_stays_one_projection(program):
     assert text(rewritten(gm)[0]) == text(gm)
 
 
+def test_pieces_whose_widths_vary_stay_one_projection():
+    def program(x, w):
+        gate, up = (x.flatten(0, 1) @ w).unflatten(0, (B, x.shape[1])).chunk(2, -1)
+        return F.silu(gate) * up
+
+    beside_eager(program, lambda _: [leaf(B, T, D), leaf(D, 2 * H)], dynamic=True)
+
+
 def test_attention_beside_an_mlp_stays_one_projection():
     def program(x, w_in, w_out, up, down):
         q, k, v = (y[:, None] for y in F.linear(x, w_in).chunk(3, -1))  # each is wide

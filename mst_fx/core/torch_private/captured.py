@@ -9,6 +9,7 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
@@ -51,22 +52,23 @@ class Attempt:
     """One of Dynamo's attempts to compile a program: it begins anew where something turns out to be otherwise.
 
     Attributes:
-        compile_id: of the compile.
+        context: Dynamo's record of the compile; its name would not do, which a reset of Dynamo gives once more.
         number: of the attempt, from 0.
     """
 
-    compile_id: Any
+    context: ref[Any]
     number: int
 
     def replaces(self, other: Attempt | None) -> bool:
         """Return whether it is a later attempt at the same compile."""
-        return other is not None and self.compile_id == other.compile_id and self.number > other.number
+        return other is not None and self.context() is other.context() is not None and self.number > other.number
 
 
 def attempt() -> Attempt | None:
-    """Return the attempt that is under way, None outside of a compile."""
-    trace_id = torch._guards.CompileContext.current_trace_id()
-    return Attempt(trace_id.compile_id, trace_id.attempt) if trace_id is not None else None
+    """Return the attempt that is under way, None outside of a compile, or where torch does not tell."""
+    kind = getattr(torch._guards, "CompileContext", None)
+    context = getattr(kind, "try_get", lambda: None)()
+    return Attempt(ref(context), getattr(context, "attempt", 0)) if context is not None else None
 
 
 def is_captured(gm: GraphModule) -> bool:
