@@ -71,18 +71,13 @@ def test_what_is_switched_off(monkeypatch):
     ]
 
 
-def test_a_compiler_that_is_missing_is_seen(monkeypatch):
-    from torch._inductor import config
+def test_a_compiler_that_is_missing_is_seen():
+    from torch._inductor import config, cpp_builder
 
     assert inductor.missing_compiler("cpu") is None
-    monkeypatch.setattr(config.cpp, "cxx", (None, "/no/such/compiler"))
-    from torch._inductor import cpp_builder
-
-    for cached in (cpp_builder.get_cpp_compiler, cpp_builder.cpp_compiler_search):
-        getattr(cached, "cache_clear", lambda: None)()
-    assert inductor.missing_compiler("cpu") == "a C++ compiler"
-    for cached in (cpp_builder.get_cpp_compiler, cpp_builder.cpp_compiler_search):
-        getattr(cached, "cache_clear", lambda: None)()
+    cpp_builder.cpp_compiler_search.cache_clear()
+    with config.patch({"cpp.cxx": (None, "/no/such/compiler")}):
+        assert inductor.missing_compiler("cpu") == "a C++ compiler"
 
 
 def test_caches_that_cannot_be_written(monkeypatch):
