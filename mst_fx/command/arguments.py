@@ -11,15 +11,21 @@ from typing import Any
 from mst_fx.command.doctor import examined
 from mst_fx.command.target import ExplainError, explained
 
+INNER = ("inductor", "aot_eager", "eager")
 EXPLAIN = """Compile a function, run it once, and print what is looped, what is not, and why.
 
-The function takes no arguments. Either it returns what is to be compiled, with its arguments:
+The function takes no arguments. Either it returns what is to be compiled and its arguments, as (function, arguments) or
+(function, arguments, keyword arguments):
 
-    def small():                              def step():
-        return train_step, (ids, labels)          return model(input_ids=ids, labels=labels).loss
+    def sample():
+        return train_step, (ids, labels)
 
-as (function, arguments) or (function, arguments, keyword arguments); or it is a training step itself. It is called once
-without compiling, to tell which; --step says that it is a step, which then runs compiled alone.
+or it is a training step itself:
+
+    def step():
+        return model(input_ids=ids, labels=labels).loss
+
+It is called once without compiling, to tell which. --step says that it is a step, which then runs compiled alone.
 """
 
 
@@ -38,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m mst_fx", description=__doc__)
+    parser = ArgumentParser(prog="python -m mst_fx", description="Ask what mst_fx does, and whether it works here.")
     commands = parser.add_subparsers(required=True, metavar="command")
     explain = commands.add_parser(
         "explain",
@@ -61,7 +67,7 @@ def _parser() -> ArgumentParser:
     explain.add_argument("--plot", metavar="FILE", help="draw the memory of a step (.png, .svg, .pdf)")
     explain.set_defaults(run=_explain)
     doctor = commands.add_parser("doctor", help="check this machine: versions, compilers, a loop that is compiled")
-    doctor.add_argument("--inner", default="inductor", choices=("inductor", "aot_eager", "eager"))
+    doctor.add_argument("--inner", default="inductor", choices=INNER, help="compiler of the loop that is tried")
     doctor.add_argument("--device", default=None, help="as torch names it; by default a GPU where there is one")
     doctor.set_defaults(run=_doctor)
     return parser

@@ -36,6 +36,12 @@ def test_explain_of_a_small_model_says_why_not():
     assert "min_bytes is 64.0 MiB" in str(report)
 
 
+def test_explain_raises_errors_of_options_as_they_are():
+    for options, error in (({"chunks": 4}, ValueError), ({"chunk_tokens": "many"}, TypeError)):
+        with pytest.raises(error, match="mst_fx: (unknown )?option 'chunk"):
+            mst_fx.explain(MlpLM(), *tokens(), options=options)
+
+
 def test_explain_counts_graphs():
     def broken_in_two(x):
         y = x + 1

@@ -65,6 +65,8 @@ def missing_compiler(device: str) -> str | None:
     """Return what Inductor lacks to compile for a kind of device, in words; None where it has all, or cannot tell."""
     if device == "cpu":
         return _missing_cpp()
+    if device not in ("cuda", "xpu"):
+        return None
     try:
         from torch.utils._triton import has_triton
     except ImportError:
