@@ -38,7 +38,7 @@ def test_explain_of_a_small_model_says_why_not():
 
 def test_explain_raises_errors_of_options_as_they_are():
     for options, error in (({"chunks": 4}, ValueError), ({"chunk_tokens": "many"}, TypeError)):
-        with pytest.raises(error, match="mst_fx: (unknown )?option 'chunk"):
+        with pytest.raises(error, match=r"mst_fx: (unknown )?option 'chunk"):
             mst_fx.explain(MlpLM(), *tokens(), options=options)
 
 
