@@ -86,8 +86,9 @@ def causal_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("causal_sdpa", causal_attention)
-AttentionMaskInterface.register("causal_sdpa", lambda *args, **kwargs: None)
+ATTENTION = "causal_sdpa"
+AttentionInterface.register(ATTENTION, causal_attention)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
 def build_model(preset: Preset, device: torch.device) -> PreTrainedModel:
@@ -100,7 +101,7 @@ def build_model(preset: Preset, device: torch.device) -> PreTrainedModel:
         num_hidden_layers=preset.layers,
         max_position_embeddings=preset.length,
         use_cache=False,
-        attn_implementation="causal_sdpa",
+        attn_implementation=ATTENTION,
     )
     torch.manual_seed(SEED)
     with device:  # make the weights of a large preset on the device that uses them

@@ -7,6 +7,7 @@ Trainers check the name of a backend against a closed list that has "inductor". 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,15 @@ from torch.fx import Graph, GraphModule
 
 from mst_fx.core.config import Config
 from mst_fx.core.graph_modules import take_over
+from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private import inductor
 from mst_fx.core.torch_private.captured import is_captured
 from mst_fx.inner_compiler import cached_with_loops, is_of_our_backend
 from mst_fx.pipeline import looped_and_told
+from mst_fx.report.items import refused
+from mst_fx.report.report import Report, record
+
+log = logging.getLogger("mst_fx")
 
 PLACE = "pre_grad_custom_pass"
 TIMING = "pre_grad_pass_timing"
@@ -43,8 +49,15 @@ class LoopPass:
         """Change a graph in place. Subgraphs, for which Inductor calls as well, change with the graph around them."""
         for other in self.others:
             other(graph)
+        if is_of_our_backend():
+            return
         gm = graph.owning_module
-        if not isinstance(gm, GraphModule) or not is_captured(gm) or is_of_our_backend():
+        if not isinstance(gm, GraphModule):
+            text = "Inductor hands over a graph that belongs to no module, or to several"
+            log.warning("mst_fx: %s; not looped", text)
+            record(Report(refusals=(refused("all", Refusal(Reason.INTERNAL, None, text)),)))
+            return
+        if not is_captured(gm):
             return
         changed = looped_and_told(gm, self.config)
         if changed is not gm:
@@ -82,16 +95,19 @@ def enable(**options: Any) -> None:
     `backend="mst_fx"`, which then compiles without this loop.
 
     Args:
-        **options: of `Config`, but for `inner`. A second call replaces the options of the first.
+        **options: of `Config`, but for `inner` and `mode`. Logits that are dropped are None, with a warning. A second
+            call replaces the options of the first.
 
     Raises:
-        ValueError: an unknown option, options that exclude each other, or `inner`.
+        ValueError: an unknown option or pattern name, options that exclude each other, `inner` or `mode`.
         TypeError: an option has a value that it does not take.
         RuntimeError: this torch version has no such place for a pass, or it is switched off.
     """
     config, _ = Config.split(options, frozenset())
     if "inner" in options:
         raise ValueError("mst_fx: enable() works inside Inductor; for another compiler, use backend='mst_fx'")
+    if config.mode is not None:
+        raise ValueError("mst_fx: with enable(), mode= is an argument of torch.compile alone")
     if not inductor.has_option(PLACE):
         raise RuntimeError(
             f"mst_fx: Inductor of torch {torch.__version__} has no option {PLACE!r}, so enable() cannot work; "
@@ -99,6 +115,10 @@ def enable(**options: Any) -> None:
         )
     if inductor.has_option("use_pre_grad_passes") and not inductor.option("use_pre_grad_passes"):
         raise RuntimeError("mst_fx: Inductor's option use_pre_grad_passes is off, so enable() cannot work")
+    if config.disable:
+        from mst_fx.recognise.pattern import patterns  # late, as in `pipeline`
+
+        patterns(config.disable)
     disable()
     before = {name: inductor.option(name) for name in (PLACE, TIMING, CACHEABLE) if inductor.has_option(name)}
     inductor.register_pass(LoopPass)

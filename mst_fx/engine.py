@@ -16,16 +16,18 @@ from typing import TypeVar
 import torch
 from torch.fx import GraphModule, Node
 
+from mst_fx.bodies.call import Call
 from mst_fx.bodies.splice import Replacement, loop
 from mst_fx.bodies.work import Work, fix_for
 from mst_fx.core.clean_room import clean_room
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.modes import Mode
-from mst_fx.core.provenance import At, borders_of
+from mst_fx.core.module_paths import knowing, landmarks_of
+from mst_fx.core.provenance import borders_of
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.sizes import Hint, fix, hint, long_hint, without_guards
+from mst_fx.core.sizes import Hint, fix, hint, is_symbolic, long_hint, without_guards
 from mst_fx.core.values import marked_sizes, sizes_of
 from mst_fx.plan.chunk_length import Lengths
 from mst_fx.plan.planner import Offer, Plan, Plans, make_plans
@@ -35,6 +37,8 @@ from mst_fx.recognise.rebuild import Edit, rebuilt
 from mst_fx.report.entries import looped
 from mst_fx.report.items import refused
 from mst_fx.report.report import Report
+from mst_fx.runtime.places import Place, remember
+from mst_fx.survey import messages
 from mst_fx.survey.courses import graph_timeline
 from mst_fx.survey.survey import Surveyor
 from mst_fx.survey.surveyed import Around, Site, Surveyed, device_of_graph, timeline_of
@@ -76,7 +80,7 @@ class Engine:
     """
 
     def __init__(self, gm: GraphModule, config: Config, chosen: Sequence[Pattern]) -> None:
-        self.gm = gm
+        self.gm, self.landmarks = gm, landmarks_of(gm)
         self.config, self._told = within_breaks(config, gm)
         self.surveyor = Surveyor(self.config, chosen, marked_sizes(gm))
         self.surveyed = self._surveyed()
@@ -84,7 +88,7 @@ class Engine:
     def _surveyed(self) -> Surveyed:
         mode = Mode(grad=torch.is_grad_enabled(), inference=torch.is_inference_mode_enabled())
         around = Around(mode=mode, borders=borders_of(self.gm))
-        with _quiet_room(), without_guards(sizes_of(self.gm) if self.config.strict else ()):
+        with self._room(), without_guards(sizes_of(self.gm) if self.config.strict else ()):
             surveyed = self.surveyor.survey(self.gm, around)
             notes = (*self._told, *left_out(self.config), *unmatched(self.config, surveyed))
         return replace(surveyed, report=surveyed.report.joined(Report(notes=notes)))
@@ -92,6 +96,12 @@ class Engine:
     def copy(self) -> GraphModule:
         """Return a copy of the captured graph: compilers change the graph that they get."""
         return rebuilt(self.gm, [])
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Enter a quiet room where the paths of the user's modules are known."""
+        with knowing(self.landmarks), _quiet_room():
+            yield
 
     def rewritten(self, without: Mapping[Work, str] | None = None) -> Rewritten:
         """Return the graph with loops.
@@ -103,21 +113,20 @@ class Engine:
             try:
                 return self._rewritten_but(without or {})
             except _LeftOverError as left:
-                log.debug("mst_fx: survey: once more: %s", left)
+                messages.tell_left_over(left)
                 self.surveyor.left_alone.update(left.changes)
                 self.surveyed = self._surveyed()
 
     def _rewritten_but(self, reasons: Mapping[Work, str]) -> Rewritten:
         sites = [site for site in self.surveyed.all_sites() if site.work in reasons]
-        surveyed = self.surveyed.without(
-            {site: Refusal(Reason.INTERNAL, site.region.last, reasons[site.work]) for site in sites}
-        )
-        with _quiet_room():
+        left = {site: Refusal(Reason.INTERNAL, site.region.last, reasons[site.work]) for site in sites}
+        with self._room():
+            surveyed = self.surveyed.without(left)
             while True:
                 try:
                     return self._rewritten(surveyed)
                 except _AtFaultError as fault:
-                    log.debug("mst_fx: left out: %s at %s: %s", fault.site.pattern, At(fault.site.region.last), fault)
+                    messages.tell_left_out(fault.site, fault)
                     surveyed = surveyed.without({fault.site: fault.refusal})
 
     def _rewritten(self, surveyed: Surveyed) -> Rewritten:
@@ -125,7 +134,7 @@ class Engine:
         timeline = timeline_of(surveyed)
         plans = make_plans(offers, timeline, device_of_graph(surveyed), self.config)
         of_site = dict(zip(surveyed.all_sites(), plans.of, strict=True))
-        _log_plans(plans, of_site)
+        messages.tell_plans(plans, of_site)
         unneeded = surveyed.left_over([site for site, plan in of_site.items() if plan.lengths])
         if unneeded:
             raise _LeftOverError(unneeded)
@@ -177,7 +186,8 @@ class Engine:
             plan = plans[site]
             if plan.lengths is None:
                 refusal = Refusal(Reason.SMALL, site.region.last, plan.reason)
-                report = report.joined(Report(refusals=(refused(site.pattern, refusal),)))
+                refusals = (refused(site.pattern, refusal, site.region.module),)
+                report = report.joined(Report(refusals=refusals))
                 continue
             detached = site.region.returned if self.config.returned_logits == "detach" else ()
             edits.append(Edit(site.region, partial(self._put, site, plan), detached))
@@ -218,8 +228,9 @@ class Engine:
             call = self.surveyor.call(site.work, lengths)
             fix_for(site.region, site.work)
             replacement = Replacement(site.region, site.work.stages, call, site.around.saves_results)
+            remember(_place(site, call), call.spec.forward_spec, call.spec.backward_spec)
             results = loop(owner, place, node_of, replacement)
-            log.debug("mst_fx: spliced: %s at %s", site.pattern, At(site.region.last))
+            messages.tell_spliced(site)
             return results
 
         return self._for(site, put)
@@ -267,17 +278,13 @@ def _quiet_room() -> Iterator[None]:
             gc.enable()
 
 
-def _log_plans(plans: Plans, of_site: Mapping[Site, Plan]) -> None:
-    """Log each plan as a debug message."""
-    whole, peak = readable(plans.peak_whole), readable(plans.peak)
-    log.debug("mst_fx: plan: the peak of a step goes from %s to %s", whole, peak)
-    for site, plan in of_site.items():
-        if plan.lengths is None:
-            log.debug("mst_fx: plan: %s at %s: no loop: %s", site.pattern, At(site.region.last), plan.reason)
-        else:
-            text = "mst_fx: plan: %s at %s: chunks of %d positions, %d of them, forward in chunks of %d"
-            lengths = plan.lengths
-            log.debug(text, site.pattern, At(site.region.last), lengths.chunk, plan.chunks, lengths.forward)
+def _place(site: Site, call: Call) -> Place:
+    """Return what errors at run time say of a region."""
+    operands = [node.meta["val"] for node in site.work.stages.operands]
+    axes = (call.spec.backward_spec or call.spec.forward_spec)[2][-len(operands) :]
+    whole = (tuple(x.shape) for x, axis in zip(operands, axes, strict=True) if axis is None)
+    weights = frozenset(shape for shape in whole if not any(map(is_symbolic, shape)))
+    return Place(site.pattern, site.region.module, weights)
 
 
 def _with_budget(report: Report, plans: Plans) -> Report:

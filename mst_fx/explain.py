@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
     Raises:
         ValueError, TypeError: as `backend`; and any error of `fn` itself.
     """
-    given = {"inner": "eager", **(options or {})}
+    given = {"inner": "eager", **options} if isinstance(options, Mapping) else options or {"inner": "eager"}
     Config.split(given, inductor.option_names())  # a wrong option is an error here, not one inside of the compile
     made: list[Report] = []
 

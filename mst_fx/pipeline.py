@@ -28,7 +28,8 @@ from torch.fx import GraphModule
 
 from mst_fx.core.clean_room import modes_given_back
 from mst_fx.core.config import Config
-from mst_fx.core.faults import refusal_for, words_of
+from mst_fx.core.faults import refusal_for, unfit_torch, words_of
+from mst_fx.core.provenance import source_line
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private import inductor
 from mst_fx.core.torch_private.dynamo import PASSING
@@ -111,6 +112,8 @@ def looped_and_told(gm: GraphModule, config: Config) -> GraphModule:
         module, report = gm, Report(refusals=(refused("all", rewritten),))
     else:
         module, report = rewritten.module, rewritten.report
+    for entry in report.dropped:  # no code of ours runs behind the compiled code, to return what says why
+        log.warning("%s; None is returned for them", entry.instead)
     record(report)
     log.info("%s", report)
     files.looped(module)
@@ -140,6 +143,8 @@ def _engine(gm: GraphModule, config: Config, foreign: dict[str, Any]) -> Engine 
     """
     if config.inner == "inductor" and not writes_python(foreign):
         return Refusal(Reason.BACKEND, None, "Inductor's C++ wrapper cannot call the loop")
+    if (unfit := unfit_torch()) is not None:
+        return Refusal(Reason.TORCH, None, unfit)
     try:
         from mst_fx import engine
         from mst_fx.recognise import pattern
@@ -168,7 +173,7 @@ def _compiled(engine: Engine, compile_graph: Compile, inputs: Sequence[Any]) -> 
         return compile_graph(engine.gm, inputs), Report(refusals=(refused("all", refusal),))
     try:
         with modes_given_back():
-            return compile_graph(rewritten.module, inputs), rewritten.report
+            return _telling(engine, rewritten, compile_graph(rewritten.module, inputs)), rewritten.report
     except PASSING:
         raise
     except Exception as error:
@@ -195,7 +200,8 @@ def _compiled_in_part(
         try:
             attempt = engine.rewritten(tried)
             with modes_given_back():
-                compiled, report, left = compile_graph(attempt.module, inputs), attempt.report, tried
+                compiled = _telling(engine, attempt, compile_graph(attempt.module, inputs))
+                report, left = attempt.report, tried
         except PASSING:
             raise
         except Exception as failure:
@@ -205,6 +211,27 @@ def _compiled_in_part(
         report = _unlooped(engine.rewritten(left).report, text)
     log.warning("mst_fx: %s; compiled with %d of %d loops", text, len(report.regions), len(rewritten.sites))
     return compiled, report
+
+
+def _telling(engine: Engine, rewritten: Rewritten, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the compiled function; where it returns None for logits, they are an object that says why when used."""
+    if not rewritten.report.dropped:
+        return compiled
+    from mst_fx.runtime.not_returned import NotReturned, returning
+
+    before, after = (_outputs(gm) for gm in (engine.gm, rewritten.module))
+    of_line = {entry.source: entry for entry in rewritten.report.dropped}
+    missing = {}
+    for position, (node, kept) in enumerate(zip(before, after, strict=True)):
+        if node is not None and kept is None:
+            entry = of_line.get(source_line(node), rewritten.report.dropped[0])
+            missing[position] = NotReturned(entry.instead)
+    return returning(compiled, missing)
+
+
+def _outputs(gm: GraphModule) -> Sequence[Any]:
+    outputs: Any = gm.graph.output_node().args[0]
+    return outputs  # Dynamo returns a flat tuple
 
 
 def _unlooped(report: Report, text: str) -> Report:

@@ -1,4 +1,4 @@
-"""The module's path and the user's source line of a node of a captured graph; what is before and behind the graph."""
+"""The user's source line of a node of a captured graph, and its op; what is before and behind the graph."""
 
 from __future__ import annotations
 
@@ -34,17 +34,6 @@ class Borders:
 TOP = Borders()
 
 
-def module_path(node: Node) -> str:
-    """Return the dotted path of the innermost module around the node ("model.layers.0.mlp"), "" at the top."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    path = str(next(reversed(stack.values()))[0])
-    path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)  # L['self'].layers[0] -> L.self.layers.0
-    path = re.sub(r"__dict__\.|_modules\.|_buffers\.|_parameters\.", "", path)
-    return re.sub(r"^[LG]\.\w+\.?", "", path)
-
-
 def borders_of(gm: GraphModule) -> Borders:
     """Return where the inputs of a captured graph come from, and where its outputs go."""
     return Borders(break_before=_break_before(gm), break_after=graph_break(gm))
@@ -67,23 +56,6 @@ def source_line(node: Node) -> str:
         if not is_in_torch(frame["file"]):
             found = f"{frame['file']}:{frame['line']}: {frame['code'].strip()}"
     return found
-
-
-class At:
-    """Where a node is, in words, for messages: its text is made when one is written.
-
-    Args:
-        node: of a captured graph; None for the whole graph.
-    """
-
-    def __init__(self, node: Node | None) -> None:
-        self.node = node
-
-    def __str__(self) -> str:
-        if self.node is None:
-            return "the whole graph"
-        source = re.match(r".*?([^/\\]+:\d+): ", source_line(self.node))
-        return (module_path(self.node) or "the top") + (f" ({source[1]})" if source else "")
 
 
 def op_name(node: Node) -> str:

@@ -39,4 +39,5 @@ def _values(unlooped: list[Unlooped]) -> Iterator[tuple[int, str]]:
 def _returned(region: LoopedRegion) -> tuple[int, str]:
     size = region.returned_bytes + region.returned_gradient_bytes
     what = "returned logits and their gradient" if region.returned_gradient_bytes else "returned logits"
-    return size, f"{readable(size)} of {what} at {at(region.module)}: returned_logits='drop' returns None in training"
+    told = f"{readable(size)} of {what} at {at(region.module)}"
+    return size, f"{told}: returned_logits='drop' does without them in training"

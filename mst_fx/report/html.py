@@ -43,7 +43,9 @@ def _rows(report: Report) -> Iterator[Row]:
         sizes = f"{readable(cut.bytes_before)} -> {readable(cut.bytes_after)}"
         yield _named(f"{times(len(cuts))}head", cut.module, sizes, "cut before the projection", cut.source)
     for gone, values in alike(report.dropped):
-        yield _named(f"{times(len(values))}logits", gone.module, readable(gone.bytes), "None is returned", gone.source)
+        yield _named(
+            f"{times(len(values))}logits", gone.module, readable(gone.bytes), "nothing is returned", gone.source
+        )
     for refusal, refusals in alike(left_alone(report)):
         told = f"left alone ({refusal.reason}): {refusal.text}. {refusal.advice}"
         yield _named(f"{times(len(refusals))}{refusal.pattern}", refusal.module, "", told, refusal.source)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mst_fx.core.provenance import module_path, op_name, source_line
+from mst_fx.core.module_paths import module_path
+from mst_fx.core.provenance import op_name, source_line
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Refusal
 from mst_fx.report.lines import at, entry, several, times
@@ -16,7 +17,7 @@ class LoopedRegion:
 
     Attributes:
         pattern: name of the pattern that recognised it.
-        module: path of the module of its last op.
+        module: path of the innermost module that holds its projections: an MLP, or the projection of a head.
         source: file, line and code of its last op.
         axis: the split dim of the stream, and its length in positions.
         chunks: number of mini-sequences.
@@ -56,7 +57,7 @@ class LoopedRegion:
 
     def _returned(self) -> str:
         size = readable(self.returned_bytes)
-        told = f"Returned logits have to exist: {size}; returned_logits='drop' returns None in training."
+        told = f"Returned logits have to exist: {size}; returned_logits='drop' does without them in training."
         return told if self.returned_bytes else ""
 
     def _gradient(self) -> str:
@@ -81,7 +82,7 @@ class RefusedRegion:
         source: file, line and code of that op.
         advice: what to change.
         text: the reason in one sentence.
-        module: path of the module that the op belongs to.
+        module: path of the region's module as in `LoopedRegion`; if there is no region, of the module of the op.
     """
 
     pattern: str
@@ -106,7 +107,7 @@ class EarlyCut:
     """A projection whose result the program cuts along the tokens; the compiled code cuts its operand.
 
     Attributes:
-        module: path of the module that cuts.
+        module: path of the projection.
         source: file, line and code of the cut.
         bytes_before, bytes_after: bytes of what the projection makes.
     """
@@ -127,10 +128,10 @@ class EarlyCut:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Logits that the compiled function does not return: it returns None in their place.
+    """Logits that the compiled function does not return: in their place is an object that says why when it is used.
 
     Attributes:
-        module: path of the module that makes them.
+        module: path of the projection that makes them.
         source: file, line and code of their op.
         bytes: bytes of the logits.
     """
@@ -145,16 +146,27 @@ class Dropped:
     def lines(self, count: int = 1) -> list[str]:
         """Return the text of `count` values that are alike."""
         return entry(
-            f"None is returned for {times(count)}{readable(self.bytes)} at {at(self.module)}", source=self.source
+            f"nothing is returned for {times(count)}{readable(self.bytes)} at {at(self.module)}", source=self.source
+        )
+
+    @property
+    def instead(self) -> str:
+        """What is said to who uses them."""
+        where = f" of {self.module}" if self.module else ""
+        return (
+            f"mst_fx: the logits{where} ({readable(self.bytes)}, {self.source}) were never made: the option "
+            "returned_logits='drop' is set. To use them in training, compile with returned_logits='detach' (without "
+            "their gradient) or 'keep'"
         )
 
 
-def refused(pattern: str, refusal: Refusal) -> RefusedRegion:
+def refused(pattern: str, refusal: Refusal, module: str | None = None) -> RefusedRegion:
     """Return the entry of a refused region.
 
     Args:
         pattern: name of the pattern, "all" where the refusal is about the whole graph.
         refusal: the reason, the node and the text.
+        module: path of the region's module, None where no region was found.
     """
     node = refusal.node
     return RefusedRegion(
@@ -164,5 +176,5 @@ def refused(pattern: str, refusal: Refusal) -> RefusedRegion:
         source=source_line(node) if node is not None else "",
         advice=refusal.advice,
         text=refusal.text,
-        module=module_path(node) if node is not None else "",
+        module=module if module is not None else module_path(node) if node is not None else "",
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mst_fx.core.provenance import module_path, op_name
+from mst_fx.core.module_paths import module_path
+from mst_fx.core.provenance import op_name
 from mst_fx.core.sizes import hint
 from mst_fx.plan.planner import Offer, Plan, held
 from mst_fx.predict.step_memory import Moment, Share, Timeline, parameter_bytes
@@ -38,7 +39,7 @@ def graph_timeline(
     spans = tuple(
         Span(
             pattern=sites[segment.region].pattern,
-            module=module_path(sites[segment.region].region.last),
+            module=sites[segment.region].region.module,
             looped=plans[segment.region].lengths is not None,
             forward=_point(place, count),
             backward=min(count, POINTS) + _point(count - 1 - place, count + 1),
@@ -131,7 +132,7 @@ class _Step:
         segment = self.timeline.segments[number] if number >= 0 else None
         if segment is not None and segment.region is not None:
             site = self.sites[segment.region]
-            return site.pattern, module_path(site.region.last)
+            return site.pattern, site.region.module
         node = segment.widest if segment is not None else None
         return (op_name(node), module_path(node)) if node is not None else ("", "")
 

@@ -5,7 +5,6 @@ The analysis of one node or region serves all that are alike.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from mst_fx.bodies.work import Work, analysed
 from mst_fx.capture.decomposed import Decomposed
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
-from mst_fx.core.provenance import At, module_path
+from mst_fx.core.module_paths import module_names
 from mst_fx.core.refusal import Refusal
 from mst_fx.core.sizes import Hint, hint
 from mst_fx.core.values import fake_value
@@ -38,16 +37,12 @@ from mst_fx.recognise.region import Region
 from mst_fx.recognise.write_checks import forbid_late_writes
 from mst_fx.report.items import RefusedRegion, refused
 from mst_fx.report.report import Report
+from mst_fx.survey import messages
 from mst_fx.survey.change import Change
 from mst_fx.survey.surveyed import TOP, Around, Site, Surveyed
 
 if TYPE_CHECKING:
     from mst_fx.verify.verify import Verified
-
-log = logging.getLogger("mst_fx")
-
-REFUSED = "mst_fx: refused: %s at %s: %s: %s"
-"""The message of a refusal: pattern, place, reason and text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +92,13 @@ class Surveyor:
                 candidate = self._best_candidate(graph, found.outcome)
                 its_own = replace(around, repeated=around.repeated or is_opened(candidate.region))
                 site = Site(found.pattern, candidate.region, candidate.work, its_own, candidate.terms)
-                _log_found(site)
+                messages.tell_found(site)
                 sites.append(site)
             except Exception as error:
+                module = found.outcome.module if isinstance(found.outcome, Region) else None
                 refusal = self._refusal(reader, error, found.outcome)
-                log.debug(REFUSED, found.pattern, At(refusal.node), refusal.reason.name, refusal.text)
-                refusals.append(refused(found.pattern, refusal))
+                messages.tell_refused(found.pattern, refusal, found.outcome)
+                refusals.append(refused(found.pattern, refusal, module))
         return sites, Report(refusals=tuple(refusals))
 
     def _children(self, reader: Reader, around: Around) -> tuple[dict[str, tuple[Surveyed, tuple[Node, ...]]], Report]:
@@ -114,7 +110,7 @@ class Surveyor:
                 children[child.name] = (self.survey(child.module, around.inside(reader, child)), child.callers)
             except Refusal as refusal:
                 reader.unmatched.refuse(child.callers, refusal)
-                log.debug(REFUSED, "subgraph", At(refusal.node), refusal.reason.name, refusal.text)
+                messages.tell_refused("subgraph", refusal)
                 refusals.append(refused("all", refusal))
         return children, Report(refusals=tuple(refusals))
 
@@ -178,7 +174,8 @@ class Surveyor:
         return refusal_for(error, region.last, f"a region at {region.name}", strict=self.config.strict)
 
     def _terms(self, region: Region, work: Work, at: Hint) -> Terms:
-        wish = self.config.wish_for({module_path(node) for node in region.nodes if node not in region.front})
+        nodes = (node for node in region.nodes if node not in region.front)
+        wish = self.config.wish_for(set[str]().union(*map(module_names, nodes)))
         recomputes = work.backward == "recompute"
         return terms_of(extent_of(work, at), wish, self.config.accumulate, recomputes=recomputes)
 
@@ -187,8 +184,7 @@ class Surveyor:
         key = (work, lengths)
         if key not in self._calls:
             self._calls[key] = assembled(work, lengths.chunk, lengths.forward, self.config.accumulate)
-            shape = work.stages.stream.meta["val"].shape
-            log.debug("mst_fx: bodies: traced for tokens %s, chunks of %d positions", shape, lengths.chunk)
+            messages.tell_bodies(work, lengths)
         return self._calls[key]
 
     def verified(self, site: Site, lengths: Lengths) -> Verified | Refusal | None:
@@ -237,12 +233,6 @@ class Surveyor:
         if key not in self._memories:
             self._memories[key] = memory_of(work, self.call(work, lengths), at)
         return self._memories[key]
-
-
-def _log_found(site: Site) -> None:
-    nodes, stages, last = site.region.nodes, site.work.stages, site.region.last
-    text = "mst_fx: found: %s at %s: %d ops, dim %d of %s positions, backward %s"
-    log.debug(text, site.pattern, At(last), len(nodes), stages.axis.dim, stages.length, site.work.backward)
 
 
 @dataclass(frozen=True, eq=False)

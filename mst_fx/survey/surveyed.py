@@ -138,7 +138,9 @@ class Surveyed:
     def without(self, refusals: Mapping[Site, Refusal]) -> Surveyed:
         """Return the same for the graph with these regions refused."""
         left = tuple(site for site in self.sites if site not in refusals)
-        added = tuple(refused(site.pattern, refusals[site]) for site in self.sites if site in refusals)
+        added = tuple(
+            refused(site.pattern, refusals[site], site.region.module) for site in self.sites if site in refusals
+        )
         children = {name: (child.without(refusals), callers) for name, (child, callers) in self.children.items()}
         return replace(self, sites=left, report=self.report.joined(Report(refusals=added)), children=children)
 

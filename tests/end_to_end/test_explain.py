@@ -22,7 +22,7 @@ def _reset():
 def test_explain():
     report = mst_fx.explain(MlpLM(), *tokens(2), options={"min_bytes": 0, "chunk_tokens": 32})
     mlp, head = report.regions
-    assert (mlp.pattern, mlp.module, mlp.backward) == ("gated_mlp", "mlp.down", "recompute")
+    assert (mlp.pattern, mlp.module, mlp.backward) == ("gated_mlp", "mlp", "recompute")
     assert (head.pattern, head.backward, head.axis) == ("head", "in_forward", "dim 1 (37 positions)")
     assert mlp.chunks == head.chunks == 3
     assert "models.py" in mlp.source

@@ -62,7 +62,7 @@ def failing(function, fails):
 
 FAULTS = {
     "match": (GatedMlp, "match", lambda self, reader, node: "silu" in node.name),
-    "analysis": (survey, "analysed", lambda region, *_: region.name == "mlp.down"),
+    "analysis": (survey, "analysed", lambda region, *_: region.name == "mlp"),
     "lengths": (survey, "written_after", lambda work, *_: recomputes(work)),
     "assembly": (survey, "assembled", lambda work, *_: recomputes(work)),
     "memory": (survey, "memory_of", lambda work, *_: recomputes(work)),

@@ -9,7 +9,7 @@ import torch
 from models import MlpLM, tokens
 
 import mst_fx
-from mst_fx.core import provenance
+from mst_fx.core import module_paths
 
 LOOP_ALL = {"min_bytes": 0, "chunk_tokens": 8, "inner": "eager"}
 
@@ -34,14 +34,14 @@ def test_debug_messages_tell_each_decision_as_it_is_taken(caplog):
     ]
     assert [step for step in steps if step in ("found", "spliced")] == ["found"] * 2 + ["spliced"] * 2
     found = next(message for message in messages if "found: gated_mlp" in message)
-    assert "gated_mlp at mlp.down (models.py:" in found
+    assert "gated_mlp at mlp (models.py:" in found
     assert any("chunks of 8 positions, 5 of them" in message for message in messages)
 
 
 def test_what_is_left_alone_is_told_with_the_reason(caplog):
     messages = told(caplog, logging.DEBUG, modules={"mlp": False})
     (left,) = [message for message in messages if "no loop: the option `modules`" in message]
-    assert left.startswith("mst_fx: plan: gated_mlp at mlp.down")
+    assert left.startswith("mst_fx: plan: gated_mlp at mlp")
 
     def head(x, w, labels):
         logits = torch.nn.functional.linear(x, w)
@@ -62,6 +62,6 @@ def test_at_other_levels_no_place_is_looked_up(caplog, monkeypatch, level):
     def looked_up(self):
         raise AssertionError
 
-    monkeypatch.setattr(provenance.At, "__str__", looked_up)
+    monkeypatch.setattr(module_paths.At, "__str__", looked_up)
     messages = told(caplog, level)
     assert len(messages) == (level == logging.INFO)  # the report

@@ -26,19 +26,19 @@ peak of a step (largest of 2 graphs): 14.0 MiB -> 7.0 MiB (predicted, without an
      5.0 MiB ->    5.0 MiB  parameters
          0 B ->    2.0 MiB  working memory: scaled_dot_product_attention at model.layers.3.self_attn
 memory_budget kept: 8.0 MiB allowed
-change first: 3.0 MiB of returned logits at model.layers.4.mlp.down: returned_logits='drop' returns
-    None in training
+change first: 3.0 MiB of returned logits at model.layers.4.mlp.down: returned_logits='drop' does
+    without them in training
 4 x gated_mlp at model.layers.*.mlp.down: 8 chunks of dim 1 (64 positions)
     .../model/modeling.py:164: return self.down(self.act(self.gate(x)) * self.up(x))
     36.0 MiB -> 4.0 MiB of temporaries, backward recompute, +0.0 ms a step each (predicted)
 gated_mlp at model.layers.4.mlp.down: 2 chunks of dim 1 (64 positions)
     .../model/modeling.py:164: return self.down(self.act(self.gate(x)) * self.up(x))
     36.0 MiB -> 4.0 MiB of temporaries, backward recompute, +0.0 ms a step (predicted)
-    Returned logits have to exist: 3.0 MiB; returned_logits='drop' returns None in training.
+    Returned logits have to exist: 3.0 MiB; returned_logits='drop' does without them in training.
     Verified at its own sizes.
 cut before the head at lm_head: 4.0 MiB -> 1.0 MiB of logits
     .../model/modeling.py:164: return self.down(self.act(self.gate(x)) * self.up(x))
-None is returned for 1.0 MiB at lm_head
+nothing is returned for 1.0 MiB at lm_head
     .../model/modeling.py:164: return self.down(self.act(self.gate(x)) * self.up(x))
 2 x mlp at model.layers.*.mlp left alone (ESCAPES): the value of the gate is returned
     .../model/modeling.py:164: return self.down(self.act(self.gate(x)) * self.up(x))

@@ -122,6 +122,11 @@ def test_the_readme_is_short():
     assert len(text_of("README.md").splitlines()) <= 230
 
 
+def test_every_reason_stands_in_troubleshooting():
+    told = [reason for reason, *_ in rows(section("examples/troubleshooting.md", "By reason"))]
+    assert told == [reason.name for reason in mst_fx.Reason]
+
+
 def test_the_readme_has_the_command_that_runs_the_tests():
     """It is read by a script."""
     assert re.search(r"```sh\n.+ -m pytest\n```", section("README.md", "Run the tests"))

@@ -47,7 +47,7 @@ def test_what_is_small_is_one_entry(monkeypatch, report):
 def test_alike_regions_are_saved_together_without_loops(report):
     (timeline,) = report.timelines
     (mlps,) = [alive for alive in timeline.whole.alive if alive.what == "mlp" and alive.kind == "saved"]
-    assert (mlps.module, mlps.count) == ("blocks.*.3.down", 3)
+    assert (mlps.module, mlps.count) == ("blocks.*.3", 3)
     left = [alive for alive in timeline.looped.alive if alive.what == "mlp" and alive.kind == "saved"]
     assert sum(alive.bytes for alive in left) * 3 == mlps.bytes  # of the one that is not looped
 
