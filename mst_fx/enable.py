@@ -23,7 +23,8 @@ from mst_fx.core.torch_private import inductor
 from mst_fx.core.torch_private.captured import is_captured
 from mst_fx.inner_compiler import cached_with_loops, is_of_our_backend
 from mst_fx.pipeline import looped_and_told
-from mst_fx.report.report import Report, record, refused
+from mst_fx.report.items import refused
+from mst_fx.report.report import Report, record
 
 log = logging.getLogger("mst_fx")
 

@@ -30,12 +30,16 @@ from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import Hint, fix, hint, is_symbolic, long_hint, without_guards
 from mst_fx.core.values import marked_sizes, sizes_of
 from mst_fx.plan.chunk_length import Lengths
-from mst_fx.plan.planner import Plan, Plans, make_plans
+from mst_fx.plan.planner import Offer, Plan, Plans, make_plans
+from mst_fx.predict.step_memory import Timeline
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.rebuild import Edit, rebuilt
 from mst_fx.report.entries import looped
-from mst_fx.report.report import Report, refused
+from mst_fx.report.items import refused
+from mst_fx.report.report import Report
 from mst_fx.runtime.places import Place, remember
+from mst_fx.survey import messages
+from mst_fx.survey.courses import graph_timeline
 from mst_fx.survey.survey import Surveyor
 from mst_fx.survey.surveyed import Around, Site, Surveyed, device_of_graph, timeline_of
 from mst_fx.survey.unlooped import unlooped
@@ -109,6 +113,7 @@ class Engine:
             try:
                 return self._rewritten_but(without or {})
             except _LeftOverError as left:
+                messages.tell_left_over(left)
                 self.surveyor.left_alone.update(left.changes)
                 self.surveyed = self._surveyed()
 
@@ -121,32 +126,45 @@ class Engine:
                 try:
                     return self._rewritten(surveyed)
                 except _AtFaultError as fault:
+                    messages.tell_left_out(fault.site, fault)
                     surveyed = surveyed.without({fault.site: fault.refusal})
 
     def _rewritten(self, surveyed: Surveyed) -> Rewritten:
-        plans = self._planned(surveyed, due=self._due(surveyed))
+        offers = self._offers(surveyed, due=self._due(surveyed))
+        timeline = timeline_of(surveyed)
+        plans = make_plans(offers, timeline, device_of_graph(surveyed), self.config)
         of_site = dict(zip(surveyed.all_sites(), plans.of, strict=True))
+        messages.tell_plans(plans, of_site)
         unneeded = surveyed.left_over([site for site, plan in of_site.items() if plan.lengths])
         if unneeded:
             raise _LeftOverError(unneeded)
         module, report = self._spliced(surveyed, of_site)
         report = _with_budget(report, plans).joined(self._unlooped(surveyed, of_site, plans.peak))
-        report = replace(report, peak=plans.peak, peak_whole=plans.peak_whole)
+        report = report.joined(self._timeline(surveyed, timeline, offers, plans))
+        report = replace(report, peak=plans.peak, peak_whole=plans.peak_whole, budget=plans.budget)
         return Rewritten(module or self.gm, report, tuple(site for site, plan in of_site.items() if plan.lengths))
 
     def _unlooped(self, surveyed: Surveyed, plans: Mapping[Site, Plan], peak: int) -> Report:
-        """Return a report with the largest values that no loop covers, or of the error in looking for them."""
-        try:
-            return Report(unlooped=unlooped(surveyed, plans, peak, self.config.least_bytes))
-        except Exception as error:
-            refusal = refusal_for(error, None, "values that no loop covers", strict=self.config.strict)
-            return Report(refusals=(refused("all", refusal),))
+        """Return a report with the largest values that no loop covers."""
+        told = partial(unlooped, surveyed, plans, peak, self.config.least_bytes)
+        return self._part("values that no loop covers", lambda: Report(unlooped=told()))
 
-    def _planned(self, surveyed: Surveyed, at: Hint = hint, due: Container[Site] = ()) -> Plans:
-        """Return the plans for all regions of a graph, at the sizes that `at` tells."""
-        sites = list(surveyed.all_sites())
-        offers = [self._for(site, partial(self.surveyor.offer, site, at, due=site in due)) for site in sites]
-        return make_plans(offers, timeline_of(surveyed, at), device_of_graph(surveyed), self.config)
+    def _timeline(self, surveyed: Surveyed, timeline: Timeline, offers: Sequence[Offer], plans: Plans) -> Report:
+        """Return a report with what the graph holds over a step."""
+        told = partial(graph_timeline, surveyed, timeline, offers, plans.of)
+        return self._part("the timeline of a step", lambda: Report(timelines=(told(),)))
+
+    def _part(self, what: str, report: Callable[[], Report]) -> Report:
+        """Return a part of the report, or one of the error in making it: that costs no loop."""
+        try:
+            return report()
+        except Exception as error:
+            return Report(refusals=(refused("all", refusal_for(error, None, what, strict=self.config.strict)),))
+
+    def _offers(self, surveyed: Surveyed, at: Hint = hint, due: Container[Site] = ()) -> list[Offer]:
+        """Return what the planner has to know of each region of a graph, at the sizes that `at` tells."""
+        sites = surveyed.all_sites()
+        return [self._for(site, partial(self.surveyor.offer, site, at, due=site in due)) for site in sites]
 
     def _due(self, surveyed: Surveyed) -> set[Site]:
         """Return the sites to loop because their length may grow, even if the captured one is short.
@@ -157,7 +175,8 @@ class Engine:
         varying = {site for site in surveyed.all_sites() if site.work.stages.dynamic and not site.recomputes}
         if not varying or self.config.min_bytes is not None:
             return set()
-        plans = self._planned(surveyed, long_hint)
+        offers, timeline = self._offers(surveyed, long_hint), timeline_of(surveyed, long_hint)
+        plans = make_plans(offers, timeline, device_of_graph(surveyed), self.config)
         return {site for site, plan in zip(surveyed.all_sites(), plans.of, strict=True) if plan.lengths} & varying
 
     def _spliced(self, surveyed: Surveyed, plans: Mapping[Site, Plan]) -> tuple[GraphModule | None, Report]:
@@ -210,7 +229,9 @@ class Engine:
             fix_for(site.region, site.work)
             replacement = Replacement(site.region, site.work.stages, call, site.around.saves_results)
             remember(_place(site, call), call.spec.forward_spec, call.spec.backward_spec)
-            return loop(owner, place, node_of, replacement)
+            results = loop(owner, place, node_of, replacement)
+            messages.tell_spliced(site)
+            return results
 
         return self._for(site, put)
 
@@ -270,9 +291,6 @@ def _with_budget(report: Report, plans: Plans) -> Report:
     """Return the report, with a refusal where no plan keeps to the budget; it is logged as a warning, too."""
     if plans.budget is None or plans.peak <= plans.budget:
         return report
-    text = (
-        f"no choice of loops keeps to {readable(plans.budget)}: the least is {readable(plans.peak)} (predicted); "
-        f"what would help: {plans.advice}"
-    )
-    log.warning("mst_fx: memory_budget: %s", text)
-    return report.joined(Report(refusals=(refused("all", Refusal(Reason.BUDGET, None, text)),)))
+    text = f"{readable(plans.budget)} allowed, the least is {readable(plans.peak)} (predicted)"
+    log.warning("mst_fx: memory_budget missed: %s; what would help: %s", text, plans.advice)
+    return report.joined(Report(refusals=(refused("all", Refusal(Reason.BUDGET, None, text, plans.advice)),)))

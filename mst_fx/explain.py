@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from mst_fx.core.torch_private import dynamo
+from mst_fx.core.config import Config
+from mst_fx.core.torch_private import dynamo, inductor
 from mst_fx.pipeline import compiled_and_told
 from mst_fx.report.report import Report
 
@@ -29,10 +30,11 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
     Raises:
         ValueError, TypeError: as `backend`; and any error of `fn` itself.
     """
+    given = {"inner": "eager", **options} if isinstance(options, Mapping) else options or {"inner": "eager"}
+    Config.split(given, inductor.option_names())  # a wrong option is an error here, not one inside of the compile
     made: list[Report] = []
 
     def watched(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        given = {"inner": "eager", **options} if isinstance(options, Mapping) else options or {"inner": "eager"}
         compiled, report = compiled_and_told(gm, inputs, None, given)
         made.append(report)
         return compiled

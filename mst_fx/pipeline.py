@@ -34,7 +34,9 @@ from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private import inductor
 from mst_fx.core.torch_private.dynamo import PASSING
 from mst_fx.inner_compiler import Compile, inner_compiler, writes_python
-from mst_fx.report.report import Report, record, refused
+from mst_fx.report.files import DebugFiles
+from mst_fx.report.items import refused
+from mst_fx.report.report import Report, record
 
 if TYPE_CHECKING:
     from mst_fx.engine import Engine, Rewritten
@@ -78,7 +80,9 @@ def compiled_and_told(
 ) -> tuple[Callable[..., Any], Report]:
     """Return the compiled function and the report about it; arguments and errors as for `backend`."""
     config, foreign = Config.split(options, inductor.option_names())
-    compile_graph = inner_compiler(config, mode, foreign)
+    files = DebugFiles(config.debug_dir, strict=config.strict)
+    files.captured(gm)
+    compile_graph = files.watching(inner_compiler(config, mode, foreign))
     engine = _engine(gm, config, foreign)
     if isinstance(engine, Refusal):
         compiled, report = compile_graph(gm, example_inputs), Report(refusals=(refused("all", engine),))
@@ -86,6 +90,7 @@ def compiled_and_told(
         compiled, report = _compiled(engine, compile_graph, example_inputs)
     record(report)
     log.info("%s", report)
+    files.report(report)
     return compiled, report
 
 
@@ -96,6 +101,8 @@ def looped_and_told(gm: GraphModule, config: Config) -> GraphModule:
         gm: the captured graph; it stays as it is.
         config: the user's options; Inductor compiles the graph.
     """
+    files = DebugFiles(config.debug_dir, strict=config.strict)
+    files.captured(gm)
     engine = _engine(gm, config, {})
     try:
         rewritten = engine if isinstance(engine, Refusal) else engine.rewritten()
@@ -109,6 +116,8 @@ def looped_and_told(gm: GraphModule, config: Config) -> GraphModule:
         log.warning("%s; None is returned for them", entry.instead)
     record(report)
     log.info("%s", report)
+    files.looped(module)
+    files.report(report)
     return module
 
 
@@ -228,4 +237,6 @@ def _outputs(gm: GraphModule) -> Sequence[Any]:
 def _unlooped(report: Report, text: str) -> Report:
     """Return the report of the captured graph without loops: nothing is cut or dropped either."""
     why = () if report.refusals else (refused("all", Refusal(Reason.INTERNAL, None, text)),)
-    return replace(report, refusals=report.refusals + why, cuts=(), dropped=(), peak=report.peak_whole)
+    timelines = tuple(timeline.without_loops() for timeline in report.timelines)
+    unlooped = replace(report, refusals=report.refusals + why, cuts=(), dropped=(), timelines=timelines)
+    return replace(unlooped, peak=report.peak_whole)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
+from os import PathLike
 from typing import Any, Literal, get_args
 
 from mst_fx.core.module_paths import matches
@@ -62,6 +63,7 @@ class Config:
         strict: raise errors of the pass, in place of compiling the graph unrewritten.
         verify: run each distinct region once while compiling, looped and as captured, on random numbers; a region whose
             loop differs by more than rounding is left alone.
+        debug_dir: a folder, made where it is missing: for each compile the graph before and after, and the report.
     """
 
     memory_budget: int | float | str | None = None
@@ -76,6 +78,7 @@ class Config:
     mode: str | None = None
     strict: bool = False
     verify: bool = False
+    debug_dir: str | PathLike[str] | None = dataclasses.field(default=None, repr=False)  # repr: in keys of caches
 
     def __post_init__(self) -> None:
         """Raise TypeError or ValueError for a value that its option does not take."""
@@ -99,6 +102,10 @@ class Config:
         _check(self.mode is None or isinstance(self.mode, str), "mode", "a mode of torch.compile or None", self.mode)
         for name in ("strict", "verify"):
             _check(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
+        folder = self.debug_dir
+        _check(
+            folder is None or (isinstance(folder, (str, PathLike)) and bool(str(folder))), "debug_dir", FOLDER, folder
+        )
 
     def budget_bytes(self, device_memory: int) -> int | None:
         """Return `memory_budget` in bytes, None where it is not set.
@@ -140,7 +147,8 @@ class Config:
         """
         own = {field.name for field in dataclasses.fields(Config)}
         if not isinstance(options, Mapping | None):
-            raise no_options(options, [name for name in sorted(own - {"disable", "mode"}) if _takes(name, options)])
+            taking = sorted(own - {"disable", "mode", "debug_dir"})
+            raise no_options(options, [name for name in taking if _takes(name, options)])
         mine: dict[str, Any] = {}
         theirs: dict[str, Any] = {}
         for name, value in (options or {}).items():
@@ -159,6 +167,7 @@ LENGTHS = ("chunk_tokens", "num_chunks")
 SMALL_BYTES = 64 * 2**20
 BUDGETS = "bytes as an int, a string like '40GiB', or a fraction of the device between 0.0 and 1.0"
 WISHES = "a dict from module paths to False, True, {'chunk_tokens': n} or {'num_chunks': n}"
+FOLDER = "the path of a folder or None"
 UNITS = {f"{unit}B": 1000**power for power, unit in enumerate("KMGT", 1)}
 UNITS |= {f"{unit}iB": 1024**power for power, unit in enumerate("KMGT", 1)}
 

@@ -20,6 +20,7 @@ from itertools import takewhile
 
 from torch.fx import GraphModule, Node
 
+from mst_fx.core.provenance import source_line
 from mst_fx.core.torch_private.captured import WRAPPED, WRAPPED_MODEL, source_of
 
 _HOLDER = r"(?:\.__dict__\['_(?:modules|parameters|buffers)'\]|\._(?:modules|parameters|buffers)(?=\[))"
@@ -78,6 +79,26 @@ def module_path(node: Node) -> str:
     """Return the dotted path of the innermost module around the node ("model.layers.0.mlp"), "" at the top."""
     paths = _paths(node)
     return paths[-1] if paths else ""
+
+
+class At:
+    """Where a region or an op is, in words, for messages: its text is made when one is written.
+
+    Args:
+        node: of a captured graph; None for the whole graph.
+        region: the region that it is in; what has no attribute `module` is none.
+    """
+
+    def __init__(self, node: Node | None, region: object = None) -> None:
+        self.node, self.region = node, region
+
+    def __str__(self) -> str:
+        if self.node is None:
+            return "the whole graph"
+        source = re.match(r".*?([^/\\]+:\d+): ", source_line(self.node))
+        module = getattr(self.region, "module", None)
+        told = module_path(self.node) if module is None else module
+        return (told or "the top") + (f" ({source[1]})" if source else "")
 
 
 def module_names(node: Node) -> set[str]:

@@ -12,7 +12,7 @@ from mst_fx.core.values import bytes_of, fake_value
 from mst_fx.plan.planner import Plan
 from mst_fx.recognise.early_cut import CutHead
 from mst_fx.recognise.region import Region, needs_gradient
-from mst_fx.report.report import Dropped, EarlyCut, LoopedRegion
+from mst_fx.report.items import Dropped, EarlyCut, LoopedRegion
 
 
 def looped(pattern: str, region: Region, work: Work, plan: Plan, detached: Sequence[Node]) -> LoopedRegion:

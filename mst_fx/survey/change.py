@@ -29,7 +29,8 @@ from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.rebuild import Edit, nodes_of, rebuilt
 from mst_fx.recognise.region import Region
 from mst_fx.report.entries import cut_head, dropped
-from mst_fx.report.report import Report, refused
+from mst_fx.report.items import refused
+from mst_fx.report.report import Report
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from mst_fx.recognise.fused_projections import Parted
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region
 from mst_fx.recognise.write_checks import Overwritten, forbid_later_changes, written_when_run
-from mst_fx.report.report import Report, refused
+from mst_fx.report.items import refused
+from mst_fx.report.report import Report
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,13 @@ def test_explain():
 def test_explain_of_a_small_model_says_why_not():
     report = mst_fx.explain(MlpLM(), *tokens())
     assert [refusal.reason for refusal in report.refusals] == ["SMALL", "SMALL"]
-    assert "min_bytes is 67,108,864" in str(report)
+    assert "min_bytes is 64.0 MiB" in str(report)
+
+
+def test_explain_raises_errors_of_options_as_they_are():
+    for options, error in (({"chunks": 4}, ValueError), ({"chunk_tokens": "many"}, TypeError)):
+        with pytest.raises(error, match=r"mst_fx: (unknown )?option 'chunk"):
+            mst_fx.explain(MlpLM(), *tokens(), options=options)
 
 
 def test_explain_counts_graphs():

@@ -42,7 +42,7 @@ def test_entry_point_needs_no_import():
     [
         (
             {"chunk_token": 4},
-            "'chunk_token' .did you mean 'chunk_tokens'.*; ours are accumulate, chunk_tokens, disable",
+            "'chunk_token' .did you mean 'chunk_tokens'.*; ours are accumulate, chunk_tokens, debug_dir, disable",
         ),
         ({"triton.cudagraph": True}, "'triton.cudagraph' .did you mean 'triton.cudagraphs'"),
         ({"speed": 4}, "unknown option 'speed'; ours are"),
