@@ -44,7 +44,7 @@ def _compiled_and_told(
 ) -> tuple[Callable[..., Any], mst_fx.Report]:
     config, foreign = mst_fx.Config.split(options, inductor.option_names())
     compile_graph = inner_compiler(config, mode, foreign)
-    own = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "inner"}
+    own = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in ("inner", "mode")}
     with mst_fx.enabled(**own):
         looped = _recursive_pre_grad_passes(gm, inputs)
     return compile_graph(looped, inputs), mst_fx.reports()[-1]

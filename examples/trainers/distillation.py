@@ -14,6 +14,8 @@ import torch
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+EXACT = {**tiny.STEPS, "bf16": False, "gradient_checkpointing": False}
+
 
 class MaskedGKD(GKDTrainer):
     """A GKDTrainer that masks the sums of each token: the shape of `jsd[mask]` depends on data, which ends a graph."""
@@ -26,15 +28,12 @@ class MaskedGKD(GKDTrainer):
         return (each * kept).sum() / (kept.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-GENERATED = {"max_completion_length": 8, "bf16": False, "gradient_checkpointing": False}
-
-
 def teacher():
     return tiny.model(hidden_size=48).eval()
 
 
 def distillation(compiled: bool) -> list[float]:
-    chosen = DistillationConfig(tiny.folder(), **{**tiny.STEPS, **GENERATED})
+    chosen = DistillationConfig(tiny.folder(), **EXACT, max_completion_length=8)
     trainer = DistillationTrainer(
         model=tiny.model(),
         teacher_model=teacher(),
@@ -48,7 +47,7 @@ def distillation(compiled: bool) -> list[float]:
 
 
 def gkd(compiled: bool) -> list[float]:
-    chosen = GKDConfig(tiny.folder(), **tiny.STEPS, bf16=False, gradient_checkpointing=False, lmbda=0.0)
+    chosen = GKDConfig(tiny.folder(), **EXACT, lmbda=0.0)
     trainer = MaskedGKD(
         model=tiny.model(),
         teacher_model=teacher(),
