@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from models import MlpLM, tokens
+from through_inductor import of_the_backend_alone
 
 import mst_fx
 from mst_fx import engine
@@ -129,6 +130,7 @@ def test_an_inner_compiler_may_change_what_it_is_given(graph):
     assert spoiled == [False] * 4  # both loops, none, each of the two
 
 
+@of_the_backend_alone
 @pytest.mark.parametrize("options", [{}, {"returned_logits": "drop"}])
 def test_a_graph_without_any_loop_is_neither_cut_nor_does_it_drop_logits(options):
     def inner(gm, inputs):

@@ -13,6 +13,7 @@ import torch
 from graphs import text
 from models import D, MlpLM, tokens
 from numerics import looped, relative_error
+from through_inductor import of_the_backend_alone
 from torch import nn
 
 import mst_fx
@@ -93,6 +94,7 @@ def test_a_bug_in_the_pass_is_raised_when_strict(monkeypatch):
         torch.compile(MlpLM(), backend=mst_fx.backend, options={**QUICK, "strict": True})(*tokens())
 
 
+@of_the_backend_alone
 def test_a_looped_graph_that_does_not_compile_is_compiled_unlooped(caplog):
     def picky(gm, inputs):
         if any("mini_sequence" in node.name for node in gm.graph.nodes):
