@@ -23,7 +23,8 @@ from mst_fx.core.torch_private import inductor
 from mst_fx.core.torch_private.captured import is_captured
 from mst_fx.inner_compiler import cached_with_loops, is_of_our_backend
 from mst_fx.pipeline import looped_and_told
-from mst_fx.report.report import Report, record, refused
+from mst_fx.report.items import refused
+from mst_fx.report.report import Report, record
 
 log = logging.getLogger("mst_fx")
 
@@ -94,16 +95,19 @@ def enable(**options: Any) -> None:
     `backend="mst_fx"`, which then compiles without this loop.
 
     Args:
-        **options: of `Config`, but for `inner`. A second call replaces the options of the first.
+        **options: of `Config`, but for `inner` and `mode`. Logits that are dropped are None, with a warning. A second
+            call replaces the options of the first.
 
     Raises:
-        ValueError: an unknown option, options that exclude each other, or `inner`.
+        ValueError: an unknown option or pattern name, options that exclude each other, `inner` or `mode`.
         TypeError: an option has a value that it does not take.
         RuntimeError: this torch version has no such place for a pass, or it is switched off.
     """
     config, _ = Config.split(options, frozenset())
     if "inner" in options:
         raise ValueError("mst_fx: enable() works inside Inductor; for another compiler, use backend='mst_fx'")
+    if config.mode is not None:
+        raise ValueError("mst_fx: with enable(), mode= is an argument of torch.compile alone")
     if not inductor.has_option(PLACE):
         raise RuntimeError(
             f"mst_fx: Inductor of torch {torch.__version__} has no option {PLACE!r}, so enable() cannot work; "
@@ -111,6 +115,10 @@ def enable(**options: Any) -> None:
         )
     if inductor.has_option("use_pre_grad_passes") and not inductor.option("use_pre_grad_passes"):
         raise RuntimeError("mst_fx: Inductor's option use_pre_grad_passes is off, so enable() cannot work")
+    if config.disable:
+        from mst_fx.recognise.pattern import patterns  # late, as in `pipeline`
+
+        patterns(config.disable)
     disable()
     before = {name: inductor.option(name) for name in (PLACE, TIMING, CACHEABLE) if inductor.has_option(name)}
     inductor.register_pass(LoopPass)

@@ -16,24 +16,31 @@ from typing import TypeVar
 import torch
 from torch.fx import GraphModule, Node
 
+from mst_fx.bodies.call import Call
 from mst_fx.bodies.splice import Replacement, loop
 from mst_fx.bodies.work import Work, fix_for
 from mst_fx.core.clean_room import clean_room
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
 from mst_fx.core.modes import Mode
+from mst_fx.core.module_paths import knowing, landmarks_of
 from mst_fx.core.provenance import borders_of
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Reason, Refusal
-from mst_fx.core.sizes import Hint, fix, hint, long_hint, without_guards
+from mst_fx.core.sizes import Hint, fix, hint, is_symbolic, long_hint, without_guards
 from mst_fx.core.values import marked_sizes, sizes_of
 from mst_fx.plan.chunk_length import Lengths
-from mst_fx.plan.planner import Plan, Plans, make_plans
+from mst_fx.plan.planner import Offer, Plan, Plans, make_plans
+from mst_fx.predict.step_memory import Timeline
 from mst_fx.recognise.local_shards import ON_SHARDS
 from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.rebuild import Edit, rebuilt
 from mst_fx.report.entries import looped
-from mst_fx.report.report import Report, refused
+from mst_fx.report.items import refused
+from mst_fx.report.report import Report
+from mst_fx.runtime.places import Place, remember
+from mst_fx.survey import messages
+from mst_fx.survey.courses import graph_timeline
 from mst_fx.survey.survey import Surveyor
 from mst_fx.survey.surveyed import Around, Site, Surveyed, device_of_graph, timeline_of
 from mst_fx.survey.unlooped import unlooped
@@ -75,7 +82,7 @@ class Engine:
     """
 
     def __init__(self, gm: GraphModule, config: Config, chosen: Sequence[Pattern], *, on_shards: bool = True) -> None:
-        self.gm = gm
+        self.gm, self.landmarks = gm, landmarks_of(gm)
         self.config, self._told = within_breaks(config, gm)
         self.surveyor = Surveyor(self.config, chosen, marked_sizes(gm), set() if on_shards else {ON_SHARDS})
         self.surveyed = self._surveyed()
@@ -83,7 +90,7 @@ class Engine:
     def _surveyed(self) -> Surveyed:
         mode = Mode(grad=torch.is_grad_enabled(), inference=torch.is_inference_mode_enabled())
         around = Around(mode=mode, borders=borders_of(self.gm))
-        with _quiet_room(), without_guards(sizes_of(self.gm) if self.config.strict else ()):
+        with self._room(), without_guards(sizes_of(self.gm) if self.config.strict else ()):
             surveyed = self.surveyor.survey(self.gm, around)
             notes = (*self._told, *left_out(self.config), *unmatched(self.config, surveyed))
         return replace(surveyed, report=surveyed.report.joined(Report(notes=notes)))
@@ -91,6 +98,12 @@ class Engine:
     def copy(self) -> GraphModule:
         """Return a copy of the captured graph: compilers change the graph that they get."""
         return rebuilt(self.gm, [])
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Enter a quiet room where the paths of the user's modules are known."""
+        with knowing(self.landmarks), _quiet_room():
+            yield
 
     def rewritten(self, without: Mapping[Work, str] | None = None) -> Rewritten:
         """Return the graph with loops.
@@ -102,46 +115,59 @@ class Engine:
             try:
                 return self._rewritten_but(without or {})
             except _LeftOverError as left:
+                messages.tell_left_over(left)
                 self.surveyor.left_alone.update(left.changes)
                 before, self.surveyed = self.surveyed, self._surveyed()
                 self.surveyed = self.surveyed.with_shards_of(before)
 
     def _rewritten_but(self, reasons: Mapping[Work, str]) -> Rewritten:
         sites = [site for site in self.surveyed.all_sites() if site.work in reasons]
-        surveyed = self.surveyed.without(
-            {site: Refusal(Reason.INTERNAL, site.region.last, reasons[site.work]) for site in sites}
-        )
-        with _quiet_room():
+        left = {site: Refusal(Reason.INTERNAL, site.region.last, reasons[site.work]) for site in sites}
+        with self._room():
+            surveyed = self.surveyed.without(left)
             while True:
                 try:
                     return self._rewritten(surveyed)
                 except _AtFaultError as fault:
+                    messages.tell_left_out(fault.site, fault)
                     surveyed = surveyed.without({fault.site: fault.refusal})
 
     def _rewritten(self, surveyed: Surveyed) -> Rewritten:
-        plans = self._planned(surveyed, due=self._due(surveyed))
+        offers = self._offers(surveyed, due=self._due(surveyed))
+        timeline = timeline_of(surveyed)
+        plans = make_plans(offers, timeline, device_of_graph(surveyed), self.config)
         of_site = dict(zip(surveyed.all_sites(), plans.of, strict=True))
+        messages.tell_plans(plans, of_site)
         unneeded = surveyed.left_over([site for site, plan in of_site.items() if plan.lengths])
         if unneeded:
             raise _LeftOverError(unneeded)
         module, report = self._spliced(surveyed, of_site)
         report = _with_budget(report, plans).joined(self._unlooped(surveyed, of_site, plans.peak))
-        report = replace(report, peak=plans.peak, peak_whole=plans.peak_whole)
+        report = report.joined(self._timeline(surveyed, timeline, offers, plans))
+        report = replace(report, peak=plans.peak, peak_whole=plans.peak_whole, budget=plans.budget)
         return Rewritten(module or self.gm, report, tuple(site for site, plan in of_site.items() if plan.lengths))
 
     def _unlooped(self, surveyed: Surveyed, plans: Mapping[Site, Plan], peak: int) -> Report:
-        """Return a report with the largest values that no loop covers, or of the error in looking for them."""
-        try:
-            return Report(unlooped=unlooped(surveyed, plans, peak, self.config.least_bytes))
-        except Exception as error:
-            refusal = refusal_for(error, None, "values that no loop covers", strict=self.config.strict)
-            return Report(refusals=(refused("all", refusal),))
+        """Return a report with the largest values that no loop covers."""
+        told = partial(unlooped, surveyed, plans, peak, self.config.least_bytes)
+        return self._part("values that no loop covers", lambda: Report(unlooped=told()))
 
-    def _planned(self, surveyed: Surveyed, at: Hint = hint, due: Container[Site] = ()) -> Plans:
-        """Return the plans for all regions of a graph, at the sizes that `at` tells."""
-        sites = list(surveyed.all_sites())
-        offers = [self._for(site, partial(self.surveyor.offer, site, at, due=site in due)) for site in sites]
-        return make_plans(offers, timeline_of(surveyed, at), device_of_graph(surveyed), self.config)
+    def _timeline(self, surveyed: Surveyed, timeline: Timeline, offers: Sequence[Offer], plans: Plans) -> Report:
+        """Return a report with what the graph holds over a step."""
+        told = partial(graph_timeline, surveyed, timeline, offers, plans.of)
+        return self._part("the timeline of a step", lambda: Report(timelines=(told(),)))
+
+    def _part(self, what: str, report: Callable[[], Report]) -> Report:
+        """Return a part of the report, or one of the error in making it: that costs no loop."""
+        try:
+            return report()
+        except Exception as error:
+            return Report(refusals=(refused("all", refusal_for(error, None, what, strict=self.config.strict)),))
+
+    def _offers(self, surveyed: Surveyed, at: Hint = hint, due: Container[Site] = ()) -> list[Offer]:
+        """Return what the planner has to know of each region of a graph, at the sizes that `at` tells."""
+        sites = surveyed.all_sites()
+        return [self._for(site, partial(self.surveyor.offer, site, at, due=site in due)) for site in sites]
 
     def _due(self, surveyed: Surveyed) -> set[Site]:
         """Return the sites to loop because their length may grow, even if the captured one is short.
@@ -152,7 +178,8 @@ class Engine:
         varying = {site for site in surveyed.all_sites() if site.work.stages.dynamic and not site.recomputes}
         if not varying or self.config.min_bytes is not None:
             return set()
-        plans = self._planned(surveyed, long_hint)
+        offers, timeline = self._offers(surveyed, long_hint), timeline_of(surveyed, long_hint)
+        plans = make_plans(offers, timeline, device_of_graph(surveyed), self.config)
         return {site for site, plan in zip(surveyed.all_sites(), plans.of, strict=True) if plan.lengths} & varying
 
     def _spliced(self, surveyed: Surveyed, plans: Mapping[Site, Plan]) -> tuple[GraphModule | None, Report]:
@@ -162,7 +189,8 @@ class Engine:
             plan = plans[site]
             if plan.lengths is None:
                 refusal = Refusal(Reason.SMALL, site.region.last, plan.reason)
-                report = report.joined(Report(refusals=(refused(site.pattern, refusal),)))
+                refusals = (refused(site.pattern, refusal, site.region.module),)
+                report = report.joined(Report(refusals=refusals))
                 continue
             detached = site.region.returned if self.config.returned_logits == "detach" else ()
             edits.append(Edit(site.region, partial(self._put, site, plan), detached))
@@ -203,7 +231,10 @@ class Engine:
             call = self.surveyor.call(site.work, lengths)
             fix_for(site.region, site.work)
             replacement = Replacement(site.region, site.work.stages, call, site.around.saves_results)
-            return loop(owner, place, node_of, replacement)
+            remember(_place(site, call), call.spec.forward_spec, call.spec.backward_spec)
+            results = loop(owner, place, node_of, replacement)
+            messages.tell_spliced(site)
+            return results
 
         return self._for(site, put)
 
@@ -250,13 +281,19 @@ def _quiet_room() -> Iterator[None]:
             gc.enable()
 
 
+def _place(site: Site, call: Call) -> Place:
+    """Return what errors at run time say of a region."""
+    operands = [node.meta["val"] for node in site.work.stages.operands]
+    axes = (call.spec.backward_spec or call.spec.forward_spec)[2][-len(operands) :]
+    whole = (tuple(x.shape) for x, axis in zip(operands, axes, strict=True) if axis is None)
+    weights = frozenset(shape for shape in whole if not any(map(is_symbolic, shape)))
+    return Place(site.pattern, site.region.module, weights)
+
+
 def _with_budget(report: Report, plans: Plans) -> Report:
     """Return the report, with a refusal where no plan keeps to the budget; it is logged as a warning, too."""
     if plans.budget is None or plans.peak <= plans.budget:
         return report
-    text = (
-        f"no choice of loops keeps to {readable(plans.budget)}: the least is {readable(plans.peak)} (predicted); "
-        f"what would help: {plans.advice}"
-    )
-    log.warning("mst_fx: memory_budget: %s", text)
-    return report.joined(Report(refusals=(refused("all", Refusal(Reason.BUDGET, None, text)),)))
+    text = f"{readable(plans.budget)} allowed, the least is {readable(plans.peak)} (predicted)"
+    log.warning("mst_fx: memory_budget missed: %s; what would help: %s", text, plans.advice)
+    return report.joined(Report(refusals=(refused("all", Refusal(Reason.BUDGET, None, text, plans.advice)),)))

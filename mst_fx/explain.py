@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from mst_fx.core.torch_private import dynamo
+from mst_fx.core.config import Config
+from mst_fx.core.torch_private import dynamo, inductor
 from mst_fx.pipeline import compiled_and_told
 from mst_fx.report.report import Report
 
@@ -29,10 +30,12 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
     Raises:
         ValueError, TypeError: as `backend`; and any error of `fn` itself.
     """
+    given = {"inner": "eager", **options} if isinstance(options, Mapping) else options or {"inner": "eager"}
+    Config.split(given, inductor.option_names())  # a wrong option is an error here, not one inside of the compile
     made: list[Report] = []
 
     def watched(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled, report = compiled_and_told(gm, inputs, None, {"inner": "eager", **(options or {})})
+        compiled, report = compiled_and_told(gm, inputs, None, given)
         made.append(report)
         return compiled
 

@@ -25,14 +25,15 @@ def inner_compiler(config: Config, mode: str | None, options: dict[str, Any]) ->
     """Return the function that compiles the rewritten graph.
 
     Args:
-        config: its `inner` chooses the compiler.
+        config: its `inner` chooses the compiler, and its `mode` is the mode where none is given.
         mode: torch.compile's mode; Inductor or a callable takes it.
         options: torch.compile's options that are not ours; Inductor or a callable takes them.
 
     Raises:
         ValueError: a mode or option that `inner` does not take.
     """
-    chosen = _chosen(config, mode, options)
+    mode = mode or config.mode
+    chosen = _chosen(config, None if mode == "default" else mode, options)
 
     def compile_graph(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         token = _of_our_backend.set(True)
@@ -53,7 +54,8 @@ def _chosen(config: Config, mode: str | None, options: dict[str, Any]) -> Compil
         chosen = config.inner
         return lambda gm, inputs: chosen(gm, inputs, **given)
     if options or mode:
-        raise ValueError(f"mst_fx: inner={config.inner!r} takes neither a mode nor {sorted(options)}")
+        names = ", ".join([*([f"mode={mode!r}"] if mode else []), *sorted(options)])
+        raise ValueError(f"mst_fx: inner={config.inner!r} takes neither a mode nor options of Inductor: {names}")
     compiler: Compile = dynamo.backend_named(config.inner)
     return compiler
 

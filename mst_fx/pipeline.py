@@ -28,12 +28,15 @@ from torch.fx import GraphModule
 
 from mst_fx.core.clean_room import modes_given_back
 from mst_fx.core.config import Config
-from mst_fx.core.faults import refusal_for, words_of
+from mst_fx.core.faults import refusal_for, unfit_torch, words_of
+from mst_fx.core.provenance import source_line
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private import inductor
 from mst_fx.core.torch_private.dynamo import PASSING
 from mst_fx.inner_compiler import Compile, inner_compiler, joins_collectives, writes_python
-from mst_fx.report.report import Report, record, refused
+from mst_fx.report.files import DebugFiles
+from mst_fx.report.items import refused
+from mst_fx.report.report import Report, record
 
 if TYPE_CHECKING:
     from mst_fx.engine import Engine, Rewritten
@@ -77,7 +80,9 @@ def compiled_and_told(
 ) -> tuple[Callable[..., Any], Report]:
     """Return the compiled function and the report about it; arguments and errors as for `backend`."""
     config, foreign = Config.split(options, inductor.option_names())
-    compile_graph = inner_compiler(config, mode, foreign)
+    files = DebugFiles(config.debug_dir, strict=config.strict)
+    files.captured(gm)
+    compile_graph = files.watching(inner_compiler(config, mode, foreign))
     engine = _engine(gm, config, foreign)
     if isinstance(engine, Refusal):
         compiled, report = compile_graph(gm, example_inputs), Report(refusals=(refused("all", engine),))
@@ -85,6 +90,7 @@ def compiled_and_told(
         compiled, report = _compiled(engine, compile_graph, example_inputs)
     record(report)
     log.info("%s", report)
+    files.report(report)
     return compiled, report
 
 
@@ -95,6 +101,8 @@ def looped_and_told(gm: GraphModule, config: Config) -> GraphModule:
         gm: the captured graph; it stays as it is.
         config: the user's options; Inductor compiles the graph.
     """
+    files = DebugFiles(config.debug_dir, strict=config.strict)
+    files.captured(gm)
     engine = _engine(gm, config, {})
     try:
         rewritten = engine if isinstance(engine, Refusal) else engine.rewritten()
@@ -104,8 +112,12 @@ def looped_and_told(gm: GraphModule, config: Config) -> GraphModule:
         module, report = gm, Report(refusals=(refused("all", rewritten),))
     else:
         module, report = rewritten.module, rewritten.report
+    for entry in report.dropped:  # no code of ours runs behind the compiled code, to return what says why
+        log.warning("%s; None is returned for them", entry.instead)
     record(report)
     log.info("%s", report)
+    files.looped(module)
+    files.report(report)
     return module
 
 
@@ -131,6 +143,8 @@ def _engine(gm: GraphModule, config: Config, foreign: dict[str, Any]) -> Engine 
     """
     if config.inner == "inductor" and not writes_python(foreign):
         return Refusal(Reason.BACKEND, None, "Inductor's C++ wrapper cannot call the loop")
+    if (unfit := unfit_torch()) is not None:
+        return Refusal(Reason.TORCH, None, unfit)
     try:
         from mst_fx import engine
         from mst_fx.recognise import pattern
@@ -160,7 +174,7 @@ def _compiled(engine: Engine, compile_graph: Compile, inputs: Sequence[Any]) -> 
         return compile_graph(engine.gm, inputs), Report(refusals=(refused("all", refusal),))
     try:
         with modes_given_back():
-            return compile_graph(rewritten.module, inputs), rewritten.report
+            return _telling(engine, rewritten, compile_graph(rewritten.module, inputs)), rewritten.report
     except PASSING:
         raise
     except Exception as error:
@@ -187,7 +201,8 @@ def _compiled_in_part(
         try:
             attempt = engine.rewritten(tried)
             with modes_given_back():
-                compiled, report, left = compile_graph(attempt.module, inputs), attempt.report, tried
+                compiled = _telling(engine, attempt, compile_graph(attempt.module, inputs))
+                report, left = attempt.report, tried
         except PASSING:
             raise
         except Exception as failure:
@@ -199,7 +214,30 @@ def _compiled_in_part(
     return compiled, report
 
 
+def _telling(engine: Engine, rewritten: Rewritten, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the compiled function; where it returns None for logits, they are an object that says why when used."""
+    if not rewritten.report.dropped:
+        return compiled
+    from mst_fx.runtime.not_returned import NotReturned, returning
+
+    before, after = (_outputs(gm) for gm in (engine.gm, rewritten.module))
+    of_line = {entry.source: entry for entry in rewritten.report.dropped}
+    missing = {}
+    for position, (node, kept) in enumerate(zip(before, after, strict=True)):
+        if node is not None and kept is None:
+            entry = of_line.get(source_line(node), rewritten.report.dropped[0])
+            missing[position] = NotReturned(entry.instead)
+    return returning(compiled, missing)
+
+
+def _outputs(gm: GraphModule) -> Sequence[Any]:
+    outputs: Any = gm.graph.output_node().args[0]
+    return outputs  # Dynamo returns a flat tuple
+
+
 def _unlooped(report: Report, text: str) -> Report:
     """Return the report of the captured graph without loops: nothing is cut or dropped either."""
     why = () if report.refusals else (refused("all", Refusal(Reason.INTERNAL, None, text)),)
-    return replace(report, refusals=report.refusals + why, cuts=(), dropped=(), peak=report.peak_whole)
+    timelines = tuple(timeline.without_loops() for timeline in report.timelines)
+    unlooped = replace(report, refusals=report.refusals + why, cuts=(), dropped=(), timelines=timelines)
+    return replace(unlooped, peak=report.peak_whole)

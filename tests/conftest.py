@@ -1,10 +1,9 @@
-import os
 from collections.abc import Iterator
 
 import pytest
 from frugal import frugal
 from hypothesis import HealthCheck, settings
-from through_inductor import through_inductor
+from through_inductor import ENABLED, through_inductor
 
 settings.register_profile(
     "ci",
@@ -26,7 +25,7 @@ def cheap_compiles() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def place_of_the_pass() -> Iterator[None]:
     """With MST_FX_ENABLE=1 in the environment, the whole suite takes the way of `enable`."""
-    if os.environ.get("MST_FX_ENABLE"):
+    if ENABLED:
         with through_inductor():
             yield
     else:

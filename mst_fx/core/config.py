@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
-from fnmatch import fnmatchcase
+from os import PathLike
 from typing import Any, Literal, get_args
+
+from mst_fx.core.module_paths import matches
+from mst_fx.core.option_errors import no_options, unknown, wrong
 
 Accumulate = Literal["float32", "native"]
 ReturnedLogits = Literal["keep", "detach", "drop"]
@@ -46,18 +49,21 @@ class Config:
         chunk_tokens: tokens in one chunk, which is one mini-sequence; None lets the planner choose.
         num_chunks: number of chunks, in place of `chunk_tokens`; at most one of the two may be set.
         modules: for regions with a node in a module with one of these paths ("model.layers.0.mlp", "*.mlp"; the longest
-            match counts): False for no loop, True for a loop in any case, or {"chunk_tokens": n} or {"num_chunks": n}.
+            match counts; see `module_paths`): False for no loop, True for a loop in any case, or {"chunk_tokens": n} or
+            {"num_chunks": n}.
         accumulate: dtype in which the gradients of half-precision weights add up over the chunks:
             "float32" (as accurate as no loop; 4 bytes an element while the loop runs) or "native" (the weight's).
         returned_logits: what happens to logits that the compiled function also returns: "keep" their gradient (backward
             then starts from a gradient as large as the logits, zeros if nobody used them), "detach" them, or "drop"
-            them: where a loss that is made of them needs a gradient, None is returned in their place, for callers
-            that read only the loss.
+            them: where a loss that is made of them needs a gradient, they are not returned, for callers that read only
+            the loss; in their place is an object that says why when it is used (see `not_returned`).
         disable: names of patterns to leave out.
         inner: the compiler of the rewritten graph: "inductor", "aot_eager", "eager" or a backend callable.
+        mode: torch.compile's mode for the inner compiler; torch.compile takes no `mode=` beside `options=`.
         strict: raise errors of the pass, in place of compiling the graph unrewritten.
         verify: run each distinct region once while compiling, looped and as captured, on random numbers; a region whose
             loop differs by more than rounding is left alone.
+        debug_dir: a folder, made where it is missing: for each compile the graph before and after, and the report.
     """
 
     memory_budget: int | float | str | None = None
@@ -69,29 +75,37 @@ class Config:
     returned_logits: ReturnedLogits = "keep"
     disable: tuple[str, ...] = ()
     inner: Inner | Callable[..., Any] = "inductor"
+    mode: str | None = None
     strict: bool = False
     verify: bool = False
+    debug_dir: str | PathLike[str] | None = dataclasses.field(default=None, repr=False)  # repr: in keys of caches
 
     def __post_init__(self) -> None:
         """Raise TypeError or ValueError for a value that its option does not take."""
         least = self.min_bytes
         _check(least is None or (_is_int(least) and least >= 0), "min_bytes", "an int of bytes >= 0 or None", least)
         _check(_is_budget(self.memory_budget), "memory_budget", BUDGETS, self.memory_budget)
-        for name in ("chunk_tokens", "num_chunks"):
+        for name in LENGTHS:
             value = getattr(self, name)
             _check(value is None or (_is_int(value) and value > 0), name, "a positive int or None", value)
-        wishes = isinstance(self.modules, Mapping) and all(map(_is_wish, self.modules.items()))
-        _check(wishes, "modules", WISHES, self.modules)
+        _check(isinstance(self.modules, Mapping), "modules", WISHES, self.modules)
+        for path, said in self.modules.items():
+            _check(_is_wish(path, said), "modules", WISHES, {path: said})
         if self.chunk_tokens is not None and self.num_chunks is not None:
             raise ValueError("mst_fx: chunk_tokens and num_chunks exclude each other")
-        _check(self.accumulate in get_args(Accumulate), "accumulate", str(get_args(Accumulate)), self.accumulate)
-        known = self.returned_logits in get_args(ReturnedLogits)
-        _check(known, "returned_logits", str(get_args(ReturnedLogits)), self.returned_logits)
+        for name, texts in (("accumulate", get_args(Accumulate)), ("returned_logits", get_args(ReturnedLogits))):
+            value = getattr(self, name)
+            _check(value in texts, name, f"one of {texts}", value, texts)
         _check(isinstance(self.disable, tuple), "disable", "a tuple or list of pattern names", self.disable)
         known = callable(self.inner) or self.inner in get_args(Inner)
-        _check(known, "inner", f"a callable or one of {get_args(Inner)}", self.inner)
+        _check(known, "inner", f"a callable or one of {get_args(Inner)}", self.inner, get_args(Inner))
+        _check(self.mode is None or isinstance(self.mode, str), "mode", "a mode of torch.compile or None", self.mode)
         for name in ("strict", "verify"):
             _check(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
+        folder = self.debug_dir
+        _check(
+            folder is None or (isinstance(folder, (str, PathLike)) and bool(str(folder))), "debug_dir", FOLDER, folder
+        )
 
     def budget_bytes(self, device_memory: int) -> int | None:
         """Return `memory_budget` in bytes, None where it is not set.
@@ -113,14 +127,14 @@ class Config:
 
     def wish_for(self, modules: Collection[str]) -> Wish:
         """Return what the user wants for a region whose nodes belong to the modules with these paths."""
-        paths = [path for path in self.modules if any(is_in(module, path) for module in modules)]
+        paths = [path for path in self.modules if any(matches(module, path) for module in modules)]
         said = self.modules[max(paths, key=len)] if paths else {}
         if isinstance(said, bool):
             return Wish(said, self.chunk_tokens, self.num_chunks)
         return Wish(None, **said) if said else Wish(None, self.chunk_tokens, self.num_chunks)
 
     @staticmethod
-    def split(options: Mapping[str, Any] | None, foreign: frozenset[str]) -> tuple[Config, dict[str, Any]]:
+    def split(options: Mapping[str, Any] | None, foreign: Collection[str]) -> tuple[Config, dict[str, Any]]:
         """Divide torch.compile's `options` into ours and Inductor's.
 
         Args:
@@ -129,27 +143,31 @@ class Config:
 
         Raises:
             ValueError: a name that neither knows; the message lists ours.
-            TypeError: a value that its option does not take.
+            TypeError: a value that its option does not take, or `options` is no dict.
         """
         own = {field.name for field in dataclasses.fields(Config)}
+        if not isinstance(options, Mapping | None):
+            taking = sorted(own - {"disable", "mode", "debug_dir"})
+            raise no_options(options, [name for name in taking if _takes(name, options)])
         mine: dict[str, Any] = {}
         theirs: dict[str, Any] = {}
         for name, value in (options or {}).items():
             if name in own:
                 mine[name] = value
-            elif name.replace("-", "_") in foreign:
+            elif str(name).replace("-", "_") in foreign:
                 theirs[name] = value
             else:
-                listing = ", ".join(sorted(own))
-                raise ValueError(f"mst_fx: unknown option {name!r}; ours are {listing}; Inductor's pass through")
+                raise unknown(name, own, foreign)
         if isinstance(mine.get("disable"), (list, str)):
             mine["disable"] = (mine["disable"],) if isinstance(mine["disable"], str) else tuple(mine["disable"])
         return Config(**mine), theirs
 
 
+LENGTHS = ("chunk_tokens", "num_chunks")
 SMALL_BYTES = 64 * 2**20
 BUDGETS = "bytes as an int, a string like '40GiB', or a fraction of the device between 0.0 and 1.0"
 WISHES = "a dict from module paths to False, True, {'chunk_tokens': n} or {'num_chunks': n}"
+FOLDER = "the path of a folder or None"
 UNITS = {f"{unit}B": 1000**power for power, unit in enumerate("KMGT", 1)}
 UNITS |= {f"{unit}iB": 1024**power for power, unit in enumerate("KMGT", 1)}
 
@@ -168,18 +186,12 @@ def _is_budget(value: object) -> bool:
     return value is None or (_is_int(value) and isinstance(value, int) and value > 0)
 
 
-def is_in(module: str, path: str) -> bool:
-    """Return whether a module's path matches a path of the option `modules`, or lies inside one that does."""
-    return fnmatchcase(module, path) or fnmatchcase(module, f"{path}.*")
-
-
-def _is_wish(entry: tuple[object, object]) -> bool:
-    path, said = entry
+def _is_wish(path: object, said: object) -> bool:
     if isinstance(said, Mapping):
         return (
             isinstance(path, str)
             and len(said) == 1
-            and set(said) <= {"chunk_tokens", "num_chunks"}
+            and set(said) <= {*LENGTHS}
             and all(_is_int(value) and value > 0 for value in said.values())
         )
     return isinstance(path, str) and isinstance(said, bool)
@@ -189,6 +201,16 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check(holds: bool, name: str, expected: str, value: object) -> None:
+def _takes(name: str, value: Any) -> bool:
+    """Return whether an option takes a value."""
+    try:
+        Config(**{name: value})
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _check(holds: bool, name: str, expected: str, value: object, known: Collection[str] = ()) -> None:
+    """Raise the error for a value that an option does not take; `known` are the texts that it takes."""
     if not holds:
-        raise TypeError(f"mst_fx: option {name!r} takes {expected}, not {value!r}")
+        raise wrong(name, expected, value, known)

@@ -14,6 +14,9 @@ from mst_fx.core.torch_private.dynamo import PASSING
 
 log = logging.getLogger("mst_fx")
 
+OLDEST = (2, 11)
+"""The oldest version of torch that the pass was run on."""
+
 
 def refusal_for(error: Exception, node: Node | None, doing: str, *, strict: bool) -> Refusal:
     """Log an exception, one line as a warning and the traceback as a debug message; return it as a refusal.
@@ -34,6 +37,16 @@ def refusal_for(error: Exception, node: Node | None, doing: str, *, strict: bool
     log.warning("mst_fx: %s; not looped", words)
     log.debug("mst_fx: %s", words, exc_info=error)
     return Refusal(Reason.INTERNAL if name is None else Reason.TORCH, node, words)
+
+
+def unfit_torch() -> str | None:
+    """Return why there are no loops with a torch that is too old, None with any other; it is a warning, too."""
+    found = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if found is None or (int(found[1]), int(found[2])) >= OLDEST:
+        return None
+    text = f"mst_fx needs torch {'.'.join(map(str, OLDEST))} or newer, and this is {torch.__version__}"
+    log.warning("mst_fx: %s; not looped", text)
+    return text
 
 
 def missing_name(error: BaseException | None) -> str | None:

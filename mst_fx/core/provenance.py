@@ -1,4 +1,4 @@
-"""The module's path and the user's source line of a node of a captured graph; what is before and behind the graph."""
+"""The user's source line of a node of a captured graph, and its op; what is before and behind the graph."""
 
 from __future__ import annotations
 
@@ -32,17 +32,6 @@ class Borders:
 
 
 TOP = Borders()
-
-
-def module_path(node: Node) -> str:
-    """Return the dotted path of the innermost module around the node ("model.layers.0.mlp"), "" at the top."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    path = str(next(reversed(stack.values()))[0])
-    path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)  # L['self'].layers[0] -> L.self.layers.0
-    path = re.sub(r"__dict__\.|_modules\.|_buffers\.|_parameters\.", "", path)
-    return re.sub(r"^[LG]\.\w+\.?", "", path)
 
 
 def borders_of(gm: GraphModule) -> Borders:

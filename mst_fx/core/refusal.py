@@ -31,8 +31,8 @@ class Reason(Enum):
     NO_VALUE = "Compile with torch._dynamo.config.use_graph_deduplication = False."
     DYNAMIC = "Compile with static shapes (dynamic=False) or make only the split dim dynamic."
     DATA_DEPENDENT = (
-        "Route tokens without sizes that depend on them: sort them by expert, count them by histc or one_hot, "
-        "and multiply group by group."
+        "Keep all tokens and mask what they give, as ignore_index does, in place of x[mask]. Route tokens to experts "
+        "without sizes that depend on them: sort them, count them by histc or one_hot, and multiply group by group."
     )
     COMPLEX = "Compute with real and imaginary parts as tensors of their own."
     NUMBER = "Give the op a tensor, or a number that depends neither on the data nor on the length."

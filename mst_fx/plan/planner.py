@@ -258,13 +258,14 @@ class _Planner:
             return "the option `modules` says so"
         if number not in self.candidates:
             written = self.offers[number].memory.written
-            return f"its temporaries are {written:,} bytes, min_bytes is {self.config.least_bytes:,}"
+            return f"its temporaries are {readable(written)}, min_bytes is {readable(self.config.least_bytes)}"
         others = [n for n in self.candidates if state[n] is None]
         peak = self.peak(state)
         lower = self.peak(_with(state, {n: self.lengths[n] for n in others}))
         added = sum(self.added_ms(n, self.lengths[n]) for n in others)
+        left = "the region that is" if len(others) == 1 else f"the {len(others)} regions that are"
         return (
-            f"not worth it: looping the {len(others)} regions that are left alone would take "
+            f"not worth it: looping {left} left alone would take "
             f"{readable(max(0, peak - lower))} off a step's peak of {readable(peak)} and add {added:.1f} ms (predicted)"
         )
 

@@ -87,7 +87,7 @@ def memory_of(work: Work, call: Call, at: Hint) -> RegionMemory:
     )
     in_forward = forward is None
     gradients = _gradients_saved(work, call, at) if in_forward else []
-    saved_whole = sum(bytes_per_position(stages, node, at) for node in _saved_whole(work, at)) * length
+    saved_whole = _saved_whole_bytes(work, at)
     weights = backward.native if backward is not None else 0
     whole_backward, whole_again = (
         weights + _whole_backward(call, length, at, at_once=at_once) for at_once in (True, False)
@@ -105,6 +105,18 @@ def memory_of(work: Work, call: Call, at: Hint) -> RegionMemory:
         whole_again=whole_again,
         stream_gradient=_stream_gradient(work, at),
     )
+
+
+def memory_unlooped(work: Work, at: Hint) -> RegionMemory:
+    """Predict the bytes of a region that is not looped in any case, without its bodies: those that it saves."""
+    saved = _saved_whole_bytes(work, at)
+    written = temporary_bytes(work.stages, at(work.stages.length), at)
+    return RegionMemory(written, saved_whole=saved, whole_forward=saved, whole_backward=saved, whole_again=saved)
+
+
+def _saved_whole_bytes(work: Work, at: Hint) -> int:
+    per_position = sum(bytes_per_position(work.stages, node, at) for node in _saved_whole(work, at))
+    return per_position * at(work.stages.length)
 
 
 def _gradients_saved(work: Work, call: Call, at: Hint) -> list[tuple[int, int]]:

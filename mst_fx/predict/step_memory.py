@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch.fx import Node
 
 from mst_fx.core.sizes import Hint
-from mst_fx.core.values import bytes_of, fake_value, storages_of_all
+from mst_fx.core.values import bytes_of, fake_value, has_gradient, storages_of_all
 from mst_fx.predict.saved_activations import activation_bytes, passing_bytes, saved_values
 from mst_fx.recognise.reader import Reader
 
@@ -58,6 +58,8 @@ class Segment:
         region: number of the region, None for other nodes.
         block: number of the checkpointed block around the segment, None outside of any.
         entry: bytes that a checkpointed block saves, at its first segment.
+        values: the nodes whose values make up `saved`, with the bytes of each; reports tell them.
+        widest: the node that `passing` is about, None for a region.
     """
 
     saved: int = 0
@@ -66,6 +68,41 @@ class Segment:
     region: int | None = None
     block: int | None = None
     entry: int = 0
+    values: tuple[tuple[Node, int], ...] = field(default=(), compare=False)
+    widest: Node | None = field(default=None, compare=False)
+
+
+class Moment(NamedTuple):
+    """Bytes alive while one segment runs, besides the inputs.
+
+    Attributes:
+        outputs: bytes of the graph's outputs.
+        saved: bytes that segments have saved for backward, or recomputed for it.
+        gradients: bytes of the gradients of graph inputs made so far.
+        running: bytes that the segment needs itself.
+    """
+
+    outputs: int = 0
+    saved: int = 0
+    gradients: int = 0
+    running: int = 0
+
+
+class Share(NamedTuple):
+    """What is saved of one segment at a moment.
+
+    Attributes:
+        segment: its number.
+        entry: bytes of what a checkpointed block reads.
+        whole: whether the values of the nodes outside the regions are there; in a checkpointed block, only while
+            backward passes it.
+        region: bytes of its region.
+    """
+
+    segment: int
+    entry: int
+    whole: bool
+    region: int
 
 
 @dataclass(frozen=True)
@@ -84,37 +121,56 @@ class Timeline:
 
     def peak(self, held: Sequence[Held]) -> int:
         """Return the most bytes at once in a step, where `held` has the bytes of each region at its number."""
+        held_segments = self._held(held)
+        most = max(map(sum, self._forward(held_segments)), default=0)
+        return self.resident + max(0, most, *map(sum, self._backward(held_segments)))
+
+    def moments(self, held: Sequence[Held]) -> tuple[list[Moment], list[Moment]]:
+        """Return what is alive while forward runs each segment, and while backward does: the last segment first.
+
+        The last moment is the end of the step.
+        """
+        held_segments = self._held(held)
+        return list(self._forward(held_segments)), list(self._backward(held_segments))
+
+    def shares(self, held: Sequence[Held], number: int, *, backward: bool) -> list[Share]:
+        """Return what each segment has saved while forward, or backward, runs the segment with this number."""
+        own, found = self.segments[number].block if backward else None, []
+        for other, (segment, region) in enumerate(self._held(held)[: number + backward]):
+            whole = segment.block is None or segment.block == own
+            found.append(Share(other, segment.entry, whole, region.saved if whole else region.saved_results))
+        return found
+
+    def _held(self, held: Sequence[Held]) -> list[HeldSegment]:
         regions = [held[segment.region] if segment.region is not None else Held() for segment in self.segments]
-        held_segments = list(zip(self.segments, regions, strict=True))
-        return max(self.resident, *self._forward(held_segments), *self._backward(held_segments))
+        return list(zip(self.segments, regions, strict=True))
 
-    def _forward(self, held_segments: Sequence[HeldSegment]) -> Iterator[int]:
-        """Yield the bytes while each segment runs: the inputs, what earlier segments left, and what it needs itself."""
-        alive = self.resident
+    def _forward(self, held_segments: Sequence[HeldSegment]) -> Iterator[Moment]:
+        """Yield the bytes while each segment runs: what earlier segments left, and what it needs itself."""
+        saved = 0
         for segment, region in held_segments:
-            yield alive + max(region.forward, segment.passing // FORWARD_DIVISOR)
-            alive += _left(segment, region)
+            yield Moment(saved=saved, running=max(region.forward, segment.passing // FORWARD_DIVISOR))
+            saved += _left(segment, region)
 
-    def _backward(self, held_segments: Sequence[HeldSegment]) -> Iterator[int]:
+    def _backward(self, held_segments: Sequence[HeldSegment]) -> Iterator[Moment]:
         """Yield the bytes while backward passes each segment, the last one first, and those after it.
 
-        These are the inputs and the outputs, the gradients of inputs made so far, what the segment and earlier ones
-        saved, and what it needs itself. What a checkpointed block recomputes is saved from where backward enters the
-        block.
+        These are the outputs, the gradients of inputs made so far, what the segment and earlier ones saved, and what it
+        needs itself. What a checkpointed block recomputes is saved from where backward enters the block.
         """
-        alive = self.resident + self.returned + sum(_left(segment, region) for segment, region in held_segments)
+        saved = sum(_left(segment, region) for segment, region in held_segments)
         again: Counter[int | None] = Counter()
         for segment, region in held_segments:
             again[segment.block] += segment.saved + region.saved - region.saved_results
         gradients, block = 0, None
         for segment, region in reversed(held_segments):
             if segment.block is not None and segment.block != block:
-                alive += again[segment.block]
+                saved += again[segment.block]
             block = segment.block
-            yield alive + gradients + max(region.backward, segment.passing)
+            yield Moment(self.returned, saved, gradients, max(region.backward, segment.passing))
             gradients += segment.gradients
-            alive -= segment.entry + segment.saved + region.saved
-        yield self.resident + gradients
+            saved -= segment.entry + segment.saved + region.saved
+        yield Moment(gradients=gradients)
 
 
 HeldSegment: TypeAlias = tuple[Segment, Held]
@@ -156,7 +212,7 @@ def segments_of(
                 found += [current, Segment(region=number)]
                 place[number] = len(found) - 1
                 current = Segment()
-            current = replace(current, saved=current.saved + saved.get(node, 0))
+            current = _with_saved(current, node, saved)
             own = found[place[number]]
             found[place[number]] = replace(own, gradients=own.gradients + gradients)
         elif node in blocks:
@@ -164,20 +220,29 @@ def segments_of(
             inner[0] = replace(inner[0], entry=inner[0].entry + activation_bytes(node, at))
             inner[-1] = replace(inner[-1], gradients=inner[-1].gradients + gradients)
             found += [current, *inner]
-            current = Segment(saved=saved.get(node, 0))
+            current = _with_saved(Segment(), node, saved)
         else:
-            current = replace(
-                current,
-                saved=current.saved + saved.get(node, 0),
-                passing=max(current.passing, passing_bytes(reader, node, at)),
-                gradients=current.gradients + gradients,
-            )
+            current = _with_saved(replace(current, gradients=current.gradients + gradients), node, saved)
+            passing = passing_bytes(reader, node, at)
+            current = replace(current, passing=passing, widest=node) if passing > current.passing else current
     return [*found, current]
+
+
+def _with_saved(segment: Segment, node: Node, saved: Mapping[Node, int]) -> Segment:
+    """Return the segment with what it saves of a node's value."""
+    size = saved.get(node, 0)
+    return replace(segment, saved=segment.saved + size, values=(*segment.values, (node, size))) if size else segment
 
 
 def resident_bytes(reader: Reader, at: Hint) -> int:
     """Return the bytes of the graph's inputs, shared memory counted once."""
     return _storage_bytes(_inputs(reader), at)
+
+
+def parameter_bytes(reader: Reader, at: Hint) -> int:
+    """Return the bytes of those inputs that are parameters, shared memory counted once."""
+    parameters = [node for node in _inputs(reader) if isinstance(fake_value(node), torch.nn.Parameter)]
+    return _storage_bytes(parameters, at)
 
 
 def returned_bytes(reader: Reader, at: Hint) -> int:
@@ -195,8 +260,13 @@ def _inputs(reader: Reader) -> list[Node]:
 
 
 def _last_readers(reader: Reader, at: Hint) -> dict[Node, int]:
-    """Return the bytes of the gradients of parameters, by the last node that reads them: there backward makes them."""
+    """Return the bytes of the gradients of parameters, by the last node that reads them: there backward makes them.
+
+    There are none where nothing in the graph has a gradient, as under no_grad.
+    """
     gradients: dict[Node, int] = {}
+    if not any(has_gradient(node) for node in reader.owner.graph.nodes if node.op.startswith("call_")):
+        return gradients
     for node in _inputs(reader):
         value = fake_value(node)
         if isinstance(value, torch.nn.Parameter) and value.requires_grad and node.users:

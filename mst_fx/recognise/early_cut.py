@@ -229,7 +229,8 @@ class _Way:
         node, split = next(iter(self.starts.items()))
         length = short[node].shape[split.dim] // split.outer
         for node in between(self.starts, args_of(self.cut)[0]):
-            short[node] = run_resized(node, self.placements[node], length, {**env, **short})
+            with set_current_meta(node):  # not that of the cut
+                short[node] = run_resized(node, self.placements[node], length, {**env, **short})
         return short
 
 

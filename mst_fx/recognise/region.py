@@ -17,7 +17,8 @@ from torch.fx import GraphModule, Node
 from mst_fx.core.graph_modules import held_by, is_held
 from mst_fx.core.graph_walk import descendants, walk
 from mst_fx.core.modes import Mode
-from mst_fx.core.provenance import module_path, op_name
+from mst_fx.core.module_paths import common_path, module_path
+from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data
 from mst_fx.core.values import fake_value, has_gradient, is_view, storages_of
@@ -50,6 +51,7 @@ class Region:
         returned: large values that the caller of the graph gets, made or read by the nodes.
         smaller: a smaller region to loop where this one cannot be, None where there is none.
         front: the nodes that make the stream of the recognised region (see `norm_in_front`).
+        products: the nodes that multiply matrices.
     """
 
     owner: GraphModule
@@ -63,16 +65,26 @@ class Region:
     returned: tuple[Node, ...] = ()
     smaller: Region | None = None
     front: frozenset[Node] = frozenset()
+    products: tuple[Node, ...] = ()
 
     @property
     def last(self) -> Node:
-        """The last node, which names the region in reports."""
+        """The last node, whose source line stands for the region in reports."""
         return self.nodes[-1]
 
     @property
+    def module(self) -> str:
+        """The path of the innermost module that all its products are in; at the top, that of the last product.
+
+        So a head has the path of its projection, wherever the loss is, and an MLP that of the module around its own.
+        """
+        paths = [module_path(node) for node in self.products or (self.last,)]
+        return common_path(paths) or paths[-1]
+
+    @property
     def name(self) -> str:
-        """The path of the module that its last node belongs to."""
-        return module_path(self.last) or "the top"
+        """The path of its module, in words."""
+        return self.module or "the top"
 
 
 def close(
@@ -134,7 +146,8 @@ def close(
     forbid_writes_to_shared(reader, ordered, outputs)
     modes = {node: reader.modes[node] for node in ordered}
     place = (before, moved_ahead)
-    return Region(reader.owner, ordered, outputs, live_ins, stream, *place, modes, returned, smaller, front)
+    products = tuple(filter(reader.multiplies, ordered))
+    return Region(reader.owner, ordered, outputs, live_ins, stream, *place, modes, returned, smaller, front, products)
 
 
 def _check_derivatives(reader: Reader, nodes: Iterable[Node]) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from torch.fx import Node
 
 from mst_fx.bodies.work import Work
-from mst_fx.core.provenance import module_path, source_line
+from mst_fx.core.provenance import source_line
 from mst_fx.core.values import bytes_of, fake_value
 from mst_fx.plan.planner import Plan
 from mst_fx.recognise.early_cut import CutHead
 from mst_fx.recognise.region import Region, needs_gradient
-from mst_fx.report.report import Dropped, EarlyCut, LoopedRegion
+from mst_fx.report.items import Dropped, EarlyCut, LoopedRegion
 
 
 def looped(pattern: str, region: Region, work: Work, plan: Plan, detached: Sequence[Node]) -> LoopedRegion:
@@ -27,7 +27,7 @@ def looped(pattern: str, region: Region, work: Work, plan: Plan, detached: Seque
     """
     return LoopedRegion(
         pattern=pattern,
-        module=module_path(region.last),
+        module=region.module,
         source=source_line(region.last),
         axis=f"dim {work.stages.axis.dim} ({work.stages.length} positions)",
         chunks=plan.chunks,
@@ -48,10 +48,9 @@ def _bytes(node: Node) -> int:
 
 def cut_head(head: CutHead) -> EarlyCut:
     """Return the entry of a head that projects only the tokens that are read."""
-    cut = head.region.last
-    return EarlyCut(module_path(cut), source_line(cut), head.bytes_before, head.bytes_after)
+    return EarlyCut(head.region.module, source_line(head.region.last), head.bytes_before, head.bytes_after)
 
 
-def dropped(node: Node) -> Dropped:
-    """Return the entry of logits that are not returned."""
-    return Dropped(module_path(node), source_line(node), _bytes(node))
+def dropped(region: Region, node: Node) -> Dropped:
+    """Return the entry of logits of a region that are not returned."""
+    return Dropped(region.module, source_line(node), _bytes(node))

@@ -4,130 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
 
-from mst_fx.core.provenance import module_path, op_name, source_line
-from mst_fx.core.readable import readable
-from mst_fx.core.refusal import Refusal
 from mst_fx.core.torch_private.captured import Attempt, attempt
-from mst_fx.report.unlooped import Unlooped, joined, largest, text_of
-
-
-@dataclass(frozen=True)
-class LoopedRegion:
-    """A region that runs as a loop.
-
-    Attributes:
-        pattern: name of the pattern that recognised it.
-        module: path of the module of its last op.
-        source: file, line and code of its last op.
-        axis: the split dim of the stream, and its length in positions.
-        chunks: number of mini-sequences.
-        bytes_before, bytes_after: bytes of the region's temporaries, unlooped and with one chunk alive.
-        backward: "recompute", "in_forward" or "none".
-        added_ms: predicted milliseconds that the loop adds to a training step.
-        returned_bytes: bytes of logits that the compiled function returns, so that they exist as a whole.
-        returned_gradient_bytes: bytes of their gradient, with which backward starts even if nobody used them.
-        verified: with the option `verify`, True for a loop that ran and is right, False for one that could not run.
-        verification: at which sizes it ran, or why it could not.
-    """
-
-    pattern: str
-    module: str
-    source: str
-    axis: str
-    chunks: int
-    bytes_before: int
-    bytes_after: int
-    backward: str
-    added_ms: float = 0.0
-    returned_bytes: int = 0
-    returned_gradient_bytes: int = 0
-    verified: bool | None = None
-    verification: str = ""
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.pattern} at {self.module or 'the top'}: {self.axis} in {self.chunks} chunks, "
-            f"{readable(self.bytes_before)} -> {readable(self.bytes_after)} of temporaries, "
-            f"backward {self.backward.replace('_', ' ')}, {self.added_ms:+.1f} ms a step (predicted)",
-            self.source,
-        ]
-        if self.returned_bytes:
-            size = readable(self.returned_bytes)
-            lines.append(f"Returned logits have to exist: {size}; returned_logits='drop' returns None in training.")
-        if self.returned_gradient_bytes:
-            size = readable(self.returned_gradient_bytes)
-            lines.append(f"Backward starts with their gradient, {size}; returned_logits='detach' does without it.")
-        if self.verified is not None:
-            lines.append(f"{'Verified at' if self.verified else 'Could not be verified:'} {self.verification}.")
-        return "\n    ".join(lines)
-
-
-@dataclass(frozen=True)
-class RefusedRegion:
-    """A region, or what looked like one, that is left as it was.
-
-    Attributes:
-        pattern: name of the pattern that recognised it.
-        reason: name of a `Reason`.
-        op: the op that is the obstacle.
-        source: file, line and code of that op.
-        advice: what to change.
-        text: the reason in one sentence.
-        module: path of the module that the op belongs to.
-    """
-
-    pattern: str
-    reason: str
-    op: str
-    source: str
-    advice: str
-    text: str
-    module: str
-
-    def __str__(self) -> str:
-        where = self.module or "the top"
-        return (
-            f"{self.pattern} at {where} left alone ({self.reason}): {self.text}\n    {self.source}\n    {self.advice}"
-        )
-
-
-@dataclass(frozen=True)
-class EarlyCut:
-    """A projection whose result the program cuts along the tokens; the compiled code cuts its operand.
-
-    Attributes:
-        module: path of the module that cuts.
-        source: file, line and code of the cut.
-        bytes_before, bytes_after: bytes of what the projection makes.
-    """
-
-    module: str
-    source: str
-    bytes_before: int
-    bytes_after: int
-
-    def __str__(self) -> str:
-        sizes = f"{readable(self.bytes_before)} -> {readable(self.bytes_after)} of logits"
-        return f"cut before the head at {self.module or 'the top'}: {sizes}\n    {self.source}"
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """Logits that the compiled function does not return: it returns None in their place.
-
-    Attributes:
-        module: path of the module that makes them.
-        source: file, line and code of their op.
-        bytes: bytes of the logits.
-    """
-
-    module: str
-    source: str
-    bytes: int
-
-    def __str__(self) -> str:
-        return f"None is returned for {readable(self.bytes)} at {self.module or 'the top'}\n    {self.source}"
+from mst_fx.report.first import first_of
+from mst_fx.report.items import Dropped, EarlyCut, LoopedRegion, RefusedRegion
+from mst_fx.report.plain import json_of, plain
+from mst_fx.report.text import text_of
+from mst_fx.report.timeline import GraphTimeline
+from mst_fx.report.unlooped import Unlooped, joined, largest
 
 
 @dataclass(frozen=True)
@@ -144,6 +30,8 @@ class Report:
             several graphs.
         unlooped: the largest values that no loop covers, and why (see `Unlooped`).
         notes: what else the user should know.
+        budget: bytes that the option `memory_budget` allows, None without it.
+        timelines: what each graph holds over a step (see `GraphTimeline`), in the order of the compiles.
     """
 
     regions: tuple[LoopedRegion, ...] = ()
@@ -155,6 +43,8 @@ class Report:
     peak_whole: int = 0
     unlooped: tuple[Unlooped, ...] = ()
     notes: tuple[str, ...] = ()
+    budget: int | None = None
+    timelines: tuple[GraphTimeline, ...] = ()
 
     def __add__(self, other: Report) -> Report:
         peak, whole = max(self.peak, other.peak), max(self.peak_whole, other.peak_whole)
@@ -166,40 +56,66 @@ class Report:
         regions, refusals = self.regions + other.regions, self.refusals + other.refusals
         cuts, gone = self.cuts + other.cuts, self.dropped + other.dropped
         left, notes = joined(self.unlooped, other.unlooped), (*dict.fromkeys(self.notes + other.notes),)
-        return Report(regions, refusals, cuts, gone, self.graphs, unlooped=left, notes=notes)
+        return Report(
+            regions,
+            refusals,
+            cuts,
+            gone,
+            self.graphs,
+            unlooped=left,
+            notes=notes,
+            budget=other.budget if self.budget is None else self.budget,
+            timelines=self.timelines + other.timelines,
+        )
+
+    @property
+    def change_first(self) -> str:
+        """The most valuable advice, in one sentence; "" where there is none."""
+        return first_of(self.regions, self.refusals, self.unlooped)
 
     def __str__(self) -> str:
-        entries = (*self.regions, *self.cuts, *self.dropped, *self.refusals)
-        if not self.graphs:
-            return "\n".join(["mst_fx: no graph was captured, so there was nothing to decide", *self.notes])
-        if not entries:
-            head = f"mst_fx: nothing to loop in {self.graphs} graph(s): no pattern matched"
-            return "\n".join([head, *text_of(self.unlooped), *self.notes])
-        head = f"mst_fx: {len(self.regions)} looped, {len(self.refusals)} left alone, {self.graphs} graph(s)"
-        if self.peak_whole:
-            head += f"; peak of a step {readable(self.peak_whole)} -> {readable(self.peak)} (predicted)"
-        return "\n".join([head, *map(str, entries), *text_of(self.unlooped), *self.notes])
+        return text_of(self)
+
+    def _repr_html_(self) -> str:
+        """Return the report as a table, for notebooks."""
+        from mst_fx.report.html import html_of
+
+        return html_of(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as dicts, lists, strings, numbers and None.
+
+        The keys are the attributes of the report, and inside of it those of `LoopedRegion`, `RefusedRegion`,
+        `EarlyCut`, `Dropped`, `Unlooped`, `GraphTimeline`, `Course`, `Alive` and `Span`; besides, "format" is 1 until a
+        key goes or changes its meaning, and "change_first" is the property. Bytes are ints.
+        """
+        return {"format": FORMAT, **plain(self), "change_first": self.change_first}
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """Return `to_dict` as JSON.
+
+        Args:
+            indent: as in `json.dumps`.
+        """
+        return json_of(self.to_dict(), indent)
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw the memory of a training step as predicted, without and with loops, to a file.
+
+        Args:
+            path: of the picture; its ending says the format (.png, .svg, .pdf).
+
+        Raises:
+            ImportError: matplotlib is not installed (the extra `plot`).
+            ValueError: the report has no graph.
+        """
+        from mst_fx.report.plot import draw
+
+        draw(self, path)
 
 
-def refused(pattern: str, refusal: Refusal) -> RefusedRegion:
-    """Return the entry of a refused region.
-
-    Args:
-        pattern: name of the pattern, "all" where the refusal is about the whole graph.
-        refusal: the reason, the node and the text.
-    """
-    node = refusal.node
-    return RefusedRegion(
-        pattern=pattern,
-        reason=refusal.reason.name,
-        op=op_name(node) if node is not None else "",
-        source=source_line(node) if node is not None else "",
-        advice=refusal.advice,
-        text=refusal.text,
-        module=module_path(node) if node is not None else "",
-    )
-
-
+FORMAT = 1
+"""The version of `Report.to_dict`: it grows when a key goes or changes its meaning, not when one is added."""
 _MADE: deque[tuple[Report, Attempt | None]] = deque(maxlen=1000)
 
 

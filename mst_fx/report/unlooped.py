@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Reason
+from mst_fx.report.alike import alike
+from mst_fx.report.alike import kind_of as kind_of_entry
+from mst_fx.report.lines import at, entry, several, times
 
 MOST = 10
 """Number of entries in a report: it has to stay short."""
@@ -52,30 +54,23 @@ class Unlooped:
         return self.bytes * self.count if self.saved else self.bytes
 
     def __str__(self) -> str:
-        return self.told()
+        return "\n".join(self.lines())
 
-    def told(self, *, briefly: bool = False) -> str:
-        """Return the value in words, without the advice if `briefly` is set."""
-        size = readable(self.bytes) if self.count == 1 else f"{self.count} x {readable(self.bytes)}"
-        what = f"{size}{' saved' if self.saved else ''}, {self.op} {list(self.shape)} {self.dtype}"
-        lines = [f"{what} at {self.module or 'the top'}: {self.why}", self.source]
-        return "\n    ".join(lines if briefly else [*lines, self.advice])
+    def lines(self, *, briefly: bool = False) -> list[str]:
+        """Return the text of the value, without the advice if `briefly` is set."""
+        size = f"{times(self.count)}{readable(self.bytes)}{' saved' if self.saved else ''}"
+        head = f"{size}, {self.op} {list(self.shape)} {self.dtype} at {at(self.module)}: {self.why}"
+        return entry(head, "" if briefly else self.advice, source=self.source)
 
 
 def kind_of(value: Unlooped) -> Unlooped:
     """Return what a value has in common with those that it is counted together with."""
-    return replace(value, module=re.sub(r"\b\d+\b", "*", value.module), count=0)
+    return replace(kind_of_entry(value), count=0)
 
 
 def together(values: Iterable[Unlooped]) -> list[Unlooped]:
     """Return the values with those that are alike counted together, the largest total first."""
-    groups: dict[Unlooped, list[Unlooped]] = {}
-    for value in values:
-        groups.setdefault(kind_of(value), []).append(value)
-    found = []
-    for key, group in groups.items():
-        module = group[0].module if len(group) == 1 else key.module
-        found.append(replace(group[0], module=module, count=sum(value.count for value in group)))
+    found = [replace(value, count=sum(each.count for each in group)) for value, group in alike(values, kind_of)]
     return sorted(found, key=lambda value: -value.total)
 
 
@@ -98,12 +93,14 @@ def text_of(values: tuple[Unlooped, ...]) -> list[str]:
     data tell each of them.
     """
     told = [value for value in values if value.reason != Reason.NO_GAIN.name]
-    entries = []
+    entries: list[str] = []
     for above, value in zip((None, *told), told, strict=False):
         repeated = above is not None and (above.why, above.advice) == (value.why, value.advice)
-        entries.append(value.told(briefly=repeated))
+        entries += value.lines(briefly=repeated)
     others = [value for value in values if value.reason == Reason.NO_GAIN.name]
     if others:
         size = readable(sum(value.total for value in others))
-        entries.append(f"{size} in {len(others)} kind(s) of values that no loop makes smaller (report.unlooped)")
+        entries.append(
+            f"{size} in {several(len(others), 'kind')} of values that no loop makes smaller (report.unlooped)"
+        )
     return ["not looped, the largest first:", *entries] if entries else []

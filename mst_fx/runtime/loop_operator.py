@@ -45,6 +45,7 @@ from mst_fx.core.torch_private.tracing import (
     disable_proxy_modes_tracing,
     track_tensor_tree,
 )
+from mst_fx.runtime.places import out_of_memory
 from mst_fx.runtime.result_kinds import Axis, Cat, Outer, ResultKind, Rows, Sum, kind_of
 from mst_fx.runtime.results import aligned, chunks_of, collector_of, example, laid_out
 
@@ -74,8 +75,19 @@ def run_loop(bodies: tuple[Body, Body | None], raw_spec: tuple[Any, ...], operan
         bodies: of a full chunk and of the ragged last one; each takes a list of tensors and gives its outputs.
         raw_spec: a `LoopSpec` as a tuple.
         operands: the whole operands of the loop, all chunks in one.
+
+    Raises:
+        torch.OutOfMemoryError: with the region and what to do added to its text.
     """
-    spec = LoopSpec(*raw_spec)
+    try:
+        return _results(bodies, LoopSpec(*raw_spec), operands)
+    except torch.OutOfMemoryError as error:
+        error.args = (f"{error}\n{out_of_memory(raw_spec, operands)}",)
+        raise
+
+
+def _results(bodies: tuple[Body, Body | None], spec: LoopSpec, operands: list[torch.Tensor]) -> list[Any]:
+    """Run the loop."""
     total = axis_length(spec.ins, operands)
     layouts = dict(spec.strides)
     chunks = [

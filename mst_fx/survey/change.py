@@ -31,7 +31,8 @@ from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.rebuild import Edit, nodes_of, rebuilt
 from mst_fx.recognise.region import Region
 from mst_fx.report.entries import cut_head, dropped
-from mst_fx.report.report import Report, refused
+from mst_fx.report.items import refused
+from mst_fx.report.report import Report
 
 JOINED = "Inductor joins products with the collectives beside them (_micro_pipeline_tp): no op on DTensors is looped"
 JOINED_ADVICE = "Switch either off: a loop takes the products away from their collectives."
@@ -121,8 +122,8 @@ class Change:
     def _without_logits(self, reader: Reader) -> tuple[Reader, Report]:
         """Return a reader of the graph with None in place of the large outputs of regions with a loss, and a report."""
         training = (region for region in self._regions(reader) if _has_loss(region))
-        leaving = dict.fromkeys(node for region in training for node in _leaving(reader, region))
-        report = Report(dropped=tuple(map(dropped, leaving)))
+        leaving = {node: region for region in training for node in _leaving(reader, region)}
+        report = Report(dropped=tuple(dropped(region, node) for node, region in leaving.items()))
         return (self._changed(reader, rebuilt(reader.owner, [], dropped=leaving)) if leaving else reader), report
 
     def _changed(self, reader: Reader, gm: GraphModule) -> Reader:

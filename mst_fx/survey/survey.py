@@ -16,14 +16,14 @@ from mst_fx.bodies.work import Work, analysed
 from mst_fx.capture.decomposed import Decomposed
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
-from mst_fx.core.provenance import module_path
+from mst_fx.core.module_paths import module_names
 from mst_fx.core.refusal import Refusal
 from mst_fx.core.sizes import Hint, hint
 from mst_fx.core.values import fake_value
 from mst_fx.plan.chunk_length import Lengths, Terms, terms_of
 from mst_fx.plan.planner import Offer
 from mst_fx.predict.extent import extent_of
-from mst_fx.predict.region_memory import RegionMemory, memory_of, temporary_bytes, written_after
+from mst_fx.predict.region_memory import RegionMemory, memory_of, memory_unlooped, temporary_bytes, written_after
 from mst_fx.predict.time import cost_of
 from mst_fx.recognise.checkpoints import is_opened
 from mst_fx.recognise.dead_code import without_dead_code
@@ -35,7 +35,9 @@ from mst_fx.recognise.pattern import Pattern
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region
 from mst_fx.recognise.write_checks import forbid_late_writes
-from mst_fx.report.report import RefusedRegion, Report, refused
+from mst_fx.report.items import RefusedRegion, refused
+from mst_fx.report.report import Report
+from mst_fx.survey import messages
 from mst_fx.survey.change import Change
 from mst_fx.survey.surveyed import TOP, Around, Site, Surveyed
 
@@ -90,9 +92,14 @@ class Surveyor:
                     raise found.outcome
                 candidate = self._best_candidate(graph, found.outcome)
                 its_own = replace(around, repeated=around.repeated or is_opened(candidate.region))
-                sites.append(Site(found.pattern, candidate.region, candidate.work, its_own, candidate.terms))
+                site = Site(found.pattern, candidate.region, candidate.work, its_own, candidate.terms)
+                messages.tell_found(site)
+                sites.append(site)
             except Exception as error:
-                refusals.append(refused(found.pattern, self._refusal(reader, error, found.outcome)))
+                module = found.outcome.module if isinstance(found.outcome, Region) else None
+                refusal = self._refusal(reader, error, found.outcome)
+                messages.tell_refused(found.pattern, refusal, found.outcome)
+                refusals.append(refused(found.pattern, refusal, module))
         return sites, Report(refusals=tuple(refusals))
 
     def _children(self, reader: Reader, around: Around) -> tuple[dict[str, tuple[Surveyed, tuple[Node, ...]]], Report]:
@@ -104,6 +111,7 @@ class Surveyor:
                 children[child.name] = (self.survey(child.module, around.inside(reader, child)), child.callers)
             except Refusal as refusal:
                 reader.unmatched.refuse(child.callers, refusal)
+                messages.tell_refused("subgraph", refusal)
                 refusals.append(refused("all", refusal))
         return children, Report(refusals=tuple(refusals))
 
@@ -167,7 +175,8 @@ class Surveyor:
         return refusal_for(error, region.last, f"a region at {region.name}", strict=self.config.strict)
 
     def _terms(self, region: Region, work: Work, at: Hint) -> Terms:
-        wish = self.config.wish_for({module_path(node) for node in region.nodes if node not in region.front})
+        nodes = (node for node in region.nodes if node not in region.front)
+        wish = self.config.wish_for(set[str]().union(*map(module_names, nodes)))
         recomputes = work.backward == "recompute"
         return terms_of(extent_of(work, at), wish, self.config.accumulate, recomputes=recomputes)
 
@@ -176,6 +185,7 @@ class Surveyor:
         key = (work, lengths)
         if key not in self._calls:
             self._calls[key] = assembled(work, lengths.chunk, lengths.forward, self.config.accumulate)
+            messages.tell_bodies(work, lengths)
         return self._calls[key]
 
     def verified(self, site: Site, lengths: Lengths) -> Verified | Refusal | None:
@@ -205,7 +215,7 @@ class Surveyor:
         terms = site.terms if at is hint else self._terms(site.region, work, at)
         written = temporary_bytes(work.stages, terms.extent.length, at)
         if written < self.config.least_bytes and not (due or terms.wish.loop):
-            memory = RegionMemory(written)  # it is not looped: no need to trace its bodies
+            memory = memory_unlooped(work, at)  # no need to trace its bodies
         else:
             memory = self._memory(work, terms.lengths, at)
         cost = cost_of(work, memory, terms.extent, at)

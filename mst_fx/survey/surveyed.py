@@ -27,7 +27,8 @@ from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.rebuild import LOCAL
 from mst_fx.recognise.region import Region
 from mst_fx.recognise.write_checks import Overwritten, forbid_later_changes, written_when_run
-from mst_fx.report.report import Report, refused
+from mst_fx.report.items import refused
+from mst_fx.report.report import Report
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ class Surveyed:
     def without(self, refusals: Mapping[Site, Refusal]) -> Surveyed:
         """Return the same for the graph with these regions refused."""
         left = tuple(site for site in self.sites if site not in refusals)
-        added = tuple(refused(site.pattern, refusals[site]) for site in self.sites if site in refusals)
+        added = tuple(
+            refused(site.pattern, refusals[site], site.region.module) for site in self.sites if site in refusals
+        )
         children = {name: (child.without(refusals), callers) for name, (child, callers) in self.children.items()}
         return replace(self, sites=left, report=self.report.joined(Report(refusals=added)), children=children)
 

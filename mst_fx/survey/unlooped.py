@@ -10,7 +10,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mst_fx.capture.run_node import is_custom_function
-from mst_fx.core.provenance import module_path, op_name, source_line
+from mst_fx.core.module_paths import module_path
+from mst_fx.core.provenance import op_name, source_line
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint
 from mst_fx.core.torch_private.captured import unwrapped

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import replace
+from difflib import SequenceMatcher
+from itertools import takewhile
 
 from torch.fx import GraphModule
 
-from mst_fx.core.config import Config, is_in
-from mst_fx.core.provenance import module_path
+from mst_fx.core.config import Config
+from mst_fx.core.module_paths import matches, module_names
 from mst_fx.core.torch_private.captured import graph_break
 from mst_fx.survey.surveyed import Surveyed
 
 log = logging.getLogger("mst_fx")
+
+_warned: set[str] = set()
+
+ALIKE = 0.6
+"""Share of two paths that is the same text, from which on one may be meant for the other."""
 
 
 def within_breaks(config: Config, gm: GraphModule) -> tuple[Config, tuple[str, ...]]:
@@ -33,24 +41,40 @@ def left_out(config: Config) -> tuple[str, ...]:
 
 
 def unmatched(config: Config, surveyed: Surveyed) -> tuple[str, ...]:
-    """Return, and log as a warning, a note for each path that matches no module, or no region that can be looped.
+    """Return, and log once as a warning, a note for each path that matches no module, or no region that can be looped.
 
     The check sees one graph: where a model is captured in several graphs, a path may match a module of another one.
     """
     modules = _modules(surveyed)
-    regions = {module_path(node) for site in surveyed.all_sites() for node in site.region.nodes}
+    nodes = (node for site in surveyed.all_sites() for node in site.region.nodes)
+    regions = set[str]().union(*map(module_names, nodes))
     notes = []
     for path, wish in config.modules.items():
-        if not any(is_in(module, path) for module in modules):
-            notes.append(f"modules: {path!r} matches no module of this graph")
-        elif wish is not False and not any(is_in(module, path) for module in regions):
+        if not any(matches(module, path) for module in modules):
+            notes.append(f"modules: {path!r} matches no module of this graph{_nearest(path, regions or modules)}")
+        elif wish is not False and not any(matches(module, path) for module in regions):
             notes.append(f"modules: {path!r} matches no region that can be looped in this graph")
     for note in notes:
-        log.warning("mst_fx: %s", note)
+        if note not in _warned:  # layers that are compiled one by one would all say so
+            _warned.add(note)
+            log.warning("mst_fx: %s", note)
     return tuple(notes)
 
 
 def _modules(surveyed: Surveyed) -> set[str]:
-    """Return the paths of the modules whose calls made the graph and its subgraphs."""
-    own = {module_path(node) for node in surveyed.reader.owner.graph.nodes}
+    """Return the names of the modules whose calls made the graph and its subgraphs."""
+    own = set[str]().union(*map(module_names, surveyed.reader.owner.graph.nodes))
     return own.union(*(_modules(child) for child, _ in surveyed.children.values()))
+
+
+def _nearest(path: str, modules: Collection[str]) -> str:
+    """Return a hint at the module that a path may mean: one that ends alike, or reads much like it."""
+
+    def likeness(module: str) -> tuple[int, float]:
+        same = takewhile(
+            lambda pair: pair[0] == pair[1], zip(path.split(".")[::-1], module.split(".")[::-1], strict=False)
+        )
+        return len(list(same)), SequenceMatcher(None, path, module).ratio()
+
+    nearest = max(sorted(filter(None, modules)), key=likeness, default="")
+    return f"; there is {nearest!r}" if likeness(nearest) > (0, ALIKE) else ""

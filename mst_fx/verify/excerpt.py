@@ -129,6 +129,7 @@ def alone(region: Region, change: Change | None = None) -> Region:
         returned=tuple(node_of[node] for node in region.returned if node in node_of),
         smaller=None,
         front=frozenset(node_of[node] for node in region.front if node in node_of),
+        products=tuple(node_of[node] for node in region.products),
     )
     module.recompile()
     return mapped

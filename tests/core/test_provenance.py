@@ -1,4 +1,4 @@
-"""Where a node comes from: the path of its module, the line of the user, the op as a user writes it."""
+"""Where a node comes from: the line of the user, the op as a user writes it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graphs import captured
 from torch import nn
 from torch.fx import Graph
 
-from mst_fx.core.provenance import module_path, op_name, source_line
+from mst_fx.core.provenance import op_name, source_line
 
 HERE = str(Path(__file__))
 
@@ -42,31 +42,6 @@ class Model(nn.Module):
 def nodes():
     gm = captured(Model(), torch.randn(3, 4))
     return [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
-
-
-def test_paths_of_captured_modules(nodes):
-    assert [module_path(node) for node in nodes] == ["blocks.0.up", "", "blocks.1.0", "blocks.1.1", ""]
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("L['self']", ""),
-        ("L['self'].model.layers[3].mlp", "model.layers.3.mlp"),
-        ("L['fn']._modules['layers']._modules['0']", "layers.0"),
-        ("L['self']._modules['layers']['first'].head", "layers.first.head"),
-        ("G['model'].head", "head"),
-        ("L['self'].__dict__['_modules']['layers']._modules['0']", "layers.0"),
-        ("L['args'][0].mlp", "0.mlp"),
-    ],
-)
-def test_the_path_of_the_innermost_module(path, expected):
-    assert module_path(known(nn_module_stack={"a": ("L['self']", nn.Module), "b": (path, nn.Module)})) == expected
-
-
-@pytest.mark.parametrize("meta", [{}, {"nn_module_stack": {}}, {"nn_module_stack": None}])
-def test_outside_of_modules_there_is_no_path(meta):
-    assert module_path(known(**meta)) == ""
 
 
 def test_lines_of_the_user(nodes):

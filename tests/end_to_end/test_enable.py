@@ -224,6 +224,8 @@ def test_blocks_and_disable_put_everything_back():
 def test_what_cannot_work_is_told_at_once(monkeypatch):
     with pytest.raises(ValueError, match="unknown option 'chunk'"):
         mst_fx.enable(chunk=3)
+    with pytest.raises(ValueError, match="no pattern is called"):
+        mst_fx.enable(disable="heads")
     with pytest.raises(ValueError, match="works inside Inductor"):
         mst_fx.enable(inner="eager")
     with inductor.patch(use_pre_grad_passes=False), pytest.raises(RuntimeError, match="use_pre_grad_passes is off"):
@@ -246,6 +248,21 @@ def test_an_error_in_the_pass_costs_only_the_loops(monkeypatch):
     assert text(gm) == before
     refusal = mst_fx.reports()[-1].refusals[0]
     assert "ZeroDivisionError" in refusal.text
+
+
+def test_logits_that_are_dropped_are_told(caplog):
+    def program(x, w):
+        logits = x @ w
+        return logits.logsumexp(-1).sum(), logits
+
+    x, w = torch.randn(2, 40, 8, requires_grad=True), torch.randn(8, 64)
+    with mst_fx.enabled(min_bytes=0, returned_logits="drop"):
+        loss, logits = torch.compile(program, dynamic=False)(x, w)
+    torch.testing.assert_close(loss, program(x, w)[0])
+    assert logits is None
+    (record,) = (record for record in caplog.records if record.name == "mst_fx" and record.levelname == "WARNING")
+    assert "test_enable.py" in record.getMessage()
+    assert "returned_logits='drop' is set" in record.getMessage()
 
 
 def test_a_compile_that_begins_anew_has_one_report():

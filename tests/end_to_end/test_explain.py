@@ -22,7 +22,7 @@ def _reset():
 def test_explain():
     report = mst_fx.explain(MlpLM(), *tokens(2), options={"min_bytes": 0, "chunk_tokens": 32})
     mlp, head = report.regions
-    assert (mlp.pattern, mlp.module, mlp.backward) == ("gated_mlp", "mlp.down", "recompute")
+    assert (mlp.pattern, mlp.module, mlp.backward) == ("gated_mlp", "mlp", "recompute")
     assert (head.pattern, head.backward, head.axis) == ("head", "in_forward", "dim 1 (37 positions)")
     assert mlp.chunks == head.chunks == 3
     assert "models.py" in mlp.source
@@ -33,7 +33,13 @@ def test_explain():
 def test_explain_of_a_small_model_says_why_not():
     report = mst_fx.explain(MlpLM(), *tokens())
     assert [refusal.reason for refusal in report.refusals] == ["SMALL", "SMALL"]
-    assert "min_bytes is 67,108,864" in str(report)
+    assert "min_bytes is 64.0 MiB" in str(report)
+
+
+def test_explain_raises_errors_of_options_as_they_are():
+    for options, error in (({"chunks": 4}, ValueError), ({"chunk_tokens": "many"}, TypeError)):
+        with pytest.raises(error, match=r"mst_fx: (unknown )?option 'chunk"):
+            mst_fx.explain(MlpLM(), *tokens(), options=options)
 
 
 def test_explain_counts_graphs():

@@ -24,10 +24,14 @@ def test_mode_and_foreign_options_reach_inductor(monkeypatch):
     torch.compile(lambda x: x + 2, backend=mst_fx.backend, options={"epilogue_fusion": False, "strict": True})(
         torch.ones(2)
     )
+    torch.compile(lambda x: x + 3, backend="mst_fx", options={"mode": "max-autotune-no-cudagraphs", "strict": True})(
+        torch.ones(2)
+    )
     patches = [entry for entry in seen if entry]  # compile_fx calls itself
     assert patches[0]["max_autotune"] is True
     assert patches[1]["epilogue_fusion"] is False
-    assert "strict" not in patches[1]
+    assert not {"strict", "mode"} & {name for patch in patches for name in patch}
+    assert [patch.get("max_autotune") for patch in patches] == [True, None, True]
 
 
 def test_mode_reaches_a_callable():
@@ -41,6 +45,9 @@ def test_mode_reaches_a_callable():
         torch.ones(2)
     )
     assert seen == {"options": {"triton.cudagraphs": True}}
+    seen.clear()
+    torch.compile(lambda x: x + 2, backend="mst_fx", options={"inner": inner, "mode": "default"})(torch.ones(2))
+    assert seen == {}
 
 
 def test_cpp_wrapper_is_refused():

@@ -222,7 +222,7 @@ def test_one_row():
 def test_small_region():
     refusal = refusal_of(swiglu, *tensors(*INPUTS), min_bytes=10**6)
     assert refusal.reason == "SMALL"
-    assert "min_bytes is 1,000,000" in refusal.text
+    assert "min_bytes is 976.6 KiB" in refusal.text
 
 
 def test_two_dims_known_at_run_time():

@@ -88,3 +88,20 @@ def test_anywhere_else_what_forward_needs_decides_nothing(segments):
         with mock.patch.object(step_memory, "FORWARD_DIVISOR", divisor):
             peaks.add(peak(*segments))
     assert len(peaks) == 1
+
+
+@given(st.lists(st.tuples(sizes, sizes, sizes, st.booleans()), max_size=8), st.data())
+def test_shares_are_what_is_saved_at_each_moment(parts, data):
+    """Plain segments and checkpointed blocks of two segments each, one of them a region."""
+    segments, held = [], []
+    for number, (saved, entry, region, in_block) in enumerate(parts):
+        block = number if in_block else None
+        segments += [Segment(saved, block=block, entry=entry if in_block else 0), Segment(region=number, block=block)]
+        held.append(Held(saved=region, saved_results=data.draw(st.integers(0, region)) if in_block else 0))
+    timeline = Timeline(0, tuple(segments))
+    forward, backward = timeline.moments(held)
+    for number, segment in enumerate(segments):
+        for moment, is_backward in ((forward[number], False), (backward[len(segments) - 1 - number], True)):
+            shares = timeline.shares(held, number, backward=is_backward)
+            total = sum(share.entry + segments[share.segment].saved * share.whole + share.region for share in shares)
+            assert total == moment.saved, (segment, is_backward)

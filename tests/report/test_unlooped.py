@@ -46,15 +46,20 @@ def test_words():
     text = text_of((entry(), entry("b", saved=False, count=3), entry("c", why="another")))
     assert text == [
         "not looped, the largest first:",
-        "1.0 KiB saved, op [16, 16] float32 at layers.0: why\n    file:1: op()\n    advice",
-        "3 x 1.0 KiB, op [16, 16] float32 at b: why\n    file:1: op()",
-        "1.0 KiB saved, op [16, 16] float32 at c: another\n    file:1: op()\n    advice",
+        "1.0 KiB saved, op [16, 16] float32 at layers.0: why",
+        "    file:1: op()",
+        "    advice",
+        "3 x 1.0 KiB, op [16, 16] float32 at b: why",
+        "    file:1: op()",
+        "1.0 KiB saved, op [16, 16] float32 at c: another",
+        "    file:1: op()",
+        "    advice",
     ]
     assert text_of(()) == []
 
 
 def test_values_that_no_loop_makes_smaller_are_told_in_one_line():
     small = entry(reason="NO_GAIN", count=2), entry("b", reason="NO_GAIN", saved=False)
-    line = "3.0 KiB in 2 kind(s) of values that no loop makes smaller (report.unlooped)"
+    line = "3.0 KiB in 2 kinds of values that no loop makes smaller (report.unlooped)"
     assert text_of(small) == ["not looped, the largest first:", line]
     assert text_of((*small, entry("c")))[-1] == line

@@ -132,8 +132,13 @@ def test_a_budget_that_is_missed_is_told(caplog):
     gm = captured(Layers(1024), *tokens(2, 64))
     report = planned(gm, memory_budget="1KiB")
     assert report.refusals[-1].reason == "BUDGET"
-    assert "no choice of loops keeps to 1.0 KiB: the least is" in report.refusals[-1].text
-    assert "memory_budget: no choice of loops keeps to" in caplog.text
+    assert "1.0 KiB allowed, the least is" in report.refusals[-1].text
+    assert "memory_budget missed: 1.0 KiB allowed" in caplog.text
+    assert "what would help: " in caplog.text
+    assert "\nmemory_budget missed: 1.0 KiB allowed, the least is " in str(report)
+    assert "\nchange first: " in str(report)
+    assert "left alone (BUDGET)" not in str(report)
+    assert all(line.strip() for line in str(report).splitlines())
 
 
 def test_modules_are_named_by_their_paths():

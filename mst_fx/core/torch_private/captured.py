@@ -47,6 +47,20 @@ def marked_dims(node: Node) -> Collection[int]:
     return getattr(given, "_dynamo_dynamic_indices", ())
 
 
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Names under which torch's wrappers around parts of a model hold what they wrap."""
+
+WRAPPED_MODEL = "module"
+"""The name under which torch's wrappers around a whole model hold it."""
+
+
+def source_of(node: Node) -> str:
+    """Return Dynamo's text for where an input of a graph was found, "" where it is not known (any more)."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One of Dynamo's attempts to compile a program: it begins anew where something turns out to be otherwise.

@@ -1,4 +1,4 @@
-"""Inductor's entry points; Inductor itself is loaded on the first use.
+"""Inductor's entry points, and what it needs of a machine; Inductor itself is loaded on the first use.
 
 Private torch API: all of torch's names in this file. Run on torch 2.11, 2.13 and 2.15.
 """
@@ -59,3 +59,38 @@ def compile_graph(gm: GraphModule, inputs: Sequence[Any], options: dict[str, Any
 
     compiled: Any = compile_fx(gm, list(inputs), config_patches=options)
     return compiled
+
+
+def missing_compiler(device: str) -> str | None:
+    """Return what Inductor lacks to compile for a kind of device, in words; None where it has all, or cannot tell."""
+    if device == "cpu":
+        return _missing_cpp()
+    if device not in ("cuda", "xpu"):
+        return None
+    try:
+        from torch.utils._triton import has_triton
+    except ImportError:
+        return None
+    return None if has_triton() else "Triton"
+
+
+def _missing_cpp() -> str | None:
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+    except ImportError:
+        return None
+    try:
+        get_cpp_compiler()
+    except Exception:
+        return "a C++ compiler"
+    return None
+
+
+def cache_folder() -> str | None:
+    """Return the folder of Inductor's caches; None where this version does not tell."""
+    try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+    except ImportError:
+        return None
+    folder: str = cache_dir()
+    return folder
