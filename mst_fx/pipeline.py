@@ -3,6 +3,7 @@
 The stages, what they take and what they give:
 
 survey     gm, patterns             -> regions, subgraphs, refusals
+  localise   gm                       -> gm in which ops on DTensors run on shards
   narrow     gm                       -> gm in which heads project only the tokens that are read
   discover   gm, patterns             -> Region | Refusal
   analysis   region                   -> aten graph in stages before, in and after the loop; which gradients

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -109,6 +110,24 @@ def test_a_graph_without_dtensors_is_not_looked_at(mesh, monkeypatch):
     gm = captured(Gated().double(), tokens())
     assert localised(gm, gm, TOP, (), {}) is None
     assert len(engine(gm).rewritten().sites) == 1
+
+
+def test_a_torch_without_dtensors(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", None)  # to import it is an error
+    gm = captured(Gated().double(), tokens())
+    assert len(engine(gm).rewritten().sites) == 1
+
+
+def test_what_has_to_stay_is_told_beside_the_loops(mesh):
+    """The head runs on DTensors in the end, as no loop takes it; the report still says why."""
+    plan = {**styles("0."), "1.head": ColwiseParallel(output_layouts=Replicate())}
+    model = parallelize_module(nn.ModuleList([Gated(), Head()]).double(), mesh, plan)
+    gm = captured(lambda x, labels: model[1](model[0](x), labels), tokens(), labels())
+    report = engine(gm).rewritten().report
+    assert [region.pattern for region in report.regions] == ["gated_mlp"]
+    (refusal,) = report.refusals
+    assert refusal.pattern == "head"
+    assert "communicates (all_gather" in refusal.text
 
 
 def test_nodes_that_are_alike_are_tried_once(mesh, monkeypatch):
