@@ -1,7 +1,8 @@
 """What is changed in a captured graph before patterns are asked: loops take more of the graph that comes of it.
 
 Ops on DTensors run on shards; checkpoints that large values cross are opened; returned logits are dropped, if the user
-asks for that; pieces of logits are joined; cuts of logits move in front of the projection; fused projections are parted.
+asks for that; pieces of logits are joined; cuts of logits move in front of the projection; fused projections are
+parted.
 """
 
 from __future__ import annotations

@@ -16,11 +16,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
+from torch.fx import GraphModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import mst_fx
 from mst_fx.core.modes import TOP
 from mst_fx.core.provenance import op_name
+from mst_fx.core.torch_private import inductor
 from mst_fx.core.values import is_sharded, tensors_of
 from mst_fx.engine import Engine
 from mst_fx.ops.shards import crosses, enter, leave
@@ -173,11 +175,14 @@ def test_an_error_on_shards_costs_them_alone(mesh, monkeypatch, caplog):
     assert {refusal.reason for refusal in rewritten.report.refusals} == {"INTERNAL", "SHARDED"}
 
 
-def test_products_that_inductor_joins_with_collectives_stay(mesh):
-    gm = graph_of("sequence", mesh)
-    rewritten = Engine(gm, mst_fx.Config(min_bytes=0), patterns(), on_shards=False).rewritten()
-    assert rewritten.module is gm
-    assert "_micro_pipeline_tp" in str(rewritten.report)
+def test_products_that_inductor_joins_with_collectives_stay(mesh, monkeypatch):
+    given: list[GraphModule] = []
+    monkeypatch.setattr(inductor, "compile_graph", lambda gm, *_: given.append(gm) or gm)
+    for joins in (True, False):
+        gm = graph_of("sequence", mesh)
+        mst_fx.backend(gm, [], options={"min_bytes": 0, "num_chunks": 4, "_micro_pipeline_tp": joins})
+        assert bool(calls(given[-1], enter)) != joins
+        assert ("_micro_pipeline_tp" in str(mst_fx.reports()[-1])) == joins
 
 
 class Head(nn.Module):
