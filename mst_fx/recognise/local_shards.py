@@ -57,7 +57,7 @@ def localised(
         return None
     copy = rebuilt(gm, [])
     change = _Change(copy, modes_of(copy.graph, outer), known)
-    change.make({key for key in left_alone if isinstance(key, tuple)}, owner)
+    change.make(left_alone, owner)
     _spread_ranks(copy)
     copy.graph.lint()
     copy.recompile()
@@ -99,8 +99,8 @@ class _Change:
         keys = {node: (owner, ON_SHARDS, part.name) for node, part in part_of.items()}
         chosen = [node for node in self.facts if node in keys and keys[node] not in left_alone]
         for node in chosen:
-            self._localise(node, frozenset([keys[node]]), set(chosen))
-        self._put_back(chosen)
+            self._localise(node, frozenset([keys[node]]))
+        self._put_back()
 
     def _fact(self, node: Node) -> OnShards | str:
         key = likeness_on_shards(node, self.modes[node])
@@ -127,7 +127,7 @@ class _Change:
         worth = {first(node) for node, fact in self.facts.items() if not fact.moves}
         return {node: first(node) for node in part if first(node) in worth}
 
-    def _localise(self, node: Node, keys: frozenset[Hashable], chosen: Collection[Node]) -> None:
+    def _localise(self, node: Node, keys: frozenset[Hashable]) -> None:
         fact = self.facts[node]
         operands = _sharded_operands(node)
         if fact.moves and not operands:
@@ -173,7 +173,7 @@ class _Change:
         with tracing(leaves), torch.set_grad_enabled(mode.grad), under(mode.autocast):
             node.meta.update(more, example_value=execute(self.owner, node, env))
 
-    def _put_back(self, chosen: Collection[Node]) -> None:
+    def _put_back(self) -> None:
         """Make DTensors of shards for the readers that stay on DTensors, and erase the nodes that nobody reads."""
         graph, computes = self.owner.graph, {node for node in self.shard if not self.facts[node].moves}
         for node in [node for node in self.shard if node in computes or _sharded_operands(node)]:
