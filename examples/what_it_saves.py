@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -97,13 +98,17 @@ def main() -> None:
     parser.add_argument("--no-checkpointing", action="store_true")
     args = parser.parse_args()
     shapes = {name: SHAPES[name] for name in args.model}
+    if args.config and not Path(args.config).exists():
+        parser.error(f"there is no {args.config}")
     if args.config:
         shapes = {args.config: AutoConfig.from_pretrained(args.config)}
     checkpointing = not args.no_checkpointing
     print(
         f"torch {torch.__version__}, {'checkpointed layers' if checkpointing else 'no checkpointing'}; GiB, predicted\n"
     )
-    print("| model | tokens | weights and gradients | peak without mst_fx | peak with | of the rest saved |")
+    print(
+        "| model | tokens | weights and gradients | peak without mst_fx | with | saved, weights and gradients aside |"
+    )
     print("|---|---|---|---|---|---|")
     every = rows(shapes, args.tokens, checkpointing=checkpointing)
     for row in tqdm(every, total=len(shapes) * len(args.tokens), leave=False):

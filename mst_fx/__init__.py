@@ -16,6 +16,7 @@ from mst_fx.explain import explain as explain
 from mst_fx.pipeline import backend as backend
 from mst_fx.report.report import Report as Report
 from mst_fx.report.report import reports as reports
+from mst_fx.report.report import summary as summary
 
 if TYPE_CHECKING:
     from mst_fx.recognise.pattern import Pattern as Pattern
@@ -38,6 +39,7 @@ __all__ = [
     "register",
     "register_rule",
     "reports",
+    "summary",
 ]
 
 _LATE = {

@@ -188,7 +188,7 @@ class Engine:
         for site in surveyed.sites:
             plan = plans[site]
             if plan.lengths is None:
-                refusal = Refusal(Reason.SMALL, site.region.last, plan.reason)
+                refusal = Refusal(Reason.SMALL, site.region.last, plan.reason, plan.advice)
                 refusals = (refused(site.pattern, refusal, site.region.module),)
                 report = report.joined(Report(refusals=refusals))
                 continue

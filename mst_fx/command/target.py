@@ -119,6 +119,8 @@ def _failed(name: str, trouble: str, error: Exception) -> ExplainError:
 
 def _given(target: str, made: Any) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
     """Return the function, arguments and keyword arguments that a call has returned; None where it was a step."""
+    if callable(made):
+        raise ExplainError(f"{target} returns a function alone: return (function, arguments), or run the step in it")
     if not (isinstance(made, tuple) and made and callable(made[0])):
         return None
     fn, args, kwargs = (*made, *((), {})[len(made) - 1 :])[:3]

@@ -74,6 +74,7 @@ class Plan:
         bytes_before, bytes_after: bytes of its temporaries as written, whole and for one chunk.
         added_ms: predicted milliseconds that the loop adds to a training step.
         reason: why it is left alone, with the numbers.
+        advice: how it would be looped.
     """
 
     lengths: Lengths | None
@@ -82,6 +83,7 @@ class Plan:
     bytes_after: int = 0
     added_ms: float = 0.0
     reason: str = ""
+    advice: str = ""
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ class _Planner:
             reason = self._reason(number, state)
             if offer.extent.dynamic and offer.wish.loop is None:
                 reason += f" (for the length {length}; mark_dynamic(..., hint_override=) names another)"
-            return Plan(None, bytes_before=memory.written, reason=reason)
+            return Plan(None, bytes_before=memory.written, reason=reason, advice=self._advice(number))
         positions = min(lengths.chunk, length)
         after = memory.written * positions // length + memory.stream_gradient
         return Plan(lengths, -(-length // positions), memory.written, after, self.added_ms(number, lengths))
@@ -267,7 +269,17 @@ class _Planner:
         return (
             f"not worth it: looping {left} left alone would take "
             f"{readable(max(0, peak - lower))} off a step's peak of {readable(peak)} and add {added:.1f} ms (predicted)"
+            + ("; it would be one chunk, at the length that is chosen" if self._is_one_chunk(number) else "")
         )
+
+    def _is_one_chunk(self, number: int) -> bool:
+        return self.lengths[number].chunk >= self.offers[number].extent.length
+
+    def _advice(self, number: int) -> str:
+        """Return how a region that is left alone would be looped, "" where there is no more to say than its reason."""
+        if number in self.candidates and self._is_one_chunk(number):
+            return "Set chunk_tokens or num_chunks, so that it is more than one chunk."
+        return "Set min_bytes lower (0 loops all), or name the module in `modules`."
 
     def advice(self, state: State, missing: int) -> str:
         """Return what would help where no state fits."""

@@ -116,6 +116,10 @@ class Report:
 
 FORMAT = 1
 """The version of `Report.to_dict`: it grows when a key goes or changes its meaning, not when one is added."""
+UNUSED = (
+    "nothing was compiled with mst_fx yet: call enable() before the first step, and set the trainer's flag for "
+    "torch.compile; or compile with backend='mst_fx'"
+)
 _MADE: deque[tuple[Report, Attempt | None]] = deque(maxlen=1000)
 
 
@@ -125,6 +129,12 @@ def record(report: Report) -> None:
     while now is not None and _MADE and now.replaces(_MADE[-1][1]):
         _MADE.pop()
     _MADE.append((report, now))
+
+
+def summary() -> Report:
+    """Return one report over the compiles of this process (the last thousand), as a trainer makes several graphs."""
+    made = reports()
+    return sum(made[1:], made[0]) if made else Report(graphs=0, notes=(UNUSED,))
 
 
 def reports() -> list[Report]:

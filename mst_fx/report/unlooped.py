@@ -103,4 +103,4 @@ def text_of(values: tuple[Unlooped, ...]) -> list[str]:
         entries.append(
             f"{size} in {several(len(others), 'kind')} of values that no loop makes smaller (report.unlooped)"
         )
-    return ["not looped, the largest first:", *entries] if entries else []
+    return ["not looped, the largest first:", *entries] if told else [f"not looped: {line}" for line in entries]

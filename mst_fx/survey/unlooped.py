@@ -147,7 +147,7 @@ def _entering(reader: Reader, least: int) -> Iterator[_Value]:
 
 
 def _left_by_plan(node: Node, plan: Plan) -> Refusal:
-    return Refusal(Reason.SMALL, node, f"left by the plan: {plan.reason}")
+    return Refusal(Reason.SMALL, node, f"left by the plan: {plan.reason}", plan.advice)
 
 
 def _entry(value: _Value) -> Unlooped:

@@ -17,6 +17,8 @@ from mst_fx.recognise.decomposed_nodes import moves_shards, strange_tensors
 from mst_fx.recognise.growth import PRODUCT_ADVICE
 from mst_fx.recognise.reader import Reader
 
+RETURNED_ADVICE = "Return only what is read; for logits beside a loss: returned_logits='drop', or 'detach'."
+
 
 def why_unlooped(reader: Reader, node: Node, within: str = "") -> Refusal:
     """Return why no loop covers a value.
@@ -62,7 +64,8 @@ def _why_returned(reader: Reader, node: Node) -> Refusal:
         return Refusal(Reason.OTHER_GRAPH, node, f"made here and read in another graph, after a graph break: {after}")
     if before:
         return Refusal(Reason.OTHER_GRAPH, node, f"the part of the function after a graph break returns it: {before}")
-    return Refusal(Reason.OTHER_GRAPH, node, "the function that this graph holds returns it")
+    text = "the function that this graph holds returns it"
+    return Refusal(Reason.OTHER_GRAPH, node, text, RETURNED_ADVICE)
 
 
 def _is_returned(reader: Reader, node: Node) -> bool:

@@ -49,6 +49,9 @@ def takes(x):
 def odd():
     return loss, 3
 
+def alone():
+    return loss
+
 class Steps:
     @staticmethod
     def inside():
@@ -126,6 +129,7 @@ def test_a_picture(capsys, tmp_path):
         (["some_program:number"], "some_program:number is no function, but of type int"),
         (["some_program:takes"], "some_program:takes has to take no arguments, but: missing a required argument: 'x'"),
         (["some_program:fails"], "some_program:fails fails (it ran uncompiled; --step leaves that out): ValueError"),
+        (["some_program:alone"], "some_program:alone returns a function alone: return (function, arguments)"),
         (["some_program:odd"], "some_program:odd returns a function with something else than"),
         (["some_program:pair", "--option", "chunks=3"], "unknown option 'chunks'"),
         (["some_program:pair", "--option", "min_bytes=much"], "option 'min_bytes' takes an int"),

@@ -118,6 +118,8 @@ def test_short_sequences_cost_nothing(length, reason):
     plans = make_plans(offers, timeline, DEVICE, Config())
     assert not any(looped(plans))
     assert plans.of[0].reason.startswith(reason)
+    in_one_chunk = length > 512
+    assert ("would be one chunk" in plans.of[0].reason) == ("Set chunk_tokens" in plans.of[0].advice) == in_one_chunk
 
 
 def test_a_head_is_looped_as_soon_as_that_saves_memory():

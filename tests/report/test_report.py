@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from graphs import captured, rewritten
@@ -9,6 +11,7 @@ from models import D, Gelu, V, tokens
 from torch import nn
 
 import mst_fx
+from mst_fx.report import report as module
 
 
 class Head(nn.Module):
@@ -41,3 +44,11 @@ def test_report_tells_the_bytes():
     (region,) = report.regions
     assert region.bytes_before == 8 * region.bytes_after
     assert region.bytes_before == 2 * length * classes * 4  # the logits and their log-softmax
+
+
+def test_a_summary_is_one_report_of_all(monkeypatch):
+    monkeypatch.setattr(module, "_MADE", deque())
+    assert "nothing was compiled with mst_fx yet" in str(mst_fx.summary())
+    for peak in (3, 5, 4):
+        module.record(mst_fx.Report(peak=peak, peak_whole=peak))
+    assert (mst_fx.summary().graphs, mst_fx.summary().peak) == (3, 5)
