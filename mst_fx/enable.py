@@ -76,7 +76,8 @@ class LoopPass:
         theirs = [getattr(other, "uuid", lambda: None)() for other in self.others]
         if None in theirs:
             return None
-        files = sorted(path for path in Path(__file__).parent.rglob("*.py"))
+        own = Path(__file__).parent
+        files = sorted({*own.rglob("*.py"), *(own / "passes").glob("*.py")})  # it may be a link, which rglob passes by
         parts = [*(path.read_bytes() for path in files), repr(self.config).encode(), repr(theirs).encode()]
         return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
@@ -127,8 +128,8 @@ def enable(**options: Any) -> None:
 
 def disable() -> None:
     """Undo `enable`: later compiles are plain ones again. Without an `enable` before, it does nothing."""
-    now = inductor.option(PLACE) if inductor.has_option(PLACE) else None
-    if isinstance(now, LoopPass):
+    now = _installed()
+    if now is not None:
         for name, value in now.before.items():
             inductor.set_option(name, value)
 
@@ -145,14 +146,20 @@ def enabled(**options: Any) -> Iterator[None]:
     Raises:
         ValueError, TypeError, RuntimeError: as `enable`.
     """
-    around = inductor.option(PLACE) if inductor.has_option(PLACE) else None
+    around = _installed()
     enable(**options)
     try:
         yield
     finally:
         disable()
-        if isinstance(around, LoopPass):
+        if around is not None:
             around.enter()
+
+
+def _installed() -> LoopPass | None:
+    """Return the pass that `enable` has put into its place, None where there is none."""
+    now = inductor.option(PLACE) if inductor.has_option(PLACE) else None
+    return now if isinstance(now, LoopPass) else None
 
 
 def _passes(value: Any) -> tuple[Callable[[Graph], None], ...]:

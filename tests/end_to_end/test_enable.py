@@ -7,6 +7,7 @@ The whole suite takes this way with MST_FX_ENABLE=1 in the environment; here are
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import losses
@@ -204,6 +205,15 @@ def test_a_pass_has_a_version():
     assert version() == version()
     assert version() != version(chunk_tokens=16) != version(Counted("one"), chunk_tokens=16)
     assert version(Counted(None)) is version(lambda graph: None) is None
+
+
+def test_the_version_is_of_all_sources(monkeypatch):
+    """The patterns, too, which may lie behind a link."""
+    read, read_bytes = set(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.add(path.name) or read_bytes(path))
+    mst_fx.enable()
+    assert inductor.pre_grad_custom_pass.uuid()
+    assert read >= {"gated_mlp.py", "head.py", "planner.py"}
 
 
 def test_blocks_and_disable_put_everything_back():
