@@ -11,8 +11,19 @@ from mst_fx.core.refusal import Refusal
 from mst_fx.report.lines import at, entry, several, times
 
 
+class Entry:
+    """An entry of a report; its text is its lines."""
+
+    def lines(self, count: int = 1) -> list[str]:
+        """Return the text of `count` entries that are alike."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
 @dataclass(frozen=True)
-class LoopedRegion:
+class LoopedRegion(Entry):
     """A region that runs as a loop.
 
     Attributes:
@@ -44,9 +55,6 @@ class LoopedRegion:
     verified: bool | None = None
     verification: str = ""
 
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
-
     def lines(self, count: int = 1) -> list[str]:
         """Return the text of `count` regions that are alike."""
         head = f"{times(count)}{self.pattern} at {at(self.module)}: {several(self.chunks, 'chunk')} of {self.axis}"
@@ -72,7 +80,7 @@ class LoopedRegion:
 
 
 @dataclass(frozen=True)
-class RefusedRegion:
+class RefusedRegion(Entry):
     """A region, or what looked like one, that is left as it was.
 
     Attributes:
@@ -93,9 +101,6 @@ class RefusedRegion:
     text: str
     module: str
 
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
-
     def lines(self, count: int = 1, *, briefly: bool = False) -> list[str]:
         """Return the text of `count` refusals that are alike, without the advice if `briefly` is set."""
         head = f"{times(count)}{self.pattern} at {at(self.module)} left alone ({self.reason}): {self.text}"
@@ -103,7 +108,7 @@ class RefusedRegion:
 
 
 @dataclass(frozen=True)
-class EarlyCut:
+class EarlyCut(Entry):
     """A projection whose result the program cuts along the tokens; the compiled code cuts its operand.
 
     Attributes:
@@ -117,9 +122,6 @@ class EarlyCut:
     bytes_before: int
     bytes_after: int
 
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
-
     def lines(self, count: int = 1) -> list[str]:
         """Return the text of `count` cuts that are alike."""
         sizes = f"{readable(self.bytes_before)} -> {readable(self.bytes_after)} of logits"
@@ -127,7 +129,7 @@ class EarlyCut:
 
 
 @dataclass(frozen=True)
-class Dropped:
+class Dropped(Entry):
     """Logits that the compiled function does not return: in their place is an object that says why when it is used.
 
     Attributes:
@@ -139,9 +141,6 @@ class Dropped:
     module: str
     source: str
     bytes: int
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
 
     def lines(self, count: int = 1) -> list[str]:
         """Return the text of `count` values that are alike."""

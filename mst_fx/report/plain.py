@@ -1,8 +1,7 @@
-"""A report as plain types, and as JSON."""
+"""A report as plain types."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -12,8 +11,3 @@ def plain(value: Any) -> Any:
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     return [plain(each) for each in value] if isinstance(value, tuple) else value
-
-
-def json_of(value: Any, indent: int | None) -> str:
-    """Return plain types as JSON."""
-    return json.dumps(value, indent=indent)

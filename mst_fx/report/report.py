@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -10,7 +11,7 @@ from typing import Any
 from mst_fx.core.torch_private.captured import Attempt, attempt
 from mst_fx.report.first import first_of
 from mst_fx.report.items import Dropped, EarlyCut, LoopedRegion, RefusedRegion
-from mst_fx.report.plain import json_of, plain
+from mst_fx.report.plain import plain
 from mst_fx.report.text import text_of
 from mst_fx.report.timeline import GraphTimeline
 from mst_fx.report.unlooped import Unlooped, joined, largest
@@ -97,7 +98,7 @@ class Report:
         Args:
             indent: as in `json.dumps`.
         """
-        return json_of(self.to_dict(), indent)
+        return json.dumps(self.to_dict(), indent=indent)
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the memory of a training step as predicted, without and with loops, to a file.
