@@ -144,6 +144,7 @@ class Engine:
         module, report = self._spliced(surveyed, of_site)
         report = _with_budget(report, plans).joined(self._unlooped(surveyed, of_site, plans.peak))
         report = report.joined(self._timeline(surveyed, timeline, offers, plans))
+        report = report.joined(Report(notes=(plans.leaner,) if plans.leaner else ()))
         report = replace(report, peak=plans.peak, peak_whole=plans.peak_whole, budget=plans.budget)
         return Rewritten(module or self.gm, report, tuple(site for site, plan in of_site.items() if plan.lengths))
 

@@ -101,6 +101,26 @@ def shorter(terms: Terms, lengths: Lengths) -> Lengths | None:
     return Lengths(half, half)
 
 
+def several(terms: Terms) -> Lengths:
+    """Return the default length, or a shorter one where it is as long as the whole axis: one chunk saves little.
+
+    Where the length varies, a short sequence is one chunk on purpose: it costs no more than without a loop.
+    """
+    lengths = terms.lengths
+    while lengths.chunk >= terms.extent.length and not terms.extent.dynamic and (half := shorter(terms, lengths)):
+        lengths = half
+    return lengths
+
+
+def in_chunks(terms: Terms, count: int) -> Lengths:
+    """Return the length of so many chunks; the default where the user fixes it, or where products get too few rows."""
+    lengths, extent = terms.lengths, terms.extent
+    length = _even(extent, -(-extent.length // count))
+    if terms.wish.fixes_length or length * extent.tokens_per_position < LEAST_ROWS * extent.sharing:
+        return lengths
+    return Lengths(length, length)
+
+
 def longer(terms: Terms, lengths: Lengths) -> Lengths | None:
     """Return about twice the length; None where the user fixes it, or a chunk would be the only or a ragged one."""
     extent = terms.extent

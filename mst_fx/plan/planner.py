@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mst_fx.core.config import Config, Wish
 from mst_fx.core.readable import readable
-from mst_fx.plan.chunk_length import Lengths, Terms, longer, shorter
+from mst_fx.plan.chunk_length import Lengths, Terms, in_chunks, longer, several, shorter
 from mst_fx.predict.extent import Extent
 from mst_fx.predict.region_memory import RegionMemory
 from mst_fx.predict.step_memory import Held, Timeline
@@ -24,6 +24,16 @@ OWN_SHARE = 0.004
 choice, as the two above are; no measurement of it is on record."""
 LENT_SHARE = 0.125
 """Longer chunks may take back this share of what all loops take off the peak: they sum gradients less often."""
+CHEAP_SHARE, CHEAP_MS = 0.01, 1.0
+"""Shorter chunks that take SHARE_OF_PEAK off the peak may add this share of the time of the products in all regions,
+or so many milliseconds to a step, whichever is more: where chunks are small, the host's time for them is all there is.
+Both are choices."""
+ROUNDS = 4
+"""How often the chunks of all regions are halved in search of a lower peak."""
+COUNTS = (2, 4, 8, 16)
+"""Numbers of chunks that a plan is compared with, to tell what shorter chunks would save and cost."""
+
+ONE_CHUNK = "it would be one chunk, at the length that is chosen"
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,7 @@ class Plans:
         peak_whole: the same without any loop.
         budget: bytes that the user allows, None without a budget.
         advice: what would help, where no plan keeps to the budget.
+        leaner: what shorter chunks would save and cost, where they take a real share off the peak.
     """
 
     of: tuple[Plan, ...]
@@ -103,6 +114,7 @@ class Plans:
     peak_whole: int
     budget: int | None = None
     advice: str = ""
+    leaner: str = ""
 
 
 State = tuple[Lengths | None, ...]
@@ -124,7 +136,7 @@ def make_plans(offers: Sequence[Offer], timeline: Timeline, device: Device, conf
     plans = tuple(planner.plan(number, state) for number in range(len(offers)))
     peak, whole = planner.peak(state), planner.peak(planner.unlooped)
     advice = planner.advice(state, peak - budget) if budget is not None and peak > budget else ""
-    return Plans(plans, peak, whole, budget, advice)
+    return Plans(plans, peak, whole, budget, advice, planner.leaner(state) if budget is None else "")
 
 
 class _Planner:
@@ -132,7 +144,7 @@ class _Planner:
 
     def __init__(self, offers: Sequence[Offer], timeline: Timeline, device: Device, config: Config) -> None:
         self.offers, self.timeline, self.device, self.config = offers, timeline, device, config
-        self.lengths = [offer.terms.lengths for offer in offers]
+        self.lengths = [several(offer.terms) for offer in offers]
         self.candidates = [number for number in range(len(offers)) if self._may_be_looped(number)]
         self.unlooped: State = (None,) * len(offers)
 
@@ -157,15 +169,47 @@ class _Planner:
         return offer.cost.added_ms(self.device, min(lengths.chunk, length), length, repeated=offer.repeated)
 
     def worth_it(self) -> State:
+        """Loop what is worth it, in chunks of the default length, or in shorter ones where these cost next to nothing.
+
+        All chunks are halved together, as a peak may be made by several regions; those that do not make it get longer
+        ones again.
+        """
+        state = self._worth_it(self.lengths)
+        if self.config.min_bytes is not None:
+            return state
+        state, lengths = self._with_longer_chunks(state), self.lengths
+        for _ in range(ROUNDS):
+            halves = [shorter(offer.terms, own) or own for offer, own in zip(self.offers, lengths, strict=True)]
+            if halves == lengths:
+                break
+            lengths = halves
+            finer = self._with_longer_chunks(self._worth_it(lengths))
+            if self.peak(finer) <= (1 - SHARE_OF_PEAK) * self.peak(state) and self._is_cheap(finer, state):
+                state = finer
+        return state
+
+    def _worth_it(self, lengths: Sequence[Lengths]) -> State:
         """Loop what recomputes nothing, if that saves memory; loop the rest where it is a real share of the peak."""
-        state = more = self._looped(n for n in self.candidates if self._must_be_looped(n))
+        due = [n for n in self.candidates if self._must_be_looped(n)]
+        state = more = self._without_vain(self._looped(due, lengths))
         for share, recomputes in ((NO_RECOMPUTE_SHARE, False), (SHARE_OF_PEAK, True)):
             before = self.peak(state)
-            large = [n for n in self.candidates if more[n] is None and self._own_bytes(n) >= OWN_SHARE * before]
+            large = [n for n in self.candidates if n not in due and more[n] is None]
+            large = [n for n in large if self._own_bytes(n) >= OWN_SHARE * before]
             chosen = [n for n in large if self.offers[n].recomputes is recomputes]
-            more = self._without_harm(_with(more, {n: self.lengths[n] for n in chosen}), chosen)
+            more = self._without_harm(_with(more, {n: lengths[n] for n in chosen}), chosen)
             state = more if before - self.peak(more) >= share * before else state
-        return self._with_longer_chunks(state) if self.config.min_bytes is None else state
+        return state
+
+    def _is_cheap(self, finer: State, state: State) -> bool:
+        """Return whether a state adds next to no time to another one, of which it is the finer one."""
+        rate = self.device.flops_per_ms
+        products = sum(3 * offer.cost.flops / rate for offer in self.offers)
+        return self._time(finer) - self._time(state) <= max(CHEAP_MS, CHEAP_SHARE * products)
+
+    def _time(self, state: State) -> float:
+        """Return the predicted milliseconds that all loops add to a step."""
+        return sum(self.added_ms(number, lengths) for number, lengths in enumerate(state) if lengths)
 
     def _with_longer_chunks(self, state: State) -> State:
         """Double the chunks where the peak allows it; regions that are alike share their bodies, and change together.
@@ -184,6 +228,17 @@ class _Planner:
             changed = _with(state, group)
             state = changed if self.peak(changed) <= limit else state
         return state
+
+    def _without_vain(self, state: State) -> State:
+        """Leave out the loops of one chunk that take nothing off the peak, whatever length may come."""
+        for number, lengths in enumerate(state):
+            if lengths and self._is_one_chunk(number) and not (self.offers[number].due or self._varies(number)):
+                fewer = _with(state, {number: None})
+                state = fewer if self.peak(fewer) <= self.peak(state) else state
+        return state
+
+    def _varies(self, number: int) -> bool:
+        return self.offers[number].extent.dynamic
 
     def _without_harm(self, state: State, numbers: Iterable[int]) -> State:
         """Leave out the loops among these that raise the peak, as a large sum for a small region may."""
@@ -207,7 +262,7 @@ class _Planner:
         first, and those that free most bytes for their time first. Then chunks get shorter where a region holds most.
         """
         cheap = {n for n, offer in enumerate(self.offers) if offer.recomputes_nothing or offer.due or offer.wish.loop}
-        state = self._looped(cheap.intersection(self.candidates))
+        state = self._looped(cheap.intersection(self.candidates), self.lengths)
         yield state
         for number in sorted((n for n in self.candidates if state[n] is None), key=self._price):
             state = _with(state, {number: self.lengths[number]})
@@ -223,8 +278,8 @@ class _Planner:
             state = _with(state, {n: half for n, half in ways.items() if self._holds(n, state) == most})
             yield state
 
-    def _looped(self, numbers: Iterable[int]) -> State:
-        return _with(self.unlooped, {n: self.lengths[n] for n in numbers})
+    def _looped(self, numbers: Iterable[int], lengths: Sequence[Lengths]) -> State:
+        return _with(self.unlooped, {n: lengths[n] for n in numbers})
 
     def _own_bytes(self, number: int) -> int:
         memory = self.offers[number].memory
@@ -232,8 +287,7 @@ class _Planner:
 
     def _holds(self, number: int, state: State) -> int:
         """Return the most bytes that a region holds at once."""
-        region = held(self.offers[number], state[number])
-        return max(region.forward, region.backward + region.saved)
+        return _most(held(self.offers[number], state[number]))
 
     def _price(self, number: int) -> tuple[bool, float]:
         """Return a sort key: checkpointed blocks first, then milliseconds for each byte that the loop frees."""
@@ -261,6 +315,8 @@ class _Planner:
         if number not in self.candidates:
             written = self.offers[number].memory.written
             return f"its temporaries are {readable(written)}, min_bytes is {readable(self.config.least_bytes)}"
+        if self._must_be_looped(number):
+            return f"{ONE_CHUNK}, which saves nothing"
         others = [n for n in self.candidates if state[n] is None]
         peak = self.peak(state)
         lower = self.peak(_with(state, {n: self.lengths[n] for n in others}))
@@ -269,7 +325,7 @@ class _Planner:
         return (
             f"not worth it: looping {left} left alone would take "
             f"{readable(max(0, peak - lower))} off a step's peak of {readable(peak)} and add {added:.1f} ms (predicted)"
-            + ("; it would be one chunk, at the length that is chosen" if self._is_one_chunk(number) else "")
+            + (f"; {ONE_CHUNK}" if self._is_one_chunk(number) else "")
         )
 
     def _is_one_chunk(self, number: int) -> bool:
@@ -280,6 +336,19 @@ class _Planner:
         if number in self.candidates and self._is_one_chunk(number):
             return "Set chunk_tokens or num_chunks, so that it is more than one chunk."
         return "Set min_bytes lower (0 loops all), or name the module in `modules`."
+
+    def leaner(self, state: State) -> str:
+        """Return what shorter chunks would save and cost, "" where they take no real share off the peak."""
+        peak, best = self.peak(state), ("", self.peak(state), 0.0)
+        for count in COUNTS:
+            lengths = [in_chunks(offer.terms, count) for offer in self.offers]
+            finer = self._looped(self.candidates, lengths)
+            if self.peak(finer) < best[1]:
+                best = f"num_chunks={count}", self.peak(finer), self._time(finer) - self._time(state)
+        option, least, added = best
+        if least > (1 - SHARE_OF_PEAK) * peak:
+            return ""
+        return f"{option} would take {readable(peak - least)} more off the peak, and add {added:.1f} ms a step (predicted)"
 
     def advice(self, state: State, missing: int) -> str:
         """Return what would help where no state fits."""
@@ -293,6 +362,10 @@ class _Planner:
         if saved > 0:
             advice.append(f"activation checkpointing ({readable(saved)} are saved for backward outside of the regions)")
         return ", ".join(advice)
+
+
+def _most(held: Held) -> int:
+    return max(held.forward, held.backward + held.saved)
 
 
 def _with(state: State, changes: Mapping[int, Lengths | None]) -> State:
