@@ -101,15 +101,22 @@ def shorter(terms: Terms, lengths: Lengths) -> Lengths | None:
     return Lengths(half, half)
 
 
-def several(terms: Terms) -> Lengths:
+def several(terms: Terms, *, demanded: bool) -> Lengths:
     """Return the default length, or a shorter one where it is as long as the whole axis: one chunk saves little.
 
     Where the length varies, a short sequence is one chunk on purpose: it costs no more than without a loop.
+
+    Args:
+        terms: of the region.
+        demanded: whether the user wants a loop in any case, even if products get few rows.
     """
-    lengths = terms.lengths
-    while lengths.chunk >= terms.extent.length and not terms.extent.dynamic and (half := shorter(terms, lengths)):
+    lengths, length = terms.lengths, terms.extent.length
+    if terms.extent.dynamic or terms.wish.fixes_length:
+        return lengths
+    while lengths.chunk >= length and (half := shorter(terms, lengths)):
         lengths = half
-    return lengths
+    half = -(-length // 2)
+    return Lengths(half, half) if demanded and lengths.chunk >= length else lengths
 
 
 def in_chunks(terms: Terms, count: int) -> Lengths:

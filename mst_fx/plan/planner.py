@@ -144,7 +144,7 @@ class _Planner:
 
     def __init__(self, offers: Sequence[Offer], timeline: Timeline, device: Device, config: Config) -> None:
         self.offers, self.timeline, self.device, self.config = offers, timeline, device, config
-        self.lengths = [several(offer.terms) for offer in offers]
+        self.lengths = [several(offer.terms, demanded=self._must_be_looped(n)) for n, offer in enumerate(offers)]
         self.candidates = [number for number in range(len(offers)) if self._may_be_looped(number)]
         self.unlooped: State = (None,) * len(offers)
 

@@ -302,7 +302,7 @@ def test_a_loop_is_never_chosen_for_a_higher_peak(graph):
 def peak_before_longer_chunks(graph, plans) -> int:
     """The peak with the same loops, in chunks of the length that they are judged by."""
     offers, timeline = graph
-    chosen = [several(offer.terms) if chosen else None for offer, chosen in zip(offers, looped(plans), strict=True)]
+    chosen = [several(offer.terms, demanded=False) if chosen else None for offer, chosen in zip(offers, looped(plans), strict=True)]
     return timeline.peak([held(offer, lengths) for offer, lengths in zip(offers, chosen, strict=True)])
 
 
@@ -367,11 +367,17 @@ def test_a_small_model_has_short_chunks():
     assert plans.of[0].added_ms <= CHEAP_MS
 
 
-@pytest.mark.parametrize("options", [{"min_bytes": 0}, {"min_bytes": 0, "modules": {"lm_head": {"num_chunks": 1}}}])
-def test_one_chunk_that_saves_nothing_is_no_loop(options):
+def test_a_loop_that_is_demanded_has_two_chunks_at_least():
+    """Although products get few rows."""
     offer, timeline = small_head(100, 64, 20_000), Timeline(2**23, (Segment(region=0),))
-    assert offer.terms.lengths.chunk == 100  # shorter ones would have too few rows
-    (plan,) = make_plans([offer], timeline, DEVICE, Config(**options)).of
+    assert offer.terms.lengths.chunk == 100
+    assert make_plans([offer], timeline, DEVICE, Config(min_bytes=0)).of[0].lengths.chunk == 50
+
+
+@pytest.mark.parametrize("wish", [{"num_chunks": 1}, {"chunk_tokens": 100}])
+def test_one_chunk_that_saves_nothing_is_no_loop(wish):
+    offer, timeline = small_head(100, 64, 20_000), Timeline(2**23, (Segment(region=0),))
+    (plan,) = make_plans([offer], timeline, DEVICE, Config(min_bytes=0, modules={"lm_head": wish})).of
     assert plan.lengths is None
     assert plan.reason == "it would be one chunk, at the length that is chosen, which saves nothing"
     assert plan.advice.startswith("Set chunk_tokens or num_chunks")
@@ -380,7 +386,7 @@ def test_one_chunk_that_saves_nothing_is_no_loop(options):
 def test_one_chunk_that_saves_something_is_a_loop():
     """Its values are not saved, but made again for backward."""
     offer = replace(mlp(100), memory=RegionMemory(written=GIB, saved_whole=2**20))
-    plans = make_plans([offer], Timeline(0, (Segment(region=0),)), DEVICE, Config(min_bytes=0))
+    plans = make_plans([offer], Timeline(0, (Segment(region=0),)), DEVICE, Config(num_chunks=1))
     assert [plan.chunks for plan in plans.of if plan.lengths] == [1]
 
 
