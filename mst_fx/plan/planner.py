@@ -34,6 +34,7 @@ COUNTS = (2, 4, 8, 16)
 """Numbers of chunks that a plan is compared with, to tell what shorter chunks would save and cost."""
 
 ONE_CHUNK = "it would be one chunk, at the length that is chosen"
+IN_VAIN = "One chunk saves nothing: set chunk_tokens or num_chunks, so that there are several."
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Plan:
         added_ms: predicted milliseconds that the loop adds to a training step.
         reason: why it is left alone, with the numbers.
         advice: how it would be looped.
+        note: what else to say of its loop.
     """
 
     lengths: Lengths | None
@@ -94,6 +96,7 @@ class Plan:
     added_ms: float = 0.0
     reason: str = ""
     advice: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -190,12 +193,10 @@ class _Planner:
 
     def _worth_it(self, lengths: Sequence[Lengths]) -> State:
         """Loop what recomputes nothing, if that saves memory; loop the rest where it is a real share of the peak."""
-        due = [n for n in self.candidates if self._must_be_looped(n)]
-        state = more = self._without_vain(self._looped(due, lengths))
+        state = more = self._looped((n for n in self.candidates if self._must_be_looped(n)), lengths)
         for share, recomputes in ((NO_RECOMPUTE_SHARE, False), (SHARE_OF_PEAK, True)):
             before = self.peak(state)
-            large = [n for n in self.candidates if n not in due and more[n] is None]
-            large = [n for n in large if self._own_bytes(n) >= OWN_SHARE * before]
+            large = [n for n in self.candidates if more[n] is None and self._own_bytes(n) >= OWN_SHARE * before]
             chosen = [n for n in large if self.offers[n].recomputes is recomputes]
             more = self._without_harm(_with(more, {n: lengths[n] for n in chosen}), chosen)
             state = more if before - self.peak(more) >= share * before else state
@@ -228,17 +229,6 @@ class _Planner:
             changed = _with(state, group)
             state = changed if self.peak(changed) <= limit else state
         return state
-
-    def _without_vain(self, state: State) -> State:
-        """Leave out the loops of one chunk that take nothing off the peak, whatever length may come."""
-        for number, lengths in enumerate(state):
-            if lengths and self._is_one_chunk(number) and not (self.offers[number].due or self._varies(number)):
-                fewer = _with(state, {number: None})
-                state = fewer if self.peak(fewer) <= self.peak(state) else state
-        return state
-
-    def _varies(self, number: int) -> bool:
-        return self.offers[number].extent.dynamic
 
     def _without_harm(self, state: State, numbers: Iterable[int]) -> State:
         """Leave out the loops among these that raise the peak, as a large sum for a small region may."""
@@ -306,7 +296,8 @@ class _Planner:
             return Plan(None, bytes_before=memory.written, reason=reason, advice=self._advice(number))
         positions = min(lengths.chunk, length)
         after = memory.written * positions // length + memory.stream_gradient
-        return Plan(lengths, -(-length // positions), memory.written, after, self.added_ms(number, lengths))
+        note = IN_VAIN if self._is_in_vain(number, state) else ""
+        return Plan(lengths, -(-length // positions), memory.written, after, self.added_ms(number, lengths), note=note)
 
     def _reason(self, number: int, state: State) -> str:
         """Return why a region is left alone."""
@@ -315,8 +306,6 @@ class _Planner:
         if number not in self.candidates:
             written = self.offers[number].memory.written
             return f"its temporaries are {readable(written)}, min_bytes is {readable(self.config.least_bytes)}"
-        if self._must_be_looped(number):
-            return f"{ONE_CHUNK}, which saves nothing"
         others = [n for n in self.candidates if state[n] is None]
         peak = self.peak(state)
         lower = self.peak(_with(state, {n: self.lengths[n] for n in others}))
@@ -330,6 +319,15 @@ class _Planner:
 
     def _is_one_chunk(self, number: int) -> bool:
         return self.lengths[number].chunk >= self.offers[number].extent.length
+
+    def _is_in_vain(self, number: int, state: State) -> bool:
+        """Return whether the loop of a region is one chunk, whatever length may come, and takes nothing off the peak."""
+        offer = self.offers[number]
+        return (
+            self._is_one_chunk(number)
+            and not (offer.due or offer.extent.dynamic)
+            and self.peak(_with(state, {number: None})) <= self.peak(state)
+        )
 
     def _advice(self, number: int) -> str:
         """Return how a region that is left alone would be looped, "" where there is no more to say than its reason."""

@@ -37,7 +37,7 @@ def test_dtypes(dtype, mlp):
 
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 31, 32, 53])
 def test_lengths_around_a_chunk(length):
-    assert_as_good_as_eager(MlpLM(), tokens(1, length, ignored=1), regions=2 if length > 16 else 0)
+    assert_as_good_as_eager(MlpLM(), tokens(1, length, ignored=1), regions=2)
 
 
 @pytest.mark.parametrize("length", [0, 1])

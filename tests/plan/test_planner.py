@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mst_fx.core.config import Config, Wish
 from mst_fx.core.readable import readable
 from mst_fx.plan.chunk_length import LEAST_ROWS, several, terms_of
-from mst_fx.plan.planner import CHEAP_MS, COUNTS, LENT_SHARE, Offer, Plans, held
+from mst_fx.plan.planner import CHEAP_MS, COUNTS, IN_VAIN, LENT_SHARE, Offer, Plans, held
 from mst_fx.plan.planner import make_plans as make_plans_of
 from mst_fx.predict.extent import Extent
 from mst_fx.predict.footprint import Footprint
@@ -374,20 +374,20 @@ def test_a_loop_that_is_demanded_has_two_chunks_at_least():
     assert make_plans([offer], timeline, DEVICE, Config(min_bytes=0)).of[0].lengths.chunk == 50
 
 
-@pytest.mark.parametrize("wish", [{"num_chunks": 1}, {"chunk_tokens": 100}])
-def test_one_chunk_that_saves_nothing_is_no_loop(wish):
+@pytest.mark.parametrize(("wish", "note"), [({"num_chunks": 1}, IN_VAIN), ({"chunk_tokens": 100}, IN_VAIN), ({}, "")])
+def test_one_chunk_that_saves_nothing_is_told(wish, note):
+    """The user asks for it."""
     offer, timeline = small_head(100, 64, 20_000), Timeline(2**23, (Segment(region=0),))
-    (plan,) = make_plans([offer], timeline, DEVICE, Config(min_bytes=0, modules={"lm_head": wish})).of
-    assert plan.lengths is None
-    assert plan.reason == "it would be one chunk, at the length that is chosen, which saves nothing"
-    assert plan.advice.startswith("Set chunk_tokens or num_chunks")
+    (plan,) = make_plans([offer], timeline, DEVICE, Config(min_bytes=0, modules={"lm_head": {"loop": True, **wish}})).of
+    assert plan.lengths is not None
+    assert plan.note == note
 
 
-def test_one_chunk_that_saves_something_is_a_loop():
+def test_one_chunk_may_save_something():
     """Its values are not saved, but made again for backward."""
     offer = replace(mlp(100), memory=RegionMemory(written=GIB, saved_whole=2**20))
-    plans = make_plans([offer], Timeline(0, (Segment(region=0),)), DEVICE, Config(num_chunks=1))
-    assert [plan.chunks for plan in plans.of if plan.lengths] == [1]
+    (plan,) = make_plans([offer], Timeline(0, (Segment(region=0),)), DEVICE, Config(num_chunks=1)).of
+    assert (plan.chunks, plan.note) == (1, "")
 
 
 @given(graphs(), st.sampled_from(COUNTS))
