@@ -21,6 +21,7 @@ import argparse
 import os
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,11 +123,15 @@ def build_model(preset: train_lm.Preset, device: torch.device, ranks: Ranks, **h
     model = ModelAndLoss(train_lm.build_model(preset, device)).train()
     layers = model.body.layers
     for i, layer in enumerate(layers):
-        if ranks.way == "tensor":
+        if ranks.way == "tensor":  # checkpointed outside of the compiled part, since torch 2.13 fails otherwise
             parallelize_module(layer, ranks.group, tensor_plan())
-        layers[i] = checkpoint_wrapper(layer)
-        layers[i].compile(**how)
-        shard(layers[i], ranks.data if ranks.way == "tensor" else ranks.all)
+            layer.compile(**how)
+            layers[i] = checkpoint_wrapper(layer)
+            shard(layers[i], ranks.data)
+        else:
+            layers[i] = checkpoint_wrapper(layer)
+            layers[i].compile(**how)
+            shard(layers[i], ranks.all)
     model.head.compile(**how)
     for part in (model.head, model.body.embed_tokens, model):
         shard(part, ranks.all)
@@ -217,7 +222,11 @@ class Trainer:
     def __init__(self, preset: train_lm.Preset, device: torch.device, ranks: Ranks, **how: Any) -> None:
         self.ranks = ranks
         self.model = build_model(preset, device, ranks, **how)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=preset.rate, betas=(0.9, 0.95))
+        meshes = defaultdict(list)  # a fused step takes weights of one mesh
+        for weight in self.model.parameters():
+            meshes[weight.device_mesh].append(weight)
+        groups = [{"params": weights} for weights in meshes.values()]
+        self.optimizer = torch.optim.AdamW(groups, lr=preset.rate, betas=(0.9, 0.95), fused=True)
         self.losses: list[float] = []
         self.seconds: list[float] = []
 
