@@ -175,8 +175,9 @@ def use_ulysses(config: Any, group: DeviceMesh) -> None:
 
     def exchange(x: torch.Tensor, give: int, take: int) -> torch.Tensor:
         """Give each rank its part of one dim, and take all parts of another."""
-        parts = torch.stack(x.chunk(group.size(), give))
-        return torch.cat(all_to_all_single_autograd(parts, None, None, group.get_group()).unbind(), take)
+        parts = x.unflatten(give, (group.size(), -1)).movedim(give, 0).contiguous()
+        parts = all_to_all_single_autograd(parts, None, None, group.get_group())
+        return parts.movedim(0, take).flatten(take, take + 1)
 
     def ulysses(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
@@ -211,6 +212,14 @@ def slices(ids: torch.Tensor, ranks: Ranks) -> Iterator[dict[str, torch.Tensor]]
 # Training
 
 
+def build_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    meshes = defaultdict(list)  # a fused step takes weights of one mesh
+    for weight in model.parameters():
+        meshes[weight.device_mesh].append(weight)
+    groups = [{"params": weights} for weights in meshes.values()]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+
+
 class Trainer:
     """A sharded model and its optimizer.
 
@@ -222,11 +231,7 @@ class Trainer:
     def __init__(self, preset: train_lm.Preset, device: torch.device, ranks: Ranks, **how: Any) -> None:
         self.ranks = ranks
         self.model = build_model(preset, device, ranks, **how)
-        meshes = defaultdict(list)  # a fused step takes weights of one mesh
-        for weight in self.model.parameters():
-            meshes[weight.device_mesh].append(weight)
-        groups = [{"params": weights} for weights in meshes.values()]
-        self.optimizer = torch.optim.AdamW(groups, lr=preset.rate, betas=(0.9, 0.95), fused=True)
+        self.optimizer = build_optimizer(self.model, preset.rate)
         self.losses: list[float] = []
         self.seconds: list[float] = []
 

@@ -1,8 +1,11 @@
-"""What examples/train_fsdp.py does on the ranks of a test: its gradients beside those of one process, and its training."""
+"""What the examples for several ranks do on the ranks of a test: gradients beside those of one process, and training."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,10 +21,35 @@ SIZES = ("--steps", "3", "--layers", "1", "--length", "64", "--chunk-tokens", "1
 DEVICE = torch.device("cpu")
 
 
-def outcomes(flags: list[tuple[str, ...]]) -> list[dict[str, Any]]:
-    """Run the example with each of some flags."""
+def outcomes(flags: list[tuple[str, ...]], rows: list[str]) -> tuple[list[dict[str, Any]], dict[Any, float]]:
+    """Run the example with each of some flags, and the methods of some rows of the benchmark."""
     with frugal():
-        return [outcome(flag) for flag in flags]
+        return [outcome(flag) for flag in flags], methods(rows)
+
+
+def methods(rows: list[str]) -> dict[tuple[str, str], float]:
+    """The largest error of loss and gradients of each method of examples/benchmarks/fsdp.py, in some of its rows."""
+    sys.path.append(str(Path(train_lm.__file__).parent / "benchmarks"))
+    import fsdp
+    import fsdp_methods
+
+    found: dict[tuple[str, str], float] = {}
+    for row in rows:
+        way = fsdp.WAYS[row]
+        ranks = train_fsdp.Ranks.of(DEVICE, way, 2 if way else 1)
+        preset = replace(fsdp.TINY, layers=1, length=64)
+        with mock.patch.object(fsdp_methods, "MLP_TILE", 20), mock.patch.object(fsdp_methods, "LOSS_CHUNK", 10):
+            with mock.patch.object(torch, "compile", partial(without_inductor, torch.compile)):
+                model = fsdp_methods.Sharded(preset, DEVICE, ranks, dynamic=row == "ulysses", chunk_tokens=16)
+            for method in fsdp.METHODS:
+                model.use(method)
+                found[row, method] = max(errors_of(preset, model, ranks))
+    return found
+
+
+def without_inductor(compiler: Any, fn: Any, backend: Any = "aot_eager", options: Any = None, **how: Any) -> Any:
+    options = {"options": {**options, "inner": "aot_eager"}} if options else {}
+    return compiler(fn, backend=backend, **options, **how)
 
 
 def outcome(flags: tuple[str, ...]) -> dict[str, Any]:
