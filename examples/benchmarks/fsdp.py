@@ -38,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -60,6 +61,7 @@ SHORT, SMALL_SHORT = (32768, 65536), (64, 128)
 """Two lengths whose peaks say what the longest one may be."""
 GRAIN, SPARE_GIB = 4096, 0.5
 """The longest length is a multiple of this, and what memory it leaves."""
+TOO_LONG = "does not fit"
 
 
 @dataclass(frozen=True)
@@ -153,14 +155,21 @@ class Rank:
         steps: dict[str, list[tuple[float, float, float]]] = {method: [] for method in self.args.methods}
         for turn in range(self.args.rounds + warm_up):
             for method, taken in steps.items():
-                try:
-                    found = self.step(method, tokens)
-                except torch.OutOfMemoryError:
-                    self.tell(replace(self.row(method, tokens), failed="does not fit"))
-                    os._exit(1)  # the other ranks wait for this one, and torchrun ends them
+                found = self.attempt(method, tokens)
                 if turn or not warm_up:
                     taken.append(found)
         return [self.of(method, tokens, taken) for method, taken in steps.items()]
+
+    def attempt(self, method: str, tokens: int) -> tuple[float, float, float]:
+        """A step; where it fails, this process ends: the other ranks wait for it, and torchrun ends them."""
+        try:
+            return self.step(method, tokens)
+        except Exception as error:
+            traceback.print_exc()
+            out_of_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+            why = TOO_LONG if out_of_memory else f"failed: {type(error).__name__}: {str(error)[:100]}".splitlines()[0]
+            self.tell(replace(self.row(method, tokens), failed=why))
+            os._exit(1)
 
     def of(self, method: str, tokens: int, taken: Sequence[tuple[float, float, float]]) -> Row:
         seconds, peaks, losses = zip(*taken, strict=True)
@@ -226,7 +235,10 @@ def launch(row: str, methods: Sequence[str], lengths: Sequence[int], args: argpa
             run.wait()
             ended = f"more than {args.limit:.0f} s"
     lines = path.read_text().splitlines()[known:] if path.exists() else []
-    rows = list({(found.method, found.tokens): found for found in (Row(**json.loads(line)) for line in lines)}.values())
+    first: dict[tuple[str, int], Row] = {}  # other ranks fail behind the first one, for its sake
+    for found in (Row(**json.loads(line)) for line in lines):
+        first.setdefault((found.method, found.tokens), found)
+    rows = list(first.values())
     if run.returncode and not any(found.failed for found in rows):
         told = {found.tokens for found in rows}
         tokens = next((each for each in lengths if each not in told), 0)
@@ -255,7 +267,7 @@ def longest(row: str, method: str, args: argparse.Namespace) -> list[Row]:
     alone = argparse.Namespace(**{**vars(args), "rounds": 1})
     rows = launch(row, [method], [*short, 0], alone)
     for _ in range(args.trials - 1):
-        failed = min((each.tokens for each in rows if each.failed == "does not fit"), default=0)
+        failed = min((each.tokens for each in rows if each.failed == TOO_LONG), default=0)
         best = max((each.tokens for each in rows if not each.failed), default=0)
         if not failed or failed - best <= GRAIN:
             break
