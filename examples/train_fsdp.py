@@ -1,10 +1,11 @@
 """Train a Llama on several GPUs: FSDP2 gathers one part at a time, and mst_fx loops inside each part.
 
-    torchrun --nproc-per-node 2 examples/train_fsdp.py                          # each rank trains on its own text
-    torchrun --nproc-per-node 2 examples/train_fsdp.py --sequence-parallel 2    # two ranks share each text: Ulysses
-    torchrun --nproc-per-node 2 examples/train_fsdp.py --context-parallel 2     # the same with ring attention; GPUs
-    torchrun --nproc-per-node 2 examples/train_fsdp.py --tensor-parallel 2      # they share the weights of layers, too
-    torchrun --nproc-per-node 8 examples/train_fsdp.py --preset 8b-layer --layers 32 --length 262144 --sequence-parallel 8
+    torchrun --nproc-per-node 2 examples/train_fsdp.py                         # each rank trains on its own text
+    torchrun --nproc-per-node 2 examples/train_fsdp.py --sequence-parallel 2   # two ranks share each text: Ulysses
+    torchrun --nproc-per-node 2 examples/train_fsdp.py --context-parallel 2    # the same with ring attention; GPUs
+    torchrun --nproc-per-node 2 examples/train_fsdp.py --tensor-parallel 2     # they share the weights of layers, too
+    torchrun --nproc-per-node 8 examples/train_fsdp.py --sequence-parallel 8 --preset 8b-layer --layers 32 \\
+        --length 262144
 
 `accelerate launch --num_processes 2 examples/train_fsdp.py` does the same. Without GPUs the ranks are processes that
 talk through gloo. Nothing is downloaded; model and text are those of train_lm.py.
@@ -92,6 +93,7 @@ class HeadAndLoss(nn.Module):
         self.norm, self.head = norm, head
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the losses of this rank's tokens, divided by the number of labels on all ranks."""
         logits = self.head(self.norm(hidden)).float()
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / count
 
@@ -107,6 +109,7 @@ class ModelAndLoss(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, count: torch.Tensor
     ) -> torch.Tensor:
+        """Return this rank's part of the mean loss."""
         out = self.body(input_ids=input_ids, position_ids=positions, use_cache=False)
         return self.head(out.last_hidden_state, labels, count)
 

@@ -1,4 +1,4 @@
-"""What the examples for several ranks do on the ranks of a test: gradients beside those of one process, and training."""
+"""The examples for several ranks, on the ranks of a test: gradients beside those of one process, and training."""
 
 from __future__ import annotations
 

@@ -23,8 +23,9 @@ The methods, all with checkpointed layers:
 
 Methods take turns in one process, after a warm-up each, at the lengths of `--lengths`; without these, `ulysses` and
 `ring` look for the longest sequence that trains, each method in processes of its own: a line through the peaks of two
-short lengths says where memory ends, and lengths near by are tried, in a new process where one has not fitted. Peaks are
-the largest of all ranks, weights and optimizer included.
+short lengths says where memory ends, and lengths near by are tried, in a new process where one has not fitted. All train
+the same weights, at a learning rate of 0, so their losses are the same. Peaks are the largest of all ranks, weights and
+optimizer included.
 """
 
 from __future__ import annotations
@@ -172,6 +173,7 @@ class Rank:
             os._exit(1)
 
     def of(self, method: str, tokens: int, taken: Sequence[tuple[float, float, float]]) -> Row:
+        """The row of some steps."""
         seconds, peaks, losses = zip(*taken, strict=True)
         median = statistics.median(seconds)
         rate = self.ranks.data.size() * tokens / median
@@ -180,6 +182,7 @@ class Rank:
         return replace(row, seconds=median, rate=rate, peak_gib=max(peaks), loss=losses[-1], looped=looped)
 
     def row(self, method: str, tokens: int) -> Row:
+        """A row without numbers."""
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         return Row(self.args.here, method, tokens, self.layers, dist.get_world_size(), device=device)
 

@@ -37,6 +37,7 @@ class Layer(nn.Module):
         self.run: Run = decoder_layer
 
     def forward(self, *given: torch.Tensor) -> torch.Tensor:
+        """Run the layer on hidden states and rotary embeddings."""
         return self.run(self.layer, *given)
 
 
@@ -49,6 +50,7 @@ class Head(nn.Module):
         self.run: Run = sum_of_losses
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Give this rank's part of the mean loss."""
         return self.run(self, x, labels) / count
 
 
@@ -91,6 +93,7 @@ class Sharded(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, count: torch.Tensor
     ) -> torch.Tensor:
+        """Give this rank's part of the mean loss."""
         x = self.embed(input_ids)
         cos, sin = self.rotary(x, positions)
         for layer in self.layers:
@@ -136,9 +139,9 @@ def chunked_losses(head: Head, x: torch.Tensor, labels: torch.Tensor) -> torch.T
 
 def tiled_layer(layer: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """A layer whose MLP runs tile by tile; backward makes each tile again."""
-    x = x + layer.self_attn(
-        hidden_states=layer.input_layernorm(x), position_embeddings=(cos, sin), attention_mask=None
-    )[0]
+    normed = layer.input_layernorm(x)
+    out, _ = layer.self_attn(hidden_states=normed, position_embeddings=(cos, sin), attention_mask=None)
+    x = x + out
 
     def mlp(tile: torch.Tensor) -> torch.Tensor:
         return tile + layer.mlp(layer.post_attention_layernorm(tile))
