@@ -4,8 +4,7 @@
     torchrun --nproc-per-node 2 examples/train_fsdp.py --sequence-parallel 2   # two ranks share each text: Ulysses
     torchrun --nproc-per-node 2 examples/train_fsdp.py --context-parallel 2    # the same with ring attention; GPUs
     torchrun --nproc-per-node 2 examples/train_fsdp.py --tensor-parallel 2     # they share the weights of layers, too
-    torchrun --nproc-per-node 8 examples/train_fsdp.py --sequence-parallel 8 --preset 8b-layer --layers 32 \\
-        --length 262144
+    torchrun --nproc-per-node 8 examples/train_fsdp.py --sequence-parallel 8 --preset 8b-layer --layers 32
 
 `accelerate launch --num_processes 2 examples/train_fsdp.py` does the same. Without GPUs the ranks are processes that
 talk through gloo. Nothing is downloaded; model and text are those of train_lm.py.

@@ -23,9 +23,9 @@ The methods, all with checkpointed layers:
 
 Methods take turns in one process, after a warm-up each, at the lengths of `--lengths`; without these, `ulysses` and
 `ring` look for the longest sequence that trains, each method in processes of its own: a line through the peaks of two
-short lengths says where memory ends, and lengths near by are tried, in a new process where one has not fitted. All train
-the same weights, at a learning rate of 0, so their losses are the same. Peaks are the largest of all ranks, weights and
-optimizer included.
+short lengths says where memory ends, and lengths near by are tried, in a new process where one has not fitted. All
+methods train the same weights, at a learning rate of 0, so their losses are the same. Peaks are the largest of all
+ranks, weights and optimizer included.
 """
 
 from __future__ import annotations
