@@ -125,21 +125,22 @@ def build_model(preset: train_lm.Preset, device: torch.device, ranks: Ranks, **h
     model = ModelAndLoss(train_lm.build_model(preset, device)).train()
     layers = model.body.layers
     for i, layer in enumerate(layers):
-        if ranks.way == "tensor":  # checkpointed outside of the compiled part, since torch 2.13 fails otherwise
+        if ranks.way == "tensor":
             parallelize_module(layer, ranks.group, tensor_plan())
-            layer.compile(**how)
-            layers[i] = checkpoint_wrapper(layer)
-            shard(layers[i], ranks.data)
-        else:
-            layers[i] = checkpoint_wrapper(layer)
-            layers[i].compile(**how)
-            shard(layers[i], ranks.all)
+        layers[i] = checkpoint_wrapper(layer)
+        (layers[i] if compiles_checkpoints(ranks.way) else layer).compile(**how)
+        shard(layers[i], ranks.data if ranks.way == "tensor" else ranks.all)
     model.head.compile(**how)
     for part in (model.head, model.body.embed_tokens, model):
         shard(part, ranks.all)
     if ranks.way == "sequence":
         use_ulysses(model.body.config, ranks.group)
     return model
+
+
+def compiles_checkpoints(way: str) -> bool:
+    """Whether a layer can be compiled with the checkpoint around it: with DTensors in it, torch 2.13 fails."""
+    return way != "tensor" or not torch.__version__.startswith("2.13.")
 
 
 def shard(part: nn.Module, mesh: DeviceMesh) -> None:

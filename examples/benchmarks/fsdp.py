@@ -16,7 +16,7 @@ layer is a part that FSDP gathers, and so are the embedding and the head with th
 
 The methods, all with checkpointed layers:
 
-    torch.compile  layers compiled one by one, checkpointing inside (tensor: around it); norm, head and loss together
+    torch.compile  layers compiled one by one, with their checkpointing; norm, head and loss together
     mst_fx         the same with backend=mst_fx.backend
     eager recipe   that of guides to long contexts: nothing compiled; inputs of layers in pinned memory of the host;
                    MLPs in tiles of 16,384 tokens and the loss in chunks of 2,048, which backward makes again
@@ -120,8 +120,7 @@ class Rank:
         self.ranks = Ranks.of(self.device, way, args.ranks if way else 1)
         preset = TINY if args.small else replace(LLAMA, layers=args.layers)
         self.vocab, self.layers = preset.vocab, preset.layers
-        # DTensors and torch's ring attention want lengths that are fixed
-        self.dynamic = args.here in ("fsdp", "ulysses")
+        self.dynamic = args.here != "tensor"  # one compile for all lengths, but for those of DTensors
         chunk = {"chunk_tokens": 16} if args.small else {}
         self.model = Sharded(preset, self.device, self.ranks, dynamic=self.dynamic, **chunk)
         self.optimizer = build_optimizer(self.model, rate=0.0)  # so that all methods have the same loss
@@ -197,7 +196,9 @@ def run_here(args: argparse.Namespace) -> None:
     rank = Rank(args)
     rows: list[Row] = []
     for tokens in args.lengths:
-        found = rank.measured(tokens or guess(rows, rank.cap_gib), warm_up=bool(tokens) or not rank.dynamic)
+        found = rank.measured(
+            tokens or min(guess(rows, rank.cap_gib), args.most), warm_up=bool(tokens) or not rank.dynamic
+        )
         rows += found
         if dist.get_rank() == 0:
             for row in found:
@@ -224,7 +225,13 @@ def launch(row: str, methods: Sequence[str], lengths: Sequence[int], args: argpa
     path = Path(args.json)
     known = len(path.read_text().splitlines()) if path.exists() else 0
     here = ["--here", row, "--methods", *methods, "--lengths", *map(str, lengths), "--json", str(path)]
-    here += [f"--ranks={args.ranks}", f"--cap={args.cap}", f"--rounds={args.rounds}", f"--layers={args.layers}"]
+    here += [
+        f"--ranks={args.ranks}",
+        f"--cap={args.cap}",
+        f"--most={args.most}",
+        f"--rounds={args.rounds}",
+        f"--layers={args.layers}",
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
     command += [__file__, *here, *["--small"] * args.small]
     environment = {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1", **os.environ}  # no NVLink multicast
@@ -241,7 +248,7 @@ def launch(row: str, methods: Sequence[str], lengths: Sequence[int], args: argpa
     first: dict[tuple[str, int], Row] = {}  # other ranks fail behind the first one, for its sake
     for found in (Row(**json.loads(line)) for line in lines):
         first.setdefault((found.method, found.tokens), found)
-    rows = list(first.values())
+    rows = sorted(first.values(), key=lambda found: found.tokens)
     if run.returncode and not any(found.failed for found in rows):
         told = {found.tokens for found in rows}
         tokens = next((each for each in lengths if each not in told), 0)
@@ -289,6 +296,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=max(2, torch.cuda.device_count()), help="2, or all GPUs")
     parser.add_argument("--cap", type=float, default=80.0, help="GB of each device that may be used; 0 for all")
     parser.add_argument("--rounds", type=int, default=2, help="steps of each method that are timed")
+    parser.add_argument("--most", type=int, default=262144, metavar="TOKENS", help="the longest sequence to try")
     parser.add_argument("--trials", type=int, default=3, help="processes that look for the longest sequence")
     parser.add_argument("--limit", type=float, default=500, help="seconds for one run of all ranks")
     parser.add_argument("--json", help="append each row to this file as it is measured, a line of JSON each")

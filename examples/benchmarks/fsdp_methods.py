@@ -16,7 +16,7 @@ from longest import LAYER_CHUNK, checkpointed_layer, decoder_layer
 from torch import nn
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
-from train_fsdp import Ranks, shard, tensor_plan, use_ulysses
+from train_fsdp import Ranks, compiles_checkpoints, shard, tensor_plan, use_ulysses
 from train_lm import Preset, build_model
 
 import mst_fx
@@ -81,7 +81,7 @@ class Sharded(nn.Module):
             shard(each, ranks.data if ranks.way == "tensor" else ranks.all)
         for part in (self.embed, self.head, self):
             shard(part, ranks.all)
-        inside = ranks.way != "tensor"  # torch 2.13 fails to compile a checkpoint around these DTensors
+        inside = compiles_checkpoints(ranks.way)
         self.runs = {name: runs(name, inside, dynamic, chunk_tokens) for name in METHODS}
 
     def use(self, method: str) -> None:
