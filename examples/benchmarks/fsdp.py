@@ -57,8 +57,8 @@ import mst_fx
 
 WAYS = {"fsdp": "", "ulysses": "sequence", "ring": "context", "tensor": "tensor"}
 LENGTHS = {"fsdp": [16384, 65536], "ulysses": [], "ring": [], "tensor": [65536]}
-SMALL_LENGTHS = {"fsdp": [64, 128], "ulysses": [], "ring": [], "tensor": [64]}
-SHORT, SMALL_SHORT = (32768, 65536), (64, 128)
+SMALL_LENGTHS = {"fsdp": [48, 96], "ulysses": [], "ring": [], "tensor": [48]}
+SHORT, SMALL_SHORT = (32768, 65536), (48, 96)
 """Two lengths whose peaks say what the longest one may be."""
 GRAIN, SPARE_GIB = 4096, 0.5
 """The longest length is a multiple of this, and what memory it leaves."""
