@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 2 examples/train_fsdp.py --tensor-parallel 2     # they share the weights of layers, too
     torchrun --nproc-per-node 8 examples/train_fsdp.py --sequence-parallel 8 --preset 8b-layer --layers 32
 
-`accelerate launch --multi_gpu --num_processes 2 examples/train_fsdp.py` does the same. Without GPUs, ranks are processes
-that talk through gloo. Nothing is downloaded; model and text are those of train_lm.py.
+`accelerate launch --multi_gpu --num_processes 2 examples/train_fsdp.py` does the same. Without GPUs, ranks are
+processes that talk through gloo. Nothing is downloaded; model and text are those of train_lm.py.
 
 What matters for mst_fx is the size of the parts: a checkpointed layer is compiled by itself, since FSDP gathers its
 weights before it runs, and so is the head, with the last norm and the loss. Ranks that share a text hold a slice of
