@@ -120,7 +120,7 @@ class Rank:
         self.ranks = Ranks.of(self.device, way, args.ranks if way else 1)
         preset = TINY if args.small else replace(LLAMA, layers=args.layers)
         self.vocab, self.layers = preset.vocab, preset.layers
-        self.dynamic = args.here != "tensor"  # one compile for all lengths, but for those of DTensors
+        self.dynamic = args.here != "tensor" and not args.static  # DTensors have fixed lengths
         chunk = {"chunk_tokens": 16} if args.small else {}
         self.model = Sharded(preset, self.device, self.ranks, dynamic=self.dynamic, **chunk)
         self.optimizer = build_optimizer(self.model, rate=0.0)  # so that all methods have the same loss
@@ -233,7 +233,7 @@ def launch(row: str, methods: Sequence[str], lengths: Sequence[int], args: argpa
         f"--layers={args.layers}",
     ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
-    command += [__file__, *here, *["--small"] * args.small]
+    command += [__file__, *here, *["--small"] * args.small, *["--static"] * args.static]
     environment = {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1", **os.environ}  # no NVLink multicast
     with open(args.log or os.devnull, "a") as log:
         run = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -297,6 +297,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cap", type=float, default=80.0, help="GB of each device that may be used; 0 for all")
     parser.add_argument("--rounds", type=int, default=2, help="steps of each method that are timed")
     parser.add_argument("--most", type=int, default=262144, metavar="TOKENS", help="the longest sequence to try")
+    parser.add_argument("--static", action="store_true", help="compile each length by itself")
     parser.add_argument("--trials", type=int, default=3, help="processes that look for the longest sequence")
     parser.add_argument("--limit", type=float, default=500, help="seconds for one run of all ranks")
     parser.add_argument("--json", help="append each row to this file as it is measured, a line of JSON each")
