@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.recognise.pattern import (
+    DIVIDED,
     Borders,
     Growth,
     Pattern,
@@ -18,6 +19,7 @@ from mst_fx.recognise.pattern import (
     Region,
     ancestors,
     best_region,
+    comes_from_another,
     grow,
     op_name,
     register,
@@ -64,6 +66,8 @@ class Head(Pattern):
             return None
         if not outputs_of(growth):
             leaves = any(user.op == "output" for value in growth.returned for user in value.users)
+            if reader.borders.fragment:
+                return None  # it may be an MLP's as well: the survey tells of it
             if leaves and reader.numel(node) >= HEAD_RATIO * reader.numel(reader.unprojected(head.activation)):
                 raise without_loss(reader.borders, node)
             return None
@@ -78,13 +82,15 @@ def forbid_foreign_logits(reader: Reader, loss: Node) -> None:
     """Raise a refusal for a loss that no projection of the graph leads to; it names an unknown op, if one does.
 
     Raises:
-        Refusal: NO_HEAD, or that of the unknown op.
+        Refusal: NO_HEAD, DDP, or that of the unknown op.
     """
     before = ancestors([loss])
     if any(reader.contraction(node) is not None for node in before):
         return
     calls = (node for node in before if node.op.startswith("call_") and reader.tensor_operands(node))
     unknown = next((obstacle for obstacle in map(reader.obstacle, calls) if obstacle is not None), None)
+    if unknown is None and comes_from_another(reader, before):
+        raise Refusal(Reason.DDP, loss, f"the logits of this loss come from another fragment: {DIVIDED}")
     raise without_head(reader.borders, loss) if unknown is None else unknown
 
 
