@@ -65,17 +65,26 @@ class Head(Pattern):
             reader.unmatched.give_up(growth.nodes, growth.obstacle, node)
             return None
         if not outputs_of(growth):
-            leaves = any(user.op == "output" for value in growth.returned for user in value.users)
-            if reader.borders.fragment:
-                return None  # it may be an MLP's as well: the survey tells of it
-            if leaves and reader.numel(node) >= HEAD_RATIO * reader.numel(reader.unprojected(head.activation)):
-                raise without_loss(reader.borders, node)
+            forbid_lone_logits(reader, growth, node, reader.unprojected(head.activation))
             return None
         if sum(map(reader.numel, outputs_of(growth))) >= reader.numel(node):  # a fused projection, split into outputs
             text = f"what is made of {op_name(node)} is as large as its own value"
             reader.unmatched.give_up(growth.nodes, Refusal(Reason.NO_GAIN, node, text), node)
             return None
         return best_region(reader, growth, head.activation)
+
+
+def forbid_lone_logits(reader: Reader, growth: Growth, head: Node, stream: Node) -> None:
+    """Raise a refusal for logits that leave the graph, and no loss stands behind them.
+
+    In a fragment they may be the large values of an MLP as well: the survey tells of these.
+
+    Raises:
+        Refusal: NO_LOSS.
+    """
+    leaves = any(user.op == "output" for value in growth.returned for user in value.users)
+    if leaves and not reader.borders.fragment and reader.numel(head) >= HEAD_RATIO * reader.numel(stream):
+        raise without_loss(reader.borders, head)
 
 
 def forbid_foreign_logits(reader: Reader, loss: Node) -> None:

@@ -18,7 +18,7 @@ class Reason(Enum):
     NO_LOSS = "Compute the loss inside the compiled function; logits that are returned must exist."
     OTHER_GRAPH = "Compute it and what reads it in one graph: the value that is handed on must exist."
     DDP = (
-        "Checkpoint the layers: Dynamo divides no checkpointed block. Or set torch._dynamo.config.optimize_ddp = False: "
+        "Checkpoint the layers: no checkpointed block is divided. Or set torch._dynamo.config.optimize_ddp = False: "
         "gradients are then reduced when the backward of a compiled graph is over, and not during it."
     )
     RANDOM = "Draw the numbers outside the region; dropout, bernoulli with a probability and rand_like may stay inside."
