@@ -64,9 +64,9 @@ def whole_region(reader: Reader, growth: Growth, stream: Node, smaller: Region |
     if growth.obstacle is not None:
         raise growth.obstacle
     for node in growth.returned:
-        raise (
-            leaving(node) if reader.borders.fragment else Refusal(Reason.ESCAPES, node, f"{op_name(node)} is returned")
-        )
+        if reader.borders.fragment:
+            raise leaving(node)
+        raise Refusal(Reason.ESCAPES, node, f"{op_name(node)} is returned")
     nodes = with_permutations(reader, growth.nodes, stream)
     while stream in nodes and stream.all_input_nodes:  # rows that a permutation picked: the rows that they come from
         stream = stream.all_input_nodes[0]
