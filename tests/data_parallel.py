@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def ddp(
     model: Callable[[], Model] = Model,
     one_by_one: bool = False,
     unused: bool = False,
-    options: dict[str, Any] = {},
+    options: Mapping[str, Any] = MappingProxyType({}),
     **of_steps: Any,
 ) -> Found:
     """Steps of a model in DDP.
@@ -122,7 +123,8 @@ def fsdp(
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-    options["mesh"] = init_device_mesh("cpu", mesh or (dist.get_world_size(),))
+    shape = mesh or (dist.get_world_size(),)
+    options["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
     for block in own.blocks:
         block.attention, block.checkpointed = attention, checkpointed == "inside"
     for part in (*own.blocks, own.head):

@@ -142,7 +142,7 @@ class Counting:
         self.profile.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.profile.__exit__(*error)
         names = (event.name for event in self.profile.events())
         self.found = Counter(name for name in names if name.startswith("gloo:"))
