@@ -41,11 +41,11 @@ def why_unlooped(reader: Reader, node: Node, within: str = "") -> Refusal:
     if any(_is_input(maker) or _looks_up(reader, maker) or _projects(reader, maker, node) for maker in makers):
         given = f"what {reader.borders.within} is given" if reader.borders.within else "the tokens that it is made of"
         return Refusal(Reason.NO_GAIN, node, f"it is no larger than {given}")
-    if returned:
-        return leaving(node)
     for end in (*makers, node):
         if (known := reader.unmatched.about(end) or reader.obstacle(end)) is not None:
             return known
+    if returned:
+        return leaving(node)
     maker = makers[-1]
     if reader.fills(maker):
         return Refusal(Reason.NO_PATTERN, node, f"no pattern for it: {op_name(maker)} makes it of no other values")

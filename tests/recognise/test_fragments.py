@@ -1,17 +1,19 @@
-"""Graphs that Dynamo has divided for DDP: what leaves a fragment is told, with what helps; what stays whole is looped."""
+"""Graphs that Dynamo has divided for DDP: what leaves a fragment is told; what stays whole is looped."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from models import D, FF, MlpLM, SwiGLU, V, tokens
+from models import FF, D, MlpLM, SwiGLU, V, tokens
 from numerics import LoopAll, gradients, relative_error
 from torch import nn
 from torch._dynamo.backends.distributed import DDPOptimizer
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
+
+WIDE = 5 * D  # wide enough for a head
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +23,7 @@ def _fresh():
 
 
 def divided(model, inputs, bucket=1, **options):
-    """The joined report of a model that is divided as DDP has it, with buckets of some bytes; its gradients are right."""
+    """The joined report of a model that is divided as for DDP, at buckets of some bytes; its gradients are right."""
     model.double()
     truth = gradients(model, model, inputs)
 
@@ -43,14 +45,43 @@ def refused(report):
 
 
 def test_projections_that_are_parted_from_their_mlp_are_told():
-    """So are their values; tokens that a fragment hands on are no larger than any, and a loss beside its head is looped."""
-    report = divided(MlpLM(), tokens(2))
+    """So are their values; tokens that leave a fragment are no larger than others. A loss beside its head is looped."""
+    report = divided(MlpLM(SwiGLU(f=WIDE)), tokens(2))
     assert refused(report) == [("projection", "DDP", "mlp.gate"), ("projection", "DDP", "mlp.up")]
     assert [region.pattern for region in report.regions] == ["head"]
-    wide = {value.reason for value in report.unlooped if value.shape[-1] == FF}
+    wide = {value.reason for value in report.unlooped if value.shape[-1] == WIDE}
     assert wide == {"DDP"}
     assert {value.reason for value in report.unlooped if value.shape[-1] == D} <= {"NO_GAIN"}
     assert "torch._dynamo.config.optimize_ddp = False" in report.change_first
+
+
+class Alone(SwiGLU):
+    """An MLP and a loss of it."""
+
+    def forward(self, x):
+        return super().forward(x).square().mean()
+
+
+def test_projections_of_one_fragment_are_told_once():
+    report = divided(Alone(), [torch.randn(2, 24, D, dtype=torch.float64)], 2 * D * FF * 8)
+    assert refused(report) == [("projection", "DDP", "gate")]
+
+
+class Repeated(nn.Module):
+    """A wide value that no projection makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.randn(8, 1)), nn.Parameter(torch.randn(8, 1))
+
+    def forward(self, x):
+        return ((x[:, :, None] * self.one).sin() * self.two).square().mean()
+
+
+def test_a_wide_value_that_no_projection_makes():
+    report = divided(Repeated(), [torch.randn(2, 24, D, dtype=torch.float64)])
+    assert "DDP" in [value.reason for value in report.unlooped]
+    assert not report.refusals
 
 
 class Shared(nn.Module):
