@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -12,10 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F  # noqa: N812
-from parallel import TOKENS, Counting, Model, Way, batches, errors_of, gradients_of, truth_of
+from frugal import frugal
+from parallel import TOKENS, Counting, Model, Outcome, Way, batches, errors_of, gradients_of, outcome, truth_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import context_parallel, register_sharding
 from torch.nn.parallel import DistributedDataParallel
 
 Found = tuple[dict[str, float], Counter[str]]
@@ -154,6 +158,84 @@ def exchanged(group: dist.ProcessGroup) -> Callable[..., torch.Tensor]:
         return parts.transpose(0, 1).reshape(batch, ranks * heads, length // ranks, width)
 
     return lambda q, k, v: to_tokens(F.scaled_dot_product_attention(*map(to_heads, (q, k, v))))
+
+
+def context_parallel_ddp(way: Way) -> Found:
+    """A step within torch's `context_parallel`, which gives each rank its tokens and makes DTensors of q, k and v.
+
+    On a CPU, torch has no ring attention: a rule of how DTensors are placed stands in for it, with whole k and v.
+    """
+    _attend_to_whole_keys()
+    own = Model().double()
+    truth = _copy(own)
+    own.blocks[0].attention = lambda q, k, v: F.scaled_dot_product_attention(q, k, v)  # torch replaces it by then
+    wrapped = DistributedDataParallel(own)
+    run, mesh = torch.compile(wrapped, **way.given), init_device_mesh("cpu", (dist.get_world_size(),))
+    (batch,) = batches([TOKENS], seed=0)
+    expected = truth_of(truth, [batch])
+    around = context_parallel(mesh, buffers=list(batch), buffer_seq_dims=[1, 1])
+    with torch._dynamo.config.patch(optimize_ddp=False), around, Counting() as count:
+        loss, shown = run(*batch)
+        loss.backward()
+    return errors_of({"loss": shown, **gradients_of(wrapped)}, expected), count.found
+
+
+@cache
+def _attend_to_whole_keys() -> None:
+    own, whole = Shard(2), Replicate()
+
+    @register_sharding(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default)
+    def _forward(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
+        return [([own, own], [own, whole, whole])]
+
+    @register_sharding(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
+    def _backward(grad, q, k, v, out, sums, dropout_p, is_causal, *, attn_mask=None, scale=None):
+        return [([own, Partial(), Partial()], [own, own, whole, whole, own, own, None, None])]
+
+
+def ulysses_fsdp(way: Way) -> Found:
+    """Two ranks share a sequence, other ranks have others of other lengths; all of them share the parameters."""
+    groups = [dist.new_group([rank, rank + 1]) for rank in range(0, dist.get_world_size(), 2)]
+    attention = exchanged(groups[dist.get_rank() // 2])
+    return fsdp(way, attention=attention, checkpointed="inside", sharing=2, lengths=lambda _, number: 24 + 12 * number)
+
+
+def _wide() -> Model:
+    """A model with checkpointed blocks, of which each parameter of the MLP fills a bucket of DDP."""
+    model = Model(8192)
+    model.blocks[0].checkpointed = True
+    return model
+
+
+PROGRAMS: dict[int, dict[str, Callable[[Way], Found]]] = {
+    2: {
+        "ddp, no_sync": partial(ddp, accumulate=2),
+        "ddp, static graph, other lengths on each rank": partial(
+            ddp, options={"static_graph": True}, lengths=lambda step, number: 16 + 8 * number + 4 * step
+        ),
+        "ddp, parts, unused parameter": partial(
+            ddp, one_by_one=True, unused=True, options={"find_unused_parameters": True}
+        ),
+        "ddp, python reducer": partial(ddp, optimize="python_reducer"),
+        "ddp, divided between checkpointed blocks": partial(
+            ddp, optimize=True, model=_wide, options={"bucket_cap_mb": 1}
+        ),
+        "fsdp, checkpoint outside, offloaded": partial(fsdp, checkpointed="outside", offload=True),
+        "context parallel": context_parallel_ddp,
+    },
+    4: {
+        "hsdp, checkpoint inside, not resharded": partial(fsdp, mesh=(2, 2), checkpointed="inside", reshard=False),
+        "hsdp, mixed precision": partial(fsdp, mesh=(2, 2), mixed=True),
+        "ulysses in fsdp": ulysses_fsdp,
+    },
+}
+"""By number of ranks, and by name."""
+
+
+def outcomes() -> dict[str, Outcome]:
+    """Run all programs for this number of ranks."""
+    with frugal():
+        return {name: outcome(program) for name, program in PROGRAMS[dist.get_world_size()].items()}
 
 
 def _copy(model: Model) -> Model:
