@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -159,7 +158,6 @@ class Outcome:
         before: those of plain `torch.compile`.
         regions: the patterns of the loops.
         refusals: reasons and texts.
-        seconds: that all of it took.
     """
 
     errors: dict[str, float]
@@ -168,12 +166,11 @@ class Outcome:
     before: Counter[str]
     regions: list[str]
     refusals: list[tuple[str, str]]
-    seconds: float
 
 
 def outcome(program: Callable[[Way], tuple[dict[str, float], Counter[str]]]) -> Outcome:
     """Run a program with plain `torch.compile`, and with mst_fx."""
-    results, began = [], time.monotonic()
+    results = []
     told = len(mst_fx.reports())
     for way in (Way(ours=False), Way(ours=True)):
         torch._dynamo.reset()
@@ -188,5 +185,4 @@ def outcome(program: Callable[[Way], tuple[dict[str, float], Counter[str]]]) -> 
         before,
         [region.pattern for report in reports for region in report.regions],
         [(each.reason, each.text) for report in reports for each in report.refusals],
-        time.monotonic() - began,
     )

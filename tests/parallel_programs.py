@@ -70,6 +70,7 @@ def ddp(
     way: Way,
     optimize: Any = False,
     model: Callable[[], Model] = Model,
+    dynamic: bool | None = None,
     one_by_one: bool = False,
     unused: bool = False,
     options: Mapping[str, Any] = MappingProxyType({}),
@@ -81,6 +82,7 @@ def ddp(
         way: how to compile.
         optimize: Dynamo's option `optimize_ddp`.
         model: makes the model.
+        dynamic: of `torch.compile`.
         one_by_one: compile blocks and head by themselves, and not all in one.
         unused: a parameter gets no gradient.
         options: of DDP.
@@ -94,7 +96,8 @@ def ddp(
         wrapped = DistributedDataParallel(own, **options)
         for part in (*own.blocks, own.head) if one_by_one else ():
             part.compile(**way.given)
-        return steps(truth, wrapped, wrapped if one_by_one else torch.compile(wrapped, **way.given), **of_steps)
+        run = wrapped if one_by_one else torch.compile(wrapped, dynamic=dynamic, **way.given)
+        return steps(truth, wrapped, run, **of_steps)
 
 
 def fsdp(
@@ -211,7 +214,7 @@ PROGRAMS: dict[int, dict[str, Callable[[Way], Found]]] = {
     2: {
         "ddp, no_sync": partial(ddp, accumulate=2),
         "ddp, static graph, other lengths on each rank": partial(
-            ddp, options={"static_graph": True}, lengths=lambda step, number: 16 + 8 * number + 4 * step
+            ddp, dynamic=True, options={"static_graph": True}, lengths=lambda step, number: 16 + 8 * number + 4 * step
         ),
         "ddp, parts, unused parameter": partial(
             ddp, one_by_one=True, unused=True, options={"find_unused_parameters": True}
@@ -221,11 +224,11 @@ PROGRAMS: dict[int, dict[str, Callable[[Way], Found]]] = {
             ddp, optimize=True, model=_wide, options={"bucket_cap_mb": 1}
         ),
         "fsdp, checkpoint outside, offloaded": partial(fsdp, checkpointed="outside", offload=True),
+        "fsdp, mixed precision": partial(fsdp, mixed=True),
         "context parallel": context_parallel_ddp,
     },
     4: {
         "hsdp, checkpoint inside, not resharded": partial(fsdp, mesh=(2, 2), checkpointed="inside", reshard=False),
-        "hsdp, mixed precision": partial(fsdp, mesh=(2, 2), mixed=True),
         "ulysses in fsdp": ulysses_fsdp,
     },
 }

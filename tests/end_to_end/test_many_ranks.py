@@ -17,7 +17,7 @@ ATTENTION = "torch.nn.functional.scaled_dot_product_attention works on DTensors 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, named in PROGRAMS.items() for name in named])
 def test_a_program_is_right_and_looped(ranks, name):
-    """Loss and gradients are those of one process that has all tokens, though the ranks have unlike numbers of labels."""
+    """Loss and gradients are those of one process with all tokens; the ranks have unlike numbers of labels."""
     found = outcomes_on(ranks)[name]
     for of, error in found.errors.items():
         assert error < (found.without[of] + TOLERANCE[bfloat16] if "mixed" in name else 1e-13), of
