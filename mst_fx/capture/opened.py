@@ -22,6 +22,9 @@ from mst_fx.placement.rules import rule_for
 log = logging.getLogger("mst_fx")
 OF_TORCH = ("aten", "prims", "prim", "mst_fx")
 
+COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "_dtensor", "symm_mem")
+"""Namespaces of ops that communicate. Their kernels do so even in a trace: they are never run by the pass."""
+
 
 def openings(graph: Graph) -> dict[Any, Callable[..., Any]]:
     """Return decompositions of the ops in an aten graph that can be opened, by op."""
@@ -31,9 +34,9 @@ def openings(graph: Graph) -> dict[Any, Callable[..., Any]]:
 
 def _has_kernel(op: object) -> bool:
     """Return whether an op of another library has no rule, but a kernel for all devices."""
-    if not isinstance(op, torch._ops.OpOverload) or op.namespace in OF_TORCH or rule_for(op) is not None:
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace in (*OF_TORCH, *COLLECTIVES):
         return False
-    if is_mutable(op) or is_random(op):
+    if rule_for(op) is not None or is_mutable(op) or is_random(op):
         return False
     return has_kernel_for_all_devices(op)
 

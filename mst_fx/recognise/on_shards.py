@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from mst_fx.capture.fingerprint import like, likeness_of_node
 from mst_fx.capture.lower import tracing, under
+from mst_fx.capture.opened import COLLECTIVES
 from mst_fx.capture.run_node import execute
 from mst_fx.core.aten_ops import is_random
 from mst_fx.core.graph_modules import operands_read
@@ -37,9 +38,6 @@ from mst_fx.recognise.dtensors import (
 from mst_fx.recognise.effects import writes
 
 aten = torch.ops.aten
-
-COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "_dtensor", "symm_mem")
-"""Namespaces of ops that communicate."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from mst_fx.recognise.checkpoints import is_opened
 from mst_fx.recognise.dead_code import without_dead_code
 from mst_fx.recognise.decomposed_nodes import STAYS, moves_shards, strange_tensors
 from mst_fx.recognise.discover import discover, nested
+from mst_fx.recognise.fragments import cut_off
 from mst_fx.recognise.norm_in_front import with_front
 from mst_fx.recognise.parts import takes_part
 from mst_fx.recognise.pattern import Pattern
@@ -100,6 +101,7 @@ class Surveyor:
                 refusal = self._refusal(reader, error, found.outcome)
                 messages.tell_refused(found.pattern, refusal, found.outcome)
                 refusals.append(refused(found.pattern, refusal, module))
+        refusals += [refused("projection", refusal) for refusal in cut_off(reader, taken)]
         return sites, Report(refusals=tuple(refusals))
 
     def _children(self, reader: Reader, around: Around) -> tuple[dict[str, tuple[Surveyed, tuple[Node, ...]]], Report]:
