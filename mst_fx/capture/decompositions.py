@@ -17,7 +17,9 @@ from torch.nn.functional import embedding, linear
 
 from mst_fx.core.aten_ops import MEAN, NONE, SUM, is_mutable, is_random
 from mst_fx.core.sizes import sure
+from mst_fx.core.torch_private.switches import without_dispatch_modes
 from mst_fx.core.torch_private.tracing import decomposition_table
+from mst_fx.core.values import is_fake, is_wrapper
 from mst_fx.ops.seeded_random import uniform_like
 from mst_fx.placement.rules import rule_for
 
@@ -180,6 +182,15 @@ def _sum_of_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x.to(wide) * y.to(wide)).sum(-1).to(x.dtype)
 
 
+def _decompose_lift(x: torch.Tensor) -> Any:
+    """Make a number in a trace (the 0 of `x[mask] = 0`) where it is read: a graph holds no constant tensor then."""
+    if is_fake(x) or x.dim() or is_wrapper(x):
+        return aten.alias.default(x)
+    with without_dispatch_modes():
+        number = x.item()
+    return torch.full((), number, dtype=x.dtype, device=x.device)
+
+
 def _decompose_sgn(x: torch.Tensor) -> Any:
     """Take the sign of real numbers: autograd's formula for `sgn` asks for sizes as numbers."""
     return NotImplemented if x.is_complex() else x.sign()
@@ -194,6 +205,7 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.convolution.default: _decompose_convolution,
     aten.copy.default: _decompose_copy,
     aten.index_put.default: _decompose_index_put,
+    aten.lift_fresh.default: _decompose_lift,
     aten.mean.default: _decompose_mean,
     aten.mean.dim: _decompose_mean_dim,
     aten.native_dropout.default: _decompose_dropout,

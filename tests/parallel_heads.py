@@ -1,0 +1,201 @@
+"""Heads over a vocabulary that ranks share, and what becomes of them: beside one process, and plain `torch.compile`."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
+from frugal import frugal
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mst_fx
+
+HIDDEN, TOKENS, CLASSES, CHUNKS = 16, 24, 64, 4
+OPTIONS = {"min_bytes": 0, "num_chunks": CHUNKS, "strict": True, "verify": True}
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Head(nn.Module):
+    """A norm, a projection to the classes, and a loss."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.norm, self.head = nn.RMSNorm(HIDDEN), nn.Linear(HIDDEN, CLASSES, bias=False)
+        self.loss = loss
+
+    def forward(self, x, labels):
+        return self.loss(self.head(self.norm(x)).flatten(0, 1), labels.flatten())
+
+
+def smoothed(logits, labels):
+    weight = torch.linspace(0.5, 1.5, CLASSES, dtype=logits.dtype)
+    return F.cross_entropy(logits, labels, weight, label_smoothing=0.1)
+
+
+def with_z_loss(logits, labels):
+    return F.cross_entropy(logits, labels) + 1e-2 * logits.logsumexp(-1).square().mean()
+
+
+def log_probabilities(logits, labels):
+    found = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return -(found.exp() * found).sum()
+
+
+def summed(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="sum", ignore_index=3)
+
+
+def weighted(logits, labels):
+    return F.cross_entropy(logits, labels, torch.linspace(0.5, 1.5, CLASSES, dtype=logits.dtype))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A head on several ranks.
+
+    Attributes:
+        loss: of logits and labels.
+        gathered: whether each rank gets the logits of all; otherwise the loss is computed on DTensors.
+        ignored: the label that some tokens have, None where none is ignored.
+    """
+
+    loss: Loss
+    gathered: bool = False
+    ignored: int | None = -100
+
+    def around(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.gathered else loss_parallel()
+
+    def spread(self, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        style = ColwiseParallel(output_layouts=Replicate()) if self.gathered else ColwiseParallel(use_local_output=False)
+        return parallelize_module(model, mesh, {"head": style})
+
+
+PROGRAMS = {
+    "loss parallel": Program(F.cross_entropy),
+    "loss parallel, a sum": Program(summed, ignored=3),
+    "loss parallel, weights of classes": Program(weighted, ignored=None),
+    "gathered": Program(F.cross_entropy, gathered=True),
+    "gathered, smoothed": Program(smoothed, gathered=True),
+    "gathered, z-loss": Program(with_z_loss, gathered=True),
+    "gathered, log-probabilities": Program(log_probabilities, gathered=True),
+}
+
+
+class Counting:
+    """Compiles, and counts what compiled graphs do when they run: collectives by kind, and the largest value saved."""
+
+    def __init__(self) -> None:
+        self.found: Counter[str] = Counter()
+        self.saved = 0
+
+    def _forward(self, gm: torch.fx.GraphModule, _: Any) -> Any:
+        outputs: Any = gm.graph.output_node().args[0]
+        self.saved = max([x.meta["val"].numel() for x in outputs[1:] if hasattr(x.meta.get("val"), "numel")], default=0)
+        return self._run(gm, _)
+
+    def _run(self, gm: torch.fx.GraphModule, _: Any) -> Any:
+        def run(*args):
+            with _Collectives(self.found):
+                return gm.forward(*args)
+
+        return make_boxed_func(run)
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Any, **_: Any) -> Any:
+        """Compile a graph."""
+        return aot_autograd(fw_compiler=self._forward, bw_compiler=self._run)(gm, inputs)
+
+
+class _Collectives(TorchDispatchMode):
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.counted = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "_c10d_functional" and "wait" not in func.name():
+            self.counted[f"{func._opname}" + (f" {args[1]}" if isinstance(args[1], str) else "")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program.
+
+    Attributes:
+        errors: of the loss and of each gradient, relative to one process; "x" is that of the tokens.
+        collectives: that ran, by kind.
+        without: those of plain `torch.compile`.
+        saved: elements of the largest value that the forward saves.
+        report: as text.
+        backward: how each region makes its gradients.
+        refusals: reasons and texts.
+    """
+
+    errors: dict[str, float]
+    collectives: Counter[str]
+    without: Counter[str]
+    saved: int
+    report: str
+    backward: list[tuple[str, str]]
+    refusals: list[tuple[str, str]]
+
+
+def outcome(name: str, mesh: DeviceMesh, **options: Any) -> Outcome:
+    """Run a program on the ranks of a mesh."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    program = PROGRAMS[name]
+    model = Head(program.loss).double()
+    x = torch.randn(2, TOKENS, HIDDEN, dtype=torch.float64)
+    labels = torch.randint(0, CLASSES, (2, TOKENS))
+    if program.ignored is not None:
+        labels[0, :5] = program.ignored
+    truth = _step(model, model, x, labels)
+    counts = [Counting(), Counting()]
+    told = len(mst_fx.reports())
+    for count, ours in zip(counts, (False, True), strict=True):
+        own = program.spread(copy.deepcopy(model), mesh)
+        given = {**OPTIONS, "inner": count, **options}
+        compiled = torch.compile(own, backend="mst_fx", options=given) if ours else torch.compile(own, backend=count)
+        with program.around():
+            found = _step(own, compiled, x, labels)
+    reports = mst_fx.reports()[told:]
+    return Outcome(
+        {key: float((found[key] - value).norm() / value.norm()) for key, value in truth.items()},
+        counts[1].found,
+        counts[0].found,
+        counts[1].saved,
+        "\n".join(map(str, reports)),
+        [(region.pattern, region.backward) for report in reports for region in report.regions],
+        [(each.reason, each.text) for report in reports for each in report.refusals],
+    )
+
+
+def outcomes(names: list[str], inner: str = "") -> dict[str, Outcome]:
+    """Run programs on all ranks; another compiler than `Counting` counts no collectives."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    with frugal():
+        return {name: outcome(name, mesh, **({"inner": inner} if inner else {})) for name in names}
+
+
+def _step(model: nn.Module, run: Callable[..., Any], x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The loss, and all gradients, as one process has them."""
+    x = x.clone().requires_grad_()
+    loss = run(x, labels)
+    loss.backward()
+    found = {"loss": loss.detach(), "x": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
+    return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in found.items()}
