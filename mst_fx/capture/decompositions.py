@@ -137,6 +137,8 @@ def _decompose_gather(x: torch.Tensor, dim: int, index: torch.Tensor, *, sparse_
     last = x.dim() > 1 and dim % x.dim() == x.dim() - 1
     if not last or list(index.shape) != [*rows, 1] or not x.is_floating_point():
         return NotImplemented
+    if all(sure(stride == 0) for stride in x.stride()[:-1]):  # one row, repeated: weights of classes
+        return embedding(index.squeeze(-1).long(), x[(0,) * len(rows)].unsqueeze(1))
     scores, target = x.reshape(-1, x.shape[-1]), index.reshape(-1).long()
     picked = -aten.nll_loss_forward.default(scores, target, None, NONE, NEVER)[0]
     return picked.view(index.shape)
