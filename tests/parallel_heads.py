@@ -1,4 +1,4 @@
-"""Heads over a vocabulary that ranks share, and what becomes of them: beside one process, and plain `torch.compile`."""
+"""Heads over a vocabulary that ranks share, and what becomes of them on several ranks, beside one process."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, pa
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mst_fx
+from mst_fx.predict.time import Device
+from mst_fx.survey import surveyed
 
 HIDDEN, TOKENS, CLASSES, CHUNKS = 16, 24, 64, 4
 OPTIONS = {"min_bytes": 0, "num_chunks": CHUNKS, "strict": True, "verify": True}
@@ -137,7 +140,9 @@ class Program:
     def spread(self, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         if self.by_hand:
             return ByHand(model)
-        style = ColwiseParallel(output_layouts=Replicate()) if self.gathered else ColwiseParallel(use_local_output=False)
+        style = (
+            ColwiseParallel(output_layouts=Replicate()) if self.gathered else ColwiseParallel(use_local_output=False)
+        )
         return parallelize_module(model, mesh, {"head": style})
 
 
@@ -195,18 +200,16 @@ class Outcome:
     Attributes:
         errors: of the loss and of each gradient, relative to one process; "x" is that of the tokens.
         collectives: that ran, by kind.
-        without: those of plain `torch.compile`.
         saved: elements of the largest value that the forward saves.
-        report: as text.
-        backward: how each region makes its gradients.
+        verified: whether each region was verified.
+        backward: pattern of each region, and how it makes its gradients.
         refusals: reasons and texts.
     """
 
     errors: dict[str, float]
     collectives: Counter[str]
-    without: Counter[str]
     saved: int
-    report: str
+    verified: list[bool | None]
     backward: list[tuple[str, str]]
     refusals: list[tuple[str, str]]
 
@@ -222,21 +225,17 @@ def outcome(name: str, mesh: DeviceMesh, **options: Any) -> Outcome:
     if program.ignored is not None:
         labels[0, :5] = program.ignored
     truth = _step(model, model, x, labels)
-    counts = [Counting(), Counting()]
+    count, own = Counting(), program.spread(copy.deepcopy(model), mesh)
     told = len(mst_fx.reports())
-    for count, ours in zip(counts, (False, True), strict=True):
-        own = program.spread(copy.deepcopy(model), mesh)
-        given = {**OPTIONS, "inner": count, **options}
-        compiled = torch.compile(own, backend="mst_fx", options=given) if ours else torch.compile(own, backend=count)
-        with program.around():
-            found = _step(own, compiled, x, labels)
+    compiled = torch.compile(own, backend="mst_fx", options={**OPTIONS, "inner": count, **options})
+    with program.around():
+        found = _step(own, compiled, x, labels)
     reports = mst_fx.reports()[told:]
     return Outcome(
         {key: float((found[key] - value).norm() / value.norm()) for key, value in truth.items()},
-        counts[1].found,
-        counts[0].found,
-        counts[1].saved,
-        "\n".join(map(str, reports)),
+        count.found,
+        count.saved,
+        [region.verified for report in reports for region in report.regions],
         [(region.pattern, region.backward) for report in reports for region in report.regions],
         [(each.reason, each.text) for report in reports for each in report.refusals],
     )
@@ -249,6 +248,29 @@ def outcomes(names: list[str], inner: str = "") -> dict[str, Outcome]:
         return {name: outcome(name, mesh, **({"inner": inner} if inner else {})) for name in names}
 
 
+def on_unlike_devices() -> list[int]:
+    """Run a head within a share of a memory that is large on one rank, and small on the other.
+
+    Returns the number of chunks on each rank.
+    """
+    device = Device("cpu", 2**40 >> (25 * dist.get_rank()), 1e7 * 10 ** dist.get_rank(), 2e7)
+    model = PROGRAMS["loss parallel"].spread(Head(F.cross_entropy), init_device_mesh("cpu", (dist.get_world_size(),)))
+    x, labels = torch.randn(1, 16384, HIDDEN), torch.randint(0, CLASSES, (1, 16384))
+    told = len(mst_fx.reports())
+    options = {"memory_budget": 0.5, "min_bytes": 0, "inner": "aot_eager"}
+    with mock.patch.object(surveyed, "device_of", return_value=device), loss_parallel():
+        torch.compile(model, backend="mst_fx", options=options)(x, labels).backward()
+    (report,) = mst_fx.reports()[told:]
+    chunks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(chunks, [region.chunks for region in report.regions])
+    return [count for counts in chunks for count in counts]
+
+
+def all_of_it(names: list[str]) -> tuple[dict[str, Outcome], list[int]]:
+    """Both, in one group of processes."""
+    return outcomes(names), on_unlike_devices()
+
+
 def _step(model: nn.Module, run: Callable[..., Any], x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """The loss, and all gradients, as one process has them."""
     x = x.clone().requires_grad_()
@@ -256,5 +278,7 @@ def _step(model: nn.Module, run: Callable[..., Any], x: torch.Tensor, labels: to
     loss.backward()
     found = {"loss": loss.detach(), "x": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
     if isinstance(model, ByHand):
-        found["head.weight"] = DTensor.from_local(found["head.weight"], init_device_mesh("cpu", (dist.get_world_size(),)), placements=[Shard(0)])
+        found["head.weight"] = DTensor.from_local(
+            found["head.weight"], init_device_mesh("cpu", (dist.get_world_size(),)), placements=[Shard(0)]
+        )
     return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in found.items()}

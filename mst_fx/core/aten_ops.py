@@ -288,7 +288,15 @@ WITHOUT_GRADIENT = (aten.detach.default, *FILLS, *FILLS_LIKE)
 SHOWS_MEMORY = frozenset([*VIEWS, *ALIASES, *WAITS])
 """Ops without a buffer of their own: their value lies in the buffer of their operand."""
 UNFUSED = frozenset(
-    [*CONTRACTIONS, *COLLECTIVES, *SORTS, aten.histc.default, aten.cumsum.default, aten.topk.default, aten.as_strided.default]
+    [
+        *CONTRACTIONS,
+        *COLLECTIVES,
+        *SORTS,
+        aten.histc.default,
+        aten.cumsum.default,
+        aten.topk.default,
+        aten.as_strided.default,
+    ]
 )
 UNFUSED -= SHOWS_MEMORY
 """Ops without a generated kernel, or whose operand must lie in memory: they read buffers and make buffers."""

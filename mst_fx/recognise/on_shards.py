@@ -39,6 +39,7 @@ from mst_fx.recognise.effects import writes
 
 aten = torch.ops.aten
 
+
 @dataclass(frozen=True)
 class OnShards:
     """What a node does on the shards of one rank.

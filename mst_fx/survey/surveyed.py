@@ -137,7 +137,9 @@ class Surveyed:
         unneeded = {each.key for each in self.parted if taken.isdisjoint(each.features)}
         if looped:  # otherwise the graph stays as it was captured in any case
             nodes = self.reader.owner.graph.nodes
-            behind = walk((region.stream for region in regions), lambda node: node.all_input_nodes if _local(node) else ())
+            behind = walk(
+                (region.stream for region in regions), lambda node: node.all_input_nodes if _local(node) else ()
+            )
             unneeded |= set().union(*map(_local, nodes)).difference(*map(_local, taken), *map(_local, behind))
         inner = (child.left_over(looped) for child, _ in self.children.values())
         return unneeded.union(left_over(self.reader, regions), *inner)

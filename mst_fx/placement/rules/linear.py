@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mst_fx.core.aten_ops import CHOICES, FILL_VALUES, LINEAR_IN_ALL, LINEAR_IN_FIRST, LINEAR_IN_ONE, PRODUCTS, SCALARS, VIEWS, ZEROS
+from mst_fx.core.aten_ops import (
+    CHOICES,
+    FILL_VALUES,
+    LINEAR_IN_ALL,
+    LINEAR_IN_FIRST,
+    LINEAR_IN_ONE,
+    PRODUCTS,
+    SCALARS,
+    VIEWS,
+    ZEROS,
+)
 from mst_fx.placement.placement import PARTIAL, WHOLE, Placement
 from mst_fx.placement.rules.registry import Flow, args_of
 
