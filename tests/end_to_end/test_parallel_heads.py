@@ -1,4 +1,4 @@
-"""Heads over a vocabulary that ranks share: loops with the collectives of a mini-sequence inside, on all ranks alike."""
+"""Heads over a vocabulary that ranks share: loops with the collectives of a mini-sequence inside, alike on each."""
 
 from __future__ import annotations
 
