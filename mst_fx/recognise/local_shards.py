@@ -97,7 +97,7 @@ class _Change:
                 if isinstance(fact, OnShards):
                     self.facts[node] = fact
         part_of = self._parts()
-        keys = {node: (owner, ON_SHARDS, part.name) for node, part in part_of.items()}
+        keys: dict[Node, Hashable] = {node: (owner, ON_SHARDS, part.name) for node, part in part_of.items()}
         keys |= {node: (owner, ON_SHARDS, "whole", node.name) for node, fact in self.facts.items() if fact.why_whole}
         chosen = [node for node in self.facts if node in keys and keys[node] not in left_alone]
         for node in chosen:

@@ -1,6 +1,6 @@
 """Ops that communicate between ranks; what communicates otherwise is named by its namespace.
 
-Private torch API: all names of this file. Run on torch 2.11, 2.13 and 2.15. torch may have been built without them.
+Private torch API: all names of this file. Run on torch 2.13.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 if torch.distributed.is_available():
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch._C._distributed_c10d import _resolve_process_group
 
 NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "_dtensor", "symm_mem")
 """Namespaces of ops that communicate."""
@@ -33,9 +33,9 @@ COLLECTIVES = (*REDUCE_ALL, *WAITS, *GATHERS, *REDUCE_PARTS)
 
 
 def ranks_in(group: Any) -> int:
-    """Return the number of ranks of a group, as an op names it."""
-    resolved = _resolve_process_group(group) if isinstance(group, str) else group
-    return int(resolved.size())
+    """Return the number of ranks of a group, given as an op has it: by its name, or itself."""
+    resolve: Any = _resolve_process_group
+    return int((resolve(group) if isinstance(group, str) else group).size())
 
 
 def is_collective(op: object) -> bool:
