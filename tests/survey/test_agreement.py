@@ -36,6 +36,6 @@ def test_the_user_says_what_ranks_agree_on(options, looped):
     report = Engine(gm, mst_fx.Config(strict=True, **options), patterns()).rewritten().report
     assert [region.pattern for region in report.regions] == (["head"] if looped else [])
     told = [refusal for refusal in report.refusals if refusal.reason == "SHARDED"]
-    assert [("CrossEntropyOfShards" in each.text, "chunk_tokens" in each.advice) for each in told] == (
+    assert [("communicates with other ranks" in each.text, "chunk_tokens" in each.advice) for each in told] == (
         [] if looped else [(True, True)]
     )
