@@ -205,20 +205,30 @@ def head_graph(mesh, layout, classes=64, **options):
     model = parallelize_module(
         Head(classes).double(), mesh, {"head": ColwiseParallel(output_layouts=layout, **options)}
     )
+    return captured(model, tokens(), labels())
+
+
+COLLECTIVES = {
+    Replicate(): ["all_gather_into_tensor"],
+    Shard(-1): [
+        "all_reduce",
+        "all_reduce",
+        "all_reduce",
+    ],  # the largest logit, the sum of exponentials, the picked logit
+}
+
+
+@pytest.mark.parametrize("layout", COLLECTIVES)
+def test_a_head_holds_the_collectives_of_its_mini_sequence(mesh, layout):
+    """They are in the loop, and none outside; no DTensor is there, and nothing else has changed."""
     with loss_parallel():
-        return captured(model, tokens(), labels())
-
-
-def test_a_head_holds_the_collectives_of_its_mini_sequence(mesh):
-    """Gathered logits: in the body, and none outside; no DTensor is in the loop, and nothing else has changed."""
-    rewritten = engine(head_graph(mesh, Replicate()), verify=True).rewritten()
+        gm = head_graph(mesh, layout, use_local_output=layout.is_replicate())
+        rewritten = engine(gm, verify=True).rewritten()
     (site,), (region,) = rewritten.sites, rewritten.report.regions
     assert (site.pattern, site.work.backward, region.verified) == ("head", "in_forward", True)
     assert site.work.communicates
-    assert [node.target._opname for node in site.work.stages.loop if is_collective(node.target)] == [
-        "all_gather_into_tensor",
-        "wait_tensor",
-    ]
+    found = [node.target._opname for node in site.work.stages.loop if is_collective(node.target)]
+    assert [name for name in found if name != "wait_tensor"] == COLLECTIVES[layout]
     assert not any(isinstance(node.target, OnDTensors) for node in rewritten.module.graph.nodes)
     assert not rewritten.report.refusals
 
@@ -226,8 +236,8 @@ def test_a_head_holds_the_collectives_of_its_mini_sequence(mesh):
 @pytest.mark.parametrize("layout", [Replicate(), Shard(-1)])
 def test_a_vocabulary_that_ranks_share_unevenly_is_refused(mesh, layout):
     """Each rank would have a graph of its own, and might choose other mini-sequences."""
-    options = {"use_local_output": False} if layout.is_shard() else {}
-    report = engine(head_graph(mesh, layout, 65, **options)).rewritten().report
+    with loss_parallel():
+        report = engine(head_graph(mesh, layout, 65, use_local_output=layout.is_replicate())).rewritten().report
     assert not report.regions
     assert any("has shards of unlike sizes" in refusal.text for refusal in report.refusals)
 
@@ -243,7 +253,7 @@ def test_a_loss_over_returned_logits_is_looped_behind_what_gathers_them(mesh):
     rewritten = engine(gm).rewritten()
     assert [(site.pattern, site.work.communicates) for site in rewritten.sites] == [("head", False)]
     (gathers,) = (node for node in rewritten.module.graph.nodes if isinstance(node.target, OnDTensors))
-    assert op_name(gathers) == "redistribute"
+    assert op_name(gathers) == "Tensor.redistribute"
     whole = engine(gm, returned_logits="drop").rewritten()
     assert [(site.pattern, site.work.communicates) for site in whole.sites] == [("head", True)]
 
