@@ -36,9 +36,9 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Head(nn.Module):
     """A norm, a projection to the classes, and a loss."""
 
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, loss: Loss, classes: int = CLASSES) -> None:
         super().__init__()
-        self.norm, self.head = nn.RMSNorm(HIDDEN), nn.Linear(HIDDEN, CLASSES, bias=False)
+        self.norm, self.head = nn.RMSNorm(HIDDEN), nn.Linear(HIDDEN, classes, bias=False)
         self.loss = loss
 
     def forward(self, x, labels):
@@ -254,8 +254,9 @@ def on_unlike_devices() -> list[int]:
     Returns the number of chunks on each rank.
     """
     device = Device("cpu", 2**40 >> (25 * dist.get_rank()), 1e7 * 10 ** dist.get_rank(), 2e7)
-    model = PROGRAMS["loss parallel"].spread(Head(F.cross_entropy), init_device_mesh("cpu", (dist.get_world_size(),)))
-    x, labels = torch.randn(1, 16384, HIDDEN), torch.randint(0, CLASSES, (1, 16384))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = PROGRAMS["loss parallel"].spread(Head(F.cross_entropy, 1024), mesh)
+    x, labels = torch.randn(1, 8192, HIDDEN), torch.randint(0, 1024, (1, 8192))
     told = len(mst_fx.reports())
     options = {"memory_budget": 0.5, "min_bytes": 0, "inner": "aot_eager"}
     with mock.patch.object(surveyed, "device_of", return_value=device), loss_parallel():
