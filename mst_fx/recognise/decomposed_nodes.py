@@ -68,9 +68,8 @@ def strange_tensors(node: Node) -> Refusal | None:
     """Return a refusal of a node that reads or makes DTensors, or other tensors of tensors: its ops are unknown."""
     values = [value for value in _near(node) if not is_fake(value)]
     if any(map(is_sharded, values)):
-        if node.target is leave or node.meta.get(STAYS) == "":  # what is beside it has to stay
-            beside = (*node.users, *node.all_input_nodes)
-            node = next((other for other in beside if other.meta.get(STAYS)), node)
+        if node.target is leave or node.meta.get(STAYS) == "":  # what reads it has to stay
+            node = next((user for user in node.users if user.meta.get(STAYS)), node)
         why = f" and {node.meta[STAYS]}" if node.meta.get(STAYS) else ""
         return Refusal(Reason.SHARDED, node, f"{op_name(node)} works on DTensors{why}")
     for value in values:

@@ -254,7 +254,7 @@ def test_a_loss_over_returned_logits_is_looped_behind_what_gathers_them(mesh):
     rewritten = engine(gm).rewritten()
     assert [(site.pattern, site.work.communicates) for site in rewritten.sites] == [("head", False)]
     (gathers,) = (node for node in rewritten.module.graph.nodes if isinstance(node.target, OnDTensors))
-    assert op_name(gathers) == "Tensor.redistribute"
+    assert "redistribute" in op_name(gathers)
     whole = engine(gm, returned_logits="drop").rewritten()
     assert [(site.pattern, site.work.communicates) for site in whole.sites] == [("head", True)]
 

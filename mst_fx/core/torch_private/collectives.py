@@ -1,6 +1,6 @@
 """Ops that communicate between ranks; what communicates otherwise is named by its namespace.
 
-Private torch API: all names of this file. Run on torch 2.13.
+Private torch API: all names of this file. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
