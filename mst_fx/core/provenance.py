@@ -63,11 +63,11 @@ def source_line(node: Node) -> str:
 
 def op_name(node: Node) -> str:
     """Return the op as a user would write it: `torch.nn.functional.gelu`, `Tensor.view`, `library.Rounded.apply`."""
-    if node.op == "call_method":
-        return f"Tensor.{node.target}"
-    if node.op != "call_function":
+    if node.op not in ("call_function", "call_method"):
         return f"{node.op} {node.target}"
     target = getattr(node.target, "__wrapped__", node.target)
+    if isinstance(target, str):
+        return f"Tensor.{target}"
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     if (function := _applied(target)) is not None:

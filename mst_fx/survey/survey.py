@@ -39,6 +39,7 @@ from mst_fx.recognise.write_checks import forbid_late_writes
 from mst_fx.report.items import RefusedRegion, refused
 from mst_fx.report.report import Report
 from mst_fx.survey import messages
+from mst_fx.survey.agreement import forbid_disagreement
 from mst_fx.survey.change import Change
 from mst_fx.survey.surveyed import TOP, Around, Site, Surveyed
 
@@ -131,7 +132,9 @@ class Surveyor:
         while left is not None and (left.returned or not candidates):
             try:
                 looped, work = self._with_front(graph, left) or (left, self._analysed(graph, left))
-                candidates.append(_Candidate(looped, work, self._terms(looped, work, hint)))
+                terms = self._terms(looped, work, hint)
+                forbid_disagreement(graph.reader, looped, work, terms.wish, self.config)
+                candidates.append(_Candidate(looped, work, terms))
             except Refusal as error:
                 refusal = refusal or error
             left = left.smaller
@@ -229,6 +232,7 @@ class Surveyor:
             repeated=around.repeated,
             saves_results=around.saves_results,
             due=due,
+            communicates=work.communicates,
         )
 
     def _memory(self, work: Work, lengths: Lengths, at: Hint) -> RegionMemory:
