@@ -35,6 +35,7 @@ def looped(pattern: str, region: Region, work: Work, plan: Plan, detached: Seque
         bytes_after=plan.bytes_after,
         backward=work.backward,
         added_ms=plan.added_ms,
+        note=plan.note,
         returned_bytes=sum(map(_bytes, region.returned)),
         returned_gradient_bytes=sum(
             _bytes(node) for node in region.returned if needs_gradient(node, region.nodes) and node not in detached

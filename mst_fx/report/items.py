@@ -39,6 +39,7 @@ class LoopedRegion(Entry):
         returned_gradient_bytes: bytes of their gradient, with which backward starts even if nobody used them.
         verified: with the option `verify`, True for a loop that ran and is right, False for one that could not run.
         verification: at which sizes it ran, or why it could not.
+        note: what else there is to say, as of one chunk that saves nothing.
     """
 
     pattern: str
@@ -54,6 +55,7 @@ class LoopedRegion(Entry):
     returned_gradient_bytes: int = 0
     verified: bool | None = None
     verification: str = ""
+    note: str = ""
 
     def lines(self, count: int = 1) -> list[str]:
         """Return the text of `count` regions that are alike."""
@@ -61,7 +63,7 @@ class LoopedRegion(Entry):
         temporaries = f"{readable(self.bytes_before)} -> {readable(self.bytes_after)} of temporaries"
         time = f"{self.added_ms:+.1f} ms a step{' each' if count > 1 else ''} (predicted)"
         numbers = f"{temporaries}, backward {self.backward.replace('_', ' ')}, {time}"
-        return entry(head, numbers, self._returned(), self._gradient(), self._verification(), source=self.source)
+        return entry(head, numbers, self._returned(), self._gradient(), self._verification(), self.note, source=self.source)
 
     def _returned(self) -> str:
         size = readable(self.returned_bytes)
@@ -163,7 +165,8 @@ def refused(pattern: str, refusal: Refusal, module: str | None = None) -> Refuse
     """Return the entry of a refused region.
 
     Args:
-        pattern: name of the pattern, "all" where the refusal is about the whole graph.
+        pattern: name of the pattern, "all" where the refusal is about the whole graph, "projection" where no pattern
+            can tell what it belongs to.
         refusal: the reason, the node and the text.
         module: path of the region's module, None where no region was found.
     """
