@@ -378,7 +378,7 @@ def test_a_loop_that_is_demanded_has_two_chunks_at_least():
 def test_one_chunk_that_saves_nothing_is_told(wish, note):
     """The user asks for it."""
     offer, timeline = small_head(100, 64, 20_000), Timeline(2**23, (Segment(region=0),))
-    (plan,) = make_plans([offer], timeline, DEVICE, Config(min_bytes=0, modules={"lm_head": {"loop": True, **wish}})).of
+    (plan,) = make_plans([offer], timeline, DEVICE, Config(min_bytes=0, modules={"lm_head": wish or True})).of
     assert plan.lengths is not None
     assert plan.note == note
 
