@@ -367,6 +367,12 @@ def test_a_small_model_has_short_chunks():
     assert plans.of[0].added_ms <= CHEAP_MS
 
 
+def test_a_small_model_whose_ranks_meet_keeps_to_its_own_shapes():
+    """What else a step holds may differ by rank."""
+    offer, timeline = replace(small_head(2048, 64, 20_000), communicates=True), Timeline(2**23, (Segment(region=0),))
+    assert make_plans([offer], timeline, DEVICE, Config()).of[0].lengths == several(offer.terms, demanded=True)
+
+
 def test_a_loop_that_is_demanded_has_two_chunks_at_least():
     """Although products get few rows."""
     offer, timeline = small_head(100, 64, 20_000), Timeline(2**23, (Segment(region=0),))
