@@ -2,7 +2,7 @@
 
 Forward:   handle = to_host(x, ...)          x starts to leave the device
            saved = on_host(handle, x, y)     behind y, x has left: its memory can be used again
-Backward:  x = to_device(saved, ...)         x is there again, and the values of the block before are on their way
+Backward:  x = to_device(saved, g, ...)      behind g, x is there again, and what the block before keeps is on its way
 """
 
 from __future__ import annotations
@@ -50,11 +50,14 @@ def _(handle: torch.Tensor, x: torch.Tensor, behind: torch.Tensor) -> torch.Tens
 
 
 @torch.library.custom_op("mst_fx::to_device", mutates_args=())
-def to_device(handle: torch.Tensor, order: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def to_device(
+    handle: torch.Tensor, behind: torch.Tensor | None, order: list[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """Return a value that was sent to the host, in new memory.
 
     Args:
         handle: of the value.
+        behind: is computed before; None where nothing is.
         order: its dims as they lie in memory.
         dtype, device: of the value.
     """
@@ -62,7 +65,9 @@ def to_device(handle: torch.Tensor, order: list[int], dtype: torch.dtype, device
 
 
 @to_device.register_fake
-def _(handle: torch.Tensor, order: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _(
+    handle: torch.Tensor, behind: torch.Tensor | None, order: list[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     return torch.empty(handle.shape, dtype=dtype, device=device).permute(_inverse(order))
 
 

@@ -218,9 +218,27 @@ def _bring_back(graph: Graph, value: _Value, handle: Node) -> None:
     given.meta = {**old.meta, "val": handle.meta["val"]}
     given.meta.pop("tensor_meta", None)
     with graph.inserting_before(first):
-        back = _call(graph, ops.to_device.default, (given, _dims_in_memory(old), example.dtype, example.device), old)
+        how = (_dims_in_memory(old), example.dtype, example.device)
+        back = _call(graph, ops.to_device.default, (given, _arriving(graph, first), *how), old)
     old.replace_all_uses_with(back)
     graph.erase_node(old)
+
+
+def _arriving(graph: Graph, place: Node) -> Node | None:
+    """Return the value, made last before a place in the backward, that backward reads behind it: a gradient.
+
+    A compiler may move what depends on handles alone to the front; then all values would come back at once.
+    """
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    found = None
+    for node in graph.nodes:
+        if node is place:
+            return found
+        if node.op == "call_function" and _tensor(node) is not None and recomputed_with(node) is None:
+            readers = [user for user in _readers(node) if user.op != "output"]
+            if not _is_view(node) and any(order[user] > order[place] for user in readers):
+                found = node
+    return found
 
 
 def _call(graph: Graph, target: Any, args: tuple[Any, ...], like: Node) -> Node:

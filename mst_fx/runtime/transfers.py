@@ -2,7 +2,7 @@
 
 Terms
   sent      a value on the host
-  handle    what stands for a sent value between forward and backward: a tensor of its shape that takes eight bytes. As
+  handle    what stands for a sent value between forward and backward: a tensor of its shape with one element. As
             long as somebody holds it, the value stays; whoever frees a graph without a backward frees it, too
   stop      the values that one block reads: they come back together
   before    the stop that forward has sent before: backward wants it next
@@ -27,6 +27,9 @@ LOST = (
     "mst_fx: a value that was sent to the host is gone before backward has read it. What the forward saves was replaced "
     "by copies (hooks on saved tensors, such as save_on_cpu): leave them out, or compile without the option offload"
 )
+
+ALIGNMENT = 64
+"""Compiled code expects memory to begin at a multiple of so many bytes."""
 
 CHANGED = "mst_fx: a value that backward needs has been modified by an in-place operation"
 
@@ -184,7 +187,8 @@ def handle(sent: Sent, size: Sequence[int]) -> torch.Tensor:
     """Return another handle of a sent value."""
     memory = _Memory()
     memory.sent = sent
-    one = torch.frombuffer(memory, dtype=torch.int8)
+    start = -ctypes.addressof(memory) % ALIGNMENT
+    one = torch.frombuffer(memory, dtype=torch.int8, offset=start, count=1)
     _held[one.data_ptr()] = memory
     return one.as_strided(size, [0] * len(size))
 
@@ -216,8 +220,8 @@ def come_back(handle: torch.Tensor) -> torch.Tensor:
         return sent.fetched()
 
 
-class _Memory(ctypes.c_int8 * 8):  # type: ignore[misc]
-    """The eight bytes of a handle: whoever holds the handle holds them, and so what was sent."""
+class _Memory(ctypes.c_int8 * (2 * ALIGNMENT)):  # type: ignore[misc]
+    """The memory of a handle: whoever holds the handle holds it, and so what was sent."""
 
     sent: Sent
 
