@@ -96,6 +96,7 @@ class Plans:
         peak_whole: the same without any loop.
         budget: bytes that the user allows, None without a budget.
         advice: what would help, where no plan keeps to the budget.
+        offloaded: number of blocks that keep on the host what they save, the first of `Timeline.stops`.
     """
 
     of: tuple[Plan, ...]
@@ -103,6 +104,7 @@ class Plans:
     peak_whole: int
     budget: int | None = None
     advice: str = ""
+    offloaded: int = 0
 
 
 State = tuple[Lengths | None, ...]
@@ -118,13 +120,14 @@ def make_plans(offers: Sequence[Offer], timeline: Timeline, device: Device, conf
         device: the device that the graph runs on.
         config: the user's options.
     """
-    planner = _Planner(offers, timeline, device, config)
     budget = config.budget_bytes(device.memory)
-    state = planner.worth_it() if budget is None else planner.within(budget)
+    captured = _Planner(offers, timeline, device, config)
+    planner = captured.offloading(len(timeline.stops) if config.offload == "checkpoints" else 0)
+    planner, state = (planner, planner.worth_it()) if budget is None else planner.within(budget)
     plans = tuple(planner.plan(number, state) for number in range(len(offers)))
-    peak, whole = planner.peak(state), planner.peak(planner.unlooped)
+    peak, whole = planner.peak(state), captured.peak(captured.unlooped)
     advice = planner.advice(state, peak - budget) if budget is not None and peak > budget else ""
-    return Plans(plans, peak, whole, budget, advice)
+    return Plans(plans, peak, whole, budget, advice, planner.timeline.offloaded)
 
 
 class _Planner:
@@ -192,26 +195,43 @@ class _Planner:
             state = fewer if self.peak(fewer) < self.peak(state) else state
         return state
 
-    def within(self, budget: int) -> State:
+    def within(self, budget: int) -> tuple[_Planner, State]:
         """Return the first state of a path, from cheap to expensive, that fits; the leanest state if none does.
 
-        The path does not depend on the budget: a larger budget ends it sooner, so it never recomputes more.
+        The path does not depend on the budget: a larger budget ends it sooner, so it never recomputes more. The state
+        comes with the planner of the timeline that it belongs to.
         """
-        states = list(self._path())
-        return next((s for s in states if self.peak(s) <= budget), min(states, key=self.peak))
+        path = list(self._path())
+        peaks = [planner.peak(state) for planner, state in path]
+        fitting = (place for place, peak in enumerate(peaks) if peak <= budget)
+        return path[next(fitting, peaks.index(min(peaks)))]
 
-    def _path(self) -> Iterator[State]:
+    def offloading(self, blocks: int) -> _Planner:
+        """Return the same with so many blocks that keep on the host what they save."""
+        return _Planner(self.offers, self.timeline.offloading(blocks), self.device, self.config)
+
+    def _path(self) -> Iterator[tuple[_Planner, State]]:
         """Yield states, each slower than the one before.
 
         First come the loops that recompute nothing. Then come the others, one by one: those in checkpointed blocks
-        first, and those that free most bytes for their time first. Then chunks get shorter where a region holds most.
+        first, and those that free most bytes for their time first. Between the two, with offload="auto", block after
+        block keeps on the host what it saves. Then chunks get shorter where a region holds most.
         """
         cheap = {n for n, offer in enumerate(self.offers) if offer.recomputes_nothing or offer.due or offer.wish.loop}
         state = self._looped(cheap.intersection(self.candidates))
-        yield state
-        for number in sorted((n for n in self.candidates if state[n] is None), key=self._price):
+        yield self, state
+        others = sorted((n for n in self.candidates if state[n] is None), key=self._price)
+        repeated = [n for n in others if self.offers[n].repeated]
+        for number in repeated:
             state = _with(state, {number: self.lengths[number]})
-            yield state
+            yield self, state
+        planner = self
+        for blocks in range(1, len(self.timeline.stops) + 1) if self.config.offload == "auto" else ():
+            planner = self.offloading(blocks)
+            yield planner, state
+        for number in others[len(repeated) :]:
+            state = _with(state, {number: self.lengths[number]})
+            yield planner, state
         while True:
             ways: dict[int, Lengths] = {}
             for number, lengths in enumerate(state):
@@ -221,7 +241,7 @@ class _Planner:
                 return
             most = max(self._holds(n, state) for n in ways)
             state = _with(state, {n: half for n, half in ways.items() if self._holds(n, state) == most})
-            yield state
+            yield planner, state
 
     def _looped(self, numbers: Iterable[int]) -> State:
         return _with(self.unlooped, {n: self.lengths[n] for n in numbers})

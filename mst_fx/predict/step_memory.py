@@ -8,8 +8,9 @@ only while backward passes the block.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -58,6 +59,7 @@ class Segment:
         region: number of the region, None for other nodes.
         block: number of the checkpointed block around the segment, None outside of any.
         entry: bytes that a checkpointed block saves, at its first segment.
+        away: bytes of `entry`, or of what a loop in place of a checkpoint saves, that may go to the host.
         values: the nodes whose values make up `saved`, with the bytes of each; reports tell them.
         widest: the node that `passing` is about, None for a region.
     """
@@ -68,6 +70,7 @@ class Segment:
     region: int | None = None
     block: int | None = None
     entry: int = 0
+    away: int = 0
     values: tuple[tuple[Node, int], ...] = field(default=(), compare=False)
     widest: Node | None = field(default=None, compare=False)
 
@@ -105,6 +108,19 @@ class Share(NamedTuple):
     region: int
 
 
+class Stop(NamedTuple):
+    """Segments of one block, of which something goes to the host, and comes back while backward passes the block before.
+
+    Attributes:
+        first, last: numbers of its segments.
+        bytes: that go to the host.
+    """
+
+    first: int
+    last: int
+    bytes: int
+
+
 @dataclass(frozen=True)
 class Timeline:
     """What a graph holds over a step.
@@ -113,11 +129,41 @@ class Timeline:
         resident: bytes of its inputs: parameters, buffers, batch.
         segments: in the order of the forward.
         returned: bytes of its outputs, which the caller holds while backward runs.
+        offloaded: number of blocks that keep nothing on the device, the first of those that `stops` gives.
     """
 
     resident: int
     segments: tuple[Segment, ...]
     returned: int = 0
+    offloaded: int = 0
+
+    @cached_property
+    def stops(self) -> tuple[Stop, ...]:
+        """The blocks that may keep what they save on the host, in the order of the forward."""
+        found: list[Stop] = []
+        for number, segment in enumerate(self.segments):
+            inside = segment.block is not None and number > 0 and self.segments[number - 1].block == segment.block
+            if inside and found and found[-1].last == number - 1:
+                found[-1] = Stop(found[-1].first, number, found[-1].bytes + segment.away)
+            else:
+                found.append(Stop(number, number, segment.away))
+        return tuple(stop for stop in found if stop.bytes)
+
+    def offloading(self, blocks: int) -> Timeline:
+        """Return the same with so many blocks that keep nothing on the device."""
+        return replace(self, offloaded=min(blocks, len(self.stops)))
+
+    def absent(self, number: int, *, backward: bool) -> list[Stop]:
+        """Return the blocks whose values are on the host alone while forward, or backward, runs a segment.
+
+        A value leaves while its block runs. In backward the next one comes back as soon as one is asked for.
+        """
+        left = [stop for stop in self.stops[: self.offloaded] if stop.last < number]
+        coming = backward and any(stop.last >= number for stop in self.stops[: self.offloaded])
+        return left[:-1] if coming else left
+
+    def _absent_bytes(self, number: int, *, backward: bool) -> int:
+        return sum(stop.bytes for stop in self.absent(number, backward=backward)) if self.offloaded else 0
 
     def peak(self, held: Sequence[Held]) -> int:
         """Return the most bytes at once in a step, where `held` has the bytes of each region at its number."""
@@ -136,9 +182,13 @@ class Timeline:
     def shares(self, held: Sequence[Held], number: int, *, backward: bool) -> list[Share]:
         """Return what each segment has saved while forward, or backward, runs the segment with this number."""
         own, found = self.segments[number].block if backward else None, []
+        absent = self.absent(number, backward=backward)
         for other, (segment, region) in enumerate(self._held(held)[: number + backward]):
             whole = segment.block is None or segment.block == own
-            found.append(Share(other, segment.entry, whole, region.saved if whole else region.saved_results))
+            saved = region.saved if whole else region.saved_results
+            left = segment.away if any(stop.first <= other <= stop.last for stop in absent) else 0
+            entry, saved = (segment.entry - left, saved) if segment.entry else (0, max(0, saved - left))
+            found.append(Share(other, entry, whole, saved))
         return found
 
     def _held(self, held: Sequence[Held]) -> list[HeldSegment]:
@@ -148,8 +198,9 @@ class Timeline:
     def _forward(self, held_segments: Sequence[HeldSegment]) -> Iterator[Moment]:
         """Yield the bytes while each segment runs: what earlier segments left, and what it needs itself."""
         saved = 0
-        for segment, region in held_segments:
-            yield Moment(saved=saved, running=max(region.forward, segment.passing // FORWARD_DIVISOR))
+        for number, (segment, region) in enumerate(held_segments):
+            there = saved - self._absent_bytes(number, backward=False)
+            yield Moment(saved=there, running=max(region.forward, segment.passing // FORWARD_DIVISOR))
             saved += _left(segment, region)
 
     def _backward(self, held_segments: Sequence[HeldSegment]) -> Iterator[Moment]:
@@ -163,11 +214,12 @@ class Timeline:
         for segment, region in held_segments:
             again[segment.block] += segment.saved + region.saved - region.saved_results
         gradients, block = 0, None
-        for segment, region in reversed(held_segments):
+        for number, (segment, region) in reversed(list(enumerate(held_segments))):
             if segment.block is not None and segment.block != block:
                 saved += again[segment.block]
             block = segment.block
-            yield Moment(self.returned, saved, gradients, max(region.backward, segment.passing))
+            there = saved - self._absent_bytes(number, backward=True)
+            yield Moment(self.returned, there, gradients, max(region.backward, segment.passing))
             gradients += segment.gradients
             saved -= segment.entry + segment.saved + region.saved
         yield Moment(gradients=gradients)
@@ -188,6 +240,7 @@ def segments_of(
     blocks: Mapping[Node, Sequence[Segment]],
     at: Hint,
     *,
+    away: Callable[[Node], int],
     top: bool,
 ) -> list[Segment]:
     """Return the segments of one graph.
@@ -197,6 +250,7 @@ def segments_of(
         regions: the number of the region of each node that belongs to one.
         blocks: the segments of the subgraphs that nodes of the graph run (such as checkpointed blocks).
         at: tells sizes that vary.
+        away: gives the bytes that may go to the host of what a node saves that runs a block or begins a region.
         top: whether this is the captured graph; the gradients of a subgraph's inputs are counted with its caller.
     """
     last = _last_readers(reader, at) if top else {}
@@ -209,7 +263,7 @@ def segments_of(
         if node in regions:
             number = regions[node]
             if number not in place:
-                found += [current, Segment(region=number)]
+                found += [current, Segment(region=number, away=away(node))]
                 place[number] = len(found) - 1
                 current = Segment()
             current = _with_saved(current, node, saved)
@@ -217,7 +271,7 @@ def segments_of(
             found[place[number]] = replace(own, gradients=own.gradients + gradients)
         elif node in blocks:
             inner = list(blocks[node]) or [Segment()]
-            inner[0] = replace(inner[0], entry=inner[0].entry + activation_bytes(node, at))
+            inner[0] = replace(inner[0], entry=inner[0].entry + activation_bytes(node, at), away=away(node))
             inner[-1] = replace(inner[-1], gradients=inner[-1].gradients + gradients)
             found += [current, *inner]
             current = _with_saved(Segment(), node, saved)

@@ -159,6 +159,26 @@ class Dropped(Entry):
         )
 
 
+@dataclass(frozen=True)
+class Offloaded(Entry):
+    """A value that a checkpointed block keeps for backward in the host's memory.
+
+    Attributes:
+        module: path of the block.
+        source: file, line and code of what makes the value, or of the block where its caller does.
+        bytes: bytes of the value.
+    """
+
+    module: str
+    source: str
+    bytes: int
+
+    def lines(self, count: int = 1) -> list[str]:
+        """Return the text of `count` values that are alike."""
+        told = f"on the host until backward: {times(count)}{readable(self.bytes)} that {at(self.module)} reads"
+        return entry(told, source=self.source)
+
+
 def refused(pattern: str, refusal: Refusal, module: str | None = None) -> RefusedRegion:
     """Return the entry of a refused region.
 

@@ -1,22 +1,21 @@
 """The partitioner of joint graphs under the option `offload`: what checkpoints keep for backward goes to the host.
 
 The graph is divided as it would be without; then values that the forward saves are replaced by handles
-(see `offload_ops`). Decisions depend only on the graph and on what `Offload` says, which caches are told.
+(see `offload_ops`). Decisions depend only on the graph and on what the plan says (`Offload`), which caches are told.
 """
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from mst_fx.core.faults import words_of
 from mst_fx.core.graph_walk import descendants
 from mst_fx.core.sizes import hint, long_hint, sure
 from mst_fx.core.torch_private.partition import (
@@ -29,48 +28,10 @@ from mst_fx.core.torch_private.partition import (
 from mst_fx.runtime.cache_version import VERSION
 from mst_fx.runtime import offload_ops as offload_ops
 from mst_fx.runtime.loop_operator import mini_sequence_loop
+from mst_fx.runtime.offload import Offload, planned_now
 
 ops = torch.ops.mst_fx
-
-
-@dataclass(frozen=True)
-class Offload:
-    """What leaves the device, as the plan of a graph says.
-
-    Attributes:
-        least: bytes; smaller values stay.
-        blocks: number of blocks that keep nothing on the device, the first in forward; None for all.
-        parameters: shapes and dtypes of the graph's parameters, which stay.
-        loops: literals of the backward loops that stand for checkpoints.
-    """
-
-    least: int
-    blocks: int | None = None
-    parameters: frozenset[tuple[tuple[int, ...], torch.dtype]] = frozenset()
-    loops: frozenset[tuple[Any, ...]] = frozenset()
-
-    def name(self) -> str:
-        """Return a name for caches: the same in every process."""
-        parts = [self.least, self.blocks, sorted(map(repr, self.parameters)), sorted(map(repr, self.loops))]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-_planned: ContextVar[Offload | None] = ContextVar("mst_fx_offload", default=None)
-
-
-def plan_for_next(offload: Offload | None) -> None:
-    """Store what the plan of the graph says that is compiled next in this thread."""
-    _planned.set(offload)
-
-
-@contextmanager
-def planned(offload: Offload | None) -> Iterator[None]:
-    """Hold what the plan of a graph says while it is compiled."""
-    token = _planned.set(offload)
-    try:
-        yield
-    finally:
-        _planned.reset(token)
+log = logging.getLogger("mst_fx")
 
 
 class OffloadPartition(CustomPartitionerFn):
@@ -87,15 +48,22 @@ class OffloadPartition(CustomPartitionerFn):
         """Divide a joint graph; arguments and result are those of any partitioner."""
         divide: Partition = self.own or default_partition
         forward, backward = divide(gm, joint_inputs, **how)
-        offload = _planned.get()
-        if offload is not None:
+        offload = planned_now()
+        if offload is None:
+            return forward, backward
+        try:
             _Divided(forward, backward, how["num_fwd_outputs"], how.get("static_lifetime_input_indices")).send(offload)
+        except Exception as error:
+            if offload.strict:
+                raise
+            log.warning("mst_fx: nothing goes to the host, offload failed: %s", words_of(error), exc_info=error)
+            return divide(gm, joint_inputs, **how)
         return forward, backward
 
     def uuid(self) -> Any:
         """Return a name for what this does to the graph that is compiled now; None if the user's own has none."""
         own = self.own.uuid() if self.own is not None else ""
-        offload = _planned.get()
+        offload = planned_now()
         return None if own is None else (VERSION, own, offload.name() if offload is not None else "")
 
 

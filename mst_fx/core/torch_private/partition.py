@@ -15,9 +15,6 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 Partition: TypeAlias = Callable[..., tuple[GraphModule, GraphModule]]
 
-PLACE = "custom_partitioner_fn"
-"""Inductor's option for another partitioner."""
-
 default_partition: Partition = min_cut
 """What Inductor, and the backend aot_eager, divide graphs with."""
 
