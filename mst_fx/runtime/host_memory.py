@@ -1,7 +1,8 @@
 """Memory of the host that values go to: pinned where a GPU copies, of exactly the size, used again from step to step.
 
 torch's own allocator of pinned memory rounds up to powers of two: 3 GiB would take 4. Here memory is mapped in pages,
-and pinned in place. It stands outside of torch's allocators, and is kept until the process ends or larger values come.
+and pinned in place. Only where the system does not pin it, torch's allocator gives it, in parts that are powers of two.
+It is kept until the process ends or larger values come.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import mmap
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import RLock
 
@@ -26,6 +28,8 @@ CONTROL_GROUPS = (
     ),
 )
 """Limit, usage and the parts of the usage, of the two versions of control groups."""
+LEAST_PART = 2**20
+"""Bytes of the smallest part that torch's allocator is asked for."""
 SHARE = 0.9
 """The share of the host's free memory that values may take: the rest is for the program."""
 
@@ -42,26 +46,45 @@ class Block:
     """A piece of host memory.
 
     Attributes:
-        bytes: it as a tensor of bytes.
         size: number of bytes asked for.
+        parts: tensors of bytes that make it up, in order: one, or several where only torch's allocator can pin memory.
     """
 
     def __init__(self, size: int, *, pinned: bool) -> None:
         self.size = size
         pages = mmap.mmap(-1, max(size, 1), **PRIVATE)
-        self.bytes = torch.frombuffer(pages, dtype=torch.uint8)
-        self._pinned = pinned and size > 0
-        if self._pinned:
-            for advice in ADVICE:
-                pages.madvise(advice)
-            _call_cuda("cudaHostRegister", self.bytes.data_ptr(), size, 0)
+        self.parts = [torch.frombuffer(pages, dtype=torch.uint8)]
+        self._registered = pinned and size > 0 and _registered(pages, self.parts[0].data_ptr(), size)
+        if pinned and size > 0 and not self._registered:
+            self.parts = list(_pinned_by_torch(size))
 
     def free(self) -> None:
         """Give the memory back to the system; nobody may use it any more."""
-        if self._pinned:
-            _call_cuda("cudaHostUnregister", self.bytes.data_ptr())
-            self._pinned = False
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        if self._registered:
+            torch.cuda.cudart().cudaHostUnregister(self.parts[0].data_ptr())
+            self._registered = False
+        self.parts = []
+
+
+def _registered(pages: mmap.mmap, address: int, size: int) -> bool:
+    """Pin mapped pages in place; return whether the system lets us."""
+    for advice in ADVICE:
+        with suppress(OSError):
+            pages.madvise(advice)
+    if int(torch.cuda.cudart().cudaHostRegister(address, size, 0)) == 0:
+        return True
+    with suppress(RuntimeError):  # CUDA tells the error once more, at the next call
+        torch.zeros(1, device="cuda").item()
+    return False
+
+
+def _pinned_by_torch(size: int) -> Iterator[torch.Tensor]:
+    """Yield memory of a size in powers of two, the largest first, so that torch's allocator rounds up the last alone."""
+    left = -(-size // LEAST_PART) * LEAST_PART
+    while left:
+        part = 1 << (left.bit_length() - 1)
+        yield torch.empty(part, dtype=torch.uint8, pin_memory=True)
+        left -= part
 
 
 class HostMemory:
@@ -152,9 +175,3 @@ def _cached_files(stat: Path) -> int:
     """Return the bytes of files that the system drops when memory is wanted."""
     lines = (line.split() for line in stat.read_text().splitlines()) if stat.exists() else ()
     return sum(int(line[1]) for line in lines if line[0] == "inactive_file")
-
-
-def _call_cuda(name: str, *args: int) -> None:
-    status = int(getattr(torch.cuda.cudart(), name)(*args))
-    if status != 0:
-        raise HostMemoryError(f"mst_fx: the host's memory cannot be pinned: {name} returned CUDA's error {status}")

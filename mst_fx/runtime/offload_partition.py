@@ -151,7 +151,7 @@ class _Divided:
             return False
         if base in self._kept or (base is not node and (base in self._primals or base.name in self._saved)):
             return False
-        if node in self._primals and (tuple(value.shape), value.dtype) in offload.parameters:
+        if node in self._primals and any(_is_like(value, *parameter) for parameter in offload.parameters):
             return False
         return long_hint(value.numel()) * value.element_size() >= offload.least
 
@@ -229,6 +229,15 @@ def _tensor(node: Node) -> Any:
     """Return the fake value of a node that gives one tensor, None for other nodes."""
     value = node.meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
+
+
+def _is_like(value: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Return whether a value has a shape, whatever the sizes that vary, and a dtype."""
+    return value.dtype == dtype and value.dim() == len(shape) and all(map(_surely_equal, value.shape, shape))
+
+
+def _surely_equal(one: Any, other: int) -> bool:
+    return bool(sure(one == other))
 
 
 def _readers(node: Node) -> list[Node]:

@@ -13,9 +13,8 @@ Copies of a device go over one stream, in order. So memory of the host can be us
 from __future__ import annotations
 
 import ctypes
-import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from threading import RLock
 from typing import Any
 
@@ -52,13 +51,17 @@ class Sent:
         self._block: Block | None = None
         if not stays:
             self._block = road.memory.take(value.numel() * value.element_size())
-            self._left = road.copy(self._on_host(), value)
+            self._left = road.copy(self._pairs(value, leaves=True))
         stop.values.append(weakref.ref(self))
 
-    def _on_host(self) -> torch.Tensor:
+    def _pairs(self, value: torch.Tensor, *, leaves: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield what to copy where: pieces of the value's memory, and those of the host's."""
         assert self._block is not None
-        size = math.prod(self._size) * self._dtype.itemsize
-        return self._block.bytes[:size].view(self._dtype).view(self._size)
+        there = value.view(-1).view(torch.uint8)
+        for part in self._block.parts:
+            piece, there = there[: part.numel()], there[part.numel() :]
+            here = part[: piece.numel()]
+            yield (here, piece) if leaves else (piece, here)
 
     def left(self) -> None:
         """Let what follows on the device wait until the value has left it."""
@@ -68,7 +71,7 @@ class Sent:
         """Let the value come back to the device, if it is not on its way."""
         if self.kept is None and self._ahead is None:
             value = torch.empty(self._size, dtype=self._dtype, device=self._road.device)
-            self._ahead = value, self._road.copy(value, self._on_host()), self._road.stream()
+            self._ahead = value, self._road.copy(self._pairs(value, leaves=False)), self._road.stream()
 
     def fetched(self) -> torch.Tensor:
         """Return the value in new memory of the device.
@@ -138,14 +141,20 @@ class Road:
         """Return the stream that computes now; None on a CPU."""
         return torch.cuda.current_stream(self.device) if self._copies is not None else None
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Any:
-        """Copy beside the computation, behind what is computed so far; return the event of the end, None on a CPU."""
+    def copy(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+        """Copy beside the computation, behind what is computed so far; return the event of the end, None on a CPU.
+
+        Args:
+            pairs: targets and sources.
+        """
         if self._copies is None:
-            target.copy_(source)
+            for target, source in pairs:
+                target.copy_(source)
             return None
         self._copies.wait_stream(self.stream())
         with torch.cuda.stream(self._copies):
-            target.copy_(source, non_blocking=True)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
             return self._copies.record_event()
 
     def wait(self, event: Any) -> None:
@@ -179,7 +188,7 @@ def send(value: torch.Tensor, *, new: bool, least: int) -> torch.Tensor:
     """
     with _lock:
         way = road(value.device)
-        stays = value.numel() * value.element_size() < max(least, 1)
+        stays = value.numel() * value.element_size() < least
         return handle(Sent(way, way.stop(new=new), value, stays=stays), value.shape)
 
 
