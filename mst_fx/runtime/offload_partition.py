@@ -98,7 +98,7 @@ class _Divided:
         outputs: Any = forward.graph.output_node().args[0]
         self._saved = {node.name: node for node in outputs[returned:] if isinstance(node, Node)}
         self._kept = {_unviewed(node) for node in outputs[:returned] if isinstance(node, Node)}
-        self._kept |= {self._primals[index] for index in static or () if index < len(self._primals)}
+        self._static = {self._primals[index] for index in static or () if index < len(self._primals)}
         self._kept |= {node.args[0] for node in forward.graph.nodes if _writes(node)}
 
     def send(self, offload: Offload) -> None:
@@ -124,7 +124,7 @@ class _Divided:
 
     def _values(self, offload: Offload) -> list[_Value]:
         """Return the values that may leave, those of the first block in forward first."""
-        graded = self._with_gradient()
+        graded = self._with_gradient() & self._not_learnt(offload)
         run_by: dict[int | None, list[Node]] = {}
         for node in self.forward.graph.nodes:
             if _tensor(node) is not None and node.op == "call_function":
@@ -145,13 +145,21 @@ class _Divided:
         gradients: Any = self.backward.graph.output_node().args[0]
         return descendants(node for node, grad in zip(self._primals, gradients, strict=False) if grad is not None)
 
+    def _not_learnt(self, offload: Offload) -> set[Node]:
+        """Return the values of the forward that are not made of parameters alone."""
+        return descendants(node for node in self._primals if not self._is_learnt(node, offload))
+
+    def _is_learnt(self, primal: Node, offload: Offload) -> bool:
+        value = _tensor(primal)
+        return primal in self._static or (
+            value is not None and any(_is_like(value, *parameter) for parameter in offload.parameters)
+        )
+
     def _may_leave(self, node: Node, offload: Offload) -> bool:
         value, base = _tensor(node), _unviewed(node)
         if value is None or not value.is_floating_point() or not _is_dense(node):
             return False
         if base in self._kept or (base is not node and (base in self._primals or base.name in self._saved)):
-            return False
-        if node in self._primals and any(_is_like(value, *parameter) for parameter in offload.parameters):
             return False
         return long_hint(value.numel()) * value.element_size() >= offload.least
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from memory_probe import saved_bytes
+from memory_probe import peak_bytes, saved_bytes
 from models import D, SwiGLU, V, tokens
 from numerics import LoopAll, gradients, looped, relative_error
 from torch import nn
@@ -94,3 +94,107 @@ def test_what_is_saved_is_what_is_reported_less(how):
         saved[offload] = saved_bytes(lambda step=step: step(*batch), model.parameters())
     one = 2 * 40 * D * 8
     assert saved[None] - saved["checkpoints"] == 3 * (one - 1)
+
+
+def sent_bytes():
+    """Bytes that the steps of a test have taken on the host."""
+    return transfers.road(torch.device("cpu")).memory.taken
+
+
+@pytest.fixture(autouse=True)
+def road(monkeypatch):
+    """The way of the CPU, fresh for each test."""
+    monkeypatch.setattr(transfers, "_roads", {})
+
+
+def test_peak():
+    """The inputs of layers are not alive at the peak, but for the one in use and the one that comes next.
+
+    Without, the peak is where backward has passed one layer of six, and with, where it has made five layers' gradients.
+    """
+    model, batch = LM(6), tokens(4, 256)
+    peaks = {}
+    for offload in (None, "checkpoints"):
+        step = compiled(model, "step", offload=offload)
+        peaks[offload] = peak_bytes(lambda step=step: step(*batch).backward())
+    gradients = sum(p.numel() * 4 for p in model.layers[0].parameters())
+    assert peaks["checkpoints"] <= peaks[None] - 4 * (4 * 256 * D * 4 - gradients) + 1024
+
+
+def test_backward_twice_later_and_never():
+    """A retained graph, two forwards in front of two backwards, an evaluation with gradients, a forward that fails."""
+    model, first, second = LM().double(), tokens(2, 40), tokens(2, 56)
+    truths = [gradients(model, model, batch) for batch in (first, second)]
+    step = compiled(model, "step", dynamic=True)
+    with torch._functorch.config.patch(donated_buffer=False):  # torch forbids to retain a graph that gives buffers away
+        step(*first)
+        model.zero_grad()
+        losses = [step(*first), step(*second)]
+        losses[0].backward(retain_graph=True)
+        losses[0].backward()
+        losses[1].backward()
+    for name, p in model.named_parameters():
+        assert relative_error(p.grad, 2 * truths[0][name] + truths[1][name]) < 1e-12
+    del losses
+    taken = sent_bytes()
+    with pytest.raises(IndexError):
+        step(first[0] + V, first[1])
+    assert not transfers._held
+    gradients(model, step, first)
+    assert sent_bytes() == taken
+
+
+def test_surroundings():
+    """Eager checkpointing around the compiled code keeps handles; hooks that copy them are an error that says so."""
+    model, batch = LM().double(), tokens(2, 40)
+    truth = gradients(model, model, batch)
+    step = compiled(model, "step")
+    around = gradients(model, lambda *args: checkpoint(step, *args, use_reentrant=False), batch)
+    assert all(relative_error(around[name], value) < 1e-12 for name, value in truth.items())
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+        loss = step(*batch)
+    with pytest.raises(RuntimeError, match="hooks on saved tensors"):
+        loss.backward()
+
+
+def test_what_stays():
+    """What is made of weights, what has no gradient, and what is returned: it is there in any case."""
+    model, batch = LM().double(), tokens(2, 40)
+    fixed = torch.randn(2, 40, D, dtype=torch.float64)
+
+    def step(ids, labels):
+        scale, weight = fixed.cos(), model.layers[0].mlp.down.weight.tanh()
+        x = model.tokens(ids)
+        y = checkpoint(lambda x: nn.functional.linear(x, weight @ weight.T) * scale, x.sin(), use_reentrant=False)
+        y = checkpoint(model.layers[1], y, use_reentrant=False)
+        return nn.functional.cross_entropy(model.head(y + checkpoint(model.layers[2], x, use_reentrant=False)).flatten(0, 1), labels.flatten()), x
+
+    def loss(run):
+        return lambda *batch: sum(value.sum() for value in run(*batch))
+
+    truth = gradients(model, loss(step), batch)
+    ours = gradients(model, loss(looped(step, inner="aot_eager", offload="checkpoints", verify=False)), batch)
+    assert all(relative_error(ours[name], value) < 1e-12 for name, value in truth.items())
+    assert sum(x.bytes for x in mst_fx.reports()[-1].offloaded) == sent_bytes() == 2 * 2 * 40 * D * 8
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "text"),
+    [
+        ({"inner": "eager"}, "BACKEND", "no place for a partitioner"),
+        ({"mode": "reduce-overhead"}, "BACKEND", "CUDA graphs"),
+        ({"inner": "aot_eager", "min_bytes": None}, "SMALL", "smaller than 8.0 MiB"),
+    ],
+)
+def test_why_nothing_is_sent(options, reason, text):
+    model, batch = LM(1), tokens(2, 40)
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="mst_fx", options={"offload": "checkpoints", "inner": "eager", **options})
+    if "mode" in options:
+        step = torch.compile(
+            model, backend="mst_fx", options={"offload": "checkpoints", "inner": "inductor", **options, "disable": ()}
+        )
+    step(*batch).backward()
+    (refusal,) = [each for each in mst_fx.reports()[-1].refusals if each.pattern == "offload"]
+    assert refusal.reason == reason and text in refusal.text
+    assert not mst_fx.reports()[-1].offloaded
