@@ -236,3 +236,8 @@ class _Memory(ctypes.c_int8 * (2 * ALIGNMENT)):  # type: ignore[misc]
 
 
 _held: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
+
+
+def host_bytes() -> int:
+    """Return the bytes of the host's memory that values have taken; they are kept for later steps."""
+    return sum(way.memory.taken for way in _roads.values())
