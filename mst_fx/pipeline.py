@@ -43,7 +43,7 @@ from mst_fx.inner_compiler import (
     writes_python,
 )
 from mst_fx.report.files import DebugFiles
-from mst_fx.report.items import refused
+from mst_fx.report.items import RefusedRegion, refused
 from mst_fx.report.report import Report, record
 from mst_fx.runtime.offload import plan_for_next, planned
 
@@ -98,7 +98,7 @@ def compiled_and_told(
         compiled, report = compile_graph(gm, example_inputs), Report(refusals=(refused("all", engine),))
     else:
         compiled, report = _compiled(engine, compile_graph, example_inputs)
-    report = report.joined(stays)
+    report = replace(report, refusals=report.refusals + stays)
     record(report)
     log.info("%s", report)
     files.report(report)
@@ -125,7 +125,7 @@ def looped_and_told(gm: GraphModule, config: Config) -> GraphModule:
         module, report, offload = gm, Report(refusals=(refused("all", rewritten),)), None
     else:
         module, report, offload = rewritten.module, rewritten.report, rewritten.offload
-    report = report.joined(told)
+    report = replace(report, refusals=report.refusals + told)
     plan_for_next(offload)
     _check_host(report)
     for entry in report.dropped:  # no code of ours runs behind the compiled code, to return what says why
@@ -247,14 +247,14 @@ def _telling(engine: Engine, rewritten: Rewritten, compiled: Callable[..., Any])
     return returning(compiled, missing)
 
 
-def _offloading(config: Config, stays: str | None) -> tuple[Config, Report]:
+def _offloading(config: Config, stays: str | None) -> tuple[Config, tuple[RefusedRegion, ...]]:
     """Return the options without offloading, and why, where the compiler lets nothing go to the host."""
     if stays is None:
-        return config, Report()
+        return config, ()
     log.warning("mst_fx: nothing goes to the host: %s", stays)
     advice = "Compile with Inductor, without CUDA graphs, a mode that uses them or a partitioner in the compile's options."
     refusal = Refusal(Reason.BACKEND, None, f"nothing goes to the host: {stays}", advice)
-    return replace(config, offload=None), Report(refusals=(refused("offload", refusal),))
+    return replace(config, offload=None), (refused("offload", refusal),)
 
 
 def _check_host(report: Report) -> None:

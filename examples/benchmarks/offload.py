@@ -102,8 +102,8 @@ def hidden(step: Step, ids: torch.Tensor, trace: str | None) -> tuple[float, flo
     if trace:
         recorded.export_chrome_trace(trace)
     on_device = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    spans = {True: [], False: []}
-    for event in on_device:
+    spans: dict[bool, list[Interval]] = {True: [], False: []}
+    for event in (e for e in on_device if not e.is_user_annotation):
         copies = "Memcpy DtoH" in event.name or "Memcpy HtoD" in event.name
         spans[copies].append((event.time_range.start, event.time_range.end))
     copying, computing = union(spans[True]), union(spans[False])

@@ -178,6 +178,19 @@ def test_what_stays():
     assert sum(x.bytes for x in mst_fx.reports()[-1].offloaded) == sent_bytes() == 2 * 2 * 40 * D * 8
 
 
+def test_a_budget_chooses_the_number(moves):
+    """Of three blocks the first one leaves; the plan, the report and the compiled code say the same."""
+    model, batch = LM().double(), tokens(2, 400)
+    truth = gradients(model, model, batch)
+    compiled(model, "step", offload=None)(*batch)
+    budget = mst_fx.reports()[-1].peak - 1
+    ours = gradients(model, compiled(model, "step", offload="auto", memory_budget=budget), batch)
+    assert all(relative_error(ours[name], value) < 1e-12 for name, value in truth.items())
+    report = mst_fx.reports()[-1]
+    assert "".join(moves) == "SB" and [value.module for value in report.offloaded] == ["layers.0"]
+    assert report.peak <= budget and sent_bytes() == report.offloaded[0].bytes
+
+
 @pytest.mark.parametrize(
     ("options", "reason", "text"),
     [
