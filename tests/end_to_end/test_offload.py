@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from memory_probe import peak_bytes, saved_bytes
@@ -113,12 +115,15 @@ def test_peak():
     Without, the peak is where backward has passed one layer of six, and with, where it has made five layers' gradients.
     """
     model, batch = LM(6), tokens(4, 256)
-    peaks = {}
+    peaks, predicted = {}, {}
     for offload in (None, "checkpoints"):
         step = compiled(model, "step", offload=offload)
         peaks[offload] = peak_bytes(lambda step=step: step(*batch).backward())
+        predicted[offload] = mst_fx.reports()[-1].peak
     gradients = sum(p.numel() * 4 for p in model.layers[0].parameters())
-    assert peaks["checkpoints"] <= peaks[None] - 4 * (4 * 256 * D * 4 - gradients) + 1024
+    freed = 4 * (4 * 256 * D * 4 - gradients)
+    assert peaks[None] - peaks["checkpoints"] >= freed - 1024
+    assert predicted[None] - predicted["checkpoints"] == pytest.approx(peaks[None] - peaks["checkpoints"], rel=0.1)
 
 
 def test_backward_twice_later_and_never():
@@ -139,6 +144,7 @@ def test_backward_twice_later_and_never():
     taken = sent_bytes()
     with pytest.raises(IndexError):
         step(first[0] + V, first[1])
+    gc.collect()  # of a retained graph, some torch versions keep the values until then
     assert not transfers._held
     gradients(model, step, first)
     assert sent_bytes() == taken
