@@ -252,7 +252,9 @@ def _offloading(config: Config, stays: str | None) -> tuple[Config, tuple[Refuse
     if stays is None:
         return config, ()
     log.warning("mst_fx: nothing goes to the host: %s", stays)
-    advice = "Compile with Inductor, without CUDA graphs, a mode that uses them or a partitioner in the compile's options."
+    advice = (
+        "Compile with Inductor, without CUDA graphs, a mode that uses them or a partitioner in the compile's options."
+    )
     refusal = Refusal(Reason.BACKEND, None, f"nothing goes to the host: {stays}", advice)
     return replace(config, offload=None), (refused("offload", refusal),)
 

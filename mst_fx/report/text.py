@@ -65,9 +65,7 @@ def _peak(report: Report) -> Iterator[str]:
 def _entries(report: Report) -> Iterator[str]:
     """Yield the decisions, those that are alike once; an advice that stands just above is not told again."""
     listed: list[tuple[Any, list[Any]]] = [
-        each
-        for entries in (report.regions, report.cuts, report.dropped, report.offloaded)
-        for each in alike(entries)
+        each for entries in (report.regions, report.cuts, report.dropped, report.offloaded) for each in alike(entries)
     ]
     for entry, group in listed:
         yield from entry.lines(len(group))

@@ -91,7 +91,9 @@ class _Divided:
         static: positions of the inputs that are parameters, or stay where they are for another reason.
     """
 
-    def __init__(self, forward: GraphModule, backward: GraphModule, returned: int, static: Iterable[int] | None) -> None:
+    def __init__(
+        self, forward: GraphModule, backward: GraphModule, returned: int, static: Iterable[int] | None
+    ) -> None:
         self.forward, self.backward, self._count = forward, backward, returned
         self._primals = forward.graph.find_nodes(op="placeholder")
         self._order = {node: place for place, node in enumerate(forward.graph.nodes)}

@@ -31,7 +31,11 @@ def away_of(kept: Sequence[Kept]) -> Callable[[Node], int]:
 
 
 def offload_of(
-    surveyed: Surveyed, plans: Plans, of_site: Mapping[Site, Plan], literals: Callable[[Site, Plan], Any], config: Config
+    surveyed: Surveyed,
+    plans: Plans,
+    of_site: Mapping[Site, Plan],
+    literals: Callable[[Site, Plan], Any],
+    config: Config,
 ) -> Offload | None:
     """Return what the partitioner has to know; None where nothing goes to the host.
 

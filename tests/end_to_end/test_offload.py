@@ -173,7 +173,9 @@ def test_what_stays():
         x = model.tokens(ids)
         y = checkpoint(lambda x: nn.functional.linear(x, weight @ weight.T) * scale, x.sin(), use_reentrant=False)
         y = checkpoint(model.layers[1], y, use_reentrant=False)
-        return nn.functional.cross_entropy(model.head(y + checkpoint(model.layers[2], x, use_reentrant=False)).flatten(0, 1), labels.flatten()), x
+        return nn.functional.cross_entropy(
+            model.head(y + checkpoint(model.layers[2], x, use_reentrant=False)).flatten(0, 1), labels.flatten()
+        ), x
 
     def loss(run):
         return lambda *batch: sum(value.sum() for value in run(*batch))

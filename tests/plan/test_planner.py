@@ -314,7 +314,10 @@ def test_a_budget_says_how_many_blocks_keep_nothing_on_the_device():
         assert (plans.offloaded, plans.advice) == (blocks, "")  # the peak is in the head, where none of them is back
         assert plans.of == default.of
     plans = make_plans(offers, timeline, DEVICE, Config(memory_budget=1, offload="auto"))
-    assert (plans.offloaded, plans.peak) == (8, least - 6 * stream)  # in the last layer its own is back, and the next one
+    assert (plans.offloaded, plans.peak) == (
+        8,
+        least - 6 * stream,
+    )  # in the last layer its own is back, and the next one
 
 
 @given(graphs())

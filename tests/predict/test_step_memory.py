@@ -56,7 +56,11 @@ def test_a_block_is_computed_again_when_backward_enters_it():
 
 def test_what_is_on_the_host():
     """A value leaves when its block has run, and comes back when backward enters the block behind it."""
-    blocks = [Segment(entry=5, away=4, block=0), Segment(entry=50, away=40, block=1), Segment(entry=500, away=400, block=2)]
+    blocks = [
+        Segment(entry=5, away=4, block=0),
+        Segment(entry=50, away=40, block=1),
+        Segment(entry=500, away=400, block=2),
+    ]
     timeline = Timeline(0, (blocks[0], Segment(block=0), blocks[1], Segment(), blocks[2], Segment()))
     forward, backward = timeline.moments([])
     assert [moment.saved for moment in forward] == [0, 5, 5, 55, 55, 555]

@@ -125,7 +125,11 @@ def test_values_in_parts(road, monkeypatch):
     parts = [torch.empty(size, dtype=torch.uint8) for size in sizes]
     x = torch.randn(21)
     assert torch.equal(back(sent(x)), x)
-    assert all(torch.equal(part, x.view(torch.uint8)[a:b]) for part, (a, b) in zip(parts, pairwise([0, 64, 80, 84]), strict=True) if part.numel() == b - a)
+    assert all(
+        torch.equal(part, x.view(torch.uint8)[a:b])
+        for part, (a, b) in zip(parts, pairwise([0, 64, 80, 84]), strict=True)
+        if part.numel() == b - a
+    )
 
 
 def test_too_little_memory_is_told_before_it_is_taken(tmp_path, monkeypatch):
