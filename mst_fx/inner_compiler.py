@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from mst_fx.core.config import Config
 from mst_fx.core.torch_private import dynamo, inductor
 
+CUDA_GRAPHS = "triton.cudagraphs"
 Compile: TypeAlias = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 _of_our_backend: ContextVar[bool] = ContextVar("mst_fx_of_our_backend", default=False)
@@ -89,7 +90,8 @@ def stays_on_device(config: Config, mode: str | None, options: dict[str, Any]) -
 
     Args:
         config: the user's options.
-        mode, options: of the compile, as for `inner_compiler`.
+        mode: of the compile.
+        options: of the compile, those that are not ours.
     """
     if config.offload is None or config.inner == "aot_eager":
         return None
@@ -111,9 +113,6 @@ def taken_partitioner(config: Config) -> str | None:
 
     ours = isinstance(inductor.option(inductor.PARTITIONER), OffloadPartition)
     return None if ours else f"the compile has its own {inductor.PARTITIONER!r}"
-
-
-CUDA_GRAPHS = "triton.cudagraphs"
 
 
 def cached_with_loops() -> dict[str, Any]:

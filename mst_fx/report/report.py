@@ -90,8 +90,8 @@ class Report:
         """Return the report as dicts, lists, strings, numbers and None.
 
         The keys are the attributes of the report, and inside of it those of `LoopedRegion`, `RefusedRegion`,
-        `EarlyCut`, `Dropped`, `Offloaded`, `Unlooped`, `GraphTimeline`, `Course`, `Alive` and `Span`; besides, "format" is 1 until a
-        key goes or changes its meaning, and "change_first" is the property. Bytes are ints.
+        `EarlyCut`, `Dropped`, `Offloaded`, `Unlooped`, `GraphTimeline`, `Course`, `Alive` and `Span`; besides, "format"
+        is 1 until a key goes or changes its meaning, and "change_first" is the property. Bytes are ints.
         """
         return {"format": FORMAT, **plain(self), "change_first": self.change_first}
 

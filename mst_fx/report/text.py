@@ -55,7 +55,8 @@ def _peak(report: Report) -> Iterator[str]:
         yield from prose(f"alive then: {places_of(before, after)}", "  ")
         yield from rows_of(before, after)
     if report.offloaded:
-        yield f"on the host between forward and backward: {readable(sum(each.bytes for each in report.offloaded))} a step"
+        sent = sum(each.bytes for each in report.offloaded)
+        yield f"on the host between forward and backward: {readable(sent)} a step"
     missed = [refusal.text for refusal in report.refusals if refusal.reason == Reason.BUDGET.name]
     yield from (f"memory_budget missed: {text}" for text in missed)
     if report.budget is not None and not missed:

@@ -79,7 +79,7 @@ def _registered(pages: mmap.mmap, address: int, size: int) -> bool:
 
 
 def _pinned_by_torch(size: int) -> Iterator[torch.Tensor]:
-    """Yield memory of a size in powers of two, the largest first, so that torch's allocator rounds up the last alone."""
+    """Yield memory of a size in powers of two, the largest first, of which torch's allocator rounds up none."""
     left = -(-size // LEAST_PART) * LEAST_PART
     while left:
         part = 1 << (left.bit_length() - 1)

@@ -59,7 +59,8 @@ def to_device(
         handle: of the value.
         behind: is computed before; None where nothing is.
         order: its dims as they lie in memory.
-        dtype, device: of the value.
+        dtype: of the value.
+        device: of the value.
     """
     return transfers.come_back(handle).permute(_inverse(order))
 

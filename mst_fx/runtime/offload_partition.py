@@ -25,8 +25,8 @@ from mst_fx.core.torch_private.partition import (
     default_partition,
     recomputed_with,
 )
-from mst_fx.runtime.cache_version import VERSION
 from mst_fx.runtime import offload_ops as offload_ops
+from mst_fx.runtime.cache_version import VERSION
 from mst_fx.runtime.loop_operator import mini_sequence_loop
 from mst_fx.runtime.offload import Offload, planned_now
 
@@ -176,7 +176,7 @@ class _Divided:
     def _sent(self, value: _Value, least: int, *, new: bool) -> Node:
         """Send a value where its block begins, and return the handle that the forward saves where the block ends."""
         graph, order = self.forward.graph, _dims_in_memory(value.made)
-        first = value.nodes[0] if value.nodes[0].target is not operator.getitem else value.nodes[0].args[0]
+        first = _whole(value.nodes[0])
         place = max(value.made, first, key=self._order.__getitem__)
         with graph.inserting_after(place) if place is value.made else graph.inserting_before(place):
             handle = _call(graph, ops.to_host.default, (value.made, order, new, least), value.made)
@@ -260,10 +260,15 @@ def _is_view(node: Node) -> bool:
     return bool(getattr(node.target, "is_view", False))
 
 
+def _whole(node: Node) -> Node:
+    """Return the node of which a node takes one of several results; the node itself where it does not."""
+    return node.all_input_nodes[0] if node.target is operator.getitem else node
+
+
 def _unviewed(node: Node) -> Node:
     """Return the node that makes the memory which a value lies in."""
-    while _is_view(node) or (node.target is operator.getitem and _is_view(node.args[0])):
-        node = node.args[0]
+    while _is_view(_whole(node)):
+        node = _whole(node).all_input_nodes[0]
     return node
 
 

@@ -23,8 +23,8 @@ import torch
 from mst_fx.runtime.host_memory import Block, HostMemory
 
 LOST = (
-    "mst_fx: a value that was sent to the host is gone before backward has read it. What the forward saves was replaced "
-    "by copies (hooks on saved tensors, such as save_on_cpu): leave them out, or compile without the option offload"
+    "mst_fx: backward was given a copy of what stands for a value on the host. Hooks on saved tensors, such as "
+    "save_on_cpu, make such copies: leave them out, or compile without the option offload"
 )
 
 ALIGNMENT = 64

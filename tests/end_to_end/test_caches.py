@@ -45,7 +45,7 @@ for activation, offload in {programs}:
 
 @pytest.mark.parametrize("entry", ["backend", "enable"])
 def test_a_second_process_hits_both_caches(entry, tmp_path, monkeypatch):
-    """And a program that differs inside the loop, or in what goes to the host, does not. Each compile has its report."""
+    """And a program that differs in the loop, or in what goes to the host, does not. Each compile has its report."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     hits = []
     first = ("SiLU", "checkpoints")

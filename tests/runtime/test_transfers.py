@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from itertools import pairwise
 
 import pytest
 import torch
@@ -41,7 +40,8 @@ def test_a_value_comes_back_in_its_layout_as_often_as_it_is_asked_for():
         assert handle.untyped_storage().nbytes() == 1
         for _ in range(2):
             value = ops.to_device(handle, None, order, x.dtype, CPU)
-            assert torch.equal(value, truth) and value.stride() == x.stride()
+            assert torch.equal(value, truth)
+            assert value.stride() == x.stride()
             value.zero_()
 
 
@@ -102,7 +102,8 @@ def test_small_values_stay_and_are_watched(road):
     handle = sent(x, least=13)
     assert road.memory.taken == 0
     value = back(handle)
-    assert torch.equal(value, x) and value.data_ptr() != x.data_ptr()
+    assert torch.equal(value, x)
+    assert value.data_ptr() != x.data_ptr()
     x.add_(1)
     with pytest.raises(RuntimeError, match="in-place"):
         back(handle)
@@ -118,18 +119,13 @@ def test_memory_of_the_host_is_of_the_size_asked_for(monkeypatch):
 
 
 def test_values_in_parts(road, monkeypatch):
-    sizes = [64, 16, 8]
-    monkeypatch.setattr(
-        host_memory.Block, "__init__", lambda self, size, pinned: vars(self).update(size=size, parts=parts)
-    )
-    parts = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    """One value may lie in several parts, and leave the last ones empty."""
+    parts = [torch.empty(size, dtype=torch.uint8) for size in (64, 16, 8, 8)]
+    made = {"size": 96, "parts": parts}
+    monkeypatch.setattr(host_memory.Block, "__init__", lambda self, size, pinned: vars(self).update(made))
     x = torch.randn(21)
     assert torch.equal(back(sent(x)), x)
-    assert all(
-        torch.equal(part, x.view(torch.uint8)[a:b])
-        for part, (a, b) in zip(parts, pairwise([0, 64, 80, 84]), strict=True)
-        if part.numel() == b - a
-    )
+    assert torch.equal(torch.cat(parts[:2]), x.view(torch.uint8)[:80])
 
 
 def test_too_little_memory_is_told_before_it_is_taken(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-
 PARTITIONER = "custom_partitioner_fn"
 """The option for another partitioner of joint graphs."""
 
