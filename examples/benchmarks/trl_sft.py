@@ -1,6 +1,6 @@
 """TRL's SFTTrainer on one GPU: tokens a second and peak memory, as TRL runs it, with Liger, and with mst_fx.
 
-    python examples/benchmarks/trl_sft.py                        # a GPU with 80 GB: both lengths, about seven minutes
+    python examples/benchmarks/trl_sft.py                        # a GPU with 80 GB: both lengths, about twelve minutes
     python examples/benchmarks/trl_sft.py --methods torch.compile "mst_fx + model's loss"    # two more methods
     python examples/benchmarks/trl_sft.py --small --methods TRL mst_fx    # tiny shapes, anywhere
 
