@@ -39,6 +39,7 @@ class Sent:
     Attributes:
         stop: it, and what comes back with it.
         kept: the value itself where it is too small to be sent.
+        times: how often it has come back.
     """
 
     def __init__(self, road: Road, stop: Stop, value: torch.Tensor, *, stays: bool) -> None:
@@ -48,6 +49,7 @@ class Sent:
         self._left: Any = None
         self.kept = value if stays else None
         self._version = value._version
+        self.times = 0
         self._block: Block | None = None
         if not stays:
             self._block = road.memory.take(value.numel() * value.element_size())
@@ -79,6 +81,7 @@ class Sent:
         Raises:
             RuntimeError: it stayed on the device, and somebody has written to it since.
         """
+        self.times += 1
         if self.kept is not None:
             if self.kept._version != self._version:
                 raise RuntimeError(CHANGED)
@@ -109,10 +112,10 @@ class Stop:
         self.values: list[weakref.ref[Sent]] = []
         self._before = weakref.ref(before) if before is not None else lambda: None
 
-    def ask(self) -> None:
-        """Let the values come back that are still there."""
+    def ask(self, times: int) -> None:
+        """Let the values come back that are still there, but for those that have come back more often than `times`."""
         for each in self.values:
-            if (sent := each()) is not None:
+            if (sent := each()) is not None and sent.times <= times:
                 sent.ask()
 
     @property
@@ -222,10 +225,9 @@ def come_back(handle: torch.Tensor) -> torch.Tensor:
     """
     with _lock:
         sent = sent_by(handle)
-        sent.ask()
-        sent.stop.ask()
+        sent.stop.ask(sent.times)
         if (before := sent.stop.before) is not None:
-            before.ask()
+            before.ask(sent.times)
         return sent.fetched()
 
 

@@ -159,7 +159,7 @@ def test_surroundings():
     assert all(relative_error(around[name], value) < 1e-12 for name, value in truth.items())
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
         loss = step(*batch)
-    with pytest.raises(RuntimeError, match="hooks on saved tensors"):
+    with pytest.raises(RuntimeError, match="Hooks on saved tensors"):
         loss.backward()
 
 
