@@ -188,8 +188,8 @@ def _compiled(engine: Engine, compile_graph: Compile, inputs: Sequence[Any]) -> 
     except Exception as error:
         refusal = refusal_for(error, None, "the pass failed", strict=engine.config.strict)
         return compile_graph(engine.gm, inputs), Report(refusals=(refused("all", refusal),))
+    _check_host(rewritten.report)
     try:
-        _check_host(rewritten.report)
         with modes_given_back(), planned(rewritten.offload):
             return _telling(engine, rewritten, compile_graph(rewritten.module, inputs)), rewritten.report
     except PASSING:

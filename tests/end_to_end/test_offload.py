@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
-from mst_fx.runtime import transfers
+from mst_fx.runtime import host_memory, transfers
 
 
 class Layer(nn.Module):
@@ -223,3 +223,37 @@ def test_why_nothing_is_sent(options, reason, text):
     assert refusal.reason == reason
     assert text in refusal.text
     assert not mst_fx.reports()[-1].offloaded
+
+
+def test_loops_in_place_of_checkpoints(moves):
+    """Checkpoints that a wide value crosses are opened; the loop keeps what they would, on the host as well."""
+    model, batch = LM(2).double(), tokens(2, 40)
+
+    def layer(layer, x):
+        wide = checkpoint(lambda x: nn.functional.silu(layer.mlp.gate(x)) * layer.mlp.up(x), x, use_reentrant=False)
+        return x + layer.mlp.down(wide)
+
+    model.run = layer
+    truth = gradients(model, model, batch)
+    ours = gradients(model, compiled(model, "step"), batch)
+    assert all(relative_error(ours[name], value) < 1e-12 for name, value in truth.items())
+    report = mst_fx.reports()[-1]
+    assert [region.pattern for region in report.regions] == ["gated_mlp", "gated_mlp", "head"]
+    assert "".join(moves) == "SSBB"
+    assert sum(value.bytes for value in report.offloaded) == sent_bytes() == 2 * 2 * 40 * D * 8
+
+
+def test_too_little_memory_of_the_host(monkeypatch):
+    """It is an error in front of the first step, where one graph holds all, and otherwise in front of what is too much.
+
+    The backend does not go on without the loops, nor without offloading.
+    """
+    model, batch = LM().double(), tokens(2, 40)
+    one = 2 * 40 * D * 8
+    monkeypatch.setattr(host_memory, "available", lambda: 2 * one - sent_bytes())
+    with pytest.raises(RuntimeError, match=r"needs 60\.0 KiB of host memory; 40\.0 KiB are free"):
+        compiled(model, "step", strict=False)(*batch)
+    assert sent_bytes() == 0
+    with pytest.raises(RuntimeError, match=r"needs 20\.0 KiB of host memory, besides 20\.0 KiB that are there already"):
+        compiled(model, "layers")(*batch)
+    assert sent_bytes() == one
