@@ -12,7 +12,7 @@ plan       regions, rest of the graph, device, options -> chunk lengths | Refusa
 assembly   work, lengths            -> aten bodies of one chunk
 verify     region, bodies           -> Verified | Refusal, with the option `verify`
 rewrite    gm, bodies               -> gm'
-inner      gm'                      -> what torch.compile calls
+inner      gm', what is offloaded   -> what torch.compile calls
 
 `engine` runs all but the last. It is loaded late: a torch version that lacks a name which it needs has no loops, but
 `import mst_fx` and compiles work.
