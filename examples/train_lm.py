@@ -211,24 +211,35 @@ def table(plain: Row, looped: Row) -> str:
     return "\n".join(lines)
 
 
-def parse() -> tuple[Preset, torch.device, dict[str, Any]]:
-    """Return the preset with the command line's changes, the device, and the options of mst_fx."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what chooses a preset, changes it, and sets the options of mst_fx."""
     parser.add_argument("--preset", choices=list(PRESETS), default="small")
     for name in ("steps", "length", "batch", "layers"):
         parser.add_argument(f"--{name}", type=int, help="in place of the preset's")
     parser.add_argument("--chunk-tokens", type=int, help="mst_fx: tokens in one mini-sequence")
     parser.add_argument("--min-bytes", type=int, help="mst_fx: temporaries below this are left alone")
     parser.add_argument("--accumulate", choices=["float32", "native"], help="mst_fx: dtype of weight gradients' sums")
-    args = parser.parse_args()
+
+
+def chosen(args: argparse.Namespace) -> tuple[Preset, dict[str, Any]]:
+    """Return the preset with the command line's changes, and the options of mst_fx."""
     fields = ("steps", "length", "batch", "layers", "chunk_tokens", "min_bytes")
     changes = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     preset = replace(PRESETS[args.preset], **changes)
     if preset.steps <= COMPILING_STEPS:
-        parser.error(f"--steps must be above {COMPILING_STEPS}, those that compile")
+        raise SystemExit(f"--steps must be above {COMPILING_STEPS}, those that compile")
     options = {"chunk_tokens": preset.chunk_tokens, "min_bytes": preset.min_bytes, "accumulate": args.accumulate}
-    return preset, torch.device(args.device), {name: value for name, value in options.items() if value is not None}
+    return preset, {name: value for name, value in options.items() if value is not None}
+
+
+def parse() -> tuple[Preset, torch.device, dict[str, Any]]:
+    """Return what the command line chooses, and the device."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_arguments(parser)
+    args = parser.parse_args()
+    preset, options = chosen(args)
+    return preset, torch.device(args.device), options
 
 
 def main() -> None:
