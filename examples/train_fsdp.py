@@ -139,8 +139,12 @@ def build_model(preset: train_lm.Preset, device: torch.device, ranks: Ranks, **h
 
 
 def compiles_checkpoints(way: str) -> bool:
-    """Whether a layer can be compiled with the checkpoint around it: with DTensors in it, torch 2.13 fails."""
-    return way != "tensor" or not torch.__version__.startswith("2.13.")
+    """Whether layers are compiled with the checkpoints around them, or inside of them.
+
+    In a checkpoint that it compiles, torch 2.11 saves what collectives give; 2.13 fails on DTensors.
+    """
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return version >= {"": (2, 11), "tensor": (2, 15)}.get(way, (2, 13))
 
 
 def shard(part: nn.Module, mesh: DeviceMesh) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.recognise.pattern import (
+    DIVIDED,
     Borders,
     Growth,
     Pattern,
@@ -18,6 +19,7 @@ from mst_fx.recognise.pattern import (
     Region,
     ancestors,
     best_region,
+    comes_from_another,
     grow,
     op_name,
     register,
@@ -63,9 +65,7 @@ class Head(Pattern):
             reader.unmatched.give_up(growth.nodes, growth.obstacle, node)
             return None
         if not outputs_of(growth):
-            leaves = any(user.op == "output" for value in growth.returned for user in value.users)
-            if leaves and reader.numel(node) >= HEAD_RATIO * reader.numel(reader.unprojected(head.activation)):
-                raise without_loss(reader.borders, node)
+            forbid_lone_logits(reader, growth, node, reader.unprojected(head.activation))
             return None
         if sum(map(reader.numel, outputs_of(growth))) >= reader.numel(node):  # a fused projection, split into outputs
             text = f"what is made of {op_name(node)} is as large as its own value"
@@ -74,17 +74,32 @@ class Head(Pattern):
         return best_region(reader, growth, head.activation)
 
 
+def forbid_lone_logits(reader: Reader, growth: Growth, head: Node, stream: Node) -> None:
+    """Raise a refusal for logits that leave the graph, and no loss stands behind them.
+
+    In a fragment they may be the large values of an MLP as well: the survey tells of these.
+
+    Raises:
+        Refusal: NO_LOSS.
+    """
+    leaves = any(user.op == "output" for value in growth.returned for user in value.users)
+    if leaves and not reader.borders.fragment and reader.numel(head) >= HEAD_RATIO * reader.numel(stream):
+        raise without_loss(reader.borders, head)
+
+
 def forbid_foreign_logits(reader: Reader, loss: Node) -> None:
     """Raise a refusal for a loss that no projection of the graph leads to; it names an unknown op, if one does.
 
     Raises:
-        Refusal: NO_HEAD, or that of the unknown op.
+        Refusal: NO_HEAD, DDP, or that of the unknown op.
     """
     before = ancestors([loss])
     if any(reader.contraction(node) is not None for node in before):
         return
     calls = (node for node in before if node.op.startswith("call_") and reader.tensor_operands(node))
     unknown = next((obstacle for obstacle in map(reader.obstacle, calls) if obstacle is not None), None)
+    if unknown is None and comes_from_another(reader, before):
+        raise Refusal(Reason.DDP, loss, f"the logits of this loss come from another fragment: {DIVIDED}")
     raise without_head(reader.borders, loss) if unknown is None else unknown
 
 

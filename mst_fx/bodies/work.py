@@ -20,6 +20,7 @@ from mst_fx.core.graph_walk import descendants
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private.captured import graph_break
+from mst_fx.core.torch_private.collectives import is_collective
 from mst_fx.core.values import fake_value
 from mst_fx.placement.partition import Numbers, Stages, partition
 from mst_fx.placement.placement import PARTIAL
@@ -53,6 +54,11 @@ class Work:
     reused: tuple[int, ...]
     fixed: tuple[int, ...] = ()
     sizes: tuple[Any, ...] = ()
+
+    @property
+    def communicates(self) -> bool:
+        """Whether each chunk meets the same chunk of other ranks."""
+        return any(is_collective(node.target) for node in (*self.stages.loop, *self.stages.backward))
 
 
 def analysed(

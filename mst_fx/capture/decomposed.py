@@ -27,6 +27,7 @@ from mst_fx.core.modes import Mode
 from mst_fx.core.torch_private.tracing import TorchDispatchMode
 from mst_fx.core.values import fake_value
 from mst_fx.ops.own_gradients import read_forward
+from mst_fx.ops.shards import OnDTensors
 
 log = logging.getLogger("mst_fx")
 
@@ -150,7 +151,8 @@ class _Writes(TorchDispatchMode):
 
 def _may_write(node: Node) -> bool:
     """Return whether neither schema nor name tells what a function writes to: functions of the user, or of NumPy."""
-    module = getattr(node.target, "__module__", None) or ""
+    target: Any = node.target.op if isinstance(node.target, OnDTensors) else node.target
+    module = getattr(target, "__module__", None) or ("torch" if isinstance(target, str) else "")
     return node.op == "call_function" and (not module.startswith("torch") or module.startswith("torch._dynamo"))
 
 

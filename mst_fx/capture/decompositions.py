@@ -17,7 +17,9 @@ from torch.nn.functional import embedding, linear
 
 from mst_fx.core.aten_ops import MEAN, NONE, SUM, is_mutable, is_random
 from mst_fx.core.sizes import sure
+from mst_fx.core.torch_private.switches import without_dispatch_modes
 from mst_fx.core.torch_private.tracing import decomposition_table
+from mst_fx.core.values import is_fake, is_wrapper
 from mst_fx.ops.seeded_random import uniform_like
 from mst_fx.placement.rules import rule_for
 
@@ -135,6 +137,8 @@ def _decompose_gather(x: torch.Tensor, dim: int, index: torch.Tensor, *, sparse_
     last = x.dim() > 1 and dim % x.dim() == x.dim() - 1
     if not last or list(index.shape) != [*rows, 1] or not x.is_floating_point():
         return NotImplemented
+    if all(sure(stride == 0) for stride in x.stride()[:-1]):  # one row, repeated: weights of classes
+        return embedding(index.squeeze(-1).long(), x[(0,) * len(rows)].unsqueeze(1))
     scores, target = x.reshape(-1, x.shape[-1]), index.reshape(-1).long()
     picked = -aten.nll_loss_forward.default(scores, target, None, NONE, NEVER)[0]
     return picked.view(index.shape)
@@ -180,6 +184,15 @@ def _sum_of_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x.to(wide) * y.to(wide)).sum(-1).to(x.dtype)
 
 
+def _decompose_lift(x: torch.Tensor) -> Any:
+    """Make a number in a trace (the 0 of `x[mask] = 0`) where it is read: a graph holds no constant tensor then."""
+    if is_fake(x) or x.dim() or is_wrapper(x):
+        return aten.alias.default(x)
+    with without_dispatch_modes():
+        number = x.item()
+    return torch.full((), number, dtype=x.dtype, device=x.device)
+
+
 def _decompose_sgn(x: torch.Tensor) -> Any:
     """Take the sign of real numbers: autograd's formula for `sgn` asks for sizes as numbers."""
     return NotImplemented if x.is_complex() else x.sign()
@@ -194,6 +207,7 @@ OWN: dict[Any, Callable[..., Any]] = {
     aten.convolution.default: _decompose_convolution,
     aten.copy.default: _decompose_copy,
     aten.index_put.default: _decompose_index_put,
+    aten.lift_fresh.default: _decompose_lift,
     aten.mean.default: _decompose_mean,
     aten.mean.dim: _decompose_mean_dim,
     aten.native_dropout.default: _decompose_dropout,

@@ -24,6 +24,7 @@ from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.graph_modules import layout_free
 from mst_fx.core.modes import Mode
 from mst_fx.core.sizes import any_length, number, unguarded
+from mst_fx.core.torch_private.collectives import is_collective
 from mst_fx.core.torch_private.symbols import ShapeEnv
 from mst_fx.core.torch_private.tracing import FakeTensorMode, enable_python_dispatcher, make_fx
 from mst_fx.core.values import fake_value
@@ -223,9 +224,19 @@ def trace(function: Callable[..., Any], make_inputs: MakeInputs, length: int | N
         length: positions of the chunk; None traces for every length.
     """
     traced = on_fakes(make_fx(function), make_inputs, length)
+    _drop_unread_collectives(traced.graph)
     for node in traced.graph.nodes:
         node.target = layout_free(node.target)
     return traced
+
+
+def _drop_unread_collectives(graph: Graph) -> None:
+    """Erase collectives that no output needs, and what only they read: torch keeps them, and all ranks drop them."""
+    unread = [node for node in reversed(graph.nodes) if is_collective(node.target) and not node.users]
+    for node in unread:
+        graph.erase_node(node)
+    if unread:
+        graph.eliminate_dead_code()
 
 
 def on_fakes(function: Callable[..., T], make_inputs: MakeInputs, length: int | None) -> T:

@@ -15,6 +15,7 @@ from torch.fx import Graph, Node, map_arg
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mst_fx.core.aten_ops import CONTRACTIONS, is_mutable, is_random
+from mst_fx.core.torch_private.collectives import is_collective
 from mst_fx.core.torch_private.operators import has_kernel_for_all_devices, kernel_for_all_devices
 from mst_fx.core.torch_private.tracing import make_fx
 from mst_fx.placement.rules import rule_for
@@ -30,10 +31,13 @@ def openings(graph: Graph) -> dict[Any, Callable[..., Any]]:
 
 
 def _has_kernel(op: object) -> bool:
-    """Return whether an op of another library has no rule, but a kernel for all devices."""
-    if not isinstance(op, torch._ops.OpOverload) or op.namespace in OF_TORCH or rule_for(op) is not None:
+    """Return whether an op of another library has no rule, but a kernel for all devices.
+
+    Kernels of collectives communicate even in a trace: the pass never runs them.
+    """
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace in OF_TORCH or is_collective(op):
         return False
-    if is_mutable(op) or is_random(op):
+    if rule_for(op) is not None or is_mutable(op) or is_random(op):
         return False
     return has_kernel_for_all_devices(op)
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from mst_fx.core.torch_private.collectives import COLLECTIVES, WAITS
+
 aten = torch.ops.aten
 
 # Families: views, which have no memory of their own.
@@ -267,6 +269,8 @@ LINEAR_IN_FIRST = (
 """Ops that are linear in the first operand, where no other operand is a partial sum."""
 LINEAR_IN_ONE = (aten.mul.Tensor,)
 """Ops that are linear in either operand, where the other one is no partial sum."""
+CHOICES = (aten.where.self,)
+"""Ops that take each element from one of two operands, as a mask says."""
 LINEAR_IN_ALL = (aten.add.Tensor, aten.sub.Tensor, *JOINS)
 """Ops that are linear in all operands together."""
 
@@ -281,11 +285,20 @@ WITHOUT_GRADIENT = (aten.detach.default, *FILLS, *FILLS_LIKE)
 
 # Kernels.
 
-SHOWS_MEMORY = frozenset([*VIEWS, *ALIASES])
+SHOWS_MEMORY = frozenset([*VIEWS, *ALIASES, *WAITS])
 """Ops without a buffer of their own: their value lies in the buffer of their operand."""
 UNFUSED = frozenset(
-    [*CONTRACTIONS, *SORTS, aten.histc.default, aten.cumsum.default, aten.topk.default, aten.as_strided.default]
+    [
+        *CONTRACTIONS,
+        *COLLECTIVES,
+        *SORTS,
+        aten.histc.default,
+        aten.cumsum.default,
+        aten.topk.default,
+        aten.as_strided.default,
+    ]
 )
+UNFUSED -= SHOWS_MEMORY
 """Ops without a generated kernel, or whose operand must lie in memory: they read buffers and make buffers."""
 FUSED = frozenset([*COPIES, *UNTAGGED_POINTWISE, *_MADE, *_REDUCTIONS, *SCANS, *_READS, *_WRITES, *_MOVES, *DIAGONALS])
 FUSED -= SHOWS_MEMORY | UNFUSED
@@ -322,7 +335,7 @@ CUTS = (aten.slice.Tensor, aten.select.int)
 MADE_OF_NOTHING = (*FILLS, *RANGES, *FILLS_LIKE)
 """Ops that make new memory and fill it with one value, with positions or with nothing."""
 COMPUTES = frozenset([*COPIES, *UNTAGGED_POINTWISE, *DRAWS, *SCALARS, *_REDUCTIONS, *SCANS, *_READS, *_WRITES])
-COMPUTES |= {*_MOVES, *DIAGONALS}
+COMPUTES |= {*_MOVES, *DIAGONALS, *COLLECTIVES}
 COMPUTES -= {*CONTRACTIONS, *PICKS, *REPEATS, *SHOWN_TO_CALLERS, *MADE_OF_NOTHING}
 """Ops, besides those tagged pointwise, that compute something; a reader knows nothing more of them."""
 

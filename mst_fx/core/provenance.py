@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from mst_fx.core.torch_private.captured import break_at, graph_break, is_in_torch
+from mst_fx.core.torch_private.captured import break_at, graph_break, is_fragment, is_in_torch
 
 _FRAME = re.compile(r'File "(?P<file>.+?)", line (?P<line>\d+), in .*\n\s*(?P<code>.*)')
 _RESUMED = re.compile(r'File "(?P<file>.+?)", line \d+, in torch_dynamo_resume_in_.+?_at_(?P<line>\d+)')
@@ -23,12 +23,14 @@ class Borders:
     Attributes:
         within: what runs it as a subgraph, "" for a captured graph.
         break_before: the graph break that it goes on after, "" where there is none.
-        break_after: the graph break that it ends in, "" where the user's function ends with it.
+        break_after: the graph break that it ends in, "" where the user's function ends with it, and for a fragment.
+        fragment: whether it is one fragment of a captured graph, which Dynamo has divided for DDP.
     """
 
     within: str = ""
     break_before: str = ""
     break_after: str = ""
+    fragment: bool = False
 
 
 TOP = Borders()
@@ -36,7 +38,8 @@ TOP = Borders()
 
 def borders_of(gm: GraphModule) -> Borders:
     """Return where the inputs of a captured graph come from, and where its outputs go."""
-    return Borders(break_before=_break_before(gm), break_after=graph_break(gm))
+    fragment = is_fragment(gm)
+    return Borders("", _break_before(gm), "" if fragment else graph_break(gm), fragment)
 
 
 def _break_before(gm: GraphModule) -> str:
@@ -60,11 +63,11 @@ def source_line(node: Node) -> str:
 
 def op_name(node: Node) -> str:
     """Return the op as a user would write it: `torch.nn.functional.gelu`, `Tensor.view`, `library.Rounded.apply`."""
-    if node.op == "call_method":
-        return f"Tensor.{node.target}"
-    if node.op != "call_function":
+    if node.op not in ("call_function", "call_method"):
         return f"{node.op} {node.target}"
     target = getattr(node.target, "__wrapped__", node.target)
+    if isinstance(target, str):
+        return f"Tensor.{target}"
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     if (function := _applied(target)) is not None:

@@ -17,6 +17,10 @@ class Reason(Enum):
     NO_HEAD = "Compile the head and the loss in one function, so that one graph holds both."
     NO_LOSS = "Compute the loss inside the compiled function; logits that are returned must exist."
     OTHER_GRAPH = "Compute it and what reads it in one graph: the value that is handed on must exist."
+    DDP = (
+        "Checkpoint the layers: no checkpointed block is divided. Or set torch._dynamo.config.optimize_ddp = False: "
+        "gradients are then reduced when the backward of a compiled graph is over, and not during it."
+    )
     RANDOM = "Draw the numbers outside the region; dropout, bernoulli with a probability and rand_like may stay inside."
     MUTATION = "Use the out-of-place form of the op, or write to a copy: the region reads or makes this memory."
     UNKNOWN_OP = "Write the step with ops that have a placement rule, or give the op one: mst_fx.register_rule."

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from mst_fx.core.aten_ops import CASTS, DRAWS, FILLS, MADE_IN_CHUNKS, is_mutable, is_random
+from mst_fx.core.aten_ops import CASTS, DRAWS, FILLS, MADE_IN_CHUNKS, VIEWS, is_mutable, is_random
 from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data, hint, is_size, sure
@@ -202,10 +202,10 @@ def _placed(node: Node, flow: _Walk, forced: Mapping[Node, Split], casts_summand
 
 
 def _is_small(node: Node, seeds: frozenset[Node]) -> bool:
-    """Return whether none of the tensors that a value is made from is larger than the largest seed."""
+    """Return whether nothing that a value is made from takes more memory than the largest seed; a view takes none."""
     limit = max(hint(seed.meta["val"].numel()) for seed in seeds)
-    tensors = (made.meta["val"] for made in ancestors([node]) if isinstance(made.meta.get("val"), torch.Tensor))
-    return all(hint(tensor.numel()) <= limit for tensor in tensors)
+    values = (made.meta.get("val") for made in ancestors([node]) if made.target not in VIEWS)
+    return all(hint(value.numel()) <= limit for value in values if isinstance(value, torch.Tensor))
 
 
 def _check_forced(node: Node, flow: _Walk) -> None:

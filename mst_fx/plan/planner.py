@@ -38,6 +38,8 @@ class Offer:
         repeated: whether the region is in a checkpointed block, which backward recomputes in any case.
         saves_results: whether such a block saves the results of the region's loop nevertheless.
         due: whether it is looped even if it is small: its length varies, and it would be looped at a long one.
+        communicates: whether its chunks meet those of other ranks, which have to make the same plan: it follows from
+            the region's shapes and the options, and from nothing else of the graph or the device.
     """
 
     terms: Terms
@@ -47,6 +49,7 @@ class Offer:
     repeated: bool = False
     saves_results: bool = False
     due: bool = False
+    communicates: bool = False
 
     @property
     def extent(self) -> Extent:
@@ -147,7 +150,11 @@ class _Planner:
     def _must_be_looped(self, number: int) -> bool:
         offer = self.offers[number]
         given = self.config.min_bytes is not None or offer.wish.loop is not None or offer.wish.fixes_length
-        return given or offer.due
+        return given or offer.due or offer.communicates
+
+    def _is_free(self, number: int) -> bool:
+        """Return whether the rest of the graph and the device may decide how long the chunks of a region are."""
+        return not self.offers[number].communicates
 
     def peak(self, state: State) -> int:
         """Return the predicted peak bytes of a training step."""
@@ -179,7 +186,7 @@ class _Planner:
         limit = peak + LENT_SHARE * (self.peak(self.unlooped) - peak)
         alike: dict[Hashable, dict[int, Lengths]] = {}
         for number, lengths in enumerate(state):
-            double = longer(self.offers[number].terms, lengths) if lengths else None
+            double = longer(self.offers[number].terms, lengths) if lengths and self._is_free(number) else None
             if double:
                 offer = self.offers[number]
                 alike.setdefault((offer.extent, offer.memory, offer.cost, double), {})[number] = double
@@ -217,8 +224,9 @@ class _Planner:
         first, and those that free most bytes for their time first. Between the two, with offload="auto", block after
         block keeps on the host what it saves. Then chunks get shorter where a region holds most.
         """
-        cheap = {n for n, offer in enumerate(self.offers) if offer.recomputes_nothing or offer.due or offer.wish.loop}
-        state = self._looped(cheap.intersection(self.candidates))
+        first = {n for n, offer in enumerate(self.offers) if offer.recomputes_nothing or offer.due or offer.wish.loop}
+        first |= {n for n, offer in enumerate(self.offers) if offer.communicates}
+        state = self._looped(first.intersection(self.candidates))
         yield self, state
         others = sorted((n for n in self.candidates if state[n] is None), key=self._price)
         repeated = [n for n in others if self.offers[n].repeated]
@@ -235,7 +243,7 @@ class _Planner:
         while True:
             ways: dict[int, Lengths] = {}
             for number, lengths in enumerate(state):
-                half = shorter(self.offers[number].terms, lengths) if lengths else None
+                half = shorter(self.offers[number].terms, lengths) if lengths and self._is_free(number) else None
                 ways.update({number: half} if half else {})
             if not ways:
                 return

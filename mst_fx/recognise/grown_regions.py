@@ -10,6 +10,7 @@ from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.values import has_gradient, is_view
+from mst_fx.recognise.fragments import leaving
 from mst_fx.recognise.growth import Growth, obstacle_to
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close, needs_gradient, with_items
@@ -57,11 +58,14 @@ def whole_region(reader: Reader, growth: Growth, stream: Node, smaller: Region |
         smaller: a region inside it, to loop where this one cannot be looped.
 
     Raises:
-        Refusal: there is an obstacle, a large value is returned (ESCAPES), or the nodes cannot be closed (see `close`).
+        Refusal: there is an obstacle, a large value is returned (ESCAPES, DDP), or the nodes cannot be closed (see
+            `close`).
     """
     if growth.obstacle is not None:
         raise growth.obstacle
     for node in growth.returned:
+        if reader.borders.fragment:
+            raise leaving(node)
         raise Refusal(Reason.ESCAPES, node, f"{op_name(node)} is returned")
     nodes = with_permutations(reader, growth.nodes, stream)
     while stream in nodes and stream.all_input_nodes:  # rows that a permutation picked: the rows that they come from

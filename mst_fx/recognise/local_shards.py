@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node, map_arg
+from torch.utils._pytree import tree_flatten
 
 from mst_fx.capture.lower import tracing, under
 from mst_fx.capture.run_node import execute
 from mst_fx.core.modes import Mode, modes_of
 from mst_fx.core.values import fake_value, is_sharded, plain_tensors, storages_of_all, tensors_of
-from mst_fx.ops.shards import enter, leave
+from mst_fx.ops.shards import OnDTensors, enter, leave
 from mst_fx.recognise.contractions import RANKS
 from mst_fx.recognise.decomposed_nodes import STAYS
 from mst_fx.recognise.dtensors import Placements, gradient_of, placements_of, ranks_of, same_sizes
@@ -92,11 +93,12 @@ class _Change:
             if node.op.startswith("call_") and _near_shards(node):
                 is_written = not written.isdisjoint(storages_of_all((node, *node.all_input_nodes)))
                 fact = "shares memory that is written to" if is_written else self._fact(node)
-                node.meta[STAYS] = "" if isinstance(fact, OnShards) else fact
+                node.meta[STAYS] = fact.why_whole if isinstance(fact, OnShards) else fact
                 if isinstance(fact, OnShards):
                     self.facts[node] = fact
         part_of = self._parts()
-        keys = {node: (owner, ON_SHARDS, part.name) for node, part in part_of.items()}
+        keys: dict[Node, Hashable] = {node: (owner, ON_SHARDS, part.name) for node, part in part_of.items()}
+        keys |= {node: (owner, ON_SHARDS, "whole", node.name) for node, fact in self.facts.items() if fact.why_whole}
         chosen = [node for node in self.facts if node in keys and keys[node] not in left_alone]
         for node in chosen:
             self._localise(node, frozenset([keys[node]]))
@@ -110,8 +112,12 @@ class _Change:
         return fact
 
     def _parts(self) -> dict[Node, Node]:
-        """Return for each node the first of those that it shares shards with, where one of them computes something."""
+        """Return for each node the first of those that it shares shards with, where one of them computes something.
+
+        An op that runs on DTensors, made of shards, is a part of its own; what moves shards to it or from it counts.
+        """
         part: dict[Node, Node] = {}
+        worth = set[Node]()
 
         def first(node: Node) -> Node:
             while part[node] is not node:
@@ -122,9 +128,12 @@ class _Change:
             part[node] = node
             for operand, grad in zip(_sharded_operands(node), fact.grads, strict=True):
                 if operand in part and grad == _own_gradient(operand):
-                    older, newer = sorted([first(operand), first(node)])
-                    part[newer] = older
-        worth = {first(node) for node, fact in self.facts.items() if not fact.moves}
+                    if fact.why_whole or self.facts[operand].why_whole:
+                        worth |= {operand, node}
+                    else:
+                        older, newer = sorted([first(operand), first(node)])
+                        part[newer] = older
+        worth = {first(node) for node in part if node in worth or not self.facts[node].moves}
         return {node: first(node) for node in part if first(node) in worth}
 
     def _localise(self, node: Node, keys: frozenset[Hashable]) -> None:
@@ -140,8 +149,11 @@ class _Change:
             elif direct:
                 node.replace_all_uses_with(self.shard[operand])
                 self.owner.graph.erase_node(node)
-        else:
+        elif is_sharded(fake_value(node)):
             self.shard[node] = self._computed(node, fact, keys)
+        else:
+            node.replace_all_uses_with(self._computed(node, fact, keys))
+            self.owner.graph.erase_node(node)
 
     def _computed(self, node: Node, fact: OnShards, keys: frozenset[Hashable]) -> Node:
         """Add the node that computes the shard of a DTensor."""
@@ -151,7 +163,10 @@ class _Change:
                 direct = operand in self.shard and grads == _own_gradient(operand) and share == 1
                 of[operand] = self.shard[operand] if direct else self._entered(operand, node, grads, share)
             args, kwargs = map_arg((node.args, node.kwargs), lambda operand: of.get(operand, operand))
-            new = graph.create_node(node.op, node.target, args, kwargs)
+            if fact.why_whole:
+                new = graph.create_node("call_function", _on_dtensors(node), args, kwargs)
+            else:
+                new = graph.create_node(node.op, node.target, args, kwargs)
         new.meta = dict(node.meta)
         self._give_value(new, self.modes[node], {RANKS: fact.ranks, LOCAL: keys})
         return new
@@ -201,6 +216,16 @@ def _near_shards(node: Node) -> bool:
 
 def _sharded_operands(node: Node) -> list[Node]:
     return [operand for operand in node.all_input_nodes if is_sharded(fake_value(operand))]
+
+
+def _on_dtensors(node: Node) -> OnDTensors:
+    """Return a node's op as a function of the shards of its operands."""
+    leaves, _ = tree_flatten((node.args, node.kwargs))
+    pairs = enumerate(leaves)
+    sharded = [(at, fake_value(x)) for at, x in pairs if isinstance(x, Node) and is_sharded(fake_value(x))]
+    operands = tuple((position, placements_of(value)) for position, value in sharded)
+    grads = _own_gradient(node) if is_sharded(fake_value(node)) else None
+    return OnDTensors(node.target, sharded[0][1].device_mesh, operands, grads)
 
 
 def _placements(node: Node) -> Placements:

@@ -23,6 +23,7 @@ from mst_fx.capture.run_node import execute
 from mst_fx.core.aten_ops import is_random
 from mst_fx.core.graph_modules import operands_read
 from mst_fx.core.modes import Mode
+from mst_fx.core.torch_private.collectives import is_collective
 from mst_fx.core.values import fake_value, is_sharded, plain_tensors, tensors_of
 from mst_fx.ops.shards import leave
 from mst_fx.recognise.dtensors import (
@@ -38,9 +39,6 @@ from mst_fx.recognise.effects import writes
 
 aten = torch.ops.aten
 
-COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "_dtensor", "symm_mem")
-"""Namespaces of ops that communicate."""
-
 
 @dataclass(frozen=True)
 class OnShards:
@@ -51,12 +49,15 @@ class OnShards:
         grads: for each operand that is a DTensor, in the order of `all_input_nodes`, the placements of its gradient.
         shares: for each of them, 1, or the number of ranks among which a value that all hold is divided.
         ranks: the number of ranks that the value of the node lies on, each with a part of its own.
+        why_whole: why it does something else on shards than on the whole, "" where it does the same. It still is a
+            function of the shards: it runs on DTensors that are made of them.
     """
 
     moves: bool
     grads: tuple[Placements, ...]
     shares: tuple[int, ...]
     ranks: int
+    why_whole: str = ""
 
 
 def on_shards(owner: GraphModule, node: Node, mode: Mode) -> OnShards | str:
@@ -135,16 +136,25 @@ class _Trial:
             if why:
                 return why
             grads = tuple(self._gradient(whole, operand) for operand in sharded)
-            if self._moves(whole, given):
-                return OnShards(True, grads, (1,) * len(sharded), ranks_of(value) if is_sharded(value) else 1)
-            if not is_sharded(value) or not sharded:
-                return "gives a plain value"
-            if any(x.dim() or x.requires_grad for x in plain):
-                return "reads a plain tensor as well"
-            for shares in self._shares(sharded):
+            ranks = ranks_of(value) if is_sharded(value) else 1
+            why = self._communicates(whole)
+            if not why and self._moves(whole, given):
+                return OnShards(True, grads, (1,) * len(sharded), ranks)
+            if not sharded:
+                return why or "gives a plain value"
+            why = why or self._why_whole(whole, plain)
+            for shares in self._shares(sharded) if not why else ():
                 if self._is_same(whole, given, dict(zip(sharded, shares, strict=True))):
-                    return OnShards(False, grads, shares, ranks_of(value))
-        return "does on shards something else than on the whole"
+                    return OnShards(False, grads, shares, ranks)
+        why = why or "does on shards something else than on the whole"
+        by_default = tuple(gradient_of(placements_of(fake_value(operand))) for operand in sharded)
+        return OnShards(False, grads, (1,) * len(sharded), ranks, why) if grads == by_default else why
+
+    def _why_whole(self, run: _Run, plain: Sequence[torch.Tensor]) -> str:
+        """Return why a node cannot run on shards alone, whatever it computes."""
+        if not is_sharded(run.value):
+            return "gives a plain value"
+        return "reads a plain tensor as well" if any(x.dim() or x.requires_grad for x in plain) else ""
 
     def _run(self, given: Mapping[Node, Any]) -> _Run:
         wanted = {node: x for node, x in given.items() if isinstance(x, torch.Tensor) and x.requires_grad}
@@ -160,13 +170,8 @@ class _Trial:
         return _Run(value, dict(zip(wanted, grads, strict=False)), Counter(watch.keys), tuple(watch.seen))
 
     def _differs(self, run: _Run) -> str:
-        """Return why a run on DTensors cannot be one on shards, whatever that does."""
-        met = dict.fromkeys(run.seen)
-        names = [op._schema.name.partition("::") for op in met]
-        for namespace, _, name in names:
-            if namespace in COLLECTIVES:
-                return f"communicates ({name})"
-        if any(map(is_random, met)):
+        """Return why a run on DTensors cannot be one of shards, whatever is done with them."""
+        if any(map(is_random, run.seen)):
             return "draws random numbers"
         captured = fake_value(self.node)
         if is_sharded(captured) != is_sharded(run.value) or not same_sizes(captured, run.value):
@@ -174,6 +179,10 @@ class _Trial:
         if is_sharded(captured) and placements_of(captured) != placements_of(run.value):
             return "places its value otherwise than was captured"
         return ""
+
+    def _communicates(self, run: _Run) -> str:
+        names = (op._schema.name.partition("::")[2] for op in run.seen if is_collective(op))
+        return next((f"communicates ({name})" for name in names), "")
 
     def _moves(self, run: _Run, given: Mapping[Node, Any]) -> bool:
         """Return whether a run gave the shard of its one operand as it was, and passed the gradient back as it is."""

@@ -15,6 +15,8 @@ from mst_fx.core.provenance import op_name as op_name
 from mst_fx.core.refusal import Reason as Reason
 from mst_fx.core.refusal import Refusal as Refusal
 from mst_fx.recognise.contractions import Contraction as Contraction
+from mst_fx.recognise.fragments import DIVIDED as DIVIDED
+from mst_fx.recognise.fragments import comes_from_another as comes_from_another
 from mst_fx.recognise.grown_regions import best_region as best_region
 from mst_fx.recognise.grown_regions import whole_region as whole_region
 from mst_fx.recognise.growth import Growth as Growth

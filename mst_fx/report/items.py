@@ -183,7 +183,8 @@ def refused(pattern: str, refusal: Refusal, module: str | None = None) -> Refuse
     """Return the entry of a refused region.
 
     Args:
-        pattern: name of the pattern, "all" where the refusal is about the whole graph.
+        pattern: name of the pattern, "all" where the refusal is about the whole graph, "projection" where no pattern
+            can tell what it belongs to.
         refusal: the reason, the node and the text.
         module: path of the region's module, None where no region was found.
     """

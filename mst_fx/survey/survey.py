@@ -29,6 +29,7 @@ from mst_fx.recognise.checkpoints import is_opened
 from mst_fx.recognise.dead_code import without_dead_code
 from mst_fx.recognise.decomposed_nodes import STAYS, moves_shards, strange_tensors
 from mst_fx.recognise.discover import discover, nested
+from mst_fx.recognise.fragments import cut_off
 from mst_fx.recognise.norm_in_front import with_front
 from mst_fx.recognise.parts import takes_part
 from mst_fx.recognise.pattern import Pattern
@@ -38,6 +39,7 @@ from mst_fx.recognise.write_checks import forbid_late_writes
 from mst_fx.report.items import RefusedRegion, refused
 from mst_fx.report.report import Report
 from mst_fx.survey import messages
+from mst_fx.survey.agreement import forbid_disagreement
 from mst_fx.survey.change import Change
 from mst_fx.survey.surveyed import TOP, Around, Site, Surveyed
 
@@ -100,6 +102,7 @@ class Surveyor:
                 refusal = self._refusal(reader, error, found.outcome)
                 messages.tell_refused(found.pattern, refusal, found.outcome)
                 refusals.append(refused(found.pattern, refusal, module))
+        refusals += [refused("projection", refusal) for refusal in cut_off(reader, taken)]
         return sites, Report(refusals=tuple(refusals))
 
     def _children(self, reader: Reader, around: Around) -> tuple[dict[str, tuple[Surveyed, tuple[Node, ...]]], Report]:
@@ -129,7 +132,9 @@ class Surveyor:
         while left is not None and (left.returned or not candidates):
             try:
                 looped, work = self._with_front(graph, left) or (left, self._analysed(graph, left))
-                candidates.append(_Candidate(looped, work, self._terms(looped, work, hint)))
+                terms = self._terms(looped, work, hint)
+                forbid_disagreement(graph.reader, looped, work, terms.wish, self.config)
+                candidates.append(_Candidate(looped, work, terms))
             except Refusal as error:
                 refusal = refusal or error
             left = left.smaller
@@ -227,6 +232,7 @@ class Surveyor:
             repeated=around.repeated,
             saves_results=around.saves_results,
             due=due,
+            communicates=work.communicates,
         )
 
     def _memory(self, work: Work, lengths: Lengths, at: Hint) -> RegionMemory:

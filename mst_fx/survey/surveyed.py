@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.bodies.work import Work
+from mst_fx.core.graph_walk import walk
 from mst_fx.core.modes import TOP as TOP_MODE
 from mst_fx.core.modes import Mode
 from mst_fx.core.provenance import TOP as TOP_BORDERS
@@ -129,14 +130,18 @@ class Surveyed:
         """Return the changes of the graph that these loops do not need: `Change.left_alone` keeps them from it.
 
         They are opened checkpoints that the loops do not take as a whole (see `checkpoints`), the keys of parted
-        projections of which they take nothing, and those of ops on shards of which they take none.
+        projections of which they take nothing, and those of ops on shards of which they take none. What makes their
+        tokens on shards is needed, too: without it, no pattern has these (a loss over logits that are returned).
         """
         regions = [site.region for site in self.sites if site in looped]
         taken = {node for region in regions for node in region.nodes}
         unneeded = {each.key for each in self.parted if taken.isdisjoint(each.features)}
         if looped:  # otherwise the graph stays as it was captured in any case
             nodes = self.reader.owner.graph.nodes
-            unneeded |= set().union(*(_local(node) for node in nodes)).difference(*map(_local, taken))
+            behind = walk(
+                (region.stream for region in regions), lambda node: node.all_input_nodes if _local(node) else ()
+            )
+            unneeded |= set().union(*map(_local, nodes)).difference(*map(_local, taken), *map(_local, behind))
         inner = (child.left_over(looped) for child, _ in self.children.values())
         return unneeded.union(left_over(self.reader, regions), *inner)
 

@@ -18,6 +18,7 @@ from mst_fx.core.torch_private.captured import unwrapped
 from mst_fx.core.values import bytes_of, plain_tensors, tensors_of
 from mst_fx.plan.planner import Plan
 from mst_fx.predict.saved_activations import is_written, saved_values
+from mst_fx.recognise.fragments import comes_from_another
 from mst_fx.recognise.reader import Reader
 from mst_fx.report.unlooped import Unlooped, kind_of, largest
 from mst_fx.survey.surveyed import Site, Surveyed
@@ -139,8 +140,12 @@ def _memory(node: Node) -> set[torch.UntypedStorage]:
 
 
 def _entering(reader: Reader, least: int) -> Iterator[_Value]:
-    """Yield the large inputs that other graphs have made: they have a gradient, and are no leaves of autograd."""
-    for node in reader.owner.graph.find_nodes(op="placeholder"):
+    """Yield the large inputs that other graphs have made: they have a gradient, and are no leaves of autograd.
+
+    What comes from another fragment of the graph is told where that makes it.
+    """
+    inputs = reader.owner.graph.find_nodes(op="placeholder")
+    for node in [node for node in inputs if not comes_from_another(reader, [node])]:
         made = [x for x in tensors_of(node) if x.requires_grad and not x.is_leaf]
         if made and node.users and _bytes(node) >= max(least, 1):
             yield _Value(reader, node, saved=False, known=why_entering(reader, node))

@@ -14,6 +14,7 @@ from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.values import tensors_of
 from mst_fx.recognise.decomposed_nodes import moves_shards, strange_tensors
+from mst_fx.recognise.fragments import leaving
 from mst_fx.recognise.growth import PRODUCT_ADVICE
 from mst_fx.recognise.reader import Reader
 
@@ -30,7 +31,8 @@ def why_unlooped(reader: Reader, node: Node, within: str = "") -> Refusal:
     """
     if within:
         return Refusal(Reason.SUBGRAPH, node, f"{within} runs the subgraph that makes it, which no region looks into")
-    if not reader.borders.within and _is_returned(reader, node):
+    returned = not reader.borders.within and _is_returned(reader, node)
+    if returned and not reader.borders.fragment:
         return _why_returned(reader, node)
     if reader.is_learnt(node):
         advice = "Keep the parameters as the ops need them."
@@ -42,6 +44,8 @@ def why_unlooped(reader: Reader, node: Node, within: str = "") -> Refusal:
     for end in (*makers, node):
         if (known := reader.unmatched.about(end) or reader.obstacle(end)) is not None:
             return known
+    if returned:
+        return leaving(node)
     maker = makers[-1]
     if reader.fills(maker):
         return Refusal(Reason.NO_PATTERN, node, f"no pattern for it: {op_name(maker)} makes it of no other values")

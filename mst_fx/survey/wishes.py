@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from mst_fx.core.config import Config
 from mst_fx.core.module_paths import matches, module_names
-from mst_fx.core.torch_private.captured import graph_break
+from mst_fx.core.torch_private.captured import graph_break, is_fragment
 from mst_fx.survey.surveyed import Surveyed
 
 log = logging.getLogger("mst_fx")
@@ -31,7 +31,8 @@ def within_breaks(config: Config, gm: GraphModule) -> tuple[Config, tuple[str, .
     reason = graph_break(gm)
     if config.returned_logits == "keep" or not reason:
         return config, ()
-    note = f"returned_logits: {config.returned_logits!r} does not hold before a graph break ({reason})"
+    where = "in a fragment of a graph that Dynamo has divided for DDP" if is_fragment(gm) else "before a graph break"
+    note = f"returned_logits: {config.returned_logits!r} does not hold {where} ({reason})"
     return replace(config, returned_logits="keep"), (note,)
 
 

@@ -14,14 +14,23 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mst_fx.capture.lower import under
 from mst_fx.capture.opened import OF_TORCH
 from mst_fx.capture.run_node import execute
 from mst_fx.core.aten_ops import DRAWS
 from mst_fx.core.clean_room import clean_room, without_autocast
+from mst_fx.core.torch_private.collectives import (
+    GATHERS,
+    REDUCE_ALL,
+    REDUCE_PARTS,
+    WAITS,
+    is_collective,
+    ranks_in,
+)
 from mst_fx.core.torch_private.tracing import TorchDispatchMode
+from mst_fx.core.values import is_sharded
 from mst_fx.ops.own_gradients import backward_of, only_for_gradients, own_gradients, own_of, with_own_gradients
 from mst_fx.verify.excerpt import Excerpt
 
@@ -118,6 +127,8 @@ class InFloat64(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op."""
+        if _on_dtensors(args, kwargs):
+            return NotImplemented
         if func == aten.view.dtype:
             raise NotImplementedError("bits of a float are read as another dtype")
         args, kwargs = tree_map(_in_float64_on_cpu, (args, kwargs or {}))
@@ -129,6 +140,31 @@ class InFloat64(TorchDispatchMode):
                     raise
         args, kwargs = tree_map(_as_float32, (args, kwargs))
         return tree_map(_as_float64, func(*args, **kwargs))
+
+
+class Alone(TorchDispatchMode):
+    """Runs collectives as if all ranks held what this one holds: none waits for another, which may run no trial."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op."""
+        if _on_dtensors(args, kwargs):
+            return NotImplemented
+        if not is_collective(func):
+            return func(*args, **(kwargs or {}))
+        if func in WAITS or len(args) == 1:
+            return args[0]
+        x, ranks = args[0], ranks_in(args[-1])
+        if func in GATHERS:
+            return torch.cat([x] * ranks)
+        if func not in (*REDUCE_ALL, *REDUCE_PARTS):
+            raise NotImplementedError(f"{func} communicates")
+        reduced = {"sum": x * ranks, "product": x**ranks}.get(args[1], x.clone())
+        return reduced if func in REDUCE_ALL else reduced.chunk(ranks)[0].clone()
+
+
+def _on_dtensors(args: Any, kwargs: Any) -> bool:
+    """Return whether an op runs on DTensors: it runs others on their shards, and these are what a mode waits for."""
+    return any(is_sharded(x) for x in tree_leaves((args, kwargs)))
 
 
 def _in_float64_on_cpu(given: Any) -> Any:
@@ -188,6 +224,9 @@ def _recorded(x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Hide the runs from modes and hooks around the compile; autocast stays on, as the program runs under it."""
-    with clean_room(), torch.enable_grad():
+    """Hide the runs from modes and hooks around the compile, and from other ranks.
+
+    Autocast stays on, as the program runs under it.
+    """
+    with clean_room(), torch.enable_grad(), Alone():
         yield

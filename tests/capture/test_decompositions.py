@@ -45,3 +45,26 @@ def test_dot_products_are_rounded_once(dtype):
     torch.testing.assert_close(
         module(x, y), exact, rtol=0 if dtype != torch.float32 else 1e-5, atol=0 if dtype != torch.float32 else 1e-5
     )
+
+
+def test_numbers_in_masked_writes_are_made_where_they_are_read():
+    """Autograd, and libraries, write `x[mask] = 0`: no constant tensor is in the graph."""
+
+    def written(x):
+        y = x.clone()
+        y[x > 0] = 0.5
+        return y
+
+    x = torch.randn(4, 3)
+    module = aten_graph(Call(written, [x]), decompositions(), functional=True)
+    assert not [node for node in module.graph.nodes if node.op == "get_attr"]
+    torch.testing.assert_close(module(x), written(x))
+
+
+def test_an_entry_of_a_row_that_is_repeated_is_picked_from_that_row():
+    """Weights of classes: what is picked is as small as the labels."""
+    weight, labels = torch.randn(5), torch.randint(0, 5, (3, 1))
+    function = lambda w, i: torch.gather(w.expand(3, 5), 1, i)  # noqa: E731
+    module = aten_graph(Call(function, [weight, labels]), decompositions())
+    assert torch.ops.aten.embedding.default in {node.target for node in module.graph.nodes}
+    torch.testing.assert_close(module(weight, labels), function(weight, labels))

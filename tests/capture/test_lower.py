@@ -280,3 +280,15 @@ def test_one_node_on_values():
     assert [execute(owner, node, env).tolist() for node in made] == [[[16.0, 16.0]], [1.0, 1.0], [[4.0, 4.0]]]
     with pytest.raises(ValueError, match="cannot run placeholder x"):
         execute(owner, x, env)
+
+
+def test_collectives_that_no_output_needs_are_dropped():
+    """Torch keeps them, with all that they read; a body whose loss nobody reads would make all ranks wait."""
+
+    def run(x):
+        summed = torch.ops._c10d_functional.all_reduce((x * 2).sum(-1), "sum", "0")
+        torch.ops._c10d_functional.wait_tensor(summed)
+        return (x + 1,)
+
+    module = trace(run, lambda length: [torch.empty(length, 3)], 4)
+    assert [node.target for node in module.graph.nodes if node.op == "call_function"] == [torch.ops.aten.add.Tensor]

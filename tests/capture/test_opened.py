@@ -7,6 +7,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from beside import beside_eager, leaf, looped_regions
 from torch.autograd import Function
+from torch.distributed import _functional_collectives  # noqa: F401 - registers the ops
+from torch.fx import Graph
+
+from mst_fx.capture import opened
 
 library = torch.library.Library("opened_by_tests", "DEF")
 library.define("unpack(Tensor codes) -> Tensor")
@@ -58,3 +62,15 @@ def test_only_an_op_with_a_kernel_for_all_devices_is_looped(opaque):
 
     reports = beside_eager(program, inputs, inner="aot_eager")
     assert looped_regions(reports) == (not opaque)
+
+
+def test_collectives_are_not_run(monkeypatch):
+    """Their kernels would communicate in the middle of a compile, which other ranks may not be in."""
+    run = []
+    monkeypatch.setattr(opened, "kernel_for_all_devices", run.append)
+    graph = Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(4, device="meta")
+    graph.call_function(torch.ops._c10d_functional.all_reduce.default, (x, "sum", "0"))
+    assert not opened.openings(graph)
+    assert not run

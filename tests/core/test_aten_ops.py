@@ -20,6 +20,7 @@ from torch._inductor.lowering import fallbacks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mst_fx.core import aten_ops as table
+from mst_fx.core.torch_private.collectives import COLLECTIVES
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.ops.own_gradients import own_gradients, upstream
 from mst_fx.placement.rules import rule_for
@@ -31,11 +32,12 @@ OURS = (overwritten, upstream, own_gradients)
 """No compiler of torch's sees these ops."""
 RULED = sorted({op for op in _RULES if op not in ("pointwise", *OURS)}, key=str)
 """The ops of torch that have a rule of their own."""
-DRAWN = [op for op in RULED if op not in (*table.GROUPED_PRODUCTS, *table.SCALED_PRODUCTS, *table.LAYER_NORMS)]
+OF_SOME_DEVICES = (*table.GROUPED_PRODUCTS, *table.SCALED_PRODUCTS, *table.LAYER_NORMS)
+DRAWN = [op for op in RULED if op not in (*OF_SOME_DEVICES, *COLLECTIVES)]
 """Those that can be called on any CPU, in any dtype; of the others it is known that their backward reads operands."""
 
 KERNELS = {"view": table.SHOWS_MEMORY, "unfused": table.UNFUSED, "fused": table.FUSED}
-BACKWARD = {"dear": frozenset(table.CONTRACTIONS), "recomputed": table.RECOMPUTED}
+BACKWARD = {"dear": frozenset([*table.CONTRACTIONS, *COLLECTIVES]), "recomputed": table.RECOMPUTED}
 READING = {
     "contraction": table.CONTRACTIONS,
     "view or pick": table.PICKS,

@@ -1,4 +1,4 @@
-"""Data parallel training: loops inside of what the wrappers gather and reduce."""
+"""Parts that are fully sharded, on one rank: loops inside of what is gathered. Several ranks: `test_many_ranks`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
-from models import D, MlpLM, SwiGLU, V, tokens
-from numerics import LoopAll, gradients, looped, relative_error
+from models import D, SwiGLU, V, tokens
+from numerics import LoopAll, gradients, relative_error
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import mst_fx
 
@@ -23,27 +22,6 @@ def _one_rank(tmp_path):
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_ddp_reduces_each_parameter_once():
-    model = MlpLM().double()
-    batch = tokens(2)
-    truth = gradients(model, model, batch)
-    seen: list[int] = []
-    ddp = DistributedDataParallel(model)
-
-    def count(_, bucket):
-        seen.extend(id(p) for p in bucket.parameters())
-        future = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
-
-    ddp.register_comm_hook(None, count)
-    ours = gradients(model, looped(ddp), batch)
-    assert sorted(seen) == sorted(id(p) for p in model.parameters())
-    for name, value in truth.items():
-        assert relative_error(ours[name], value) < 1e-10
 
 
 class HeadAndLoss(nn.Linear):

@@ -50,7 +50,7 @@ def test_blocks_that_are_fully_sharded_as_well():
 
 @pytest.mark.slow
 def test_a_plan_of_transformers(tmp_path):
-    """Its head gathers logits, so it is left, and this is told."""
+    """Its MLPs, and its head, which gathers logits. The loss of transformers rounds them to float32."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         hidden_size=32,
@@ -63,8 +63,6 @@ def test_a_plan_of_transformers(tmp_path):
     )
     transformers.LlamaForCausalLM(config).to(torch.float64).save_pretrained(tmp_path)
     errors, (report,) = on_ranks(2, planned_llama, str(tmp_path))
-    assert max(errors.values()) < 1e-12, errors
-    assert [region.pattern for region in report.regions] == ["gated_mlp", "gated_mlp"]
-    refusals = {refusal.pattern: refusal for refusal in report.refusals}
-    assert refusals["head"].reason == "SHARDED"
-    assert "redistribute works on DTensors and communicates (all_gather" in refusals["head"].text
+    assert max(errors.values()) < 1e-6, errors
+    assert [region.pattern for region in report.regions] == ["gated_mlp", "gated_mlp", "head"]
+    assert all(region.verified for region in report.regions)

@@ -381,6 +381,17 @@ def test_equal_ranks_come_to_equal_plans(graph, budget):
     assert make_plans(*graph, DEVICE, config) == make_plans(*graph, DEVICE, config)
 
 
+def test_what_communicates_is_planned_by_its_own_shapes():
+    """Ranks with other devices, or another rest of the graph, run the same chunks; a rank alone would choose others."""
+    offers, rest = llama(8192, 2)
+    meeting = [replace(offer, communicates=True) for offer in offers]
+    tight, loose, bare = Config(memory_budget="1GiB"), Config(memory_budget=0.9), Timeline(0, ())
+    cases = [(rest, DEVICE, tight), (bare, replace(DEVICE, flops_per_ms=1.0), loose), (bare, DEVICE, Config())]
+    alone, found = ([[p.lengths for p in make_plans(each, *case).of] for case in cases] for each in (offers, meeting))
+    assert found == [[offer.terms.lengths for offer in offers]] * len(cases)
+    assert alone[0] != alone[1]
+
+
 def test_what_a_checkpointed_block_keeps_is_held_from_the_forward_on():
     block = (Segment(region=0, block=0, entry=1), Segment(saved=10, block=0))
     behind, alone = Timeline(0, (*block, Segment(passing=100))), Timeline(0, block)

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from graphs import captured
-from numerics import relative_error
 from sharded import HIDDEN, OPTIONS, PROGRAMS, TOKENS, Gated, parallel, styles
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,13 +22,15 @@ import mst_fx
 from mst_fx.core.modes import TOP
 from mst_fx.core.provenance import op_name
 from mst_fx.core.torch_private import inductor
+from mst_fx.core.torch_private.collectives import is_collective
 from mst_fx.core.values import is_sharded, tensors_of
 from mst_fx.engine import Engine
-from mst_fx.ops.shards import crosses, enter, leave
+from mst_fx.ops.shards import OnDTensors, crosses, enter, leave
 from mst_fx.recognise import local_shards
 from mst_fx.recognise.contractions import RANKS
 from mst_fx.recognise.local_shards import localised
 from mst_fx.recognise.pattern import patterns
+from mst_fx.recognise.rebuild import LOCAL
 from mst_fx.survey import change
 
 
@@ -67,7 +68,10 @@ def on_dtensors(gm):
 
 def test_shards_enter_and_leave_at_the_borders_alone(mesh):
     gm = graph_of("dtensors", mesh)
-    copy = localised(gm, gm, TOP, (), {})
+    whole = {
+        key for node in localised(gm, gm, TOP, (), {}).graph.nodes for key in node.meta.get(LOCAL, ()) if "whole" in key
+    }
+    copy = localised(gm, gm, TOP, whole, {})
     assert [node.args[1:] for node in calls(copy, enter)] == [
         ((Partial(),),),  # the tokens, once for both projections
         ((Shard(0),),),
@@ -123,13 +127,12 @@ def test_a_torch_without_dtensors(monkeypatch):
 def test_what_has_to_stay_is_told_beside_the_loops(mesh):
     """The head runs on DTensors in the end, as no loop takes it; the report still says why."""
     plan = {**styles("0."), "1.head": ColwiseParallel(output_layouts=Replicate())}
-    model = parallelize_module(nn.ModuleList([Gated(), Head()]).double(), mesh, plan)
+    model = parallelize_module(nn.ModuleList([Gated(), Head(65)]).double(), mesh, plan)
     gm = captured(lambda x, labels: model[1](model[0](x), labels), tokens(), labels())
     report = engine(gm).rewritten().report
     assert [region.pattern for region in report.regions] == ["gated_mlp"]
-    (refusal,) = report.refusals
-    assert refusal.pattern == "head"
-    assert "communicates (all_gather" in refusal.text
+    told = [refusal.text for refusal in report.refusals]
+    assert any("torch.nn.functional.linear works on DTensors and has shards of unlike sizes" in text for text in told)
 
 
 def test_nodes_that_are_alike_are_tried_once(mesh, monkeypatch):
@@ -186,9 +189,9 @@ def test_products_that_inductor_joins_with_collectives_stay(mesh, monkeypatch):
 
 
 class Head(nn.Module):
-    def __init__(self):
+    def __init__(self, classes=64):
         super().__init__()
-        self.norm, self.head = nn.RMSNorm(HIDDEN), nn.Linear(HIDDEN, 64, bias=False)
+        self.norm, self.head = nn.RMSNorm(HIDDEN), nn.Linear(HIDDEN, classes, bias=False)
 
     def forward(self, x, labels):
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), labels.flatten())
@@ -198,25 +201,62 @@ def labels():
     return torch.randint(0, 64, (2, TOKENS))
 
 
-def test_a_head_that_gathers_its_logits_is_refused_by_the_collective(mesh):
-    model = parallelize_module(Head().double(), mesh, {"head": ColwiseParallel(output_layouts=Replicate())})
-    (refusal,) = engine(captured(model, tokens(), labels())).rewritten().report.refusals
-    assert (refusal.pattern, refusal.reason) == ("head", "SHARDED")
-    assert refusal.text.endswith("redistribute works on DTensors and communicates (all_gather_into_tensor)")
+def head_graph(mesh, layout, classes=64, **options):
+    model = parallelize_module(
+        Head(classes).double(), mesh, {"head": ColwiseParallel(output_layouts=layout, **options)}
+    )
+    return captured(model, tokens(), labels())
 
 
-def test_a_head_whose_vocabulary_is_sharded_is_refused_by_its_loss(mesh):
-    """It compiles, and gives what it gives without mst_fx."""
-    model = parallelize_module(Head().double(), mesh, {"head": ColwiseParallel(use_local_output=False)})
-    given, told = (tokens(), labels()), len(mst_fx.reports())
+COLLECTIVES = {
+    Replicate(): ["all_gather_into_tensor"],
+    Shard(-1): [
+        "all_reduce",
+        "all_reduce",
+        "all_reduce",
+    ],  # the largest logit, the sum of exponentials, the picked logit
+}
+
+
+@pytest.mark.parametrize("layout", COLLECTIVES)
+def test_a_head_holds_the_collectives_of_its_mini_sequence(mesh, layout):
+    """They are in the loop, and none outside; no DTensor is there, and nothing else has changed."""
     with loss_parallel():
-        ours = torch.compile(model, backend="mst_fx", options={**OPTIONS, "inner": "aot_eager"})(*given)
-        ours.backward()
-        expected = model(*given)
-    assert relative_error(ours.full_tensor(), expected.full_tensor()) < 1e-12
-    refusals = [refusal for report in mst_fx.reports()[told:] for refusal in report.refusals]
-    assert {refusal.reason for refusal in refusals} == {"SHARDED"}
-    assert any("cross_entropy works on DTensors and communicates (all_reduce)" in each.text for each in refusals)
+        gm = head_graph(mesh, layout, use_local_output=layout.is_replicate())
+        rewritten = engine(gm, verify=True).rewritten()
+    (site,), (region,) = rewritten.sites, rewritten.report.regions
+    assert (site.pattern, site.work.backward, region.verified) == ("head", "in_forward", True)
+    assert site.work.communicates
+    found = [node.target._opname for node in site.work.stages.loop if is_collective(node.target)]
+    assert [name for name in found if name != "wait_tensor"] == COLLECTIVES[layout]
+    assert not any(isinstance(node.target, OnDTensors) for node in rewritten.module.graph.nodes)
+    assert not rewritten.report.refusals
+
+
+@pytest.mark.parametrize("layout", [Replicate(), Shard(-1)])
+def test_a_vocabulary_that_ranks_share_unevenly_is_refused(mesh, layout):
+    """Each rank would have a graph of its own, and might choose other mini-sequences."""
+    with loss_parallel():
+        report = engine(head_graph(mesh, layout, 65, use_local_output=layout.is_replicate())).rewritten().report
+    assert not report.regions
+    assert report.refusals
+    assert all("has shards of unlike sizes" in refusal.text for refusal in report.refusals)
+
+
+def test_a_loss_over_returned_logits_is_looped_behind_what_gathers_them(mesh):
+    model = parallelize_module(Head().double(), mesh, {"head": ColwiseParallel(output_layouts=Replicate())})
+
+    def step(x, labels):
+        logits = model.head(model.norm(x))
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+    gm = captured(step, tokens(), labels())
+    rewritten = engine(gm).rewritten()
+    assert [(site.pattern, site.work.communicates) for site in rewritten.sites] == [("head", False)]
+    (gathers,) = (node for node in rewritten.module.graph.nodes if isinstance(node.target, OnDTensors))
+    assert "redistribute" in op_name(gathers)
+    whole = engine(gm, returned_logits="drop").rewritten()
+    assert [(site.pattern, site.work.communicates) for site in whole.sites] == [("head", True)]
 
 
 @pytest.mark.parametrize("dynamic", [True, None])

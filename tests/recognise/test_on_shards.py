@@ -83,17 +83,29 @@ def test_what_runs_on_shards(mesh, name):
     assert found == OnShards(False, tuple((grad,) for grad in grads), shares, ranks)
 
 
+WHOLE_ALONE = {
+    "a collective": (lambda x: x.redistribute(placements=[WHOLE]), Shard(2), "communicates (all_gather"),
+    "a nonlinear op on what is to be summed": (lambda x: x.relu(), SUM, "communicates (all_reduce"),
+    "sizes of the whole": (lambda x: x.view(4, 6, 4, 2), Shard(2), "something else than on the whole"),
+    "a plain value": (lambda x: x.full_tensor(), Shard(1), "communicates (all_gather"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_ALONE)
+def test_what_runs_on_dtensors_that_are_made_of_shards(mesh, name):
+    """It is a function of the shards: their gradients are placed as the shards are."""
+    function, placement, why = WHOLE_ALONE[name]
+    found = outcome(function, spread(mesh, placement, 4, 6, 8))
+    assert why in found.why_whole
+    assert found.grads == ((WHOLE if placement == SUM else placement,),)
+
+
 STAYS = {
     "a mean over parts": (lambda x: x.mean(-1), Shard(2), "reduced by other means"),
     "a sum whose gradient is as wide as the whole": (lambda x: x.sum(-1), Shard(2), "something else than on the whole"),
-    "a mean of what is made of all": (lambda x: x.var(-1), Shard(2), "communicates"),
     "softmax over parts": (lambda x: x.softmax(-1), Shard(2), "communicates (all_gather"),
-    "a collective": (lambda x: x.redistribute(placements=[WHOLE]), Shard(2), "communicates (all_gather"),
-    "sizes of the whole": (lambda x: x.view(4, 6, 4, 2), Shard(2), "something else than on the whole"),
     "random numbers": (lambda x: F.dropout(x, 0.5), Shard(2), "draws random numbers"),
     "a write": (lambda x: (x * 2).add_(1), Shard(2), "writes in place"),
-    "a nonlinear op on what is to be summed": (lambda x: x.relu(), SUM, "communicates (all_reduce"),
-    "the largest of the sums": (lambda x: x.sum(-1).sigmoid(), Shard(2), "communicates (all_reduce"),
     "several values": (lambda x: x.unbind(0)[0] * 2, Shard(2), "gives several values"),
 }
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from graphs import captured, region_of, sketched
 from torch.fx import GraphModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import mst_fx
 from mst_fx.bodies.work import analysed
@@ -166,3 +167,19 @@ def test_runs_are_hidden_from_hooks_and_no_grad_around_the_compile():
         assert not torch.is_grad_enabled()
     assert saved == []
     assert outcome.gradients[0].count_nonzero() == T * D
+
+
+def test_no_rank_waits_for_another():
+    """Collectives are run as if all ranks held the same."""
+    x, collectives = torch.randn(2, 3), torch.ops._c10d_functional
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with isolated():
+            assert torch.equal(collectives.wait_tensor(collectives.all_reduce(x, "sum", "0")), 2 * x)
+            assert torch.equal(collectives.all_reduce(x, "max", "0"), x)
+            assert torch.equal(collectives.all_gather_into_tensor(x, 2, "0"), torch.cat([x, x]))
+            assert torch.equal(collectives.reduce_scatter_tensor(x, "avg", 2, "0"), x[:1])
+            with pytest.raises(NotImplementedError, match="communicates"):
+                collectives.broadcast(x, 0, "0")
+    finally:
+        torch.distributed.destroy_process_group()

@@ -93,10 +93,24 @@ def is_captured(gm: GraphModule) -> bool:
 def graph_break(gm: GraphModule) -> str:
     """Return why and where Dynamo ended a graph before the user's function ends, "" where the function ends, too.
 
-    It is "" as well where torch does not leave the reason on the graph.
+    It is "" as well where torch does not leave the reason on the graph. A fragment has one: its values are read behind.
     """
     reason = getattr(gm, "compile_subgraph_reason", None)
     return _told(reason) if reason is not None and reason.graph_break else ""
+
+
+def is_fragment(gm: GraphModule) -> bool:
+    """Return whether Dynamo has divided a captured graph for DDP, at its buckets of parameters, and this is one part.
+
+    It is False as well where torch does not leave its mark on the part.
+    """
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return any(frame.name == "DDPOptimizer" for frame in getattr(reason, "user_stack", None) or ())
+
+
+def is_input_of_whole(node: Node) -> bool:
+    """Return whether an input of a fragment is one of the captured graph; another fragment makes the others."""
+    return "grapharg" in node.meta
 
 
 def break_at(file: str, line: int) -> str:

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mst_fx.core.aten_ops import LINEAR_IN_ALL, LINEAR_IN_FIRST, LINEAR_IN_ONE, PRODUCTS
+from mst_fx.core.aten_ops import (
+    CHOICES,
+    FILL_VALUES,
+    LINEAR_IN_ALL,
+    LINEAR_IN_FIRST,
+    LINEAR_IN_ONE,
+    PRODUCTS,
+    SCALARS,
+    VIEWS,
+    ZEROS,
+)
 from mst_fx.placement.placement import PARTIAL, WHOLE, Placement
 from mst_fx.placement.rules.registry import Flow, args_of
 
@@ -54,10 +64,19 @@ class _Dependent(set[Node]):
 
 
 def _scales(node: Node, dependent: _Dependent) -> bool:
-    """Return whether a product, or a cast, has one dependent operand."""
+    """Return whether a product, a view, a cast, or a choice between it and zero has one dependent operand."""
     operands = [operand for operand in args_of(node) if isinstance(operand, Node)]
     one = sum(operand in dependent for operand in operands) == 1
-    return one and (node.target in PRODUCTS or casts(node))
+    if one and node.target in CHOICES:
+        return operands[0] not in dependent and any(map(is_zero, operands[1:]))
+    return one and (node.target in (*PRODUCTS, *VIEWS) or casts(node))
+
+
+def is_zero(node: Node) -> bool:
+    """Return whether a node fills a value with zeros: as many of them as there are chunks add up to zero."""
+    if node.target in FILL_VALUES:
+        return bool(args_of(node)[FILL_VALUES[node.target]] == 0)
+    return node.target in ZEROS or (node.target in SCALARS and args_of(node)[0] == 0)
 
 
 def casts(node: Node) -> bool:

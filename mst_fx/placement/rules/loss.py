@@ -15,8 +15,10 @@ def nll_loss(node: Node, flow: Flow) -> NodePlacement:
     scores, target, weight, reduction = args_of(node)[:4]
     split = flow.of(scores)
     if not isinstance(split, Split):
-        if flow.of(target) != WHOLE or flow.of(weight) != WHOLE:
-            raise mixed(node, "has split targets or class weights for whole scores")
+        if flow.of(weight) != WHOLE:
+            raise mixed(node, "has split class weights")
+        if isinstance(rows := flow.of(target), Split):
+            raise Demand(scores, rows.moved(rows.dim + (rows.dim >= 1)))
         return (WHOLE, WHOLE)
     classes = 1 if len(shape_of(scores)) > 1 else 0
     if split.dim == classes or reduction == MEAN:

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Sequence
 
 from torch.fx import Node
 
-from mst_fx.core.aten_ops import FILL_VALUES, ZEROS
 from mst_fx.core.graph_walk import descendants
 from mst_fx.ops.own_gradients import own_gradients, own_of, upstream
 from mst_fx.placement.placement import PARTIAL, WHOLE, Placement, Split
-from mst_fx.placement.rules.linear import proportional
-from mst_fx.placement.rules.registry import Demand, Flow, args_of, mixed, rule
+from mst_fx.placement.rules.linear import is_zero, proportional
+from mst_fx.placement.rules.registry import Demand, Flow, mixed, rule
 
 
 def of_gradient(placement: Placement) -> Placement:
@@ -46,7 +45,7 @@ def check_gradients(node: Node, flow: Flow) -> None:
 def _check_gradient(operand: Node, gradient: Node, flow: Flow) -> None:
     """Raise a refusal, or a `Demand`, for a gradient that does not lie as that of the operand."""
     placed, given = flow.of(operand), flow.of(gradient)
-    if given == of_gradient(placed) or (given == WHOLE and _is_zero(gradient)):
+    if given == of_gradient(placed) or (given == WHOLE and is_zero(gradient)):
         return
     if given == WHOLE and isinstance(placed, Split):
         raise Demand(gradient, placed)
@@ -56,13 +55,6 @@ def _check_gradient(operand: Node, gradient: Node, flow: Flow) -> None:
         raise mixed(gradient, "gives each chunk the whole gradient of a whole value")
     text = "adds up over the axis" if given == PARTIAL else f"gives a gradient placed as {given}"
     raise mixed(gradient, f"{text}, and is the gradient of a value placed as {placed}")
-
-
-def _is_zero(node: Node) -> bool:
-    """Return whether a node fills a value with zeros: as many of them as there are chunks add up to zero."""
-    if node.target in FILL_VALUES:
-        return args_of(node)[FILL_VALUES[node.target]] == 0
-    return node.target in ZEROS
 
 
 def tied_to_chunks(nodes: list[Node]) -> set[Node]:
@@ -79,4 +71,4 @@ def scales_with_upstream(loop: Iterable[Node], backward: Sequence[Node]) -> bool
     """
     scaled = proportional(backward, [node for node in backward if node.target == upstream])
     gradients = [gradient for node in loop if node.target == own_gradients for gradient in own_of(node).gradients]
-    return all(gradient in scaled or _is_zero(gradient) for gradient in gradients)
+    return all(gradient in scaled or is_zero(gradient) for gradient in gradients)

@@ -14,6 +14,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_map_only
 
 from mst_fx.core.aten_ops import LINEAR_IN_ALL, LINEAR_IN_FIRST, LINEAR_IN_ONE
+from mst_fx.core.torch_private.collectives import COLLECTIVES
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.ops.own_gradients import own_gradients, upstream
 from mst_fx.placement.placement import WHOLE, Split
@@ -52,6 +53,7 @@ UNCHECKED = {
     overwritten: "takes two values of one shape alone; see the tests of writes",
     upstream: "stands for a gradient, and is never run; see the tests of custom functions",
     own_gradients: "is never run; see the tests of custom functions",
+    **dict.fromkeys(COLLECTIVES, "communicates; see the tests of collectives"),
 }
 REFUSED = {
     *(aten.all.default, aten.any.default, aten.max.default, aten.min.default, aten.median.default),

@@ -65,6 +65,10 @@ def test_without_reduction_rows_stay_split():
     assert placed(Call(lambda s, t: nll(s, t, reduction=NONE), [SCORES, TARGETS]), Split(0)) == [Split(0)]
 
 
+def test_scores_are_split_with_their_targets():
+    assert placed(Call(nll, [SCORES, TARGETS]), Split(0), 1) == [PARTIAL, PARTIAL]
+
+
 def test_whole_operands_stay_whole():
     call = Call(lambda x, s, t: [x + 1, *nll(s, t)], [values(4), SCORES, TARGETS])
     assert placed(call, Split(0)) == [Split(0), WHOLE, WHOLE]
@@ -75,7 +79,6 @@ def test_whole_operands_stay_whole():
     [
         (nll, [SCORES, TARGETS], 0, Split(1)),
         (nll, [values(3), targets([], 3)], 0, Split(0)),
-        (nll, [SCORES, TARGETS], 1, Split(0)),
         (nll, [SCORES, TARGETS, WEIGHT], 2, Split(0)),  # class weights that are split, with whole scores
         (lambda s, t: nll(s, t, reduction=MEAN), [SCORES, TARGETS], 0, Split(0)),
         (lambda s, t: nll(s, t, s.select(1, 0)), [values(3, 3), targets([3], 3)], 0, Split(0)),

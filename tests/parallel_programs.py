@@ -1,0 +1,247 @@
+"""Programs of several ranks: DDP in its forms, parts that are fully sharded, and sequences that ranks share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import cache, partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F  # noqa: N812
+from frugal import frugal
+from parallel import TOKENS, Counting, Model, Outcome, Way, batches, errors_of, gradients_of, outcome, truth_of
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import context_parallel, register_sharding
+from torch.nn.parallel import DistributedDataParallel
+
+Found = tuple[dict[str, float], Counter[str]]
+STEPS = 2
+
+
+def steps(
+    own: Model,
+    wrapped: nn.Module,
+    run: Callable[..., Any],
+    lengths: Callable[[int, int], int] = lambda step, sequence: TOKENS,
+    sharing: int = 1,
+    accumulate: int = 1,
+) -> Found:
+    """The largest errors in some steps, and the collectives of the last one.
+
+    Args:
+        own: the model as it was before it was wrapped, of which the truth is made.
+        wrapped: the model on several ranks.
+        run: runs it.
+        lengths: of the sequences, by step and number.
+        sharing: number of ranks that share a sequence.
+        accumulate: number of batches in a step; the ranks add up gradients after the last one.
+    """
+    rank, sequences = dist.get_rank(), dist.get_world_size() // sharing
+    errors: dict[str, float] = {}
+    for step in range(STEPS):
+        wanted = [lengths(step, number) for number in range(sequences)]
+        given = [batches(wanted, seed=10 * step + part) for part in range(accumulate)]
+        truths = [truth_of(own, batch) for batch in given]
+        truth = {name: sum(each[name] for each in truths) for name in truths[0]}
+        wrapped.zero_grad()
+        losses = []
+        with Counting() as count:
+            for number, batch in enumerate(given):
+                ids, labels = (each.chunk(sharing, 1)[rank % sharing] for each in batch[rank // sharing])
+                last = number == accumulate - 1
+                with nullcontext() if last else wrapped.no_sync():
+                    loss, shown = run(ids, labels)
+                    loss.backward()
+                losses.append(shown.double())
+        found = errors_of({"loss": torch.stack(losses).sum(), **gradients_of(wrapped)}, truth)
+        errors = {name: max(error, errors.get(name, 0.0)) for name, error in found.items()}
+    return errors, count.found
+
+
+def ddp(
+    way: Way,
+    optimize: Any = False,
+    model: Callable[[], Model] = Model,
+    dynamic: bool | None = None,
+    one_by_one: bool = False,
+    unused: bool = False,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    **of_steps: Any,
+) -> Found:
+    """Steps of a model in DDP.
+
+    Args:
+        way: how to compile.
+        optimize: Dynamo's option `optimize_ddp`.
+        model: makes the model.
+        dynamic: of `torch.compile`.
+        one_by_one: compile blocks and head by themselves, and not all in one.
+        unused: a parameter gets no gradient.
+        options: of DDP.
+        **of_steps: as for `steps`.
+    """
+    own = model().double()
+    if unused:
+        own.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    truth = _copy(own)
+    with torch._dynamo.config.patch(optimize_ddp=optimize, compiled_autograd=optimize == "python_reducer"):
+        wrapped = DistributedDataParallel(own, **options)
+        for part in (*own.blocks, own.head) if one_by_one else ():
+            part.compile(**way.given)
+        run = wrapped if one_by_one else torch.compile(wrapped, dynamic=dynamic, **way.given)
+        return steps(truth, wrapped, run, **of_steps)
+
+
+def fsdp(
+    way: Way,
+    mesh: tuple[int, ...] = (),
+    checkpointed: str = "",
+    reshard: bool = True,
+    offload: bool = False,
+    mixed: bool = False,
+    attention: Callable[..., torch.Tensor] = F.scaled_dot_product_attention,
+    **of_steps: Any,
+) -> Found:
+    """Steps of a model of which each part is fully sharded, and compiled by itself.
+
+    Args:
+        way: how to compile.
+        mesh: sizes of the mesh: with two, the first are copies.
+        checkpointed: "inside" of a compiled block, or "outside" of it.
+        reshard: let go of whole parameters behind the forward.
+        offload: parameters lie on the host.
+        mixed: whole parameters are bfloat16, and gradients are added up in float32.
+        attention: of q, k and v.
+        **of_steps: as for `steps`.
+    """
+    own = Model() if mixed else Model().double()
+    truth = _copy(own)
+    own.checkpointed = checkpointed == "outside"
+    options: dict[str, Any] = {"reshard_after_forward": reshard}
+    if mixed:
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    shape = mesh or (dist.get_world_size(),)
+    options["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
+    for block in own.blocks:
+        block.attention, block.checkpointed = attention, checkpointed == "inside"
+    for part in (*own.blocks, own.head):
+        part.compile(**way.given)
+        fully_shard(part, **options)
+    wrapped = fully_shard(own, **options)
+    return steps(truth, wrapped, wrapped, **of_steps)
+
+
+def exchanged(group: dist.ProcessGroup) -> Callable[..., torch.Tensor]:
+    """Return attention of the ranks of a group that share a sequence: each has all tokens of some heads (Ulysses)."""
+    ranks = group.size()
+
+    def to_all(x: torch.Tensor) -> torch.Tensor:
+        """Give each rank its part of dim 0."""
+        sizes = [x.shape[0] // ranks] * ranks
+        return funcol.all_to_all_single_autograd(x.contiguous(), sizes, sizes, group)
+
+    def to_heads(x: torch.Tensor) -> torch.Tensor:
+        batch, heads, length, width = x.shape
+        parts = to_all(x.view(batch, ranks, heads // ranks, length, width).transpose(0, 1))
+        return parts.permute(1, 2, 0, 3, 4).reshape(batch, heads // ranks, ranks * length, width)
+
+    def to_tokens(x: torch.Tensor) -> torch.Tensor:
+        batch, heads, length, width = x.shape
+        parts = to_all(x.view(batch, heads, ranks, length // ranks, width).permute(2, 0, 1, 3, 4))
+        return parts.transpose(0, 1).reshape(batch, ranks * heads, length // ranks, width)
+
+    return lambda q, k, v: to_tokens(F.scaled_dot_product_attention(*map(to_heads, (q, k, v))))
+
+
+def context_parallel_ddp(way: Way) -> Found:
+    """A step within torch's `context_parallel`, which gives each rank its tokens and makes DTensors of q, k and v.
+
+    On a CPU, torch has no ring attention: a rule of how DTensors are placed stands in for it, with whole k and v.
+    """
+    _attend_to_whole_keys()
+    own = Model().double()
+    truth = _copy(own)
+    own.blocks[0].attention = lambda q, k, v: F.scaled_dot_product_attention(q, k, v)  # torch replaces it by then
+    wrapped = DistributedDataParallel(own)
+    run, mesh = torch.compile(wrapped, **way.given), init_device_mesh("cpu", (dist.get_world_size(),))
+    (batch,) = batches([TOKENS], seed=0)
+    expected = truth_of(truth, [batch])
+    around = context_parallel(mesh, buffers=list(batch), buffer_seq_dims=[1, 1])
+    with torch._dynamo.config.patch(optimize_ddp=False), around, Counting() as count:
+        loss, shown = run(*batch)
+        loss.backward()
+    return errors_of({"loss": shown, **gradients_of(wrapped)}, expected), count.found
+
+
+@cache
+def _attend_to_whole_keys() -> None:
+    own, whole = Shard(2), Replicate()
+
+    @register_sharding(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default)
+    def _forward(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
+        return [([own, own], [own, whole, whole])]
+
+    @register_sharding(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
+    def _backward(grad, q, k, v, out, sums, dropout_p, is_causal, *, attn_mask=None, scale=None):
+        return [([own, Partial(), Partial()], [own, own, whole, whole, own, own, None, None])]
+
+
+def ulysses_fsdp(way: Way) -> Found:
+    """Two ranks share a sequence, other ranks have others of other lengths; all of them share the parameters."""
+    groups = [dist.new_group([rank, rank + 1]) for rank in range(0, dist.get_world_size(), 2)]
+    attention = exchanged(groups[dist.get_rank() // 2])
+    return fsdp(way, attention=attention, checkpointed="inside", sharing=2, lengths=lambda _, number: 24 + 12 * number)
+
+
+def _wide() -> Model:
+    """A model with checkpointed blocks, of which each parameter of the MLP fills a bucket of DDP."""
+    model = Model(8192)
+    model.blocks[0].checkpointed = True
+    return model
+
+
+PROGRAMS: dict[int, dict[str, Callable[[Way], Found]]] = {
+    2: {
+        "ddp, no_sync": partial(ddp, accumulate=2),
+        "ddp, static graph, other lengths on each rank": partial(
+            ddp, dynamic=True, options={"static_graph": True}, lengths=lambda step, number: 16 + 8 * number + 4 * step
+        ),
+        "ddp, parts, unused parameter": partial(
+            ddp, one_by_one=True, unused=True, options={"find_unused_parameters": True}
+        ),
+        "ddp, python reducer": partial(ddp, optimize="python_reducer"),
+        "ddp, divided between checkpointed blocks": partial(
+            ddp, optimize=True, model=_wide, options={"bucket_cap_mb": 1}
+        ),
+        "fsdp, checkpoint outside, offloaded": partial(fsdp, checkpointed="outside", offload=True),
+        "fsdp, mixed precision": partial(fsdp, mixed=True),
+        "context parallel": context_parallel_ddp,
+    },
+    4: {
+        "hsdp, checkpoint inside, not resharded": partial(fsdp, mesh=(2, 2), checkpointed="inside", reshard=False),
+        "ulysses in fsdp": ulysses_fsdp,
+    },
+}
+"""By number of ranks, and by name."""
+
+
+def outcomes() -> dict[str, Outcome]:
+    """Run all programs for this number of ranks."""
+    with frugal():
+        return {name: outcome(program) for name, program in PROGRAMS[dist.get_world_size()].items()}
+
+
+def _copy(model: Model) -> Model:
+    copied = type(model)(model.blocks[0].gate.out_features, len(model.blocks)).to(model.head.weight.dtype)
+    copied.load_state_dict(model.state_dict(), strict=False)
+    return copied
