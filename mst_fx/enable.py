@@ -21,7 +21,8 @@ from mst_fx.core.graph_modules import take_over
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private import inductor
 from mst_fx.core.torch_private.captured import is_captured
-from mst_fx.inner_compiler import cached_with_loops, is_of_our_backend
+from mst_fx.core.torch_private.inductor import PARTITIONER
+from mst_fx.inner_compiler import cached_with_loops, is_of_our_backend, partitioned
 from mst_fx.pipeline import looped_and_told
 from mst_fx.report.items import refused
 from mst_fx.report.report import Report, record
@@ -68,7 +69,8 @@ class LoopPass:
         inductor.set_option(PLACE, self)
         if TIMING in self.before:
             inductor.set_option(TIMING, "early")  # in front of the caches: their keys then hold the loops
-        for name, value in cached_with_loops().items():
+        options = {**cached_with_loops(), **(partitioned(self.before) if PARTITIONER in self.before else {})}
+        for name, value in options.items():
             inductor.set_option(name, value)
 
     def uuid(self) -> str | None:
@@ -121,7 +123,8 @@ def enable(**options: Any) -> None:
 
         patterns(config.disable)
     disable()
-    before = {name: inductor.option(name) for name in (PLACE, TIMING, CACHEABLE) if inductor.has_option(name)}
+    names = (PLACE, TIMING, CACHEABLE, *([PARTITIONER] if config.offload else []))
+    before = {name: inductor.option(name) for name in names if inductor.has_option(name)}
     inductor.register_pass(LoopPass)
     LoopPass(config, _passes(before[PLACE]), before).enter()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -30,7 +30,9 @@ from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import Hint, fix, hint, is_symbolic, long_hint, without_guards
 from mst_fx.core.values import marked_sizes, sizes_of
 from mst_fx.plan.chunk_length import Lengths
-from mst_fx.plan.planner import Offer, Plan, Plans, make_plans
+from mst_fx.plan.decisions import Plan, Plans
+from mst_fx.plan.offer import Offer
+from mst_fx.plan.planner import make_plans
 from mst_fx.predict.step_memory import Timeline
 from mst_fx.recognise.local_shards import ON_SHARDS
 from mst_fx.recognise.pattern import Pattern
@@ -38,9 +40,12 @@ from mst_fx.recognise.rebuild import Edit, rebuilt
 from mst_fx.report.entries import looped
 from mst_fx.report.items import refused
 from mst_fx.report.report import Report
+from mst_fx.runtime.offload import Offload
 from mst_fx.runtime.places import Place, remember
 from mst_fx.survey import messages
 from mst_fx.survey.courses import graph_timeline
+from mst_fx.survey.kept import kept_by_blocks
+from mst_fx.survey.offloading import away_of, offload_of, told
 from mst_fx.survey.survey import Surveyor
 from mst_fx.survey.surveyed import Around, Site, Surveyed, device_of_graph, timeline_of
 from mst_fx.survey.unlooped import unlooped
@@ -59,11 +64,13 @@ class Rewritten:
         module: the new graph; the captured one where nothing changes.
         report: the decisions.
         sites: the regions that are looped.
+        offload: what goes to the host.
     """
 
     module: GraphModule
     report: Report
     sites: tuple[Site, ...]
+    offload: Offload | None = None
 
     @property
     def works(self) -> list[Work]:
@@ -134,7 +141,8 @@ class Engine:
 
     def _rewritten(self, surveyed: Surveyed) -> Rewritten:
         offers = self._offers(surveyed, due=self._due(surveyed))
-        timeline = timeline_of(surveyed)
+        kept = kept_by_blocks(surveyed, self.config.least_sent) if self._may_offload() else []
+        timeline = timeline_of(surveyed, away=away_of(kept))
         plans = make_plans(offers, timeline, device_of_graph(surveyed), self.config)
         of_site = dict(zip(surveyed.all_sites(), plans.of, strict=True))
         messages.tell_plans(plans, of_site)
@@ -145,8 +153,18 @@ class Engine:
         report = _with_budget(report, plans).joined(self._unlooped(surveyed, of_site, plans.peak))
         report = report.joined(self._timeline(surveyed, timeline, offers, plans))
         report = report.joined(Report(notes=(plans.leaner,) if plans.leaner else ()))
+        report = report.joined(told(kept, plans, self.config) if self._may_offload() else Report())
         report = replace(report, peak=plans.peak, peak_whole=plans.peak_whole, budget=plans.budget)
-        return Rewritten(module or self.gm, report, tuple(site for site, plan in of_site.items() if plan.lengths))
+        offload = offload_of(surveyed, plans, of_site, self._literals, self.config)
+        looping = tuple(site for site, plan in of_site.items() if plan.lengths)
+        return Rewritten(module or self.gm, report, looping, offload)
+
+    def _may_offload(self) -> bool:
+        return self.config.offload is not None and torch.is_grad_enabled()
+
+    def _literals(self, site: Site, plan: Plan) -> Any:
+        assert plan.lengths is not None
+        return self.surveyor.call(site.work, plan.lengths).spec.backward_spec
 
     def _unlooped(self, surveyed: Surveyed, plans: Mapping[Site, Plan], peak: int) -> Report:
         """Return a report with the largest values that no loop covers."""

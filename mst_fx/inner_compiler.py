@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from mst_fx.core.config import Config
 from mst_fx.core.torch_private import dynamo, inductor
 
+CUDA_GRAPHS = "triton.cudagraphs"
 Compile: TypeAlias = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 _of_our_backend: ContextVar[bool] = ContextVar("mst_fx_of_our_backend", default=False)
@@ -47,7 +48,7 @@ def inner_compiler(config: Config, mode: str | None, options: dict[str, Any]) ->
 
 def _chosen(config: Config, mode: str | None, options: dict[str, Any]) -> Compile:
     if config.inner == "inductor":
-        return _inductor(mode, options)
+        return _inductor(config, mode, options)
     if callable(config.inner):
         given: dict[str, Any] = {"mode": mode, "options": options}
         given = {name: value for name, value in given.items() if value}
@@ -56,13 +57,62 @@ def _chosen(config: Config, mode: str | None, options: dict[str, Any]) -> Compil
     if options or mode:
         names = ", ".join([*([f"mode={mode!r}"] if mode else []), *sorted(options)])
         raise ValueError(f"mst_fx: inner={config.inner!r} takes neither a mode nor options of Inductor: {names}")
+    if config.offload and config.inner == "aot_eager":
+        from mst_fx.core.torch_private.partition import aot_eager
+        from mst_fx.runtime.offload_partition import OffloadPartition
+
+        return lambda gm, inputs: aot_eager(gm, inputs, OffloadPartition())
     compiler: Compile = dynamo.backend_named(config.inner)
     return compiler
 
 
-def _inductor(mode: str | None, options: dict[str, Any]) -> Compile:
+def _inductor(config: Config, mode: str | None, options: dict[str, Any]) -> Compile:
     all_options = {**(inductor.options_of_mode(mode) if mode else {}), **cached_with_loops(), **options}
+    if config.offload:
+        all_options |= partitioned(all_options)
     return lambda gm, inputs: inductor.compile_graph(gm, inputs, all_options)
+
+
+def partitioned(options: dict[str, Any]) -> dict[str, Any]:
+    """Return Inductor's option by which the partitioner sends values to the host, around the user's own partitioner.
+
+    Args:
+        options: of the compile.
+    """
+    from mst_fx.runtime.offload_partition import OffloadPartition
+
+    own = options.get(inductor.PARTITIONER, inductor.option(inductor.PARTITIONER))
+    return {inductor.PARTITIONER: own if isinstance(own, OffloadPartition) else OffloadPartition(own)}
+
+
+def stays_on_device(config: Config, mode: str | None, options: dict[str, Any]) -> str | None:
+    """Return why nothing can go to the host with this compiler, None where it can or need not.
+
+    Args:
+        config: the user's options.
+        mode: of the compile.
+        options: of the compile, those that are not ours.
+    """
+    if config.offload is None or config.inner == "aot_eager":
+        return None
+    if config.inner != "inductor":
+        return f"inner={config.inner!r} has no place for a partitioner"
+    if not inductor.has_option(inductor.PARTITIONER):
+        return f"Inductor has no option {inductor.PARTITIONER!r}"
+    mode = mode or config.mode
+    if {**(inductor.options_of_mode(mode) if mode else {}), **options}.get(CUDA_GRAPHS, inductor.uses_cuda_graphs()):
+        return "CUDA graphs replay copies from and to the same memory of the host, whatever it holds then"
+    return None
+
+
+def taken_partitioner(config: Config) -> str | None:
+    """Return why nothing can go to the host under `enable`: a compile's own options have taken the place."""
+    if config.offload is None:
+        return None
+    from mst_fx.runtime.offload_partition import OffloadPartition
+
+    ours = isinstance(inductor.option(inductor.PARTITIONER), OffloadPartition)
+    return None if ours else f"the compile has its own {inductor.PARTITIONER!r}"
 
 
 def cached_with_loops() -> dict[str, Any]:

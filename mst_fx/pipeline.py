@@ -12,7 +12,7 @@ plan       regions, rest of the graph, device, options -> chunk lengths | Refusa
 assembly   work, lengths            -> aten bodies of one chunk
 verify     region, bodies           -> Verified | Refusal, with the option `verify`
 rewrite    gm, bodies               -> gm'
-inner      gm'                      -> what torch.compile calls
+inner      gm', what is offloaded   -> what torch.compile calls
 
 `engine` runs all but the last. It is loaded late: a torch version that lacks a name which it needs has no loops, but
 `import mst_fx` and compiles work.
@@ -34,10 +34,18 @@ from mst_fx.core.provenance import source_line
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private import inductor
 from mst_fx.core.torch_private.dynamo import PASSING
-from mst_fx.inner_compiler import Compile, inner_compiler, joins_collectives, writes_python
+from mst_fx.inner_compiler import (
+    Compile,
+    inner_compiler,
+    joins_collectives,
+    stays_on_device,
+    taken_partitioner,
+    writes_python,
+)
 from mst_fx.report.files import DebugFiles
-from mst_fx.report.items import refused
+from mst_fx.report.items import RefusedRegion, refused
 from mst_fx.report.report import Report, record
+from mst_fx.runtime.offload import plan_for_next, planned
 
 if TYPE_CHECKING:
     from mst_fx.engine import Engine, Rewritten
@@ -81,6 +89,7 @@ def compiled_and_told(
 ) -> tuple[Callable[..., Any], Report]:
     """Return the compiled function and the report about it; arguments and errors as for `backend`."""
     config, foreign = Config.split(options, inductor.option_names())
+    config, stays = _offloading(config, stays_on_device(config, mode, foreign))
     files = DebugFiles(config.debug_dir, strict=config.strict)
     files.captured(gm)
     compile_graph = files.watching(inner_compiler(config, mode, foreign))
@@ -89,6 +98,7 @@ def compiled_and_told(
         compiled, report = compile_graph(gm, example_inputs), Report(refusals=(refused("all", engine),))
     else:
         compiled, report = _compiled(engine, compile_graph, example_inputs)
+    report = replace(report, refusals=report.refusals + stays)
     record(report)
     log.info("%s", report)
     files.report(report)
@@ -102,6 +112,8 @@ def looped_and_told(gm: GraphModule, config: Config) -> GraphModule:
         gm: the captured graph; it stays as it is.
         config: the user's options; Inductor compiles the graph.
     """
+    stays = stays_on_device(config, None, {}) or taken_partitioner(config)
+    config, told = _offloading(config, stays)
     files = DebugFiles(config.debug_dir, strict=config.strict)
     files.captured(gm)
     engine = _engine(gm, config, {})
@@ -110,9 +122,12 @@ def looped_and_told(gm: GraphModule, config: Config) -> GraphModule:
     except Exception as error:
         rewritten = refusal_for(error, None, "the pass failed", strict=config.strict)
     if isinstance(rewritten, Refusal):
-        module, report = gm, Report(refusals=(refused("all", rewritten),))
+        module, report, offload = gm, Report(refusals=(refused("all", rewritten),)), None
     else:
-        module, report = rewritten.module, rewritten.report
+        module, report, offload = rewritten.module, rewritten.report, rewritten.offload
+    report = replace(report, refusals=report.refusals + told)
+    plan_for_next(offload)
+    _check_host(report)
     for entry in report.dropped:  # no code of ours runs behind the compiled code, to return what says why
         log.warning("%s; None is returned for them", entry.instead)
     record(report)
@@ -173,8 +188,9 @@ def _compiled(engine: Engine, compile_graph: Compile, inputs: Sequence[Any]) -> 
     except Exception as error:
         refusal = refusal_for(error, None, "the pass failed", strict=engine.config.strict)
         return compile_graph(engine.gm, inputs), Report(refusals=(refused("all", refusal),))
+    _check_host(rewritten.report)
     try:
-        with modes_given_back():
+        with modes_given_back(), planned(rewritten.offload):
             return _telling(engine, rewritten, compile_graph(rewritten.module, inputs)), rewritten.report
     except PASSING:
         raise
@@ -201,7 +217,7 @@ def _compiled_in_part(
         tried = {other: why for other, why in left.items() if other is not work}
         try:
             attempt = engine.rewritten(tried)
-            with modes_given_back():
+            with modes_given_back(), planned(attempt.offload):
                 compiled = _telling(engine, attempt, compile_graph(attempt.module, inputs))
                 report, left = attempt.report, tried
         except PASSING:
@@ -231,6 +247,31 @@ def _telling(engine: Engine, rewritten: Rewritten, compiled: Callable[..., Any])
     return returning(compiled, missing)
 
 
+def _offloading(config: Config, stays: str | None) -> tuple[Config, tuple[RefusedRegion, ...]]:
+    """Return the options without offloading, and why, where the compiler lets nothing go to the host."""
+    if stays is None:
+        return config, ()
+    log.warning("mst_fx: nothing goes to the host: %s", stays)
+    advice = (
+        "Compile with Inductor, without CUDA graphs, a mode that uses them or a partitioner in the compile's options."
+    )
+    refusal = Refusal(Reason.BACKEND, None, f"nothing goes to the host: {stays}", advice)
+    return replace(config, offload=None), (refused("offload", refusal),)
+
+
+def _check_host(report: Report) -> None:
+    """Check that the host has memory for what a step sends there.
+
+    Raises:
+        HostMemoryError: it has not.
+    """
+    sent = sum(each.bytes for each in report.offloaded)
+    if sent:
+        from mst_fx.runtime.host_memory import check_room
+
+        check_room(sent)
+
+
 def _outputs(gm: GraphModule) -> Sequence[Any]:
     outputs: Any = gm.graph.output_node().args[0]
     return outputs  # Dynamo returns a flat tuple
@@ -240,5 +281,5 @@ def _unlooped(report: Report, text: str) -> Report:
     """Return the report of the captured graph without loops: nothing is cut or dropped either."""
     why = () if report.refusals else (refused("all", Refusal(Reason.INTERNAL, None, text)),)
     timelines = tuple(timeline.without_loops() for timeline in report.timelines)
-    unlooped = replace(report, refusals=report.refusals + why, cuts=(), dropped=(), timelines=timelines)
+    unlooped = replace(report, refusals=report.refusals + why, cuts=(), dropped=(), offloaded=(), timelines=timelines)
     return replace(unlooped, peak=report.peak_whole)

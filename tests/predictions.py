@@ -12,7 +12,7 @@ from memory_probe import peak_bytes
 from numerics import looped
 
 import mst_fx
-from mst_fx.plan.planner import Offer
+from mst_fx.plan.offer import Offer
 from mst_fx.recognise.pattern import patterns
 from mst_fx.survey.survey import Surveyor
 

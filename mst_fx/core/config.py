@@ -13,6 +13,7 @@ from mst_fx.core.option_errors import no_options, unknown, wrong
 
 Accumulate = Literal["float32", "native"]
 ReturnedLogits = Literal["keep", "detach", "drop"]
+Offload = Literal["checkpoints", "auto"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 
 
@@ -57,6 +58,8 @@ class Config:
             then starts from a gradient as large as the logits, zeros if nobody used them), "detach" them, or "drop"
             them: where a loss that is made of them needs a gradient, they are not returned, for callers that read only
             the loss; in their place is an object that says why when it is used (see `not_returned`).
+        offload: what goes to the host's memory between forward and backward: "checkpoints" for what checkpointed blocks
+            keep, "auto" for as many blocks of these as `memory_budget` asks for, None for nothing.
         disable: names of patterns to leave out.
         inner: the compiler of the rewritten graph: "inductor", "aot_eager", "eager" or a backend callable.
         mode: torch.compile's mode for the inner compiler; torch.compile takes no `mode=` beside `options=`.
@@ -73,6 +76,7 @@ class Config:
     modules: Mapping[str, bool | Mapping[str, int]] = dataclasses.field(default_factory=dict)
     accumulate: Accumulate = "float32"
     returned_logits: ReturnedLogits = "keep"
+    offload: Offload | None = None
     disable: tuple[str, ...] = ()
     inner: Inner | Callable[..., Any] = "inductor"
     mode: str | None = None
@@ -96,6 +100,10 @@ class Config:
         for name, texts in (("accumulate", get_args(Accumulate)), ("returned_logits", get_args(ReturnedLogits))):
             value = getattr(self, name)
             _check(value in texts, name, f"one of {texts}", value, texts)
+        known_sets = self.offload is None or self.offload in get_args(Offload)
+        _check(known_sets, "offload", f"None or one of {get_args(Offload)}", self.offload, get_args(Offload))
+        if self.offload == "auto" and self.memory_budget is None:
+            raise ValueError("mst_fx: offload='auto' needs a memory_budget, which says how many blocks to offload")
         _check(isinstance(self.disable, tuple), "disable", "a tuple or list of pattern names", self.disable)
         known = callable(self.inner) or self.inner in get_args(Inner)
         _check(known, "inner", f"a callable or one of {get_args(Inner)}", self.inner, get_args(Inner))
@@ -124,6 +132,11 @@ class Config:
     def least_bytes(self) -> int:
         """`min_bytes`, by default 64 MiB: smaller temporaries are not worth the launches of a loop."""
         return SMALL_BYTES if self.min_bytes is None else self.min_bytes
+
+    @property
+    def least_sent(self) -> int:
+        """Bytes of the smallest value that goes to the host: 8 MiB, or `min_bytes` where that is less."""
+        return min(SMALL_VALUE, self.least_bytes)
 
     def wish_for(self, modules: Collection[str]) -> Wish:
         """Return what the user wants for a region whose nodes belong to the modules with these paths."""
@@ -165,6 +178,7 @@ class Config:
 
 LENGTHS = ("chunk_tokens", "num_chunks")
 SMALL_BYTES = 64 * 2**20
+SMALL_VALUE = 8 * 2**20
 BUDGETS = "bytes as an int, a string like '40GiB', or a fraction of the device between 0.0 and 1.0"
 WISHES = "a dict from module paths to False, True, {'chunk_tokens': n} or {'num_chunks': n}"
 FOLDER = "the path of a folder or None"

@@ -45,6 +45,7 @@ class Reason(Enum):
     TAKEN = "Compute what both regions need once for each of them, so that each has its own."
     NO_PATTERN = "Write it so that no op makes the large value, or add a pattern (passes/README.md)."
     NO_GAIN = "No loop over tokens helps here. Checkpointing saves fewer of such values."
+    NO_CHECKPOINT = "Checkpoint the layers inside the compiled function: what their checkpoints keep goes to the host."
     SMALL = "Set min_bytes, or chunk_tokens where one chunk holds all of it, or name the module in `modules`."
     BUDGET = "Allow more memory, or take what the text names."
     DIFFERS = "This is a bug in mst_fx; please report it with the text and this code. verify=True shows it again."

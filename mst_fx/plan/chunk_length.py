@@ -115,8 +115,8 @@ def several(terms: Terms, *, demanded: bool) -> Lengths:
         return lengths
     while lengths.chunk >= length and (half := shorter(terms, lengths)):
         lengths = half
-    half = -(-length // 2)
-    return Lengths(half, half) if demanded and lengths.chunk >= length else lengths
+    few = -(-length // 2)
+    return Lengths(few, few) if demanded and lengths.chunk >= length else lengths
 
 
 def in_chunks(terms: Terms, count: int) -> Lengths:

@@ -8,17 +8,12 @@ only while backward passes the block.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
-import torch
 from torch.fx import Node
-
-from mst_fx.core.sizes import Hint
-from mst_fx.core.values import bytes_of, fake_value, has_gradient, storages_of_all
-from mst_fx.predict.saved_activations import activation_bytes, passing_bytes, saved_values
-from mst_fx.recognise.reader import Reader
 
 FORWARD_DIVISOR = 2
 """The ratio of what the backward and the forward of a node need, besides the saved values.
@@ -58,6 +53,7 @@ class Segment:
         region: number of the region, None for other nodes.
         block: number of the checkpointed block around the segment, None outside of any.
         entry: bytes that a checkpointed block saves, at its first segment.
+        away: bytes of `entry`, or of what a loop in place of a checkpoint saves, that may go to the host.
         values: the nodes whose values make up `saved`, with the bytes of each; reports tell them.
         widest: the node that `passing` is about, None for a region.
     """
@@ -68,6 +64,7 @@ class Segment:
     region: int | None = None
     block: int | None = None
     entry: int = 0
+    away: int = 0
     values: tuple[tuple[Node, int], ...] = field(default=(), compare=False)
     widest: Node | None = field(default=None, compare=False)
 
@@ -105,6 +102,19 @@ class Share(NamedTuple):
     region: int
 
 
+class Stop(NamedTuple):
+    """Segments of one block, of which something goes to the host and comes back, one block ahead of its use.
+
+    Attributes:
+        first, last: numbers of its segments.
+        bytes: that go to the host.
+    """
+
+    first: int
+    last: int
+    bytes: int
+
+
 @dataclass(frozen=True)
 class Timeline:
     """What a graph holds over a step.
@@ -113,11 +123,41 @@ class Timeline:
         resident: bytes of its inputs: parameters, buffers, batch.
         segments: in the order of the forward.
         returned: bytes of its outputs, which the caller holds while backward runs.
+        offloaded: number of blocks that keep nothing on the device, the first of those that `stops` gives.
     """
 
     resident: int
     segments: tuple[Segment, ...]
     returned: int = 0
+    offloaded: int = 0
+
+    @cached_property
+    def stops(self) -> tuple[Stop, ...]:
+        """The blocks that may keep what they save on the host, in the order of the forward."""
+        found: list[Stop] = []
+        for number, segment in enumerate(self.segments):
+            inside = segment.block is not None and number > 0 and self.segments[number - 1].block == segment.block
+            if inside and found and found[-1].last == number - 1:
+                found[-1] = Stop(found[-1].first, number, found[-1].bytes + segment.away)
+            else:
+                found.append(Stop(number, number, segment.away))
+        return tuple(stop for stop in found if stop.bytes)
+
+    def offloading(self, blocks: int) -> Timeline:
+        """Return the same with so many blocks that keep nothing on the device."""
+        return replace(self, offloaded=min(blocks, len(self.stops)))
+
+    def absent(self, number: int, *, backward: bool) -> list[Stop]:
+        """Return the blocks whose values are on the host alone while forward, or backward, runs a segment.
+
+        A value leaves while its block runs. In backward the next one comes back as soon as one is asked for.
+        """
+        left = [stop for stop in self.stops[: self.offloaded] if stop.last < number]
+        coming = backward and any(stop.last >= number for stop in self.stops[: self.offloaded])
+        return left[:-1] if coming else left
+
+    def _absent_bytes(self, number: int, *, backward: bool) -> int:
+        return sum(stop.bytes for stop in self.absent(number, backward=backward)) if self.offloaded else 0
 
     def peak(self, held: Sequence[Held]) -> int:
         """Return the most bytes at once in a step, where `held` has the bytes of each region at its number."""
@@ -136,9 +176,13 @@ class Timeline:
     def shares(self, held: Sequence[Held], number: int, *, backward: bool) -> list[Share]:
         """Return what each segment has saved while forward, or backward, runs the segment with this number."""
         own, found = self.segments[number].block if backward else None, []
+        absent = self.absent(number, backward=backward)
         for other, (segment, region) in enumerate(self._held(held)[: number + backward]):
             whole = segment.block is None or segment.block == own
-            found.append(Share(other, segment.entry, whole, region.saved if whole else region.saved_results))
+            saved = region.saved if whole else region.saved_results
+            left = segment.away if any(stop.first <= other <= stop.last for stop in absent) else 0
+            entry, saved = (segment.entry - left, saved) if segment.entry else (0, max(0, saved - left))
+            found.append(Share(other, entry, whole, saved))
         return found
 
     def _held(self, held: Sequence[Held]) -> list[HeldSegment]:
@@ -148,8 +192,9 @@ class Timeline:
     def _forward(self, held_segments: Sequence[HeldSegment]) -> Iterator[Moment]:
         """Yield the bytes while each segment runs: what earlier segments left, and what it needs itself."""
         saved = 0
-        for segment, region in held_segments:
-            yield Moment(saved=saved, running=max(region.forward, segment.passing // FORWARD_DIVISOR))
+        for number, (segment, region) in enumerate(held_segments):
+            there = saved - self._absent_bytes(number, backward=False)
+            yield Moment(saved=there, running=max(region.forward, segment.passing // FORWARD_DIVISOR))
             saved += _left(segment, region)
 
     def _backward(self, held_segments: Sequence[HeldSegment]) -> Iterator[Moment]:
@@ -163,11 +208,12 @@ class Timeline:
         for segment, region in held_segments:
             again[segment.block] += segment.saved + region.saved - region.saved_results
         gradients, block = 0, None
-        for segment, region in reversed(held_segments):
+        for number, (segment, region) in reversed(list(enumerate(held_segments))):
             if segment.block is not None and segment.block != block:
                 saved += again[segment.block]
             block = segment.block
-            yield Moment(self.returned, saved, gradients, max(region.backward, segment.passing))
+            there = saved - self._absent_bytes(number, backward=True)
+            yield Moment(self.returned, there, gradients, max(region.backward, segment.passing))
             gradients += segment.gradients
             saved -= segment.entry + segment.saved + region.saved
         yield Moment(gradients=gradients)
@@ -180,96 +226,3 @@ HeldSegment: TypeAlias = tuple[Segment, Held]
 def _left(segment: Segment, region: Held) -> int:
     """Return the bytes that a segment has saved after it has run; inside a checkpointed block, only what that saves."""
     return segment.entry + (segment.saved + region.saved if segment.block is None else region.saved_results)
-
-
-def segments_of(
-    reader: Reader,
-    regions: Mapping[Node, int],
-    blocks: Mapping[Node, Sequence[Segment]],
-    at: Hint,
-    *,
-    top: bool,
-) -> list[Segment]:
-    """Return the segments of one graph.
-
-    Args:
-        reader: of the graph.
-        regions: the number of the region of each node that belongs to one.
-        blocks: the segments of the subgraphs that nodes of the graph run (such as checkpointed blocks).
-        at: tells sizes that vary.
-        top: whether this is the captured graph; the gradients of a subgraph's inputs are counted with its caller.
-    """
-    last = _last_readers(reader, at) if top else {}
-    saved = saved_values(reader, regions, blocks, at)
-    found: list[Segment] = []
-    place: dict[int, int] = {}
-    current = Segment()
-    for node in reader.owner.graph.nodes:
-        gradients = last.get(node, 0)
-        if node in regions:
-            number = regions[node]
-            if number not in place:
-                found += [current, Segment(region=number)]
-                place[number] = len(found) - 1
-                current = Segment()
-            current = _with_saved(current, node, saved)
-            own = found[place[number]]
-            found[place[number]] = replace(own, gradients=own.gradients + gradients)
-        elif node in blocks:
-            inner = list(blocks[node]) or [Segment()]
-            inner[0] = replace(inner[0], entry=inner[0].entry + activation_bytes(node, at))
-            inner[-1] = replace(inner[-1], gradients=inner[-1].gradients + gradients)
-            found += [current, *inner]
-            current = _with_saved(Segment(), node, saved)
-        else:
-            current = _with_saved(replace(current, gradients=current.gradients + gradients), node, saved)
-            passing = passing_bytes(reader, node, at)
-            current = replace(current, passing=passing, widest=node) if passing > current.passing else current
-    return [*found, current]
-
-
-def _with_saved(segment: Segment, node: Node, saved: Mapping[Node, int]) -> Segment:
-    """Return the segment with what it saves of a node's value."""
-    size = saved.get(node, 0)
-    return replace(segment, saved=segment.saved + size, values=(*segment.values, (node, size))) if size else segment
-
-
-def resident_bytes(reader: Reader, at: Hint) -> int:
-    """Return the bytes of the graph's inputs, shared memory counted once."""
-    return _storage_bytes(_inputs(reader), at)
-
-
-def parameter_bytes(reader: Reader, at: Hint) -> int:
-    """Return the bytes of those inputs that are parameters, shared memory counted once."""
-    parameters = [node for node in _inputs(reader) if isinstance(fake_value(node), torch.nn.Parameter)]
-    return _storage_bytes(parameters, at)
-
-
-def returned_bytes(reader: Reader, at: Hint) -> int:
-    """Return the bytes of the graph's outputs, shared memory counted once."""
-    return _storage_bytes(reader.owner.graph.output_node().all_input_nodes, at)
-
-
-def _storage_bytes(nodes: Sequence[Node], at: Hint) -> int:
-    storages = storages_of_all(nodes)
-    return sum(at(storage.nbytes()) for storage in storages)
-
-
-def _inputs(reader: Reader) -> list[Node]:
-    return [node for node in reader.owner.graph.nodes if node.op in ("placeholder", "get_attr")]
-
-
-def _last_readers(reader: Reader, at: Hint) -> dict[Node, int]:
-    """Return the bytes of the gradients of parameters, by the last node that reads them: there backward makes them.
-
-    There are none where nothing in the graph has a gradient, as under no_grad.
-    """
-    gradients: dict[Node, int] = {}
-    if not any(has_gradient(node) for node in reader.owner.graph.nodes if node.op.startswith("call_")):
-        return gradients
-    for node in _inputs(reader):
-        value = fake_value(node)
-        if isinstance(value, torch.nn.Parameter) and value.requires_grad and node.users:
-            last = max(node.users, key=reader.order.__getitem__)
-            gradients[last] = gradients.get(last, 0) + bytes_of(value, at)
-    return gradients

@@ -9,7 +9,7 @@ from torch.fx import Node
 from mst_fx.bodies.work import Work
 from mst_fx.core.provenance import source_line
 from mst_fx.core.values import bytes_of, fake_value
-from mst_fx.plan.planner import Plan
+from mst_fx.plan.decisions import Plan
 from mst_fx.recognise.early_cut import CutHead
 from mst_fx.recognise.region import Region, needs_gradient
 from mst_fx.report.items import Dropped, EarlyCut, LoopedRegion

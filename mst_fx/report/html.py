@@ -46,6 +46,9 @@ def _rows(report: Report) -> Iterator[Row]:
         yield _named(
             f"{times(len(values))}logits", gone.module, readable(gone.bytes), "nothing is returned", gone.source
         )
+    for sent, group in alike(report.offloaded):
+        told = "on the host until backward"
+        yield _named(f"{times(len(group))}value", sent.module, readable(sent.bytes), told, sent.source)
     for refusal, refusals in alike(left_alone(report)):
         told = f"left alone ({refusal.reason}): {refusal.text}. {refusal.advice}"
         yield _named(f"{times(len(refusals))}{refusal.pattern}", refusal.module, "", told, refusal.source)

@@ -63,7 +63,8 @@ class LoopedRegion(Entry):
         temporaries = f"{readable(self.bytes_before)} -> {readable(self.bytes_after)} of temporaries"
         time = f"{self.added_ms:+.1f} ms a step{' each' if count > 1 else ''} (predicted)"
         numbers = f"{temporaries}, backward {self.backward.replace('_', ' ')}, {time}"
-        return entry(head, numbers, self._returned(), self._gradient(), self._verification(), self.note, source=self.source)
+        more = (self._returned(), self._gradient(), self._verification(), self.note)
+        return entry(head, numbers, *more, source=self.source)
 
     def _returned(self) -> str:
         size = readable(self.returned_bytes)
@@ -159,6 +160,26 @@ class Dropped(Entry):
             "returned_logits='drop' is set. To use them in training, compile with returned_logits='detach' (without "
             "their gradient) or 'keep'"
         )
+
+
+@dataclass(frozen=True)
+class Offloaded(Entry):
+    """A value that a checkpointed block keeps for backward in the host's memory.
+
+    Attributes:
+        module: path of the block.
+        source: file, line and code of what makes the value, or of the block where its caller does.
+        bytes: bytes of the value.
+    """
+
+    module: str
+    source: str
+    bytes: int
+
+    def lines(self, count: int = 1) -> list[str]:
+        """Return the text of `count` values that are alike."""
+        told = f"on the host until backward: {times(count)}{readable(self.bytes)} that {at(self.module)} reads"
+        return entry(told, source=self.source)
 
 
 def refused(pattern: str, refusal: Refusal, module: str | None = None) -> RefusedRegion:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mst_fx.core.torch_private.captured import Attempt, attempt
 from mst_fx.report.first import first_of
-from mst_fx.report.items import Dropped, EarlyCut, LoopedRegion, RefusedRegion
+from mst_fx.report.items import Dropped, EarlyCut, LoopedRegion, Offloaded, RefusedRegion
 from mst_fx.report.plain import plain
 from mst_fx.report.text import text_of
 from mst_fx.report.timeline import GraphTimeline
@@ -26,6 +26,7 @@ class Report:
         refusals: what is not looped, and why.
         cuts: projections that make less than the program says.
         dropped: logits that are not returned.
+        offloaded: values that are on the host from forward to backward.
         graphs: number of graphs in the report; more than one after a graph break.
         peak, peak_whole: predicted peak bytes of a training step, with these loops and without any; the largest of
             several graphs.
@@ -46,6 +47,7 @@ class Report:
     notes: tuple[str, ...] = ()
     budget: int | None = None
     timelines: tuple[GraphTimeline, ...] = ()
+    offloaded: tuple[Offloaded, ...] = ()
 
     def __add__(self, other: Report) -> Report:
         peak, whole = max(self.peak, other.peak), max(self.peak_whole, other.peak_whole)
@@ -67,6 +69,7 @@ class Report:
             notes=notes,
             budget=other.budget if self.budget is None else self.budget,
             timelines=self.timelines + other.timelines,
+            offloaded=self.offloaded + other.offloaded,
         )
 
     @property
@@ -87,8 +90,8 @@ class Report:
         """Return the report as dicts, lists, strings, numbers and None.
 
         The keys are the attributes of the report, and inside of it those of `LoopedRegion`, `RefusedRegion`,
-        `EarlyCut`, `Dropped`, `Unlooped`, `GraphTimeline`, `Course`, `Alive` and `Span`; besides, "format" is 1 until a
-        key goes or changes its meaning, and "change_first" is the property. Bytes are ints.
+        `EarlyCut`, `Dropped`, `Offloaded`, `Unlooped`, `GraphTimeline`, `Course`, `Alive` and `Span`; besides, "format"
+        is 1 until a key goes or changes its meaning, and "change_first" is the property. Bytes are ints.
         """
         return {"format": FORMAT, **plain(self), "change_first": self.change_first}
 

@@ -39,8 +39,8 @@ def _head(report: Report) -> str:
 
 
 def left_alone(report: Report) -> list[RefusedRegion]:
-    """Return the refusals of regions: a budget that is missed is none."""
-    return [refusal for refusal in report.refusals if refusal.reason != Reason.BUDGET.name]
+    """Return the refusals of regions: a budget that is missed is none, nor is what stays on the device."""
+    return [each for each in report.refusals if each.reason != Reason.BUDGET.name and each.pattern != "offload"]
 
 
 def _peak(report: Report) -> Iterator[str]:
@@ -54,6 +54,9 @@ def _peak(report: Report) -> Iterator[str]:
         before, after = peaks_of(report.timelines)
         yield from prose(f"alive then: {places_of(before, after)}", "  ")
         yield from rows_of(before, after)
+    if report.offloaded:
+        sent = sum(each.bytes for each in report.offloaded)
+        yield f"on the host between forward and backward: {readable(sent)} a step"
     missed = [refusal.text for refusal in report.refusals if refusal.reason == Reason.BUDGET.name]
     yield from (f"memory_budget missed: {text}" for text in missed)
     if report.budget is not None and not missed:
@@ -62,10 +65,13 @@ def _peak(report: Report) -> Iterator[str]:
 
 def _entries(report: Report) -> Iterator[str]:
     """Yield the decisions, those that are alike once; an advice that stands just above is not told again."""
-    listed: list[tuple[Any, list[Any]]] = [*alike(report.regions), *alike(report.cuts), *alike(report.dropped)]
+    listed: list[tuple[Any, list[Any]]] = [
+        each for entries in (report.regions, report.cuts, report.dropped, report.offloaded) for each in alike(entries)
+    ]
     for entry, group in listed:
         yield from entry.lines(len(group))
     above = ""
-    for refusal, refusals in alike(left_alone(report)):
+    stays = [refusal for refusal in report.refusals if refusal.pattern == "offload"]
+    for refusal, refusals in [*alike(left_alone(report)), *alike(stays if not report.offloaded else [])]:
         yield from refusal.lines(len(refusals), briefly=refusal.advice == above)
         above = refusal.advice

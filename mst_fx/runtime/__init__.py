@@ -1,4 +1,4 @@
-"""The loop: the operator in the graph, its derivative, its lowering by Inductor, and the code that runs it.
+"""The loop: its operator, derivative, lowering by Inductor, and the code that runs it; values that are on the host.
 
 In: bodies, literals and operands.
 Out: results over all chunks; what stands in place of logits that are not returned.

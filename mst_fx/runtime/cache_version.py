@@ -40,7 +40,8 @@ def _files(module: str, root: Path) -> list[Path]:
 
 
 def _version() -> str:
-    paths = sources("mst_fx.runtime.inductor_lowering", "mst_fx.runtime.mini_sequence", "mst_fx.ops.shards")
+    names = ("runtime.inductor_lowering", "runtime.mini_sequence", "runtime.offload_partition", "ops.shards")
+    paths = sources(*(f"mst_fx.{name}" for name in names))
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 

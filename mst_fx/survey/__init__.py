@@ -2,5 +2,5 @@
 
 In: a captured graph, patterns, options.
 Out: Surveyed, Offers.
-Imports: core, ops, capture, recognise, bodies, predict, plan, report, verify.
+Imports: core, ops, capture, runtime, recognise, bodies, predict, plan, report, verify.
 """

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from mst_fx.core.module_paths import module_path
 from mst_fx.core.provenance import op_name
 from mst_fx.core.sizes import hint
-from mst_fx.plan.planner import Offer, Plan, held
-from mst_fx.predict.step_memory import Moment, Share, Timeline, parameter_bytes
+from mst_fx.plan.decisions import Plan
+from mst_fx.plan.offer import Offer, held
+from mst_fx.predict.segments import parameter_bytes
+from mst_fx.predict.step_memory import Moment, Share, Timeline
 from mst_fx.report.alike import alike, kind_of
 from mst_fx.report.timeline import Alive, Course, GraphTimeline, Span, where
 from mst_fx.survey.surveyed import Site, Surveyed

@@ -10,7 +10,7 @@ from mst_fx.core.module_paths import At
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Refusal
 from mst_fx.plan.chunk_length import Lengths
-from mst_fx.plan.planner import Plan, Plans
+from mst_fx.plan.decisions import Plan, Plans
 from mst_fx.survey.surveyed import Site
 
 log = logging.getLogger("mst_fx")

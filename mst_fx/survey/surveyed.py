@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -19,7 +19,8 @@ from mst_fx.core.provenance import Borders, op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import Hint, hint
 from mst_fx.plan.chunk_length import Terms
-from mst_fx.predict.step_memory import Segment, Timeline, resident_bytes, returned_bytes, segments_of
+from mst_fx.predict.segments import resident_bytes, returned_bytes, segments_of
+from mst_fx.predict.step_memory import Segment, Timeline
 from mst_fx.predict.time import Device, device_of
 from mst_fx.recognise.checkpoints import left_over
 from mst_fx.recognise.discover import Nested
@@ -165,24 +166,36 @@ def _local(node: Node) -> frozenset[Hashable]:
     return frozenset(node.meta.get(LOCAL, ()))
 
 
-def timeline_of(surveyed: Surveyed, at: Hint = hint) -> Timeline:
-    """Return the memory of the whole graph, at the sizes that `at` tells; regions are numbered as in `all_sites`."""
+def timeline_of(surveyed: Surveyed, at: Hint = hint, away: Callable[[Node], int] = lambda node: 0) -> Timeline:
+    """Return the memory of the whole graph, at the sizes that `at` tells; regions are numbered as in `all_sites`.
+
+    Args:
+        surveyed: the graph.
+        at: tells sizes that vary.
+        away: gives the bytes that may go to the host, of what the block keeps that begins with a node.
+    """
     numbers = {site: number for number, site in enumerate(surveyed.all_sites())}
-    segments = tuple(_segments(surveyed, numbers, count(), at, top=True))
+    segments = tuple(_segments(surveyed, numbers, count(), at, away, top=True))
     return Timeline(resident_bytes(surveyed.reader, at), segments, returned_bytes(surveyed.reader, at))
 
 
 def _segments(
-    surveyed: Surveyed, numbers: dict[Site, int], fresh: Iterator[int], at: Hint, *, top: bool
+    surveyed: Surveyed,
+    numbers: dict[Site, int],
+    fresh: Iterator[int],
+    at: Hint,
+    away: Callable[[Node], int],
+    *,
+    top: bool,
 ) -> list[Segment]:
     regions = {node: numbers[site] for site in surveyed.sites for node in site.region.nodes}
     blocks: dict[Node, list[Segment]] = {}
     for child, callers in surveyed.children.values():
         for caller in callers:
-            inner = _segments(child, numbers, fresh, at, top=False)
+            inner = _segments(child, numbers, fresh, at, away, top=False)
             block = next(fresh) if child.around.repeated else None
             blocks[caller] = [replace(segment, block=block) if segment.block is None else segment for segment in inner]
-    return segments_of(surveyed.reader, regions, blocks, at, top=top)
+    return segments_of(surveyed.reader, regions, blocks, at, away=away, top=top)
 
 
 def device_of_graph(surveyed: Surveyed) -> Device:

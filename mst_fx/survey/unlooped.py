@@ -16,7 +16,7 @@ from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint
 from mst_fx.core.torch_private.captured import unwrapped
 from mst_fx.core.values import bytes_of, plain_tensors, tensors_of
-from mst_fx.plan.planner import Plan
+from mst_fx.plan.decisions import Plan
 from mst_fx.predict.saved_activations import is_written, saved_values
 from mst_fx.recognise.fragments import comes_from_another
 from mst_fx.recognise.reader import Reader

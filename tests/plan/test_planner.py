@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from mst_fx.core.config import Config, Wish
 from mst_fx.core.readable import readable
+from mst_fx.plan.by_default import CHEAP_MS, LENT_SHARE
 from mst_fx.plan.chunk_length import LEAST_ROWS, several, terms_of
-from mst_fx.plan.planner import CHEAP_MS, COUNTS, IN_VAIN, LENT_SHARE, Offer, Plans, held
+from mst_fx.plan.decisions import COUNTS, IN_VAIN, Plans
+from mst_fx.plan.offer import Offer, held
 from mst_fx.plan.planner import make_plans as make_plans_of
 from mst_fx.predict.extent import Extent
 from mst_fx.predict.footprint import Footprint
@@ -91,7 +93,8 @@ def llama(length: int, layers: int, *, checkpointed: bool = False) -> tuple[list
     segments = []
     for n in range(layers):
         block = n if checkpointed else None
-        segments.append(Segment(saved=5 * stream, passing=2 * stream, block=block, entry=stream if checkpointed else 0))
+        entry = stream if checkpointed else 0
+        segments.append(Segment(saved=5 * stream, passing=2 * stream, block=block, entry=entry, away=entry))
         segments.append(Segment(region=n, gradients=218_000_000 * 2, block=block))
     segments.append(Segment(region=layers, gradients=VOCAB * WIDTH * 2))
     return offers, Timeline(layers * 218_000_000 * 2 + 2 * VOCAB * WIDTH * 2, tuple(segments))
@@ -263,7 +266,9 @@ def graphs(draw):
         )
         block = number if not offer.recomputes_nothing and draw(st.booleans()) else None
         offers.append(replace(offer, repeated=block is not None))
-        segments.append(Segment(saved=draw(sizes), passing=draw(sizes), block=block, entry=draw(sizes) if block else 0))
+        entry = draw(sizes) if block else 0
+        away = draw(st.sampled_from([0, entry]))
+        segments.append(Segment(saved=draw(sizes), passing=draw(sizes), block=block, entry=entry, away=away))
         segments.append(Segment(region=number, gradients=draw(sizes), block=block))
     return offers, Timeline(draw(sizes), tuple(segments), draw(sizes))
 
@@ -273,9 +278,11 @@ def recomputed(offers, plans) -> float:
     return sum(offer.cost.recomputed for offer, plan in pairs if plan.lengths is not None and not offer.repeated)
 
 
-@given(graphs(), st.integers(1, 200 * GIB), st.integers(0, 100 * GIB))
-def test_more_budget_never_means_more_recompute(graph, budget, more):
-    small, large = (make_plans(*graph, DEVICE, Config(memory_budget=b)) for b in (budget, budget + more))
+@given(graphs(), st.integers(1, 200 * GIB), st.integers(0, 100 * GIB), st.sampled_from([None, "auto", "checkpoints"]))
+def test_more_budget_never_means_more_recompute(graph, budget, more, offload):
+    configs = (Config(memory_budget=each, offload=offload) for each in (budget, budget + more))
+    small, large = (make_plans(*graph, DEVICE, config) for config in configs)
+    assert large.offloaded <= small.offloaded
     assert recomputed(graph[0], large) <= recomputed(graph[0], small)
     assert sum(plan.added_ms for plan in large.of) <= sum(plan.added_ms for plan in small.of) + 1e-9
 
@@ -291,6 +298,27 @@ def test_a_plan_keeps_to_its_budget_or_says_what_is_missing(graph, budget):
         assert plans.advice == ""
 
 
+def test_a_budget_says_how_many_blocks_keep_nothing_on_the_device():
+    """The first ones, after the loops that cost nothing; chunks get shorter only behind that."""
+    offers, timeline = llama(65536, 8, checkpointed=True)
+    timeline = replace(timeline, segments=tuple(replace(segment, gradients=0) for segment in timeline.segments))
+    stream = 65536 * WIDTH * 2
+    least = make_plans(offers, timeline, DEVICE, Config(memory_budget=1)).peak
+    whole = make_plans(offers, timeline, DEVICE, Config(offload="checkpoints"))
+    assert (whole.offloaded, whole.peak_whole) == (8, timeline.peak([held(offer, None) for offer in offers]))
+    default = make_plans(offers, timeline, DEVICE, Config(min_bytes=0))
+    for blocks in range(4):
+        config = Config(memory_budget=default.peak - blocks * stream, offload="auto")
+        plans = make_plans(offers, timeline, DEVICE, config)
+        assert (plans.offloaded, plans.advice) == (blocks, "")  # the peak is in the head, where none of them is back
+        assert plans.of == default.of
+    plans = make_plans(offers, timeline, DEVICE, Config(memory_budget=1, offload="auto"))
+    assert (plans.offloaded, plans.peak) == (
+        8,
+        least - 6 * stream,
+    )  # in the last layer its own is back, and the next one
+
+
 @given(graphs())
 def test_a_loop_is_never_chosen_for_a_higher_peak(graph):
     plans = make_plans(*graph, DEVICE, Config())
@@ -302,7 +330,8 @@ def test_a_loop_is_never_chosen_for_a_higher_peak(graph):
 def peak_before_longer_chunks(graph, plans) -> int:
     """The peak with the same loops, in chunks of the length that they are judged by."""
     offers, timeline = graph
-    chosen = [several(offer.terms, demanded=False) if chosen else None for offer, chosen in zip(offers, looped(plans), strict=True)]
+    defaults = [several(offer.terms, demanded=False) for offer in offers]
+    chosen = [default if loop else None for default, loop in zip(defaults, looped(plans), strict=True)]
     return timeline.peak([held(offer, lengths) for offer, lengths in zip(offers, chosen, strict=True)])
 
 

@@ -54,6 +54,26 @@ def test_a_block_is_computed_again_when_backward_enters_it():
     assert peak(one, two) == 2 + 70
 
 
+def test_what_is_on_the_host():
+    """A value leaves when its block has run, and comes back when backward enters the block behind it."""
+    blocks = [
+        Segment(entry=5, away=4, block=0),
+        Segment(entry=50, away=40, block=1),
+        Segment(entry=500, away=400, block=2),
+    ]
+    timeline = Timeline(0, (blocks[0], Segment(block=0), blocks[1], Segment(), blocks[2], Segment()))
+    forward, backward = timeline.moments([])
+    assert [moment.saved for moment in forward] == [0, 5, 5, 55, 55, 555]
+    assert [moment.saved for moment in backward] == [555, 555, 55, 55, 5, 5, 0]
+    forward, backward = timeline.offloading(3).moments([])
+    assert [moment.saved for moment in forward] == [0, 5, 1, 11, 11, 111]
+    assert [moment.saved for moment in backward] == [111, 551, 51, 55, 5, 5, 0]
+    _, backward = timeline.offloading(2).moments([])  # the last block keeps its value on the device
+    assert [moment.saved for moment in backward] == [511, 511, 11, 55, 5, 5, 0]
+    shares = timeline.offloading(3).shares([], 5, backward=False)
+    assert [share.entry for share in shares] == [1, 0, 10, 0, 100]
+
+
 @pytest.mark.parametrize(("passing", "expected"), [(10, 100 + 5), (11, 100 + 5), (0, 100), (300, 300)])
 def test_forward_needs_half_of_what_backward_needs(passing, expected):
     """A block keeps 100 bytes that backward does not need: there alone forward holds more than backward."""

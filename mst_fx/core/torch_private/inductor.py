@@ -10,6 +10,9 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+PARTITIONER = "custom_partitioner_fn"
+"""The option for another partitioner of joint graphs."""
+
 
 def option_names() -> frozenset[str]:
     """Return the names that Inductor takes as options."""
@@ -44,6 +47,13 @@ def has_option(name: str) -> bool:
     from torch._inductor import config
 
     return hasattr(config, name)
+
+
+def uses_cuda_graphs() -> bool:
+    """Return whether compiled code runs as CUDA graphs now."""
+    from torch._inductor import config
+
+    return bool(config.triton.cudagraphs)
 
 
 def register_pass(kind: type) -> None:

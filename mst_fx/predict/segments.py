@@ -1,0 +1,110 @@
+"""A graph -> its segments, and the bytes of its inputs and outputs, for the timeline of a step (`step_memory`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch.fx import Node
+
+from mst_fx.core.sizes import Hint
+from mst_fx.core.values import bytes_of, fake_value, has_gradient, storages_of_all
+from mst_fx.predict.saved_activations import activation_bytes, passing_bytes, saved_values
+from mst_fx.predict.step_memory import Segment
+from mst_fx.recognise.reader import Reader
+
+
+def segments_of(
+    reader: Reader,
+    regions: Mapping[Node, int],
+    blocks: Mapping[Node, Sequence[Segment]],
+    at: Hint,
+    *,
+    away: Callable[[Node], int],
+    top: bool,
+) -> list[Segment]:
+    """Return the segments of one graph.
+
+    Args:
+        reader: of the graph.
+        regions: the number of the region of each node that belongs to one.
+        blocks: the segments of the subgraphs that nodes of the graph run (such as checkpointed blocks).
+        at: tells sizes that vary.
+        away: gives the bytes that may go to the host of what a node saves that runs a block or begins a region.
+        top: whether this is the captured graph; the gradients of a subgraph's inputs are counted with its caller.
+    """
+    last = _last_readers(reader, at) if top else {}
+    saved = saved_values(reader, regions, blocks, at)
+    found: list[Segment] = []
+    place: dict[int, int] = {}
+    current = Segment()
+    for node in reader.owner.graph.nodes:
+        gradients = last.get(node, 0)
+        if node in regions:
+            number = regions[node]
+            if number not in place:
+                found += [current, Segment(region=number, away=away(node))]
+                place[number] = len(found) - 1
+                current = Segment()
+            current = _with_saved(current, node, saved)
+            own = found[place[number]]
+            found[place[number]] = replace(own, gradients=own.gradients + gradients)
+        elif node in blocks:
+            inner = list(blocks[node]) or [Segment()]
+            inner[0] = replace(inner[0], entry=inner[0].entry + activation_bytes(node, at), away=away(node))
+            inner[-1] = replace(inner[-1], gradients=inner[-1].gradients + gradients)
+            found += [current, *inner]
+            current = _with_saved(Segment(), node, saved)
+        else:
+            current = _with_saved(replace(current, gradients=current.gradients + gradients), node, saved)
+            passing = passing_bytes(reader, node, at)
+            current = replace(current, passing=passing, widest=node) if passing > current.passing else current
+    return [*found, current]
+
+
+def _with_saved(segment: Segment, node: Node, saved: Mapping[Node, int]) -> Segment:
+    """Return the segment with what it saves of a node's value."""
+    size = saved.get(node, 0)
+    return replace(segment, saved=segment.saved + size, values=(*segment.values, (node, size))) if size else segment
+
+
+def resident_bytes(reader: Reader, at: Hint) -> int:
+    """Return the bytes of the graph's inputs, shared memory counted once."""
+    return _storage_bytes(_inputs(reader), at)
+
+
+def parameter_bytes(reader: Reader, at: Hint) -> int:
+    """Return the bytes of those inputs that are parameters, shared memory counted once."""
+    parameters = [node for node in _inputs(reader) if isinstance(fake_value(node), torch.nn.Parameter)]
+    return _storage_bytes(parameters, at)
+
+
+def returned_bytes(reader: Reader, at: Hint) -> int:
+    """Return the bytes of the graph's outputs, shared memory counted once."""
+    return _storage_bytes(reader.owner.graph.output_node().all_input_nodes, at)
+
+
+def _storage_bytes(nodes: Sequence[Node], at: Hint) -> int:
+    storages = storages_of_all(nodes)
+    return sum(at(storage.nbytes()) for storage in storages)
+
+
+def _inputs(reader: Reader) -> list[Node]:
+    return [node for node in reader.owner.graph.nodes if node.op in ("placeholder", "get_attr")]
+
+
+def _last_readers(reader: Reader, at: Hint) -> dict[Node, int]:
+    """Return the bytes of the gradients of parameters, by the last node that reads them: there backward makes them.
+
+    There are none where nothing in the graph has a gradient, as under no_grad.
+    """
+    gradients: dict[Node, int] = {}
+    if not any(has_gradient(node) for node in reader.owner.graph.nodes if node.op.startswith("call_")):
+        return gradients
+    for node in _inputs(reader):
+        value = fake_value(node)
+        if isinstance(value, torch.nn.Parameter) and value.requires_grad and node.users:
+            last = max(node.users, key=reader.order.__getitem__)
+            gradients[last] = gradients.get(last, 0) + bytes_of(value, at)
+    return gradients
