@@ -23,8 +23,9 @@ from mst_fx.recognise.reader import Reader
 
 aten = torch.ops.aten
 
-ATTENTION = 3
-"""Attention's backward holds this many times its operands and results: gradients, and their sums in float32."""
+IN_HALF = 3
+"""In half precision, attention's backward holds this many times its operands and results: gradients, and their sums in
+float32. In another dtype the sums are the gradients."""
 
 
 class Need(IntEnum):
@@ -122,7 +123,8 @@ def passing_bytes(reader: Reader, node: Node, at: Hint) -> int:
         return sum(4 * at(table.numel()) + bytes_of(table, at) for table in tables)
     if not _is_expensive(reader, node):
         return 0
-    return (made + activation_bytes(node, at)) * (1 if reader.multiplies(node) else ATTENTION)
+    sums_apart = not reader.multiplies(node) and any(x.dtype in HALF for x in tensors_of(node))
+    return (made + activation_bytes(node, at)) * (IN_HALF if sums_apart else 1)
 
 
 def activation_bytes(node: Node, at: Hint) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -13,6 +14,9 @@ from mst_fx.core.values import bytes_of, fake_value, has_gradient, storages_of_a
 from mst_fx.predict.saved_activations import activation_bytes, passing_bytes, saved_values
 from mst_fx.predict.step_memory import Segment
 from mst_fx.recognise.reader import Reader
+
+ADDED_AT_ONCE = 9
+"""The number of gradients of one parameter that Inductor adds up in one kernel; it writes the sum of more than that."""
 
 
 def segments_of(
@@ -34,13 +38,13 @@ def segments_of(
         away: gives the bytes that may go to the host of what a node saves that runs a block or begins a region.
         top: whether this is the captured graph; the gradients of a subgraph's inputs are counted with its caller.
     """
-    last = _last_readers(reader, at) if top else {}
+    made = _gradients(reader, regions, at) if top else {}
     saved = saved_values(reader, regions, blocks, at)
     found: list[Segment] = []
     place: dict[int, int] = {}
     current = Segment()
     for node in reader.owner.graph.nodes:
-        gradients = last.get(node, 0)
+        gradients = made.get(node, 0)
         if node in regions:
             number = regions[node]
             if number not in place:
@@ -94,17 +98,20 @@ def _inputs(reader: Reader) -> list[Node]:
     return [node for node in reader.owner.graph.nodes if node.op in ("placeholder", "get_attr")]
 
 
-def _last_readers(reader: Reader, at: Hint) -> dict[Node, int]:
-    """Return the bytes of the gradients of parameters, by the last node that reads them: there backward makes them.
+def _gradients(reader: Reader, regions: Mapping[Node, int], at: Hint) -> dict[Node, int]:
+    """Return the bytes of the gradients of parameters, by the nodes whose backward makes them.
 
-    There are none where nothing in the graph has a gradient, as under no_grad.
+    Backward makes one for each reader of a parameter. A compiler adds them up at the end, in one kernel. There are none
+    where nothing in the graph has a gradient, as under no_grad.
     """
-    gradients: dict[Node, int] = {}
+    gradients: Counter[Node] = Counter()
     if not any(has_gradient(node) for node in reader.owner.graph.nodes if node.op.startswith("call_")):
         return gradients
     for node in _inputs(reader):
         value = fake_value(node)
         if isinstance(value, torch.nn.Parameter) and value.requires_grad and node.users:
-            last = max(node.users, key=reader.order.__getitem__)
-            gradients[last] = gradients.get(last, 0) + bytes_of(value, at)
+            ordered = sorted(node.users, key=reader.order.__getitem__)
+            parts = {regions.get(user, user): user for user in ordered if has_gradient(user)}
+            for user in list(parts.values())[-ADDED_AT_ONCE:] or ordered[-1:]:
+                gradients[user] += bytes_of(value, at)
     return gradients
