@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from mst_fx.bodies.call import Call
 from mst_fx.bodies.work import Work
-from mst_fx.core.aten_ops import VIEWS
+from mst_fx.core.aten_ops import LINEAR, VIEWS
 from mst_fx.core.graph_walk import descendants
 from mst_fx.core.sizes import Hint
 from mst_fx.core.values import bytes_made
@@ -24,6 +24,8 @@ from mst_fx.placement.rules.contraction import factors
 from mst_fx.predict.footprint import NOTHING, Footprint, alive, by_result, footprint, whole_nodes
 from mst_fx.runtime.loop_operator import LoopSpec
 from mst_fx.runtime.result_kinds import Outer, Sum
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,21 @@ def _saved_whole(work: Work, at: Hint) -> list[Node]:
     saved = {node: node for node in stages.products if node not in stages.results and not is_sink(stages, node, at)}
     for left, right in map(factors, stages.products):
         saved.update({buffer_of(read): read for read, other in ((left, right), (right, left)) if other in carrying})
-    return [saved[buffer] for buffer in saved.keys() & inside]
+    kept = [saved[buffer] for buffer in stages.loop if buffer in saved]
+    return _summed(stages, kept, at)
+
+
+def _summed(stages: Stages, saved: list[Node], at: Hint) -> list[Node]:
+    """Return what is saved in place of values that only a sum reads: the sum, as of a product and an adapter's."""
+    kept = dict.fromkeys(saved)
+    for node in stages.loop:
+        taken = [operand for operand in node.all_input_nodes if operand in kept and list(operand.users) == [node]]
+        size = sum(bytes_per_position(stages, operand, at) for operand in taken)
+        scales = node.target is aten.mul.Tensor and not isinstance(node.args[1], Node)
+        adds = (node.target in LINEAR or scales) and node not in stages.results
+        if taken and adds and bytes_per_position(stages, node, at) <= size:
+            kept = dict.fromkeys([*(each for each in kept if each not in taken), node])
+    return list(kept)
 
 
 def is_sink(stages: Stages, product: Node, at: Hint) -> bool:

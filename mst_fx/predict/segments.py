@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,7 +26,6 @@ def segments_of(
     at: Hint,
     *,
     away: Callable[[Node], int],
-    top: bool,
 ) -> list[Segment]:
     """Return the segments of one graph.
 
@@ -36,9 +35,8 @@ def segments_of(
         blocks: the segments of the subgraphs that nodes of the graph run (such as checkpointed blocks).
         at: tells sizes that vary.
         away: gives the bytes that may go to the host of what a node saves that runs a block or begins a region.
-        top: whether this is the captured graph; the gradients of a subgraph's inputs are counted with its caller.
     """
-    made = _gradients(reader, regions, at) if top else {}
+    made = _gradients(reader, regions, blocks, at)
     saved = saved_values(reader, regions, blocks, at)
     found: list[Segment] = []
     place: dict[int, int] = {}
@@ -57,7 +55,6 @@ def segments_of(
         elif node in blocks:
             inner = list(blocks[node]) or [Segment()]
             inner[0] = replace(inner[0], entry=inner[0].entry + activation_bytes(node, at), away=away(node))
-            inner[-1] = replace(inner[-1], gradients=inner[-1].gradients + gradients)
             found += [current, *inner]
             current = _with_saved(Segment(), node, saved)
         else:
@@ -98,20 +95,18 @@ def _inputs(reader: Reader) -> list[Node]:
     return [node for node in reader.owner.graph.nodes if node.op in ("placeholder", "get_attr")]
 
 
-def _gradients(reader: Reader, regions: Mapping[Node, int], at: Hint) -> dict[Node, int]:
+def _gradients(reader: Reader, regions: Mapping[Node, int], blocks: Container[Node], at: Hint) -> Mapping[Node, int]:
     """Return the bytes of the gradients of parameters, by the nodes whose backward makes them.
 
-    Backward makes one for each reader of a parameter. A compiler adds them up at the end, in one kernel. There are none
-    where nothing in the graph has a gradient, as under no_grad.
+    Backward makes one for each reader of a parameter, inside of a block for the readers there. A compiler adds them up
+    at the end, in one kernel.
     """
     gradients: Counter[Node] = Counter()
-    if not any(has_gradient(node) for node in reader.owner.graph.nodes if node.op.startswith("call_")):
-        return gradients
     for node in _inputs(reader):
         value = fake_value(node)
-        if isinstance(value, torch.nn.Parameter) and value.requires_grad and node.users:
-            ordered = sorted(node.users, key=reader.order.__getitem__)
-            parts = {regions.get(user, user): user for user in ordered if has_gradient(user)}
-            for user in list(parts.values())[-ADDED_AT_ONCE:] or ordered[-1:]:
+        if isinstance(value, torch.nn.Parameter) and value.requires_grad:
+            readers = (user for user in sorted(node.users, key=reader.order.__getitem__) if has_gradient(user))
+            parts = {regions.get(user, user): user for user in readers if user not in blocks}
+            for user in list(parts.values())[-ADDED_AT_ONCE:]:
                 gradients[user] += bytes_of(value, at)
     return gradients

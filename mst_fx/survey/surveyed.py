@@ -175,7 +175,7 @@ def timeline_of(surveyed: Surveyed, at: Hint = hint, away: Callable[[Node], int]
         away: gives the bytes that may go to the host, of what the block keeps that begins with a node.
     """
     numbers = {site: number for number, site in enumerate(surveyed.all_sites())}
-    segments = tuple(_segments(surveyed, numbers, count(), at, away, top=True))
+    segments = tuple(_segments(surveyed, numbers, count(), at, away))
     return Timeline(resident_bytes(surveyed.reader, at), segments, returned_bytes(surveyed.reader, at))
 
 
@@ -185,17 +185,15 @@ def _segments(
     fresh: Iterator[int],
     at: Hint,
     away: Callable[[Node], int],
-    *,
-    top: bool,
 ) -> list[Segment]:
     regions = {node: numbers[site] for site in surveyed.sites for node in site.region.nodes}
     blocks: dict[Node, list[Segment]] = {}
     for child, callers in surveyed.children.values():
         for caller in callers:
-            inner = _segments(child, numbers, fresh, at, away, top=False)
+            inner = _segments(child, numbers, fresh, at, away)
             block = next(fresh) if child.around.repeated else None
             blocks[caller] = [replace(segment, block=block) if segment.block is None else segment for segment in inner]
-    return segments_of(surveyed.reader, regions, blocks, at, away=away, top=top)
+    return segments_of(surveyed.reader, regions, blocks, at, away=away)
 
 
 def device_of_graph(surveyed: Surveyed) -> Device:
