@@ -14,7 +14,7 @@ from enum import IntEnum
 import torch
 from torch.fx import Node
 
-from mst_fx.core.aten_ops import BILINEAR, LINEAR, LOOK_UPS, is_recomputed
+from mst_fx.core.aten_ops import BILINEAR, CONTRACTIONS, LINEAR, LOOK_UPS, is_recomputed
 from mst_fx.core.graph_walk import descendants
 from mst_fx.core.sizes import Hint
 from mst_fx.core.values import HALF, bytes_of, has_gradient, tensors_of
@@ -59,7 +59,9 @@ def saved_values(reader: Reader, regions: Mapping[Node, int], blocks: Container[
             is_smaller = 2 * made[node] <= sum(map(made.__getitem__, behind))
             origins[node] = frozenset([node]) if is_smaller else behind
         saved.update(origins[node] if needs[node] else ())
-    return {node: made[node] for node in saved}
+    outside = [node for node in made if node not in regions and node not in blocks]
+    inner = {node: size for node in outside if (size := _inner_bytes(reader, node, at))}
+    return {node: made[node] * (node in saved) + inner.get(node, 0) for node in made if node in saved or node in inner}
 
 
 def is_written(reader: Reader, node: Node, saved: Container[Node], opaque: Container[Node]) -> bool:
@@ -123,8 +125,18 @@ def passing_bytes(reader: Reader, node: Node, at: Hint) -> int:
         return sum(4 * at(table.numel()) + bytes_of(table, at) for table in tables)
     if not _is_expensive(reader, node):
         return 0
+    inner = 2 * _inner_bytes(reader, node, at)  # what is made of the saved ones, and its gradient
     sums_apart = not reader.multiplies(node) and any(x.dtype in HALF for x in tensors_of(node))
-    return (made + activation_bytes(node, at)) * (IN_HALF if sums_apart else 1)
+    return inner + (made + activation_bytes(node, at)) * (IN_HALF if sums_apart else 1)
+
+
+def _inner_bytes(reader: Reader, node: Node, at: Hint) -> int:
+    """Return the bytes of what products inside of a node make for others: scores, where attention is no single op."""
+    decomposed = reader.decomposed(node)
+    if decomposed is None or decomposed.backward:
+        return 0
+    *products, _ = [op for op in decomposed.ops if op.target in CONTRACTIONS] or [None]
+    return sum(bytes_of(op.meta["val"], at) for op in products if op is not None)
 
 
 def activation_bytes(node: Node, at: Hint) -> int:
