@@ -32,6 +32,7 @@ import mst_fx
 MIB = 2**20
 OPTIONS = {"chunk_tokens": 128, "min_bytes": MIB}
 BATCH, LENGTH, HIDDEN, HEADS, WIDE, LAYERS, VOCAB = 4, 256, 128, 4, 512, 2, 4096
+PIXELS = 96
 Step = tuple[Callable[[], torch.Tensor], list[torch.Tensor]]
 """Makes the loss; the parameters and inputs, which are there before the step."""
 
@@ -70,14 +71,15 @@ def of(model: nn.Module, **batch: torch.Tensor) -> Step:
 
 
 def vit() -> Step:
+    """A patch has about as many values as a token has features, as in the models that are trained."""
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=WIDE, image_size=224,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=100,
+        hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=WIDE, image_size=PIXELS,
+        patch_size=6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=100,
     )  # fmt: skip
     model = ViTForImageClassification(config).train()
-    return of(model, pixel_values=torch.randn(2 * BATCH, 3, 224, 224), labels=torch.randint(0, 100, (2 * BATCH,)))
+    return of(model, pixel_values=torch.randn(BATCH, 3, PIXELS, PIXELS), labels=torch.randint(0, 100, (BATCH,)))
 
 
 def whisper() -> Step:
