@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -36,7 +36,7 @@ def segments_of(
         at: tells sizes that vary.
         away: gives the bytes that may go to the host of what a node saves that runs a block or begins a region.
     """
-    made = _gradients(reader, regions, blocks, at)
+    made = _gradients(reader, regions, at)
     saved = saved_values(reader, regions, blocks, at)
     found: list[Segment] = []
     place: dict[int, int] = {}
@@ -95,10 +95,10 @@ def _inputs(reader: Reader) -> list[Node]:
     return [node for node in reader.owner.graph.nodes if node.op in ("placeholder", "get_attr")]
 
 
-def _gradients(reader: Reader, regions: Mapping[Node, int], blocks: Container[Node], at: Hint) -> Mapping[Node, int]:
+def _gradients(reader: Reader, regions: Mapping[Node, int], at: Hint) -> Mapping[Node, int]:
     """Return the bytes of the gradients of parameters, by the nodes whose backward makes them.
 
-    Backward makes one for each reader of a parameter, inside of a block for the readers there. A compiler adds them up
+    Backward makes one for each reader of a parameter; a node that runs a block has those of the block's nodes. A compiler adds them up
     at the end, in one kernel.
     """
     gradients: Counter[Node] = Counter()
@@ -106,7 +106,7 @@ def _gradients(reader: Reader, regions: Mapping[Node, int], blocks: Container[No
         value = fake_value(node)
         if isinstance(value, torch.nn.Parameter) and value.requires_grad:
             readers = (user for user in sorted(node.users, key=reader.order.__getitem__) if has_gradient(user))
-            parts = {regions.get(user, user): user for user in readers if user not in blocks}
+            parts = {regions.get(user, user): user for user in readers}
             for user in list(parts.values())[-ADDED_AT_ONCE:]:
                 gradients[user] += bytes_of(value, at)
     return gradients
