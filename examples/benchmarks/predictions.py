@@ -75,8 +75,8 @@ def vit() -> Step:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=WIDE, image_size=PIXELS,
-        patch_size=6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=100,
+        hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=WIDE,
+        image_size=PIXELS, patch_size=6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=100,
     )  # fmt: skip
     model = ViTForImageClassification(config).train()
     return of(model, pixel_values=torch.randn(BATCH, 3, PIXELS, PIXELS), labels=torch.randint(0, 100, (BATCH,)))

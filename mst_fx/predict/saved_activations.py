@@ -135,8 +135,8 @@ def _inner_bytes(reader: Reader, node: Node, at: Hint) -> int:
     decomposed = reader.decomposed(node)
     if decomposed is None or decomposed.backward:
         return 0
-    *products, _ = [op for op in decomposed.ops if op.target in CONTRACTIONS] or [None]
-    return sum(bytes_of(op.meta["val"], at) for op in products if op is not None)
+    products = [op for op in decomposed.ops if op.target in CONTRACTIONS]
+    return sum(bytes_of(op.meta["val"], at) for op in products[:-1])
 
 
 def activation_bytes(node: Node, at: Hint) -> int:

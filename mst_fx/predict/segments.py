@@ -98,8 +98,8 @@ def _inputs(reader: Reader) -> list[Node]:
 def _gradients(reader: Reader, regions: Mapping[Node, int], at: Hint) -> Mapping[Node, int]:
     """Return the bytes of the gradients of parameters, by the nodes whose backward makes them.
 
-    Backward makes one for each reader of a parameter; a node that runs a block has those of the block's nodes. A compiler adds them up
-    at the end, in one kernel.
+    Backward makes one for each reader of a parameter, and a compiler adds them up at the end, in one kernel. Inside of
+    a block its own nodes are the readers.
     """
     gradients: Counter[Node] = Counter()
     for node in _inputs(reader):
