@@ -134,7 +134,7 @@ class _Trial:
             whole = self._run(given)
             why = self._differs(whole)
             if why:
-                return why
+                return self._communicates(whole) or why
             grads = tuple(self._gradient(whole, operand) for operand in sharded)
             ranks = ranks_of(value) if is_sharded(value) else 1
             why = self._communicates(whole)
