@@ -2,7 +2,7 @@
 
 Matrix products, attention and unknown ops are expensive: a compiler does not recompute them, and saves their operands,
 too, which their backward reads from memory. It recomputes any other value from its origins and saves these, or saves
-the value itself where it has at most half the bytes of its origins.
+the value itself where it has at most half the bytes of its origins and these are not all saved anyway.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def saved_values(reader: Reader, regions: Mapping[Node, int], blocks: Container[
     needs = _needs(reader, made, regions, blocks)
     origins: dict[Node, frozenset[Node]] = {}
     saved: set[Node] = set()
+    shrunk: dict[Node, frozenset[Node]] = {}
     for node in made:
         behind = frozenset().union(*(origins.get(operand, frozenset()) for operand in node.all_input_nodes))
         if reader.is_view(node):
@@ -58,7 +59,10 @@ def saved_values(reader: Reader, regions: Mapping[Node, int], blocks: Container[
         else:
             is_smaller = 2 * made[node] <= sum(map(made.__getitem__, behind))
             origins[node] = frozenset([node]) if is_smaller else behind
+            shrunk |= {node: behind} if is_smaller else {}
         saved.update(origins[node] if needs[node] else ())
+    for node, behind in shrunk.items():  # which is recomputed from what is saved anyway
+        saved -= {node} if behind and behind <= saved else set()
     outside = [node for node in made if node not in regions and node not in blocks]
     inner = {node: size for node in outside if (size := _inner_bytes(reader, node, at))}
     return {node: made[node] * (node in saved) + inner.get(node, 0) for node in made if node in saved or node in inner}
