@@ -97,3 +97,18 @@ def test_what_attention_needs_is_measured(biased):
 
         passing = max(segment.passing for segment in timeline.segments)
         assert passing == pytest.approx(peak_bytes(backward), rel=0.1)
+
+
+def test_nothing_is_saved_that_is_made_of_saved_values():
+    """Both halves of a product are saved as one; SiLU of a half is not."""
+    x, w, narrow = (torch.randn(*shape, requires_grad=True) for shape in ((T, 2 * D), (2 * D, 2 * D), (D, D)))
+
+    def gated(x, w, narrow):
+        gate, up = F.linear(x, w).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, narrow)
+
+    timeline, offers = surveyed(gated, x, w, narrow)
+    assert not offers
+    compiled = torch.compile(gated, backend="aot_eager_decomp_partition")
+    saved = saved_bytes(lambda: compiled(x, w, narrow), [x, w, narrow])
+    assert sum(segment.saved for segment in timeline.segments) == saved
