@@ -9,6 +9,7 @@ import predictions
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from benchmarks.predictions import OPTIONS, rows
 from memory_probe import peak_bytes, saved_bytes
 from models import SwiGLU
 from numerics import looped
@@ -170,6 +171,16 @@ def test_layers_as_predicted(again):
     assert peaks[1] + (5 if again else 9) * T * FF * FLOAT <= peaks[0]
     assert abs((report.peak_whole - resident) / peaks[0] - 1) <= 0.05
     assert abs((report.peak - resident) / peaks[1] - 1) <= 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nanoGPT", "T5"])
+def test_whole_models_as_predicted(name):
+    """Attention in float32, a head with the embedding's weights; biases of attention that are trained."""
+    (row,) = rows([name], OPTIONS)
+    assert row.plain_predicted == pytest.approx(row.plain, rel=0.1)
+    assert row.looped_predicted == pytest.approx(row.looped, rel=0.1)
+    assert row.looped < 0.7 * row.plain
 
 
 def test_checkpointed_heads_in_turn_as_predicted():
