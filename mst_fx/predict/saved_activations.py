@@ -135,9 +135,12 @@ def passing_bytes(reader: Reader, node: Node, at: Hint) -> int:
 
 
 def _inner_bytes(reader: Reader, node: Node, at: Hint) -> int:
-    """Return the bytes of what products inside of a node make for others: scores, where attention is no single op."""
+    """Return the bytes of what products inside of a node make for others: scores, where attention is no single op.
+
+    The meta device has no kernels, so that everything is several ops there: it stands for a device that has them.
+    """
     decomposed = reader.decomposed(node)
-    if decomposed is None or decomposed.backward:
+    if decomposed is None or decomposed.backward or any(x.device.type == "meta" for x in tensors_of(node)):
         return 0
     products = [op for op in decomposed.ops if op.target in CONTRACTIONS]
     return sum(bytes_of(op.meta["val"], at) for op in products[:-1])
