@@ -227,6 +227,21 @@ def build_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
 
+def timed_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, ranks: Ranks
+) -> tuple[float, float]:
+    """Run forward, backward and update; return the loss of all ranks, and seconds."""
+    begin = time.perf_counter()
+    with slices(ids, ranks) as given:
+        loss = model(**given)
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    total = loss.detach()
+    dist.all_reduce(total)
+    return total.item(), time.perf_counter() - begin  # the loss waits for the device
+
+
 class Trainer:
     """A sharded model and its optimizer.
 
@@ -244,16 +259,9 @@ class Trainer:
 
     def step(self, ids: torch.Tensor) -> None:
         """Run forward, backward and update; record the loss and the time."""
-        begin = time.perf_counter()
-        with slices(ids, self.ranks) as given:
-            loss = self.model(**given)
-            loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        total = loss.detach()
-        dist.all_reduce(total)
-        self.losses.append(total.item())  # waits for the device
-        self.seconds.append(time.perf_counter() - begin)
+        loss, seconds = timed_step(self.model, self.optimizer, ids, self.ranks)
+        self.losses.append(loss)
+        self.seconds.append(seconds)
 
 
 def train(trainer: Trainer, preset: train_lm.Preset, device: torch.device) -> float:

@@ -38,7 +38,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -51,7 +50,7 @@ import torch
 import torch.distributed as dist
 from fsdp_methods import METHODS, Sharded
 from longest import LLAMA, TINY
-from train_fsdp import Ranks, build_optimizer, slices
+from train_fsdp import Ranks, build_optimizer, timed_step
 
 import mst_fx
 
@@ -135,20 +134,11 @@ class Rank:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         dist.barrier()
-        start = time.perf_counter()
-        with slices(ids, self.ranks) as given:
-            loss = self.model(**given)
-            loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        total = loss.detach()
-        dist.all_reduce(total)
-        loss_of_all = total.item()  # waits for the device
-        seconds = time.perf_counter() - start
+        loss, seconds = timed_step(self.model, self.optimizer, ids, self.ranks)
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
         largest = torch.tensor(peak, device=self.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return seconds, largest.item(), loss_of_all
+        return seconds, largest.item(), loss
 
     def measured(self, tokens: int, warm_up: bool = True) -> list[Row]:
         """A row for each method at one length; they take turns."""

@@ -95,22 +95,27 @@ def compiler_of(method: str, **options: Any) -> Callable[..., Any]:
     return lambda fn: torch.compile(fn, dynamic=True, fullgraph=True, **how)
 
 
+def loss_of(
+    model: PreTrainedModel, input_ids: torch.Tensor, run_layer: Callable[..., Any], run_head: Callable[..., Any]
+) -> torch.Tensor:
+    """The loss of the next tokens, by functions that run a layer and the head."""
+    x = model.model.embed_tokens(input_ids)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    cos, sin = model.model.rotary_emb(x, positions)
+    for layer in model.model.layers:
+        x = run_layer(layer, x, cos, sin)
+    return run_head(model, x, F.pad(input_ids[:, 1:], (0, 1), value=-100))
+
+
 def make_step(model: PreTrainedModel, method: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """A training step of one method; gives the loss."""
     layer_of = checkpointed_layer if "checkpointing" in method else decoder_layer
     run_layer = compiler_of(method, chunk_tokens=LAYER_CHUNK)(layer_of)
     run_head = compiler_of(method)(head_loss)
 
-    def forward(input_ids: torch.Tensor) -> torch.Tensor:
-        x = model.model.embed_tokens(input_ids)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        cos, sin = model.model.rotary_emb(x, positions)
-        for layer in model.model.layers:
-            x = run_layer(layer, x, cos, sin)
-        return run_head(model, x, F.pad(input_ids[:, 1:], (0, 1), value=-100))
-
     def step(input_ids: torch.Tensor) -> torch.Tensor:
-        loss = forward(input_ids)  # a function of its own: the backward finds what autograd has saved, and no locals
+        # A function of its own: the backward finds what autograd has saved, and no locals.
+        loss = loss_of(model, input_ids, run_layer, run_head)
         loss.backward()
         return loss.detach()
 

@@ -26,8 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from longest import LAYER_CHUNK, LLAMA, TINY, checkpointed_layer, head_loss
+from longest import LAYER_CHUNK, LLAMA, TINY, checkpointed_layer, head_loss, loss_of
 from torch.profiler import ProfilerActivity, profile
 from train_lm import build_model
 from transformers import PreTrainedModel
@@ -51,12 +50,7 @@ def make_step(model: PreTrainedModel, kind: str, offload: str | None, chunk: int
     run_layer, run_head = (compiled(fn) if by_layer else fn for fn in (checkpointed_layer, head_loss))
 
     def forward(input_ids: torch.Tensor) -> torch.Tensor:
-        x = model.model.embed_tokens(input_ids)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        cos, sin = model.model.rotary_emb(x, positions)
-        for layer in model.model.layers:
-            x = run_layer(layer, x, cos, sin)
-        return run_head(model, x, F.pad(input_ids[:, 1:], (0, 1), value=-100))
+        return loss_of(model, input_ids, run_layer, run_head)
 
     run = forward if by_layer else compiled(forward)
 
