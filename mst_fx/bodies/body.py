@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node, map_arg
 
+from mst_fx.bodies.attention import kept_results, run_on_kept
 from mst_fx.bodies.derivatives import reads_log_softmax, run_on_logits
 from mst_fx.bodies.factors import take_out_products
 from mst_fx.bodies.log_softmax import reduces_wide_rows, run_in_tiles
@@ -56,7 +57,7 @@ class Gradients:
     """The gradients that a body computes.
 
     Attributes:
-        wanted: positions of the loop's operands that need a gradient.
+        wanted: positions of the loop's leaves that need a gradient.
         differentiable: positions of the loop's results that have one.
         in_forward: whether the body computes the results, too, with 1 as the upstream gradient.
         accumulate: dtype policy for gradients of whole operands in half precision.
@@ -113,7 +114,8 @@ def forward_body(stages: Stages, length: int | None, *, factored: bool = True) -
     """
 
     def run(*chunks: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return _run_chunk(stages, merged(stages, stages.operands, chunks))
+        env = computed(stages, merged(stages, stages.operands, chunks))
+        return tuple(env[node] for node in stages.results)
 
     module = trace(run, partial(chunk_inputs, stages, stages.operands), length)
     kinds = [_result_kind(stages, node) for node in stages.results]
@@ -138,8 +140,9 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None, *, f
         tangents = [next(given) for _ in upstream]
         known = {node: next(given) for node in reused}
         operands = [x.detach() for x in given]
-        leaves = [operands[i].requires_grad_() for i in gradients.wanted]
-        results = _run_chunk(stages, operands, known)
+        env = computed(stages, operands, known, gradients.wanted)
+        leaves = [env[stages.leaves[i]] for i in gradients.wanted]
+        results = [env[node] for node in stages.results]
         sinks = [results[i] for i in gradients.differentiable]
         seeds = [torch.ones_like(sink) for sink in sinks] if gradients.in_forward else tangents
         grads = torch.autograd.grad(sinks, leaves, seeds, materialize_grads=True)
@@ -148,7 +151,7 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None, *, f
     module = trace(run, partial(chunk_inputs, stages, inputs), length)
     products_late(module)
     kinds = [_result_kind(stages, node) for node in stages.results] if gradients.in_forward else []
-    kinds += [_gradient_kind(stages, stages.operands[i], gradients) for i in gradients.wanted]
+    kinds += [_gradient_kind(stages, stages.leaves[i], gradients) for i in gradients.wanted]
     return _finished(module, kinds, factored)
 
 
@@ -191,19 +194,26 @@ class _Known(torch.autograd.Function):
         return grad, None
 
 
-def _run_chunk(
-    stages: Stages, operands: Sequence[torch.Tensor], known: Mapping[Node, torch.Tensor] | None = None
-) -> tuple[torch.Tensor, ...]:
-    env = computed(stages, operands, known)
-    return tuple(env[node] for node in stages.results)
-
-
 def computed(
-    stages: Stages, operands: Sequence[torch.Tensor], known: Mapping[Node, torch.Tensor] | None = None
+    stages: Stages,
+    operands: Sequence[torch.Tensor],
+    known: Mapping[Node, torch.Tensor] | None = None,
+    wanted: Sequence[int] = (),
 ) -> dict[Node, Any]:
-    """Run the loop's nodes on one chunk; return the values of operands and nodes."""
+    """Run the loop's nodes on one chunk; return the values of operands and nodes.
+
+    Args:
+        stages: the stages of the region.
+        operands: of one chunk.
+        known: results of the chunk that need not be computed.
+        wanted: positions of the leaves that a gradient is to be taken of.
+    """
     length = axis_length([axis_of(stages, node) for node in stages.operands], operands)
     env: dict[Node, Any] = dict(zip(stages.operands, operands, strict=True))
+    leaves = {stages.leaves[position] for position in wanted}
+    for node in leaves.intersection(env):
+        env[node].requires_grad_()
+    kept = kept_results(stages) if known else {}
     inside = set(stages.loop)
 
     def run(node: Node, env: Mapping[Node, Any]) -> Any:
@@ -217,6 +227,8 @@ def computed(
         elif node.target == own_gradients:
             values, inputs = (list(map(env.__getitem__, nodes)) for nodes in own_of(node)[:2])
             env[node] = with_own_gradients(values, inputs, backward_of(node, stages.backward, env, run))
+        elif node in kept and known:
+            env[node] = run_on_kept(node, kept[node], env, known, partial(_chunk_shape, stages, length=length))
         elif reads_log_softmax(node, inside):
             env[node] = run_on_logits(node, env)
         elif reduces_wide_rows(node):
@@ -225,17 +237,24 @@ def computed(
             env[node] = run(node, env)
         if known and node in known:
             env[node] = _Known.apply(env[node], known[node])
+        if node in stages.projections:
+            env[node] = env[node].detach().requires_grad_(node in leaves)
         _check_shape(stages, node, env[node], length)
     return env
 
 
 def _check_shape(stages: Stages, node: Node, value: Any, length: int) -> None:
     """Raise an error unless a value has the shape that its placement says."""
-    split = split_of(stages.placements.of[node])
-    if split is not None:
-        expected = split.chunk_shape(node.meta["val"].shape, length)
+    if split_of(stages.placements.of[node]) is not None:
+        expected = _chunk_shape(stages, node, length)
         if not all(sure(a == b) for a, b in zip(value.shape, expected, strict=True)):
             raise AssertionError(f"{node.target} gave {list(value.shape)}, its placement says {expected}")
+
+
+def _chunk_shape(stages: Stages, node: Node, length: int) -> list[int]:
+    split = split_of(stages.placements.of[node])
+    assert split is not None
+    return split.chunk_shape(node.meta["val"].shape, length)
 
 
 def _result_kind(stages: Stages, node: Node) -> ResultKind:

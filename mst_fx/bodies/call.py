@@ -51,6 +51,7 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
     stages = work.stages
     ins = tuple(axis_of(stages, node) for node in stages.operands)
     spec = CallSpec(work.backward, (), (), work.differentiable, work.wanted, work.reused)
+    spec = spec._replace(projections=len(stages.projections))
     call = Call(spec)
     in_forward = work.backward == "in_forward"
     if not in_forward:

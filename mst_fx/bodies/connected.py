@@ -26,11 +26,11 @@ def connected(
 
     Args:
         stages: the stages of the region.
-        wanted: positions of the loop's operands that need a gradient.
+        wanted: positions of the loop's leaves that need a gradient.
         reached: results that a gradient may come back from.
 
     Returns:
-        Positions of the operands that get a gradient, and of the results that have one.
+        Positions of the leaves that get a gradient, and of the results that have one.
 
     Raises:
         Refusal: a gradient would have to come back through an op that torch cannot differentiate (UNKNOWN_OP).
@@ -38,12 +38,13 @@ def connected(
 
     def run(*chunks: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         operands = merged(stages, stages.operands, chunks)
-        leaves = [operands[position].requires_grad_() for position in wanted]
-        env = computed(stages, operands)
+        env = computed(stages, operands, wanted=wanted)
+        leaves = [env[stages.leaves[position]] for position in wanted]
         results = [env[node] for node in stages.results]
         ends = [i for i, x in enumerate(results) if x.requires_grad and stages.results[i] in reached]
         _forbid_missing_derivatives(env, [results[i] for i in ends])
-        if not ends or not any(map(_stops_gradients, stages.loop)):
+        stops = bool(stages.projections) or any(map(_stops_gradients, stages.loop))
+        if not ends or not stops:
             return (tuple(wanted) if ends else ()), tuple(ends)
         sinks = [results[i] for i in ends]
         grads = torch.autograd.grad(sinks, leaves, [torch.ones_like(x) for x in sinks], allow_unused=True)

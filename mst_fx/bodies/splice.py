@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from mst_fx.bodies.body import Body
 from mst_fx.bodies.call import Call
 from mst_fx.core.aten_ops import DRAWS
-from mst_fx.core.graph_walk import ancestors
+from mst_fx.core.graph_walk import ancestors, in_order
 from mst_fx.core.sizes import hint
 from mst_fx.core.values import bytes_made, fake_value, has_gradient, storages_of, storages_of_all
 from mst_fx.placement.partition import Stages
@@ -53,9 +53,11 @@ def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacem
             if node in remade:
                 env[node].meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
         bodies = [_body(owner, name, body) for name, body in zip(BODY_NAMES, replacement.call.bodies, strict=True)]
-        operands = [env[node] for node in stages.operands]
+        for node in _made_for_gradients(stages):
+            env[node] = captured(graph.node_copy(node, env.__getitem__), node)
+        leaves = [env[node] for node in stages.leaves]
         spec = replacement.call.spec._replace(saves_results=replacement.saves_results)
-        call = graph.call_function(mini_sequence, (*bodies, tuple(spec), *operands))
+        call = graph.call_function(mini_sequence, (*bodies, tuple(spec), *leaves))
         call.meta = {key: value for key, value in region.last.meta.items() if key != "example_value"}
         for position, node in enumerate(stages.results):
             result = graph.call_function(operator.getitem, (call, position))
@@ -63,6 +65,16 @@ def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacem
         for node in stages.epilogue:
             env[node] = captured(graph.node_copy(node, env.__getitem__), node)
     return [env[node] for node in stages.outputs]
+
+
+def _made_for_gradients(stages: Stages) -> tuple[Node, ...]:
+    """Return the nodes that make the projections.
+
+    The graph holds them for their derivatives: nobody reads their values, so that a compiler drops them.
+    """
+    given = {*stages.operands, *stages.prologue}
+    stop = lambda node: node in given or node.op == "placeholder"  # noqa: E731
+    return in_order(stages.graph, ancestors(stages.projections, stop=stop))
 
 
 def _remade(stages: Stages, wanted: Container[int], live_in_of: Mapping[Node, Node]) -> set[Node]:
@@ -73,7 +85,7 @@ def _remade(stages: Stages, wanted: Container[int], live_in_of: Mapping[Node, No
 
     Args:
         stages: of the region.
-        wanted: positions of the operands that get a gradient.
+        wanted: positions of the leaves that get a gradient.
         live_in_of: the node in the graph for each placeholder of the stages.
     """
     remade: set[Node] = set()

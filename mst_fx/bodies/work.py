@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch.fx import Node
 
+from mst_fx.bodies.attention import kept_results, with_projections, with_results_kept
 from mst_fx.bodies.connected import connected
 from mst_fx.capture.fingerprint import likeness_of_nodes
 from mst_fx.capture.fixed_sizes import as_if_fixed, equal, fix_all, forbid_lengths, other_dims, to_be_fixed
@@ -40,7 +41,7 @@ class Work:
     Attributes:
         stages: the partitioned aten graph.
         backward: how gradients are made.
-        wanted: positions of the loop's operands that get a gradient.
+        wanted: positions of the loop's leaves that get a gradient.
         differentiable: positions of the loop's results that have one.
         reused: positions of the loop's results that the backward reads and does not recompute.
         fixed: positions of the region's live-ins that are numbers, and whose values the stages depend on.
@@ -54,6 +55,11 @@ class Work:
     reused: tuple[int, ...]
     fixed: tuple[int, ...] = ()
     sizes: tuple[Any, ...] = ()
+
+    @property
+    def differentiated(self) -> tuple[Node, ...]:
+        """The leaves of the loop that get a gradient."""
+        return tuple(self.stages.leaves[position] for position in self.wanted)
 
     @property
     def communicates(self) -> bool:
@@ -163,7 +169,9 @@ def _analysed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Co
     stages = partition(lowered, placeholders[stream])
     needs_grad = _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True)))
     _forbid_complex(region, needs_grad)
-    wanted = tuple(i for i, node in enumerate(stages.operands) if needs_grad[node])
+    if region.over == "heads":
+        stages = with_results_kept(with_projections(stages, needs_grad), needs_grad)
+    wanted = tuple(i for i, node in enumerate(stages.leaves) if needs_grad[node])
     wanted, differentiable = _gradients(region, stages, wanted, config)
     backward = _backward(stages, differentiable)
     reused = _reused(region, stages, differentiable) if backward == "recompute" else ()
@@ -198,7 +206,9 @@ def _forbid_complex(region: Region, needs_grad: Mapping[Node, bool]) -> None:
 
 
 def _reused(region: Region, stages: Stages, differentiable: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the positions of the results that are returned as they are: they exist anyway, so backward reads them.
+    """Return the positions of the results that backward reads.
+
+    They are those that attention's backward takes, and those that are returned as they are: they exist anyway.
 
     One that no other gradient passes is not read: it is not saved, and its reader may write to it.
     """
@@ -206,13 +216,15 @@ def _reused(region: Region, stages: Stages, differentiable: tuple[int, ...]) -> 
     returned = {inner for inner, exists in zip(stages.outputs, exist, strict=True) if exists}
     ends = {stages.results[i] for i in differentiable}
     found = (i for i in differentiable if stages.results[i] in returned)
-    return tuple(i for i in found if not ends.isdisjoint(descendants([stages.results[i]]) - {stages.results[i]}))
+    passed = {i for i in found if not ends.isdisjoint(descendants([stages.results[i]]) - {stages.results[i]})}
+    kept = {node for each in kept_results(stages).values() for node in (each.result, each.logsumexp)}
+    return tuple(i for i, node in enumerate(stages.results) if i in passed or node in kept)
 
 
 def _gradients(
     region: Region, stages: Stages, wanted: tuple[int, ...], config: Config
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return positions of the loop's operands that get a gradient, and of its results that one can come back from."""
+    """Return positions of the loop's leaves that get a gradient, and of its results that one can come back from."""
     inside = set(region.nodes)
     detached = region.returned if config.returned_logits == "detach" else ()
     outputs = zip(region.outputs, stages.outputs, strict=True)

@@ -104,6 +104,17 @@ ONE_PRODUCT = (aten.mm.default, aten.addmm.default, *SCALED_PRODUCTS)
 CONTRACTIONS = (*PRODUCTS, *PRODUCTS_PLUS, *GROUPED_PRODUCTS, *SCALED_PRODUCTS)
 """Matrix products of any kind."""
 
+# Families: attention.
+
+ATTENTIONS = (
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_fused_attention_overrideable.default,
+)
+"""Attention in one kernel: (result, logsumexp of the scores, ...) of queries, keys and values [B, heads, T, D]."""
+
 # Families: reductions, scans and norms.
 
 SUMS = (
@@ -290,6 +301,7 @@ SHOWS_MEMORY = frozenset([*VIEWS, *ALIASES, *WAITS])
 UNFUSED = frozenset(
     [
         *CONTRACTIONS,
+        *ATTENTIONS,
         *COLLECTIVES,
         *SORTS,
         aten.histc.default,
@@ -335,7 +347,7 @@ CUTS = (aten.slice.Tensor, aten.select.int)
 MADE_OF_NOTHING = (*FILLS, *RANGES, *FILLS_LIKE)
 """Ops that make new memory and fill it with one value, with positions or with nothing."""
 COMPUTES = frozenset([*COPIES, *UNTAGGED_POINTWISE, *DRAWS, *SCALARS, *_REDUCTIONS, *SCANS, *_READS, *_WRITES])
-COMPUTES |= {*_MOVES, *DIAGONALS, *COLLECTIVES}
+COMPUTES |= {*_MOVES, *DIAGONALS, *COLLECTIVES, *ATTENTIONS}
 COMPUTES -= {*CONTRACTIONS, *PICKS, *REPEATS, *SHOWN_TO_CALLERS, *MADE_OF_NOTHING}
 """Ops, besides those tagged pointwise, that compute something; a reader knows nothing more of them."""
 

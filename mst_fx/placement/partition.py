@@ -40,6 +40,8 @@ class Stages:
         length: positions of the axis; symbolic where it is only known at run time.
         prologue, loop, epilogue: nodes in graph order.
         backward: nodes that the backward of the loop runs besides: gradients that functions bring are made of them.
+        projections: values of the loop whose gradients leave it, in place of the gradients of the whole values that
+            they are made of.
         operands: what the loop reads: placeholders and values of the prologue.
         results: what the loop gives: values that the epilogue reads or that leave the region.
         outputs: what the region gives: results of the loop or values of the epilogue.
@@ -57,6 +59,12 @@ class Stages:
     results: tuple[Node, ...]
     outputs: tuple[Node, ...]
     backward: tuple[Node, ...] = ()
+    projections: tuple[Node, ...] = ()
+
+    @property
+    def leaves(self) -> tuple[Node, ...]:
+        """What the backward of the loop can give gradients of: the operands, then the projections."""
+        return (*self.operands, *self.projections)
 
     @property
     def products(self) -> list[Node]:

@@ -53,7 +53,7 @@ def extent_of(work: Work, at: Hint) -> Extent:
         widest=max((bytes_per_position(stages, node, at) for node in products or stages.loop), default=0),
         sharing=max([1.0, *(_tokens_per_row(stages, node, at) for node in products)]),
         wide=sum(bytes_per_position(stages, node, at) for node in products if not is_sink(stages, node, at)),
-        cast=max((_bytes_cast(work, stages.operands[i], at) for i in work.wanted), default=0),
+        cast=max((_bytes_cast(work, node, at) for node in work.differentiated), default=0),
     )
 
 

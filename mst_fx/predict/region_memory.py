@@ -124,7 +124,7 @@ def _saved_whole_bytes(work: Work, at: Hint) -> int:
 def _gradients_saved(work: Work, call: Call, at: Hint) -> list[tuple[int, int]]:
     """Return, for each gradient made in the forward, its bytes in the operand's dtype and in the dtype saved."""
     kinds = call.backward.outs[-len(work.wanted) :] if work.wanted and call.backward else ()
-    values: list[torch.Tensor] = [work.stages.operands[i].meta["val"] for i in work.wanted]
+    values: list[torch.Tensor] = [node.meta["val"] for node in work.differentiated]
     dtypes = [kind.result if isinstance(kind, Sum) else x.dtype for x, kind in zip(values, kinds, strict=True)]
     counts = [at(x.numel()) for x in values]
     return [(n * x.itemsize, n * dtype.itemsize) for n, x, dtype in zip(counts, values, dtypes, strict=True)]
@@ -136,8 +136,8 @@ def written_after(work: Work, chunk: int, at: Hint) -> int:
 
 
 def _stream_gradient(work: Work, at: Hint) -> int:
-    wanted = {work.stages.operands[i] for i in work.wanted}
-    return bytes_made(work.stages.stream, at) if not work.stages.products and work.stages.stream in wanted else 0
+    makes_it = not work.stages.products and work.stages.stream in work.differentiated
+    return bytes_made(work.stages.stream, at) if makes_it else 0
 
 
 def _saved_whole(work: Work, at: Hint) -> list[Node]:
@@ -146,7 +146,7 @@ def _saved_whole(work: Work, at: Hint) -> list[Node]:
         return []
     stages = work.stages
     inside = set(stages.loop)
-    carrying = descendants((stages.operands[i] for i in work.wanted), lambda node: inside.intersection(node.users))
+    carrying = descendants(work.differentiated, lambda node: inside.intersection(node.users))
     saved = {node: node for node in stages.products if node not in stages.results and not is_sink(stages, node, at)}
     for left, right in map(factors, stages.products):
         saved.update({buffer_of(read): read for read, other in ((left, right), (right, left)) if other in carrying})

@@ -22,6 +22,7 @@ from mst_fx.recognise.grown_regions import whole_region as whole_region
 from mst_fx.recognise.growth import Growth as Growth
 from mst_fx.recognise.growth import grow as grow
 from mst_fx.recognise.growth import within as within
+from mst_fx.recognise.heads import heads_region as heads_region
 from mst_fx.recognise.reader import Reader as Reader
 from mst_fx.recognise.region import Region as Region
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch.fx import GraphModule, Node
@@ -35,6 +36,9 @@ from mst_fx.recognise.write_checks import (
 )
 
 
+Over: TypeAlias = Literal["tokens", "heads"]
+
+
 @dataclass(frozen=True)
 class Region:
     """Nodes, what they read from outside, and what the rest of the graph reads of them.
@@ -52,6 +56,7 @@ class Region:
         smaller: a smaller region to loop where this one cannot be, None where there is none.
         front: the nodes that make the stream of the recognised region (see `norm_in_front`).
         products: the nodes that multiply matrices.
+        over: what the loop runs over. For "heads", the stream is a weight whose rows make them, and tokens are whole.
     """
 
     owner: GraphModule
@@ -66,6 +71,7 @@ class Region:
     smaller: Region | None = None
     front: frozenset[Node] = frozenset()
     products: tuple[Node, ...] = ()
+    over: Over = "tokens"
 
     @property
     def last(self) -> Node:
@@ -94,6 +100,7 @@ def close(
     returned: tuple[Node, ...] = (),
     smaller: Region | None = None,
     front: frozenset[Node] = frozenset(),
+    over: Over = "tokens",
 ) -> Region:
     """Make a region of nodes, if one call can stand in their place.
 
@@ -104,6 +111,7 @@ def close(
         returned: as in `Region`.
         smaller: as in `Region`.
         front: as in `Region`.
+        over: as in `Region`.
 
     Raises:
         Refusal: a size depends on the data, a value leaves the nodes and comes back, no place is after all live-ins and
@@ -147,7 +155,9 @@ def close(
     modes = {node: reader.modes[node] for node in ordered}
     place = (before, moved_ahead)
     products = tuple(filter(reader.multiplies, ordered))
-    return Region(reader.owner, ordered, outputs, live_ins, stream, *place, modes, returned, smaller, front, products)
+    return Region(
+        reader.owner, ordered, outputs, live_ins, stream, *place, modes, returned, smaller, front, products, over
+    )
 
 
 def _check_derivatives(reader: Reader, nodes: Iterable[Node]) -> None:

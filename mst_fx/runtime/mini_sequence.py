@@ -24,11 +24,14 @@ class CallSpec(NamedTuple):
         forward_spec: `LoopSpec` of the loop that computes only results.
         backward_spec: `LoopSpec` of the loop that computes gradients (after the results, for "in_forward").
         differentiable: positions of the results that have a gradient; the backward loop reads these gradients first.
-        wanted: positions of the operands whose gradients the backward loop gives, in the order of its results.
+        wanted: positions of the operands, and behind them of the projections, whose gradients the backward loop gives,
+            in the order of its results.
         reused: positions of the results that exist anyway and are not recomputed; the backward loop reads the upstream
             gradients, then these, then the operands.
         saves_results: whether activation checkpointing saves the results of the forward loop that backward needs, in
             place of running the loop again.
+        projections: number of values behind the operands that the loop does not read: it makes them, a chunk at a time,
+            and gives their gradients, which pass on to what they are made of.
     """
 
     backward: str
@@ -38,6 +41,7 @@ class CallSpec(NamedTuple):
     wanted: tuple[int, ...]
     reused: tuple[int, ...] = ()
     saves_results: bool = False
+    projections: int = 0
 
 
 def mini_sequence(
@@ -46,7 +50,7 @@ def mini_sequence(
     backward: Any,
     backward_tail: Any,
     raw_spec: tuple[Any, ...],
-    *operands: torch.Tensor,
+    *leaves: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """Run a region as a loop over mini-sequences, and return its results, each contiguous.
 
@@ -56,20 +60,21 @@ def mini_sequence(
         backward: body that computes the gradients of a full chunk, None where none is needed.
         backward_tail: the same for the ragged last chunk, None where there is none.
         raw_spec: a `CallSpec` as a tuple.
-        operands: the values that the region reads.
+        leaves: the values that the region reads, and the projections.
 
     Raises:
         RuntimeError: in backward, where the gradients are differentiated once more (`create_graph=True`).
     """
     spec = CallSpec(*raw_spec)
-    operands = tuple(_connected(x, position in spec.wanted) for position, x in enumerate(operands))
+    leaves = tuple(_connected(x, position in spec.wanted) for position, x in enumerate(leaves))
+    operands = leaves[: len(leaves) - spec.projections]
     with without_autocast():
         if spec.backward == "in_forward":
             return _GradientsInForward.apply(backward, backward_tail, spec, *operands)
         if spec.backward == "none" or not torch.is_grad_enabled():
             return mini_sequence_loop(forward, forward_tail, spec.forward_spec, *operands)
         bodies = (forward, forward_tail, backward, backward_tail)
-        return _Recompute.apply(bodies, spec, *operands)
+        return _Recompute.apply(bodies, spec, *leaves)
 
 
 def _connected(operand: torch.Tensor, wanted: bool) -> torch.Tensor:
@@ -79,8 +84,9 @@ def _connected(operand: torch.Tensor, wanted: bool) -> torch.Tensor:
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, bodies: tuple[Any, ...], spec: CallSpec, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.bodies, ctx.spec, ctx.count = bodies[2:], spec, len(operands)
+    def forward(ctx: Any, bodies: tuple[Any, ...], spec: CallSpec, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.bodies, ctx.spec, ctx.count = bodies[2:], spec, len(leaves)
+        operands = leaves[: len(leaves) - spec.projections]
         with results_saved() if spec.saves_results else nullcontext():
             results = mini_sequence_loop(*bodies[:2], spec.forward_spec, *operands)
         ctx.save_for_backward(*(results[i] for i in spec.reused), *operands)

@@ -145,7 +145,7 @@ class Surveyor:
 
     def _with_front(self, graph: _Graph, region: Region) -> tuple[Region, Work] | None:
         """Return the region with its front, and its work; None unless the longest dim of tokens can then be split."""
-        whole = with_front(graph.reader, region, graph.taken)
+        whole = with_front(graph.reader, region, graph.taken) if region.over == "tokens" else None
         if whole is None:
             return None
         try:

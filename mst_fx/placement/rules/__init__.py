@@ -4,6 +4,7 @@ Each file has the rules of some families of ops; an op with the tag `pointwise` 
 fills the table of rules.
 """
 
+from mst_fx.placement.rules import attention as attention
 from mst_fx.placement.rules import collectives as collectives
 from mst_fx.placement.rules import contraction as contraction
 from mst_fx.placement.rules import creation as creation
