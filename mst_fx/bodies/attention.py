@@ -133,7 +133,8 @@ def run_on_kept(
             result = result.permute([dims.index(dim) for dim in range(len(dims))])
         elif view.target in RESHAPES:
             result = result.reshape(chunk_shape(before))
-    arguments = map_arg({name: argument(node, name) for name in _OF_FORWARD if takes(node, name)}, env.get)
+    taken = [name for name in _OF_FORWARD if takes(node, name)]
+    arguments = dict(zip(taken, map_arg([argument(node, name) for name in taken], env.get), strict=True))
     others = {name: made for name, made in zip(_returned(node.target), node.meta["val"], strict=True)}
     operands = [arguments.pop(name) for name in ("query", "key", "value")]
     backward = partial(_backward, node.target, arguments, others)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from mst_fx.bodies.attention import kept_results, with_projections, with_results_kept
 from mst_fx.bodies.connected import connected
@@ -182,8 +183,8 @@ def _needs_grad(stages: Stages, live_in_of: dict[Node, Node]) -> dict[Node, bool
     """Return which values need a gradient: real or complex ones that depend on a live-in that needs one."""
     needs: dict[Node, bool] = {}
     for node in stages.graph.nodes:
-        value = node.meta.get("val")
-        floating = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+        made = tree_leaves(node.meta.get("val"))
+        floating = any(isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex()) for x in made)
         if node.target == torch.ops.aten.detach.default:
             needs[node] = False
         elif node in live_in_of:
@@ -201,7 +202,7 @@ def _forbid_complex(region: Region, needs_grad: Mapping[Node, bool]) -> None:
             raise Refusal(Reason.COMPLEX, live_in, f"{op_name(live_in)} gives a view of complex numbers")
     if any(needs_gradient(node, set(region.nodes)) for node in region.outputs):
         for node, needs in needs_grad.items():
-            if needs and node.meta["val"].is_complex():
+            if needs and any(isinstance(x, torch.Tensor) and x.is_complex() for x in tree_leaves(node.meta["val"])):
                 raise Refusal(Reason.COMPLEX, node, f"{node.name} is complex and needs a gradient")
 
 
