@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node, map_arg
 
-from mst_fx.core.aten_ops import ATTENTIONS, CONTRACTIONS, PERMUTES, RESHAPES
+from mst_fx.core.aten_ops import ATTENTION_GRADIENTS, ATTENTIONS, CONTRACTIONS, PERMUTES, RESHAPES
 from mst_fx.core.graph_walk import in_order
 from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import WHOLE, split_of
@@ -182,16 +182,10 @@ def _backward(
         state = others.get(name, others.get(other))
         if isinstance(state, torch.Tensor):
             given[name] = torch.empty(state.shape, dtype=state.dtype, device=state.device)
-    backward = backward_of(forward)
+    backward = ATTENTION_GRADIENTS[forward]
     schema = backward._schema.arguments
     positional = [given[each.name] for each in schema if not each.kwarg_only]
     return tuple(backward(*positional, **{each.name: given[each.name] for each in schema if each.kwarg_only})[:3])
-
-
-@cache
-def backward_of(forward: Any) -> Any:
-    """Return the op that computes the gradients of an attention op."""
-    return getattr(aten, f"{forward._schema.name.removeprefix('aten::')}_backward").default
 
 
 @cache

@@ -114,6 +114,10 @@ ATTENTIONS = (
     aten._scaled_dot_product_fused_attention_overrideable.default,
 )
 """Attention in one kernel: (result, logsumexp of the scores, ...) of queries, keys and values [B, heads, T, D]."""
+ATTENTION_GRADIENTS: dict[Any, Any] = {
+    op: getattr(aten, f"{op._schema.name.removeprefix('aten::')}_backward").default for op in ATTENTIONS
+}
+"""The op that computes the gradients of queries, keys and values, for each of these."""
 
 # Families: reductions, scans and norms.
 
@@ -302,6 +306,7 @@ UNFUSED = frozenset(
     [
         *CONTRACTIONS,
         *ATTENTIONS,
+        *ATTENTION_GRADIENTS.values(),
         *COLLECTIVES,
         *SORTS,
         aten.histc.default,

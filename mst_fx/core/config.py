@@ -23,7 +23,7 @@ class Wish:
 
     Attributes:
         loop: True or False where the user decides, None where the planner does.
-        chunk_tokens, num_chunks: as in `Config`.
+        chunk_tokens, num_chunks: as in `Config`; over heads, `num_chunks` is `head_groups`.
     """
 
     loop: bool | None = None
@@ -49,6 +49,8 @@ class Config:
             one is looped, whatever its share of the peak; 0 loops all. None: 64 MiB, and the planner decides.
         chunk_tokens: tokens in one chunk, which is one mini-sequence; None lets the planner choose.
         num_chunks: number of chunks, in place of `chunk_tokens`; at most one of the two may be set.
+        head_groups: number of groups of heads that attention runs in, 1 for all heads at once; None lets the planner
+            choose. It takes the most groups that divide the heads of the keys evenly, and are no more than this number.
         modules: for regions with a node in a module with one of these paths ("model.layers.0.mlp", "*.mlp"; the longest
             match counts; see `module_paths`): False for no loop, True for a loop in any case, or {"chunk_tokens": n} or
             {"num_chunks": n}.
@@ -73,6 +75,7 @@ class Config:
     min_bytes: int | None = None
     chunk_tokens: int | None = None
     num_chunks: int | None = None
+    head_groups: int | None = None
     modules: Mapping[str, bool | Mapping[str, int]] = dataclasses.field(default_factory=dict)
     accumulate: Accumulate = "float32"
     returned_logits: ReturnedLogits = "keep"
@@ -89,7 +92,7 @@ class Config:
         least = self.min_bytes
         _check(least is None or (_is_int(least) and least >= 0), "min_bytes", "an int of bytes >= 0 or None", least)
         _check(_is_budget(self.memory_budget), "memory_budget", BUDGETS, self.memory_budget)
-        for name in LENGTHS:
+        for name in NUMBERS:
             value = getattr(self, name)
             _check(value is None or (_is_int(value) and value > 0), name, "a positive int or None", value)
         _check(isinstance(self.modules, Mapping), "modules", WISHES, self.modules)
@@ -138,6 +141,12 @@ class Config:
         """Bytes of the smallest value that goes to the host: 8 MiB, or `min_bytes` where that is less."""
         return min(SMALL_VALUE, self.least_bytes)
 
+    def wish_over_heads(self, modules: Collection[str]) -> Wish:
+        """Return the same for a region over heads, which has no tokens to count."""
+        loop = self.wish_for(modules).loop
+        groups = self.head_groups
+        return Wish(loop if groups is None or loop is False else groups > 1, None, groups)
+
     def wish_for(self, modules: Collection[str]) -> Wish:
         """Return what the user wants for a region whose nodes belong to the modules with these paths."""
         paths = [path for path in self.modules if any(matches(module, path) for module in modules)]
@@ -177,6 +186,7 @@ class Config:
 
 
 LENGTHS = ("chunk_tokens", "num_chunks")
+NUMBERS = (*LENGTHS, "head_groups")
 SMALL_BYTES = 64 * 2**20
 SMALL_VALUE = 8 * 2**20
 BUDGETS = "bytes as an int, a string like '40GiB', or a fraction of the device between 0.0 and 1.0"

@@ -34,14 +34,14 @@ def _path(choices: Choices) -> Iterator[tuple[Choices, State]]:
     state = choices.looped(first.intersection(choices.candidates), choices.lengths)
     yield choices, state
     others = sorted((n for n in choices.candidates if state[n] is None), key=partial(_price, choices))
-    repeated = [n for n in others if choices.offers[n].repeated]
-    for number in repeated:
+    cheap = [n for n in others if not choices.offers[n].recomputes]
+    for number in cheap:
         state = changed(state, {number: choices.lengths[number]})
         yield choices, state
     for blocks in range(1, len(choices.timeline.stops) + 1) if choices.config.offload == "auto" else ():
         choices = choices.offloading(blocks)
         yield choices, state
-    for number in others[len(repeated) :]:
+    for number in others[len(cheap) :]:
         state = changed(state, {number: choices.lengths[number]})
         yield choices, state
     while True:
@@ -63,7 +63,7 @@ def _holds(choices: Choices, number: int, state: State) -> int:
 
 
 def _price(choices: Choices, number: int) -> tuple[bool, float]:
-    """Return a sort key: checkpointed blocks first, then milliseconds for each byte that the loop frees."""
+    """Return a sort key: what checkpointed blocks recompute, then milliseconds for each byte that the loop frees."""
     offer = choices.offers[number]
     freed = max(1, offer.memory.saved_whole - offer.memory.saved)
-    return not offer.repeated, choices.added_ms(number, choices.lengths[number]) / freed
+    return offer.recomputes, choices.added_ms(number, choices.lengths[number]) / freed

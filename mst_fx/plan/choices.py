@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
-from mst_fx.core.config import Config
+from mst_fx.core.config import SMALL_BYTES, Config
 from mst_fx.plan.chunk_length import Lengths, several, shorter
 from mst_fx.plan.offer import Offer, held
 from mst_fx.predict.step_memory import Timeline
@@ -41,14 +41,17 @@ class Choices:
 
     def _may_be_looped(self, number: int) -> bool:
         offer = self.offers[number]
-        large = offer.due or offer.memory.written >= self.config.least_bytes
+        least = self.config.least_bytes if offer.extent.over == "tokens" else max(self.config.least_bytes, SMALL_BYTES)
+        large = offer.due or offer.memory.written >= least
         return large if offer.wish.loop is None else offer.wish.loop
 
     def must_be_looped(self, number: int) -> bool:
         """Return whether a region that may be looped has to be, whatever that saves."""
         offer = self.offers[number]
-        given = self.config.min_bytes is not None or offer.wish.loop is not None or offer.wish.fixes_length
-        return given or offer.due or offer.communicates
+        given = offer.wish.loop is not None or offer.wish.fixes_length
+        if offer.extent.over == "heads":
+            return given  # attention in groups of heads costs time at any length: `min_bytes` is about loops that do not
+        return given or self.config.min_bytes is not None or offer.due or offer.communicates
 
     def offloading(self, blocks: int) -> Choices:
         """Return the same with so many blocks that keep on the host what they save."""

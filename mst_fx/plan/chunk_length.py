@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from mst_fx.core.config import Accumulate, Wish
+from mst_fx.plan.head_groups import default_group, larger_group, smaller_group
 from mst_fx.predict.extent import Extent
 
 CHUNK_BYTES = 2**28
@@ -68,6 +69,8 @@ def default_lengths(extent: Extent, wish: Wish, accumulate: Accumulate, *, recom
         accumulate: dtype of the sums, which every chunk reads and writes once.
         recomputes: whether the forward has a loop of its own, whose chunks can be longer.
     """
+    if extent.over == "heads":
+        return _alike(default_group(extent, wish))
     if wish.num_chunks is not None:
         length = max(1, -(-extent.length // wish.num_chunks))
         return Lengths(length, length)
@@ -94,6 +97,9 @@ def _rows(extent: Extent, accumulate: Accumulate) -> int:
 def shorter(terms: Terms, lengths: Lengths) -> Lengths | None:
     """Return half the length; None where the user fixes the length, or where products would have too few rows."""
     extent = terms.extent
+    if extent.over == "heads":
+        group = None if terms.wish.fixes_length else smaller_group(extent, lengths.chunk)
+        return None if group is None else _alike(group)
     half = _even(extent, -(-lengths.chunk // 2))
     tokens = half * extent.tokens_per_position
     if terms.wish.fixes_length or half >= lengths.chunk or tokens < LEAST_ROWS * extent.sharing:
@@ -116,12 +122,16 @@ def several(terms: Terms, *, demanded: bool) -> Lengths:
     while lengths.chunk >= length and (half := shorter(terms, lengths)):
         lengths = half
     few = -(-length // 2)
+    if terms.extent.over == "heads":
+        few = smaller_group(terms.extent, length, demanded=True) or length
     return Lengths(few, few) if demanded and lengths.chunk >= length else lengths
 
 
 def in_chunks(terms: Terms, count: int) -> Lengths:
     """Return the length of so many chunks; the default where the user fixes it, or where products get too few rows."""
     lengths, extent = terms.lengths, terms.extent
+    if extent.over == "heads":
+        return lengths if terms.wish.fixes_length else _alike(default_group(extent, Wish(num_chunks=count)))
     length = _even(extent, -(-extent.length // count))
     if terms.wish.fixes_length or length * extent.tokens_per_position < LEAST_ROWS * extent.sharing:
         return lengths
@@ -131,11 +141,18 @@ def in_chunks(terms: Terms, count: int) -> Lengths:
 def longer(terms: Terms, lengths: Lengths) -> Lengths | None:
     """Return about twice the length; None where the user fixes it, or a chunk would be the only or a ragged one."""
     extent = terms.extent
+    if extent.over == "heads":
+        group = None if terms.wish.fixes_length else larger_group(extent, lengths.chunk)
+        return None if group is None else _alike(group)
     double = _even(extent, 2 * lengths.chunk)
     ragged = extent.length % double > 0 and extent.length % lengths.chunk == 0
     if terms.wish.fixes_length or double >= extent.length or (ragged and not extent.dynamic):
         return None
     return Lengths(double, max(double, lengths.forward))
+
+
+def _alike(length: int) -> Lengths:
+    return Lengths(length, length)
 
 
 def _even(extent: Extent, length: int) -> int:

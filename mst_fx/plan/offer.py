@@ -50,7 +50,7 @@ class Offer:
     @property
     def recomputes(self) -> bool:
         """Whether a loop recomputes what would not be recomputed without it."""
-        return not (self.recomputes_nothing or self.repeated)
+        return self.cost.once_more or not (self.recomputes_nothing or self.repeated)
 
 
 def held(offer: Offer, lengths: Lengths | None) -> Held:

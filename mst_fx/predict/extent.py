@@ -15,6 +15,7 @@ from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import WHOLE
 from mst_fx.placement.rules import shape_of
 from mst_fx.placement.rules.contraction import factors
+from mst_fx.recognise.region import Over
 from mst_fx.predict.region_memory import bytes_per_position, is_sink
 
 
@@ -30,6 +31,7 @@ class Extent:
         sharing: tokens for each row that one matrix multiplies: 1, or more where experts share the tokens.
         wide: bytes of all widening products for one position.
         cast: bytes of the largest gradient that adds up over the chunks in another dtype than its own.
+        over: what a position is: some tokens, or a head with all tokens.
     """
 
     length: int
@@ -39,9 +41,10 @@ class Extent:
     sharing: float = 1.0
     wide: int = 0
     cast: int = 0
+    over: Over = "tokens"
 
 
-def extent_of(work: Work, at: Hint) -> Extent:
+def extent_of(work: Work, at: Hint, over: Over = "tokens") -> Extent:
     """Return the numbers of a region's axis, with the sizes that `at` tells."""
     stages = work.stages
     products = stages.products
@@ -49,12 +52,18 @@ def extent_of(work: Work, at: Hint) -> Extent:
     return Extent(
         length=length,
         dynamic=stages.dynamic,
-        tokens_per_position=max(1, _tokens(stages, at) // length),
+        tokens_per_position=max(1, _tokens(stages, at) // length) if over == "tokens" else _rows(stages, at),
         widest=max((bytes_per_position(stages, node, at) for node in products or stages.loop), default=0),
         sharing=max([1.0, *(_tokens_per_row(stages, node, at) for node in products)]),
         wide=sum(bytes_per_position(stages, node, at) for node in products if not is_sink(stages, node, at)),
         cast=max((_bytes_cast(work, node, at) for node in work.differentiated), default=0),
+        over=over,
     )
+
+
+def _rows(stages: Stages, at: Hint) -> int:
+    """Return the rows of the products: each chunk of heads reads all tokens."""
+    return max(at(prod(shape_of(node)[:-1])) for node in stages.products)
 
 
 def _tokens(stages: Stages, at: Hint) -> int:

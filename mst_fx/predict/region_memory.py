@@ -98,7 +98,7 @@ def memory_of(work: Work, call: Call, at: Hint) -> RegionMemory:
         written=temporary_bytes(stages, length, at),
         forward=forward or backward or NOTHING,
         backward=None if in_forward else backward,
-        saved=sum(saved for _, saved in gradients),
+        saved=sum(saved for _, saved in gradients) + _kept(work, at),
         scaled=sum(own for own, _ in gradients),
         rescaled=max((own for own, saved in gradients if own != saved), default=0),
         saved_whole=saved_whole,
@@ -114,6 +114,12 @@ def memory_unlooped(work: Work, at: Hint) -> RegionMemory:
     saved = _saved_whole_bytes(work, at)
     written = temporary_bytes(work.stages, at(work.stages.length), at)
     return RegionMemory(written, saved_whole=saved, whole_forward=saved, whole_backward=saved, whole_again=saved)
+
+
+def _kept(work: Work, at: Hint) -> int:
+    """Return the bytes of the results that the loop saves for its own backward alone, and the region does not give."""
+    results = work.stages.results
+    return sum(bytes_made(results[i], at) for i in work.reused if results[i] not in work.stages.outputs)
 
 
 def _saved_whole_bytes(work: Work, at: Hint) -> int:

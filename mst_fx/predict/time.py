@@ -76,6 +76,7 @@ class RegionCost:
         bytes_summed: bytes read and written for each chunk to add up gradients.
         bytes_finished: bytes read and written once, to cast and to scale the sums.
         half: whether the products are in half precision.
+        once_more: whether a loop recomputes in a checkpointed block, too, what this block has recomputed before.
     """
 
     flops: float
@@ -84,6 +85,7 @@ class RegionCost:
     bytes_summed: int
     half: bool
     bytes_finished: int = 0
+    once_more: bool = False
 
     def added_ms(self, device: Device, chunk: int, length: int, *, repeated: bool) -> float:
         """Predict the milliseconds that a loop adds to a training step.
@@ -95,7 +97,7 @@ class RegionCost:
             repeated: whether backward recomputes the forward in any case (activation checkpointing).
         """
         rate = device.flops_per_ms * (1.0 if self.half or device.kind == "cpu" else SINGLE)
-        again = 0.0 if repeated else self.recomputed / (rate * efficiency(self.rows * chunk))
+        again = 0.0 if repeated and not self.once_more else self.recomputed / (rate * efficiency(self.rows * chunk))
         slower = 3 * self.flops / rate * (1 / efficiency(self.rows * chunk) - 1 / efficiency(self.rows * length))
         chunks = -(-length // chunk)
         summed = (chunks - 1) * (HOST_MS + self.bytes_summed / device.bytes_per_ms)
@@ -134,6 +136,7 @@ def cost_of(work: Work, memory: RegionMemory, extent: Extent, at: Hint) -> Regio
         bytes_summed=2 * loop.sums,
         bytes_finished=cast + memory.saved + memory.scaled,
         half=stages.stream.meta["val"].dtype in (torch.float16, torch.bfloat16),
+        once_more=bool(stages.projections),
     )
 
 

@@ -181,9 +181,10 @@ class Surveyor:
 
     def _terms(self, region: Region, work: Work, at: Hint) -> Terms:
         nodes = (node for node in region.nodes if node not in region.front)
-        wish = self.config.wish_for(set[str]().union(*map(module_names, nodes)))
+        wish_for = self.config.wish_for if region.over == "tokens" else self.config.wish_over_heads
+        wish = wish_for(set[str]().union(*map(module_names, nodes)))
         recomputes = work.backward == "recompute"
-        return terms_of(extent_of(work, at), wish, self.config.accumulate, recomputes=recomputes)
+        return terms_of(extent_of(work, at, region.over), wish, self.config.accumulate, recomputes=recomputes)
 
     def call(self, work: Work, lengths: Lengths) -> Call:
         """Return the call with bodies for these lengths; regions that are alike share it."""
