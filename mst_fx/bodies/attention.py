@@ -20,7 +20,7 @@ from torch.fx import Node, map_arg
 from mst_fx.core.aten_ops import ATTENTION_GRADIENTS, ATTENTIONS, CONTRACTIONS, PERMUTES, RESHAPES
 from mst_fx.core.graph_walk import in_order
 from mst_fx.placement.partition import Stages
-from mst_fx.placement.placement import WHOLE, split_of
+from mst_fx.placement.placement import PARTIAL, WHOLE, split_of
 from mst_fx.placement.rules import argument, takes
 from mst_fx.placement.rules.attention import bias_of
 from mst_fx.placement.rules.view import dim_permutation
@@ -56,6 +56,21 @@ def with_projections(stages: Stages, needs_grad: Mapping[Node, bool]) -> Stages:
         node for node in products if needs_grad[node] and any(placements[x] == WHOLE for x in node.all_input_nodes)
     )
     return replace(stages, projections=tuple(made_of_whole))
+
+
+def with_sums(stages: Stages) -> Stages:
+    """Return the stages without the product that adds up over the heads, if it gives the only result: it is a sum.
+
+    The loop gives what the product reads, in place of its parts: these would have to add up. In backward, the gradient
+    of what it reads is made a chunk at a time, of that of the sum.
+    """
+    made = stages.results[0]
+    while made.target in RESHAPES and len(made.users) == 1:
+        (made,) = made.all_input_nodes
+    if len(stages.results) > 1 or made.target != aten.mm.default or stages.placement(made) != PARTIAL:
+        return stages
+    read: Any = made.args[0]
+    return replace(stages, results=(read,), sums=stages.results)
 
 
 def with_results_kept(stages: Stages, needs_grad: Mapping[Node, bool]) -> Stages:

@@ -58,7 +58,7 @@ class Gradients:
 
     Attributes:
         wanted: positions of the loop's leaves that need a gradient.
-        differentiable: positions of the loop's results that have one.
+        differentiable: positions of the loop's ends that have one.
         in_forward: whether the body computes the results, too, with 1 as the upstream gradient.
         accumulate: dtype policy for gradients of whole operands in half precision.
         reused: positions of the loop's results that the body reads and does not recompute.
@@ -131,7 +131,7 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None, *, f
         length: positions of the chunk; None for a body that takes any number of them.
         factored: whether matrix products at its end move out (see `factors`).
     """
-    upstream = [] if gradients.in_forward else [stages.results[i] for i in gradients.differentiable]
+    upstream = [] if gradients.in_forward else [stages.ends[i] for i in gradients.differentiable]
     reused = [stages.results[i] for i in gradients.reused]
     inputs = [*upstream, *reused, *stages.operands]
 
@@ -143,7 +143,7 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None, *, f
         env = computed(stages, operands, known, gradients.wanted)
         leaves = [env[stages.leaves[i]] for i in gradients.wanted]
         results = [env[node] for node in stages.results]
-        sinks = [results[i] for i in gradients.differentiable]
+        sinks = [env[stages.ends[i]] for i in gradients.differentiable]
         seeds = [torch.ones_like(sink) for sink in sinks] if gradients.in_forward else tangents
         grads = torch.autograd.grad(sinks, leaves, seeds, materialize_grads=True)
         return (*results, *grads) if gradients.in_forward else grads
@@ -214,9 +214,12 @@ def computed(
     for node in leaves.intersection(env):
         env[node].requires_grad_()
     kept = kept_results(stages) if known else {}
-    inside = set(stages.loop)
+    inside, behind = set(stages.loop), set(stages.behind)
 
     def run(node: Node, env: Mapping[Node, Any]) -> Any:
+        if node in behind:  # which runs at once, outside of the loop, too: its weight has its gradient from there
+            passed = behind.union(stages.results)
+            env = {x: env[x] if x in passed else env[x].detach() for x in node.all_input_nodes}
         value = run_resized(node, stages.placements.of[node], length, env)
         _check_shape(stages, node, value, length)
         return value

@@ -51,7 +51,7 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
     stages = work.stages
     ins = tuple(axis_of(stages, node) for node in stages.operands)
     spec = CallSpec(work.backward, (), (), work.differentiable, work.wanted, work.reused)
-    spec = spec._replace(projections=len(stages.projections))
+    spec = spec._replace(projections=len(stages.projections), sums=len(stages.sums))
     call = Call(spec)
     in_forward = work.backward == "in_forward"
     if not in_forward:
@@ -65,7 +65,7 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
         gradients = Gradients(work.wanted, work.differentiable, in_forward, accumulate, work.reused, cast)
         full, tail = _full_and_tail(stages, chunk, partial(gradient_body, stages, gradients))
         read = () if in_forward else (*work.differentiable, *work.reused)
-        given = tuple(axis_of(stages, stages.results[i]) for i in read)
+        given = tuple(axis_of(stages, stages.ends[i]) for i in read)
         strides = tuple((len(given) + position, of_operand) for position, of_operand in strides_of(stages))
         spec = spec._replace(backward_spec=tuple(LoopSpec(VERSION, chunk, given + ins, full.literals, strides)))
         call = replace(call, spec=spec, backward=full, backward_tail=tail)

@@ -27,10 +27,10 @@ def connected(
     Args:
         stages: the stages of the region.
         wanted: positions of the loop's leaves that need a gradient.
-        reached: results that a gradient may come back from.
+        reached: ends that a gradient may come back from.
 
     Returns:
-        Positions of the leaves that get a gradient, and of the results that have one.
+        Positions of the leaves that get a gradient, and of the ends that have one.
 
     Raises:
         Refusal: a gradient would have to come back through an op that torch cannot differentiate (UNKNOWN_OP).
@@ -40,13 +40,13 @@ def connected(
         operands = merged(stages, stages.operands, chunks)
         env = computed(stages, operands, wanted=wanted)
         leaves = [env[stages.leaves[position]] for position in wanted]
-        results = [env[node] for node in stages.results]
-        ends = [i for i, x in enumerate(results) if x.requires_grad and stages.results[i] in reached]
-        _forbid_missing_derivatives(env, [results[i] for i in ends])
+        values = [env[node] for node in stages.ends]
+        ends = [i for i, x in enumerate(values) if x.requires_grad and stages.ends[i] in reached]
+        _forbid_missing_derivatives(env, [values[i] for i in ends])
         stops = bool(stages.projections) or any(map(_stops_gradients, stages.loop))
         if not ends or not stops:
             return (tuple(wanted) if ends else ()), tuple(ends)
-        sinks = [results[i] for i in ends]
+        sinks = [values[i] for i in ends]
         grads = torch.autograd.grad(sinks, leaves, [torch.ones_like(x) for x in sinks], allow_unused=True)
         return tuple(i for i, grad in zip(wanted, grads, strict=True) if grad is not None), tuple(ends)
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mst_fx.bodies.body import Body
 from mst_fx.bodies.call import Call
 from mst_fx.core.aten_ops import DRAWS
-from mst_fx.core.graph_walk import ancestors, in_order
+from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.sizes import hint
 from mst_fx.core.values import bytes_made, fake_value, has_gradient, storages_of, storages_of_all
 from mst_fx.placement.partition import Stages
 from mst_fx.recognise.rebuild import captured, live_ins_of
 from mst_fx.recognise.region import Region
-from mst_fx.runtime.mini_sequence import mini_sequence
+from mst_fx.runtime.mini_sequence import mini_sequence, with_gradients
 
 
 @dataclass(frozen=True)
@@ -53,28 +53,30 @@ def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacem
             if node in remade:
                 env[node].meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
         bodies = [_body(owner, name, body) for name, body in zip(BODY_NAMES, replacement.call.bodies, strict=True)]
-        for node in _made_for_gradients(stages):
+        for node in stages.projecting:  # for their derivatives: nobody reads the values, so a compiler drops them
             env[node] = captured(graph.node_copy(node, env.__getitem__), node)
         leaves = [env[node] for node in stages.leaves]
         spec = replacement.call.spec._replace(saves_results=replacement.saves_results)
         call = graph.call_function(mini_sequence, (*bodies, tuple(spec), *leaves))
         call.meta = {key: value for key, value in region.last.meta.items() if key != "example_value"}
-        for position, node in enumerate(stages.results):
-            result = graph.call_function(operator.getitem, (call, position))
-            env[node] = captured(_laid_out_like(result, node.meta["val"]), node)
+        env.update(_items(graph, call, stages.results))
+        for node in stages.behind:
+            env[node] = captured(graph.node_copy(node, env.__getitem__), node)
+        if stages.sums:
+            read = [env[stages.ends[i]] for i in (*spec.differentiable, *spec.reused)]
+            sums = graph.call_function(with_gradients, (*bodies[2:], tuple(spec), *read, *leaves))
+            sums.meta = dict(call.meta)
+            env.update(_items(graph, sums, [stages.ends[i] for i in spec.differentiable]))
         for node in stages.epilogue:
             env[node] = captured(graph.node_copy(node, env.__getitem__), node)
     return [env[node] for node in stages.outputs]
 
 
-def _made_for_gradients(stages: Stages) -> tuple[Node, ...]:
-    """Return the nodes that make the projections.
-
-    The graph holds them for their derivatives: nobody reads their values, so that a compiler drops them.
-    """
-    given = {*stages.operands, *stages.prologue}
-    stop = lambda node: node in given or node.op == "placeholder"  # noqa: E731
-    return in_order(stages.graph, ancestors(stages.projections, stop=stop))
+def _items(graph: Graph, call: Node, nodes: Sequence[Node]) -> Iterator[tuple[Node, Node]]:
+    """Yield, for each of these nodes of a region's aten graph, itself and the value that a call gives for it."""
+    for position, node in enumerate(nodes):
+        result = graph.call_function(operator.getitem, (call, position))
+        yield node, captured(_laid_out_like(result, node.meta["val"]), node)
 
 
 def _remade(stages: Stages, wanted: Container[int], live_in_of: Mapping[Node, Node]) -> set[Node]:

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from mst_fx.bodies.attention import kept_results, with_projections, with_results_kept
+from mst_fx.bodies.attention import kept_results, with_projections, with_results_kept, with_sums
 from mst_fx.bodies.connected import connected
 from mst_fx.capture.fingerprint import likeness_of_nodes
 from mst_fx.capture.fixed_sizes import as_if_fixed, equal, fix_all, forbid_lengths, other_dims, to_be_fixed
@@ -43,7 +43,7 @@ class Work:
         stages: the partitioned aten graph.
         backward: how gradients are made.
         wanted: positions of the loop's leaves that get a gradient.
-        differentiable: positions of the loop's results that have one.
+        differentiable: positions of the loop's ends that have one.
         reused: positions of the loop's results that the backward reads and does not recompute.
         fixed: positions of the region's live-ins that are numbers, and whose values the stages depend on.
         sizes: sizes of its tensors that the stages take as fixed, or as equal.
@@ -171,7 +171,7 @@ def _analysed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Co
     needs_grad = _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True)))
     _forbid_complex(region, needs_grad)
     if region.over == "heads":
-        stages = with_results_kept(with_projections(stages, needs_grad), needs_grad)
+        stages = with_results_kept(with_sums(with_projections(stages, needs_grad)), needs_grad)
     wanted = tuple(i for i, node in enumerate(stages.leaves) if needs_grad[node])
     wanted, differentiable = _gradients(region, stages, wanted, config)
     backward = _backward(stages, differentiable)
@@ -215,8 +215,8 @@ def _reused(region: Region, stages: Stages, differentiable: tuple[int, ...]) -> 
     """
     exist = [all(_returned(region, outer)) for outer in region.outputs]
     returned = {inner for inner, exists in zip(stages.outputs, exist, strict=True) if exists}
-    ends = {stages.results[i] for i in differentiable}
-    found = (i for i in differentiable if stages.results[i] in returned)
+    ends = {stages.ends[i] for i in differentiable}
+    found = (i for i in differentiable if stages.ends[i] in returned)
     passed = {i for i in found if not ends.isdisjoint(descendants([stages.results[i]]) - {stages.results[i]})}
     kept = {node for each in kept_results(stages).values() for node in (each.result, each.logsumexp)}
     return tuple(i for i, node in enumerate(stages.results) if i in passed or node in kept)
@@ -225,7 +225,7 @@ def _reused(region: Region, stages: Stages, differentiable: tuple[int, ...]) -> 
 def _gradients(
     region: Region, stages: Stages, wanted: tuple[int, ...], config: Config
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return positions of the loop's leaves that get a gradient, and of its results that one can come back from."""
+    """Return positions of the loop's leaves that get a gradient, and of its ends that one can come back from."""
     inside = set(region.nodes)
     detached = region.returned if config.returned_logits == "detach" else ()
     outputs = zip(region.outputs, stages.outputs, strict=True)
@@ -242,7 +242,7 @@ def _backward(stages: Stages, differentiable: tuple[int, ...]) -> Backward:
     """
     if not differentiable:
         return "none"
-    sink = stages.results[differentiable[0]]
+    sink = stages.ends[differentiable[0]]
     scalar = len(differentiable) == 1 and stages.placements.of[sink] == PARTIAL and sink.meta["val"].numel() == 1
     half = any(node.meta["val"].dtype == torch.float16 for node in (*stages.loop, *stages.operands) if _is_tensor(node))
     scales = scales_with_upstream(stages.loop, stages.backward)

@@ -42,6 +42,8 @@ class Stages:
         backward: nodes that the backward of the loop runs besides: gradients that functions bring are made of them.
         projections: values of the loop whose gradients leave it, in place of the gradients of the whole values that
             they are made of.
+        sums: values that add up over the chunks, and that are made at once, behind the loop, of its results; the
+            backward of the loop takes their gradients.
         operands: what the loop reads: placeholders and values of the prologue.
         results: what the loop gives: values that the epilogue reads or that leave the region.
         outputs: what the region gives: results of the loop or values of the epilogue.
@@ -60,11 +62,30 @@ class Stages:
     outputs: tuple[Node, ...]
     backward: tuple[Node, ...] = ()
     projections: tuple[Node, ...] = ()
+    sums: tuple[Node, ...] = ()
 
     @property
     def leaves(self) -> tuple[Node, ...]:
         """What the backward of the loop can give gradients of: the operands, then the projections."""
         return (*self.operands, *self.projections)
+
+    @property
+    def ends(self) -> tuple[Node, ...]:
+        """What the backward of the loop can take gradients of: the results, then the sums."""
+        return (*self.results, *self.sums)
+
+    @property
+    def behind(self) -> tuple[Node, ...]:
+        """The nodes that make the sums of the results, in graph order."""
+        return self._made_of(self.sums, {*self.results, *self.operands, *self.prologue})
+
+    @property
+    def projecting(self) -> tuple[Node, ...]:
+        """The nodes that make the projections, in graph order."""
+        return self._made_of(self.projections, {*self.operands, *self.prologue})
+
+    def _made_of(self, ends: tuple[Node, ...], given: set[Node]) -> tuple[Node, ...]:
+        return in_order(self.graph, ancestors(ends, stop=given.__contains__))
 
     @property
     def products(self) -> list[Node]:
@@ -77,9 +98,9 @@ class Stages:
         return is_symbolic(self.length)
 
     def results_behind(self, outputs: Iterable[Node]) -> set[Node]:
-        """Return the loop's results that these outputs are, or that the epilogue makes them from."""
+        """Return the loop's results, or sums, that these outputs are, or that the epilogue makes them from."""
         behind = ancestors(outputs, lambda node: node.all_input_nodes if node in self.epilogue else ())
-        return behind.intersection(self.results)
+        return behind.intersection(self.ends)
 
     def placement(self, node: Node) -> Placement:
         """Return the placement of a node of the loop whose value is one tensor."""

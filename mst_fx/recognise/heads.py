@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from mst_fx.core.aten_ops import ATTENTIONS, PERMUTES, RESHAPES, aten
+from mst_fx.core.aten_ops import ATTENTIONS, PERMUTES, PRODUCTS_PLUS, RESHAPES, aten
 from mst_fx.core.graph_walk import ancestors, descendants, walk
 from mst_fx.core.values import has_gradient
 from mst_fx.recognise.reader import Reader
-from mst_fx.recognise.region import Region, close, with_items
+from mst_fx.recognise.region import Region, close
 
 
 def heads_region(reader: Reader, node: Node) -> Region | None:
@@ -33,7 +33,10 @@ def heads_region(reader: Reader, node: Node) -> Region | None:
     narrow = min(projections, key=lambda each: (reader.numel(each), reader.order[each]))  # of keys: the fewest heads
     contraction = reader.contraction(narrow)
     assert contraction is not None
-    return close(reader, with_items({*projections, *inside, node, *behind}), contraction.weight, over="heads")
+    nodes = {*projections, *inside, node, *behind}
+    region = close(reader, nodes, contraction.weight, over="heads")
+    joined = _joined(reader, (node, *behind)[-1])
+    return close(reader, nodes | joined, contraction.weight, smaller=region, over="heads") if joined else region
 
 
 def _projections(reader: Reader, attention: Node) -> set[Node]:
@@ -52,6 +55,15 @@ def _projections(reader: Reader, attention: Node) -> set[Node]:
     return found
 
 
+def _joined(reader: Reader, heads: Node) -> set[Node]:
+    """Return the product that adds up over the heads, if nothing else reads them, and it has no bias."""
+    readers = [user for user in heads.users if user.op != "output"]
+    contraction = reader.contraction(readers[0]) if len(readers) == len(heads.users) == 1 else None
+    if contraction is None or contraction.activation is not heads or reader.does(readers[0], PRODUCTS_PLUS):
+        return set()
+    return {readers[0]}
+
+
 def _views(reader: Reader, attention: Node) -> list[Node]:
     """Return the nodes that bring attention's result into another shape, and nothing else, one after the other."""
     views: list[Node] = []
@@ -59,7 +71,7 @@ def _views(reader: Reader, attention: Node) -> list[Node]:
     while len(node.users) == 1:
         (node,) = node.users
         ops = reader.ops(node)
-        if node.op == "output" or not ops or not ops <= {*RESHAPES, *PERMUTES, aten.clone.default}:
+        if node.op == "output" or ops is None or not ops <= {*RESHAPES, *PERMUTES, aten.clone.default}:
             break
         views.append(node)
     return views

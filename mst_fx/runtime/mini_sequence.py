@@ -23,7 +23,8 @@ class CallSpec(NamedTuple):
         backward: "recompute", "in_forward" or "none".
         forward_spec: `LoopSpec` of the loop that computes only results.
         backward_spec: `LoopSpec` of the loop that computes gradients (after the results, for "in_forward").
-        differentiable: positions of the results that have a gradient; the backward loop reads these gradients first.
+        differentiable: positions of the results, and behind them of the sums, that have a gradient; the backward loop
+            reads these gradients first.
         wanted: positions of the operands, and behind them of the projections, whose gradients the backward loop gives,
             in the order of its results.
         reused: positions of the results that exist anyway and are not recomputed; the backward loop reads the upstream
@@ -32,6 +33,8 @@ class CallSpec(NamedTuple):
             place of running the loop again.
         projections: number of values behind the operands that the loop does not read: it makes them, a chunk at a time,
             and gives their gradients, which pass on to what they are made of.
+        sums: number of values that add up over the chunks, and are made behind the loop of its results: these have no
+            gradients then, and `with_gradients` runs the backward loop.
     """
 
     backward: str
@@ -42,6 +45,7 @@ class CallSpec(NamedTuple):
     reused: tuple[int, ...] = ()
     saves_results: bool = False
     projections: int = 0
+    sums: int = 0
 
 
 def mini_sequence(
@@ -71,10 +75,32 @@ def mini_sequence(
     with without_autocast():
         if spec.backward == "in_forward":
             return _GradientsInForward.apply(backward, backward_tail, spec, *operands)
-        if spec.backward == "none" or not torch.is_grad_enabled():
+        if spec.backward == "none" or spec.sums or not torch.is_grad_enabled():
             return mini_sequence_loop(forward, forward_tail, spec.forward_spec, *operands)
         bodies = (forward, forward_tail, backward, backward_tail)
         return _Recompute.apply(bodies, spec, *leaves)
+
+
+def with_gradients(
+    backward: Any, backward_tail: Any, raw_spec: tuple[Any, ...], *values: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return sums that are made of the results of a loop; their gradients go through its backward loop.
+
+    Args:
+        backward: as in `mini_sequence`.
+        backward_tail: as in `mini_sequence`.
+        raw_spec: a `CallSpec` as a tuple.
+        values: the sums, the results that the backward loop reads, then the leaves of `mini_sequence`.
+
+    Raises:
+        RuntimeError: in backward, where the gradients are differentiated once more (`create_graph=True`).
+    """
+    spec = CallSpec(*raw_spec)
+    before = len(spec.differentiable) + len(spec.reused)
+    leaves = [_connected(x, position in spec.wanted) for position, x in enumerate(values[before:])]
+    if spec.backward == "none" or not torch.is_grad_enabled():
+        return values[: len(spec.differentiable)]
+    return _BackwardOfSums.apply((backward, backward_tail), spec, *values[:before], *leaves)
 
 
 def _connected(operand: torch.Tensor, wanted: bool) -> torch.Tensor:
@@ -101,6 +127,24 @@ class _Recompute(torch.autograd.Function):
         with without_autocast():
             grads = mini_sequence_loop(*ctx.bodies, spec.backward_spec, *upstream, *ctx.saved_tensors)
         return (None, None, *_at_operands(spec, grads, ctx.count))
+
+
+class _BackwardOfSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bodies: tuple[Any, ...], spec: CallSpec, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        sums = len(spec.differentiable)
+        ctx.bodies, ctx.spec, ctx.count = bodies, spec, len(values) - sums - len(spec.reused)
+        ctx.save_for_backward(*values[sums : len(values) - spec.projections])
+        return tuple(x.view_as(x) for x in values[:sums])
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        spec: CallSpec = ctx.spec
+        _forbid_second_derivatives()
+        with without_autocast():
+            grads = mini_sequence_loop(*ctx.bodies, spec.backward_spec, *tangents, *ctx.saved_tensors)
+        reused = [None] * len(spec.reused)
+        return (None, None, *tangents, *reused, *_at_operands(spec, grads, ctx.count))
 
 
 class _GradientsInForward(torch.autograd.Function):
