@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -16,10 +17,13 @@ from mst_fx.core.aten_ops import DRAWS
 from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.sizes import hint
 from mst_fx.core.values import bytes_made, fake_value, has_gradient, storages_of, storages_of_all
+from mst_fx.ops.projected import projected
 from mst_fx.placement.partition import Stages
 from mst_fx.recognise.rebuild import captured, live_ins_of
 from mst_fx.recognise.region import Region
 from mst_fx.runtime.mini_sequence import mini_sequence, with_gradients
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,7 @@ def loop(owner: GraphModule, place: Node, node_of: Mapping[Node, Node], replacem
             if node in remade:
                 env[node].meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
         bodies = [_body(owner, name, body) for name, body in zip(BODY_NAMES, replacement.call.bodies, strict=True)]
-        for node in stages.projecting:  # for their derivatives: nobody reads the values, so a compiler drops them
-            env[node] = captured(graph.node_copy(node, env.__getitem__), node)
+        _project(graph, stages, env)
         leaves = [env[node] for node in stages.leaves]
         spec = replacement.call.spec._replace(saves_results=replacement.saves_results)
         call = graph.call_function(mini_sequence, (*bodies, tuple(spec), *leaves))
@@ -77,6 +80,27 @@ def _items(graph: Graph, call: Node, nodes: Sequence[Node]) -> Iterator[tuple[No
     for position, node in enumerate(nodes):
         result = graph.call_function(operator.getitem, (call, position))
         yield node, captured(_laid_out_like(result, node.meta["val"]), node)
+
+
+def _project(graph: Graph, stages: Stages, env: dict[Node, Node]) -> None:
+    """Add the projections, for their derivatives: nobody reads their values, so that a compiler drops them.
+
+    Those that multiply the same tokens are made by one function, where they are plain products.
+    """
+    plain = [node for node in stages.projections if node.target == aten.mm.default]
+    tokens = {node: _written(node.args[0]) for node in plain}
+    for node in stages.projecting:
+        alike = [other for other in plain if tokens[other] == tokens.get(node)]
+        if len(alike) < 2:
+            env[node] = captured(graph.node_copy(node, env.__getitem__), node)
+        elif node is alike[-1]:
+            factors: list[Any] = [node.args[0], *(other.args[1] for other in alike)]
+            env.update(_items(graph, graph.call_function(projected, tuple(env[factor] for factor in factors)), alike))
+
+
+def _written(node: Any) -> str:
+    """Return what tells a node from one that computes something else: views of one value are alike."""
+    return f"{node.target}{node.args}{node.kwargs}" if node.op == "call_function" else str(node)
 
 
 def _remade(stages: Stages, wanted: Container[int], live_in_of: Mapping[Node, Node]) -> set[Node]:
