@@ -64,9 +64,9 @@ def with_sums(stages: Stages) -> Stages:
     The loop gives what the product reads, in place of its parts: these would have to add up. In backward, the gradient
     of what it reads is made a chunk at a time, of that of the sum.
     """
-    made = stages.results[0]
+    made: Any = stages.results[0]
     while made.target in RESHAPES and len(made.users) == 1:
-        (made,) = made.all_input_nodes
+        made = made.args[0]
     if len(stages.results) > 1 or made.target != aten.mm.default or stages.placement(made) != PARTIAL:
         return stages
     read: Any = made.args[0]
@@ -142,7 +142,7 @@ def run_on_kept(
     """
     result = known[kept.result]
     for view in reversed(kept.views):
-        (before,) = view.all_input_nodes
+        before: Any = view.args[0]
         if view.target in PERMUTES:
             dims = dim_permutation(view)
             result = result.permute([dims.index(dim) for dim in range(len(dims))])

@@ -21,7 +21,7 @@ from mst_fx.bodies.factors import take_out_products
 from mst_fx.bodies.log_softmax import reduces_wide_rows, run_in_tiles
 from mst_fx.capture.lower import trace
 from mst_fx.core.config import Accumulate
-from mst_fx.core.sizes import is_symbolic, sure
+from mst_fx.core.sizes import at_sizes, is_symbolic, known_sizes, sure
 from mst_fx.core.values import HALF
 from mst_fx.kernels.write_order import products_late
 from mst_fx.ops.overwritten import overwritten
@@ -117,7 +117,7 @@ def forward_body(stages: Stages, length: int | None, *, factored: bool = True) -
         env = computed(stages, merged(stages, stages.operands, chunks))
         return tuple(env[node] for node in stages.results)
 
-    module = trace(run, partial(chunk_inputs, stages, stages.operands), length)
+    module = trace(run, partial(chunk_inputs, stages, stages.operands), length, stages.values)
     kinds = [_result_kind(stages, node) for node in stages.results]
     return _finished(module, kinds, factored)
 
@@ -148,7 +148,7 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None, *, f
         grads = torch.autograd.grad(sinks, leaves, seeds, materialize_grads=True)
         return (*results, *grads) if gradients.in_forward else grads
 
-    module = trace(run, partial(chunk_inputs, stages, inputs), length)
+    module = trace(run, partial(chunk_inputs, stages, inputs), length, stages.values)
     products_late(module)
     kinds = [_result_kind(stages, node) for node in stages.results] if gradients.in_forward else []
     kinds += [_gradient_kind(stages, stages.leaves[i], gradients) for i in gradients.wanted]
@@ -171,11 +171,12 @@ def chunk_inputs(stages: Stages, nodes: Sequence[Node], length: int) -> list[tor
 def merged(stages: Stages, nodes: Sequence[Node], chunks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return chunks in the shapes of the graph; a body takes them with the axis as a dim of its own."""
     shaped = list(chunks)
+    varying = _varying(stages, nodes, chunks)
     for position, (node, chunk) in enumerate(zip(nodes, chunks, strict=True)):
         split = stages.placement(node)
         if isinstance(split, Split) and (split.outer, split.inner) != (1, 1):
             length = chunk.shape[split.dim + (split.outer != 1)]
-            shaped[position] = chunk.view(split.chunk_shape(node.meta["val"].shape, length))
+            shaped[position] = chunk.view(_chunk_shape(stages, node, length, varying))
     return shaped
 
 
@@ -210,6 +211,7 @@ def computed(
     """
     length = axis_length([axis_of(stages, node) for node in stages.operands], operands)
     env: dict[Node, Any] = dict(zip(stages.operands, operands, strict=True))
+    varying = _varying(stages, stages.operands, operands)
     leaves = {stages.leaves[position] for position in wanted}
     for node in leaves.intersection(env):
         env[node].requires_grad_()
@@ -218,9 +220,9 @@ def computed(
 
     def run(node: Node, env: Mapping[Node, Any]) -> Any:
         if node in behind:  # which runs at once, outside of the loop, too: its weight has its gradient from there
-            passed = behind.union(stages.results)
-            env = {x: env[x] if x in passed else env[x].detach() for x in node.all_input_nodes}
-        value = run_resized(node, stages.placements.of[node], length, env)
+            apart = set(node.all_input_nodes) - behind.union(stages.results)
+            env = {**env, **{x: env[x].detach() for x in apart if isinstance(env.get(x), torch.Tensor)}}
+        value = run_resized(node, stages.placements.of[node], length, env, varying)
         _check_shape(stages, node, value, length)
         return value
 
@@ -231,7 +233,7 @@ def computed(
             values, inputs = (list(map(env.__getitem__, nodes)) for nodes in own_of(node)[:2])
             env[node] = with_own_gradients(values, inputs, backward_of(node, stages.backward, env, run))
         elif node in kept and known:
-            env[node] = run_on_kept(node, kept[node], env, known, partial(_chunk_shape, stages, length=length))
+            env[node] = run_on_kept(node, kept[node], env, known, partial(_chunk_shape, stages, length=length, varying=varying))
         elif reads_log_softmax(node, inside):
             env[node] = run_on_logits(node, env)
         elif reduces_wide_rows(node):
@@ -254,10 +256,17 @@ def _check_shape(stages: Stages, node: Node, value: Any, length: int) -> None:
             raise AssertionError(f"{node.target} gave {list(value.shape)}, its placement says {expected}")
 
 
-def _chunk_shape(stages: Stages, node: Node, length: int) -> list[int]:
+def _chunk_shape(stages: Stages, node: Node, length: int, varying: Mapping[Any, Any] | None = None) -> list[int]:
     split = split_of(stages.placements.of[node])
     assert split is not None
-    return split.chunk_shape(node.meta["val"].shape, length)
+    return [at_sizes(size, varying or {}) for size in split.chunk_shape(node.meta["val"].shape, length)]
+
+
+def _varying(stages: Stages, nodes: Sequence[Node], chunks: Sequence[torch.Tensor]) -> dict[Any, Any]:
+    """Return the values of the symbols in sizes of whole values, as the trace of a body knows them."""
+    whole = [(node, chunk) for node, chunk in zip(nodes, chunks, strict=True) if axis_of(stages, node) is None]
+    captured = [size for node, _ in whole for size in node.meta["val"].shape]
+    return known_sizes(captured, [size for _, chunk in whole for size in chunk.shape])
 
 
 def _result_kind(stages: Stages, node: Node) -> ResultKind:

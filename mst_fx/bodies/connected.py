@@ -50,7 +50,7 @@ def connected(
         grads = torch.autograd.grad(sinks, leaves, [torch.ones_like(x) for x in sinks], allow_unused=True)
         return tuple(i for i, grad in zip(wanted, grads, strict=True) if grad is not None), tuple(ends)
 
-    return on_fakes(run, partial(chunk_inputs, stages, stages.operands), hint(stages.length))
+    return on_fakes(run, partial(chunk_inputs, stages, stages.operands), hint(stages.length), stages.values)
 
 
 def _forbid_missing_derivatives(env: Mapping[Node, Any], sinks: Sequence[torch.Tensor]) -> None:

@@ -213,7 +213,9 @@ def _sizes(values: Sequence[Any]) -> Iterator[Any]:
 MakeInputs: TypeAlias = Callable[[int], Sequence[torch.Tensor]]
 
 
-def trace(function: Callable[..., Any], make_inputs: MakeInputs, length: int | None) -> GraphModule:
+def trace(
+    function: Callable[..., Any], make_inputs: MakeInputs, length: int | None, like: Sequence[torch.Tensor] = ()
+) -> GraphModule:
     """Trace a function into aten on fake tensors of its own, whatever autocast or grad mode is on.
 
     The module that it returns is not recompiled.
@@ -222,8 +224,9 @@ def trace(function: Callable[..., Any], make_inputs: MakeInputs, length: int | N
         function: a function of tensors; it may differentiate.
         make_inputs: makes its inputs from the length, under the fake mode.
         length: positions of the chunk; None traces for every length.
+        like: as for `on_fakes`.
     """
-    traced = on_fakes(make_fx(function), make_inputs, length)
+    traced = on_fakes(make_fx(function), make_inputs, length, like)
     _drop_unread_collectives(traced.graph)
     for node in traced.graph.nodes:
         node.target = layout_free(node.target)
@@ -239,12 +242,29 @@ def _drop_unread_collectives(graph: Graph) -> None:
         graph.eliminate_dead_code()
 
 
-def on_fakes(function: Callable[..., T], make_inputs: MakeInputs, length: int | None) -> T:
-    """Run a function on fake tensors of its own, whatever autocast or grad mode is on; arguments as for `trace`."""
-    shape_env = ShapeEnv()
-    dispatcher = enable_python_dispatcher() if length is None else nullcontext()
-    with FakeTensorMode(shape_env=shape_env), dispatcher, torch.enable_grad(), without_autocast():
-        return function(*make_inputs(any_length(shape_env) if length is None else length))
+def on_fakes(
+    function: Callable[..., T], make_inputs: MakeInputs, length: int | None, like: Sequence[torch.Tensor] = ()
+) -> T:
+    """Run a function on fake tensors, whatever autocast or grad mode is on; arguments as for `trace`.
+
+    Args:
+        function: as for `trace`.
+        make_inputs: as for `trace`.
+        length: as for `trace`.
+        like: fake values with all sizes that the inputs have. If one is only known at run time, and it is no length of
+            the chunk, the inputs are fakes of the same mode, in which that size has a meaning.
+    """
+    varying = length is not None and any(isinstance(size, torch.SymInt) for size in _sizes(like))
+    modes = {value.fake_mode for value in like if varying}
+    mode = modes.pop() if len(modes) == 1 else FakeTensorMode(shape_env=ShapeEnv())
+    with ExitStack() as stack:
+        for context in (mode, torch.enable_grad(), without_autocast()):
+            stack.enter_context(context)
+        if length is None or varying:
+            stack.enter_context(enable_python_dispatcher())
+        if varying:
+            stack.enter_context(unguarded())
+        return function(*make_inputs(any_length(mode.shape_env) if length is None else length))
 
 
 def _settle(lowered: GraphModule) -> None:

@@ -92,6 +92,28 @@ def in_terms_of(size: Any, known: Mapping[Any, Any]) -> Any:
     return int(formula) if formula.is_number else symbols.size_of(formula, value, size)
 
 
+def known_sizes(captured: Iterable[Any], actual: Iterable[Any]) -> dict[Any, Any]:
+    """Return the values of the symbols of captured sizes that follow from actual ones.
+
+    A multiple of a symbol tells it, too, if the other factors are numbers or symbols that are known by then.
+    """
+    found: dict[Any, Any] = {}
+    pairs = [(expression(size), value) for size, value in zip(captured, actual, strict=True) if is_symbolic(size)]
+    for formula, value in sorted(pairs, key=lambda pair: len(pair[0].free_symbols)):
+        unknown = formula.free_symbols.difference(found)
+        if len(unknown) == 1:
+            (symbol,) = unknown
+            factor = formula / symbol
+            if symbol not in factor.free_symbols:
+                found[symbol] = value if factor == 1 else value // symbols.computed(factor, found)
+    return found
+
+
+def at_sizes(size: Any, values: Mapping[Any, Any]) -> Any:
+    """Return a captured size where symbols have these values."""
+    return symbols.computed(expression(size), values) if values and is_symbolic(size) else size
+
+
 def fix(number: Any) -> None:
     """Guard a number to be its captured value: for another value, the graph is compiled anew."""
     kinds = {torch.SymFloat: float, torch.SymBool: bool}

@@ -65,6 +65,11 @@ class Stages:
     sums: tuple[Node, ...] = ()
 
     @property
+    def values(self) -> list[torch.Tensor]:
+        """The fake values of the operands."""
+        return [node.meta["val"] for node in self.operands]
+
+    @property
     def leaves(self) -> tuple[Node, ...]:
         """What the backward of the loop can give gradients of: the operands, then the projections."""
         return (*self.operands, *self.projections)
@@ -142,14 +147,15 @@ def partition(lowered: GraphModule, stream: Node) -> Stages:
     read = {n for node in run for n in _read_by_chunk(node, placements)}
     read |= {gradient for node in loop if node.target == own_gradients for gradient in own_of(node).gradients}
     operands = in_order(graph, read.difference(run))
+    length = choice.axis.axis_length(shape_of(stream))
     for node in operands:
-        _check_operand(node, placements)
+        _check_operand(node, placements, varies=is_symbolic(length))
     return Stages(
         graph=graph,
         placements=placements,
         stream=stream,
         axis=choice.axis,
-        length=choice.axis.axis_length(shape_of(stream)),
+        length=length,
         prologue=_prologue(graph, placements, operands),
         loop=loop,
         epilogue=placements.epilogue,
@@ -218,10 +224,10 @@ def _is_whole(node: Node, placements: Placements) -> bool:
     return node not in placements.epilogue and placements.of[node] == WHOLE
 
 
-def _check_operand(node: Node, placements: Placements) -> None:
-    """Raise a refusal for an operand with a size, other than the axis, that is only known at run time.
+def _check_operand(node: Node, placements: Placements, *, varies: bool) -> None:
+    """Raise a refusal for an operand that is no tensor, or has a size known only at run time besides a varying axis.
 
-    One body serves every chunk.
+    One body serves every chunk; it takes one size that varies.
     """
     value, placement = node.meta.get("val"), placements.of[node]
     if not isinstance(value, torch.Tensor):
@@ -229,7 +235,7 @@ def _check_operand(node: Node, placements: Placements) -> None:
     sizes = list(value.shape)
     if isinstance(placement, Split):
         sizes[placement.dim : placement.dim + 1] = [placement.outer, placement.inner]
-    if any(is_symbolic(size) for size in sizes):
+    if varies and any(is_symbolic(size) for size in sizes):
         raise Refusal(Reason.DYNAMIC, node, f"{node} of shape {list(value.shape)} has a second size known at run time")
 
 

@@ -188,14 +188,16 @@ def _walk(
 def _placed(node: Node, flow: _Walk, forced: Mapping[Node, Split], casts_summands: bool) -> NodePlacement | None:
     """Return a node's placement; None for a node that has to wait until a sum is complete.
 
-    In a backward, a cast of a sum casts each summand: the gradient adds up in a dtype of its own. So do counts.
+    In a backward, a cast of a sum casts each summand: the gradient adds up in a dtype of its own. So do counts. An op
+    that reads a size that varies waits: a body knows no sizes but those of its chunk.
     """
     if node.target in (upstream, own_gradients):
         return _place(node, flow)
     if (counts := count(node, flow)) is not None:
         return counts
     if any(flow.placements[operand] == PARTIAL for operand in node.all_input_nodes):
-        return PARTIAL if is_linear(node, flow) or casts_summands else None
+        varies = any(is_size(operand.meta.get("val")) for operand in node.all_input_nodes)
+        return PARTIAL if (is_linear(node, flow) and not varies) or casts_summands else None
     if node in forced and node.target not in FILLS:  # a fill reads only its operand's dtype
         _check_forced(node, flow)
     return forced.get(node) or _place(node, flow)

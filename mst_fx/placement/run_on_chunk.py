@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node, map_arg
 
 from mst_fx.core.aten_ops import FILLS, GROUP_NORMS, RESHAPES
-from mst_fx.core.sizes import is_size
+from mst_fx.core.sizes import at_sizes, is_size
 from mst_fx.placement.placement import Placement, split_of
 from mst_fx.placement.rules import NodePlacement, argument, inverted, positions_of
 from mst_fx.placement.rules.view import dim_of
@@ -37,7 +37,13 @@ def numbers_read(node: Node, placement: NodePlacement | Placement) -> list[Node]
     return [operand for operand in found if is_size(operand.meta.get("val"))]
 
 
-def run_resized(node: Node, placement: NodePlacement | Placement, length: int, env: Mapping[Node, Any]) -> Any:
+def run_resized(
+    node: Node,
+    placement: NodePlacement | Placement,
+    length: int,
+    env: Mapping[Node, Any],
+    varying: Mapping[Any, Any] | None = None,
+) -> Any:
     """Return the node's value for `length` positions of the axis.
 
     Args:
@@ -45,6 +51,7 @@ def run_resized(node: Node, placement: NodePlacement | Placement, length: int, e
         placement: the placement of its value; where that is split, the sizes among the arguments are replaced.
         length: positions of the axis in the operands.
         env: the operands' values; it needs no size of a whole value, which is not read.
+        varying: the values of symbols in sizes of other dims; as they were captured by default.
     """
     args: Any
     kwargs: Any
@@ -64,7 +71,7 @@ def run_resized(node: Node, placement: NodePlacement | Placement, length: int, e
     if positions_of(node):
         indices = _own_positions(node, args[0], env)
         return target(args[0], indices, *args[2:], **{name: x for name, x in kwargs.items() if name != "indices"})
-    sizes = split.chunk_shape(node.meta["val"].shape, length)
+    sizes = [at_sizes(size, varying or {}) for size in split.chunk_shape(node.meta["val"].shape, length)]
     if target in RESHAPES:
         return args[0].reshape(sizes)
     if target == aten.expand.default:

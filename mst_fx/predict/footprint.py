@@ -14,7 +14,7 @@ from torch.fx import Node
 from mst_fx.bodies.body import Body
 from mst_fx.core.aten_ops import CONTRACTIONS
 from mst_fx.core.sizes import Hint
-from mst_fx.core.values import bytes_made
+from mst_fx.core.values import bytes_made, bytes_of
 from mst_fx.kernels.liveness import buffer_of, peak
 from mst_fx.runtime.loop_operator import LoopSpec
 from mst_fx.runtime.result_kinds import Cat, Outer, ResultKind, Rows, Sum
@@ -72,9 +72,9 @@ def footprint(body: Body, spec: tuple[Any, ...], length: int, at: Hint) -> Footp
     results = sums = returned = native = cast = product = 0
     for kind, nodes in by_result(body):
         if not isinstance(kind, Sum):
-            results += _split_bytes(kind, nodes[0].meta["val"], chunk, length)
+            results += _split_bytes(kind, nodes[0].meta["val"], chunk, length, at)
             continue
-        added = _added(kind, nodes, several=length > chunk)
+        added = _added(kind, nodes, at, several=length > chunk)
         sums += added.sum
         returned += added.returned
         native += added.native
@@ -101,10 +101,10 @@ class _Added:
     product: int
 
 
-def _added(kind: Sum, nodes: list[Node], *, several: bool) -> _Added:
+def _added(kind: Sum, nodes: list[Node], at: Hint, *, several: bool) -> _Added:
     value: torch.Tensor = nodes[0].meta["val"]
     pair, adds_up_in = isinstance(kind, Outer), kind.adds_up_in(several=several)
-    count = value.shape[1] * nodes[1].meta["val"].shape[1] if pair else value.numel()
+    count = at(value.shape[1] * nodes[1].meta["val"].shape[1] if pair else value.numel())
     apart = pair and _is_on_cpu(nodes[0]) and value.dtype != adds_up_in
     product = count * (value.itemsize + adds_up_in.itemsize) if apart else 0
     return _Added(count * adds_up_in.itemsize, count * kind.result.itemsize, count * value.itemsize, product)
@@ -136,11 +136,11 @@ def by_result(body: Body) -> Iterator[tuple[ResultKind, list[Node]]]:
         yield kind, list(islice(outputs, kind.outputs))
 
 
-def _split_bytes(kind: Cat | Rows, value: torch.Tensor, chunk: int, length: int) -> int:
+def _split_bytes(kind: Cat | Rows, value: torch.Tensor, chunk: int, length: int, at: Hint) -> int:
     """Return the bytes of a result that is written chunk by chunk, at the whole length."""
     if isinstance(kind, Cat):
-        return value.numel() * value.element_size() * length // chunk
-    return prod(kind.shape(length)) * value.element_size()
+        return bytes_of(value, at) * length // chunk
+    return at(prod(kind.shape(length))) * value.element_size()
 
 
 def alive(body: Body, fixed: set[Node], times: float, at: Hint, **how: Any) -> float:

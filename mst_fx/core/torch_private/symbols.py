@@ -12,6 +12,8 @@ import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
 from torch.fx.experimental.symbolic_shapes import is_concrete_int as is_concrete_int
 from torch.fx.experimental.symbolic_shapes import statically_known_true as statically_known_true
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 
 def formula_of(number: Any) -> Any:
@@ -45,6 +47,11 @@ def is_fixed(size: torch.SymInt) -> bool:
 def size_of(formula: Any, value: Any, number: Any) -> Any:
     """Return a formula over symbols of the size `number` as a size, with a captured value."""
     return number.node.shape_env.create_symintnode(formula, hint=value)
+
+
+def computed(formula: Any, values: Mapping[Any, Any]) -> Any:
+    """Return the value of a formula, where its symbols have these values: sizes that a trace knows."""
+    return sympy_interp(PythonReferenceAnalysis, dict(values), formula)
 
 
 def guards_of(number: Any) -> Sequence[Any]:
