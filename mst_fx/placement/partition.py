@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from mst_fx.core.aten_ops import CONTRACTIONS, DRAWS, FILLS, SHOWS_MEMORY
+from mst_fx.core.aten_ops import CONTRACTIONS, DRAWS, FILLS, RESHAPES, SHOWS_MEMORY
 from mst_fx.core.graph_walk import ancestors, in_order
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import is_size, is_symbolic
@@ -90,7 +90,7 @@ class Stages:
         return self._made_of(self.projections, {*self.operands, *self.prologue})
 
     def _made_of(self, ends: tuple[Node, ...], given: set[Node]) -> tuple[Node, ...]:
-        return in_order(self.graph, ancestors(ends, stop=given.__contains__))
+        return in_order(self.graph, ancestors(ends, stop=lambda node: _is_placeholder(node) or node in given))
 
     @property
     def products(self) -> list[Node]:
@@ -142,12 +142,12 @@ def partition(lowered: GraphModule, stream: Node) -> Stages:
         _check_output(node, placements)
     read_later = {*outputs, *_operands(placements.epilogue)}.difference(placements.epilogue)
     results = tuple(node for node in in_order(graph, read_later) if placements.of[node] != WHOLE)
-    loop, backward = _loop(graph, placements, results)
+    length = choice.axis.axis_length(shape_of(stream))
+    loop, backward = _loop(graph, placements, results, varies=is_symbolic(length))
     run = (*loop, *backward)
     read = {n for node in run for n in _read_by_chunk(node, placements)}
     read |= {gradient for node in loop if node.target == own_gradients for gradient in own_of(node).gradients}
     operands = in_order(graph, read.difference(run))
-    length = choice.axis.axis_length(shape_of(stream))
     for node in operands:
         _check_operand(node, placements, varies=is_symbolic(length))
     return Stages(
@@ -183,22 +183,32 @@ def _check_output(node: Node, placements: Placements) -> None:
         raise Refusal(Reason.AXIS_MIXED, node, "sorted rows leave the region before they are brought back")
 
 
-def _loop(graph: Graph, placements: Placements, results: tuple[Node, ...]) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+def _loop(
+    graph: Graph, placements: Placements, results: tuple[Node, ...], *, varies: bool
+) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
     """Return the nodes that compute the results, and those that only gradients which functions bring are made of.
 
     They start from the graph's inputs and the values of the prologue.
+
+    Args:
+        graph: the whole aten graph.
+        placements: of its values.
+        results: the values that the loop gives.
+        varies: whether the length of the axis is only known at run time; a body knows the other sizes that vary.
     """
     tied = tied_to_chunks(list(graph.nodes))
 
     def ends(node: Node) -> bool:
-        costs = node not in tied and _is_whole(node, placements) and _costs(node)
+        shown = node.target in RESHAPES and not varies
+        costs = node not in tied and _is_whole(node, placements) and not shown and _costs(node)
         return _is_placeholder(node) or node in placements.made or costs
 
     reads = partial(_read_by_chunk, placements=placements)
     loop = ancestors(filterfalse(_is_placeholder, results), reads, stop=ends)
     gradients = [gradient for node in loop if node.target == own_gradients for gradient in own_of(node).gradients]
     backward = ancestors(filterfalse(ends, gradients), reads, stop=ends) - loop
-    numbers = [(node, number) for node in (*loop, *backward) for number in numbers_read(node, placements.of[node])]
+    run = [node for node in (*loop, *backward) if varies or node.target not in RESHAPES]
+    numbers = [(node, number) for node in run for number in numbers_read(node, placements.of[node])]
     if numbers:
         raise Numbers(numbers)
     return in_order(graph, loop), in_order(graph, backward)

@@ -66,6 +66,8 @@ def run_resized(
     if target in GROUP_NORMS:
         args, kwargs = _replaced(target, args, kwargs, "N", args[0].shape[0])
     split = split_of(placement)
+    if split is None and varying and target in RESHAPES:
+        return args[0].reshape([at_sizes(size, varying) for size in node.meta["val"].shape])
     if split is None:
         return target(*args, **kwargs)
     if positions_of(node):
