@@ -33,6 +33,7 @@ from mst_fx.placement.propagate import Unequal, origins, propagate
 from mst_fx.placement.rules import Demand, Spans, args_of, shape_of
 from mst_fx.placement.run_on_chunk import run_resized
 from mst_fx.recognise.effects import leaves
+from mst_fx.recognise.heads import attention_of
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close
 from mst_fx.recognise.revalued import revalued
@@ -133,7 +134,9 @@ class _Way:
 def fused_projections(
     reader: Reader, taken: Collection[Node], *, strict: bool = False
 ) -> Iterator[FusedProjection | Refusal]:
-    """Yield the fused projections of the graph with a piece that is wide itself, and a refusal for each exception.
+    """Yield the fused projections with a piece that is wide itself, or that attention is made of, and refusals.
+
+    There is a refusal for each exception.
 
     Args:
         reader: reads the graph.
@@ -157,7 +160,7 @@ def fused_projections(
 
 
 def _fused(reader: Reader, node: Node) -> FusedProjection | None:
-    """Return the fused projection that begins at a node; None where it makes none, or no piece is wide.
+    """Return the fused projection that begins at a node; None where it makes none, or no piece is wide or attended to.
 
     Raises:
         Refusal: it cannot be lowered, or its features cannot be placed.
@@ -171,7 +174,8 @@ def _fused(reader: Reader, node: Node) -> FusedProjection | None:
         return None
     pieces = [piece for cut in uncut.users for piece in _pieces_of(cut)]
     widest = max(map(reader.numel, pieces), default=0)
-    if len(pieces) < 2 or widest <= reader.numel(contraction.activation) or any(map(leaves, pieces)):
+    wide = widest > reader.numel(contraction.activation) or _is_attended_to(reader, pieces)
+    if len(pieces) < 2 or not wide or any(map(leaves, pieces)):
         return None
     makers = _makers(reader, uncut)
     if any(map(brings_gradients, makers)) or not all(map(reader.is_pure, makers)):
@@ -185,6 +189,12 @@ def _fused(reader: Reader, node: Node) -> FusedProjection | None:
         return None
     most = max(bytes_of(fake_value(piece)) for piece in pieces)
     return FusedProjection(region, tuple(bounds), most, lowered, way, examples)
+
+
+def _is_attended_to(reader: Reader, pieces: Sequence[Node]) -> bool:
+    """Return whether attention is made of pieces, before any other product with weights."""
+    behind = walk(pieces, lambda node: [] if reader.contraction(node) is not None else list(node.users))
+    return any(attention_of(reader, node) is not None for node in behind)
 
 
 def _read_once(module: GraphModule) -> None:

@@ -12,31 +12,80 @@ from torch.fx import Node
 
 from mst_fx.core.aten_ops import ATTENTIONS, PERMUTES, PRODUCTS_PLUS, RESHAPES, aten
 from mst_fx.core.graph_walk import ancestors, descendants, walk
+from mst_fx.core.sizes import sure
 from mst_fx.core.values import has_gradient
+from mst_fx.placement.rules import argument
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close
 
 
 def heads_region(reader: Reader, node: Node) -> Region | None:
-    """Return the region around an attention op; None where the node is none, or where no weight makes its heads.
+    """Return the region around attention; None where the node does not begin it, or where no weight makes its heads.
+
+    Args:
+        reader: reads the graph.
+        node: an attention op, or the softmax of attention that is written out.
 
     Raises:
         Refusal: the nodes cannot be closed (see `close`).
     """
-    if not reader.does(node, ATTENTIONS):
+    attention = attention_of(reader, node)
+    projections = _projections(reader, attention) if attention is not None else set()
+    if attention is None or not projections:
         return None
-    projections = _projections(reader, node)
-    if not projections:
-        return None
-    inside = descendants(projections) & ancestors([node], stop=projections.__contains__)
-    behind = _views(reader, node)
-    narrow = min(projections, key=lambda each: (reader.numel(each), reader.order[each]))  # of keys: the fewest heads
-    contraction = reader.contraction(narrow)
+    inside = descendants(projections) & ancestors([attention], stop=projections.__contains__)
+    behind = _views(reader, attention)
+    shared = _shares_all_keys(reader, attention)  # by all queries, which make the heads then
+    by_size = sorted(projections, key=lambda each: (reader.numel(each), reader.order[each]))
+    contraction = reader.contraction(by_size[-1 if shared else 0])
     assert contraction is not None
-    nodes = {*projections, *inside, node, *behind}
+    nodes = {*projections, *inside, attention, *behind}
     region = close(reader, nodes, contraction.weight, over="heads")
-    joined = _joined(reader, (node, *behind)[-1])
+    joined = _joined(reader, (attention, *behind)[-1])
     return close(reader, nodes | joined, contraction.weight, smaller=region, over="heads") if joined else region
+
+
+def attention_of(reader: Reader, node: Node) -> Node | None:
+    """Return the node that makes attention's result of an attention op, or of a softmax of products of activations.
+
+    The op, or the softmax, is where the search begins, so that it finds each attention once.
+    """
+    if reader.does(node, ATTENTIONS):
+        return node
+    if not reader.does(node, (aten._softmax.default,)):
+        return None
+    if reader.multiplies(node):
+        return node  # attention in one node that is several ops
+    if not _is_of_products(reader, node):
+        return None
+    while len(node.users) == 1:
+        (node,) = node.users
+        if reader.multiplies(node):
+            return None if _projects(reader, node) else node
+    return None
+
+
+def _is_of_products(reader: Reader, softmax: Node) -> bool:
+    """Return whether a softmax reads products of two activations, which were scaled, masked or capped since."""
+    node = softmax
+    while node is softmax or not reader.multiplies(node):
+        operands = [operand for operand in reader.tensor_operands(node) if has_gradient(operand)]
+        if len(operands) != 1:
+            return False
+        (node,) = operands
+    return not _projects(reader, node)
+
+
+def _projects(reader: Reader, node: Node) -> bool:
+    contraction = reader.contraction(node)
+    return contraction is not None and reader.is_learnt(contraction.weight)
+
+
+def _shares_all_keys(reader: Reader, attention: Node) -> bool:
+    """Return whether all queries share the keys of one head, as far as the op tells."""
+    decomposed = reader.decomposed(attention)
+    ops = [op for op in decomposed.ops if op.target in ATTENTIONS] if decomposed is not None else []
+    return any(sure(argument(op, "key").meta["val"].shape[1] == 1) for op in ops)
 
 
 def _projections(reader: Reader, attention: Node) -> set[Node]:
@@ -44,8 +93,7 @@ def _projections(reader: Reader, attention: Node) -> set[Node]:
     found = set()
 
     def operands(node: Node) -> list[Node]:
-        contraction = reader.contraction(node) if has_gradient(node) else None
-        if node is not attention and contraction is not None and reader.is_learnt(contraction.weight):
+        if node is not attention and _projects(reader, node):
             found.add(node)
             return []
         return [operand for operand in reader.tensor_operands(node) if has_gradient(operand)]

@@ -179,9 +179,8 @@ class Change:
             return reader, (), faults
         single = [(each, each.parts(range(len(each.pieces)))) for each in fused]
         trial, outputs = self._replaced(reader, [(each.region, each.parted(parts)) for each, parts in single])
-        regions = [(number, node) for number, region in enumerate(self._regions(trial)) for node in region.nodes]
-        region_of = {node: number for number, node in regions}
-        kinds = [[region_of.get(piece) for piece in pieces] for pieces in outputs]
+        region_of = {node: region for region in self._regions(trial) for node in region.nodes}
+        kinds = [[_kind_of(piece, region_of.get(piece)) for piece in pieces] for pieces in outputs]
         worth = [(each, each.parts(of)) for each, of in zip(fused, kinds, strict=True) if len(set(of)) > 1]
         reader, outputs = self._replaced(reader, [(each.region, each.parted(parts)) for each, parts in worth])
         keys = [self._key(each) for each, _ in worth]
@@ -197,6 +196,11 @@ class Change:
         """Return whether the projection makes enough bytes, or may at another length: an early cut costs nothing."""
         varies = any(map(is_symbolic, fake_value(head.region.stream).shape))
         return head.bytes_before >= self.config.least_bytes or (varies and self.config.min_bytes is None)
+
+
+def _kind_of(piece: Node, region: Region | None) -> object:
+    """Return what tells the pieces that one projection may make: each region over heads needs them all apart."""
+    return piece if region is not None and region.over == "heads" else region
 
 
 def _apart(heads: Sequence[CutHead]) -> list[CutHead]:

@@ -33,12 +33,12 @@ def attention(node: Node, flow: Flow) -> NodePlacement:
         return (WHOLE,) * len(node.meta["val"])
     share = _share(node)
     queries = splits.get("query") or _of_queries(next(iter(splits.values())), share)
-    expected: dict[str, Split] = {"query": queries, "key": _of_keys(node, queries, share)}
-    expected["value"] = expected["key"]
-    for name, split in expected.items():
-        if placements[name] == WHOLE:
-            raise Demand(argument(node, name), split)
-        if placements[name] != split:
+    keys = _of_keys(node, queries, share)
+    expected: dict[str, Placement] = {"query": queries, "key": keys, "value": keys}
+    for name, placement in expected.items():
+        if placements[name] == WHOLE and isinstance(placement, Split):
+            raise Demand(argument(node, name), placement)
+        if placements[name] != placement:
             raise mixed(node, f"reads queries split as {queries}, and a {name} split as {placements[name]}")
     _check_bias(node, flow, queries)
     return (queries, queries, *(WHOLE for _ in node.meta["val"][2:]))
@@ -69,14 +69,16 @@ def _of_queries(split: Split, share: int) -> Split:
     return split if split.dim == BATCH else Split(HEADS, split.outer, split.inner * share)
 
 
-def _of_keys(node: Node, queries: Split, share: int) -> Split:
-    """Return how the keys are split for queries that are split so.
+def _of_keys(node: Node, queries: Split, share: int) -> Placement:
+    """Return how the keys lie for queries that are split so: whole, if all queries share them.
 
     Raises:
         Spans: the queries are split into fewer heads than share keys.
     """
     if queries.dim == BATCH or share == 1:
         return queries
+    if sure(shape_of(argument(node, "key"))[HEADS] == 1):
+        return WHOLE
     if queries.inner % share:
         raise Spans(node, [(1, share // queries.inner)] if share % queries.inner == 0 else [])
     return Split(HEADS, queries.outer, queries.inner // share)
