@@ -167,7 +167,7 @@ def _analysed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Co
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     for placeholder, live_in in zip(placeholders, region.live_ins, strict=True):
         placeholder.meta[DISTINCT] = is_picked_by_top_k(live_in)
-    stages = partition(lowered, placeholders[stream])
+    stages = partition(lowered, placeholders[stream], tokens_whole=region.over == "heads")
     needs_grad = _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True)))
     _forbid_complex(region, needs_grad)
     if region.over == "heads":

@@ -32,12 +32,13 @@ class Choice:
     avoided: float
 
 
-def choose_axis(graph: Graph, stream: Node) -> Choice:
+def choose_axis(graph: Graph, stream: Node, *, tokens_whole: bool = False) -> Choice:
     """Return the longest axis that every op keeps apart and that avoids at least half of the bytes of the best one.
 
     Args:
         graph: an aten graph.
         stream: the placeholder whose dims, and factors of dims, are tried as the axis.
+        tokens_whole: whether the stream is a weight, and the tokens are whole.
 
     Raises:
         Refusal: no dim of the stream can be split; the reason is that of the longest one.
@@ -55,7 +56,10 @@ def choose_axis(graph: Graph, stream: Node) -> Choice:
             continue
         seen.add(axis)
         try:
-            found.append(_chosen(graph, stream, axis))
+            choice = _chosen(graph, stream, axis)
+            if tokens_whole:
+                _forbid_second_pass(choice.placements)
+            found.append(choice)
         except (Refusal, Unequal) as refusal:
             if not _is_last(axis, shape) or is_symbolic(length):  # most ops mix features
                 refusals.append((hint(length), refusal))
@@ -82,6 +86,13 @@ def _chosen(graph: Graph, stream: Node, axis: Split) -> Choice:
     values = [node for node in placements.of if node.op == "call_function" and node.target not in VIEWS]
     split = sum(bytes_made(node) for node in values if split_of(placements.of[node]) is not None)
     return Choice(axis, placements, length, split * (1 - 1 / length))
+
+
+def _forbid_second_pass(placements: Placements) -> None:
+    """Raise a refusal where more than views wait for a sum: a product of weights and tokens adds up over the axis."""
+    for node in placements.epilogue:
+        if node.target not in VIEWS:
+            raise Refusal(Reason.AXIS_MIXED, node, f"{node.target} reads a sum over the axis")
 
 
 def _is_last(axis: Split, shape: tuple[int, ...]) -> bool:

@@ -124,18 +124,23 @@ class Numbers(Exception):  # noqa: N818 - control flow within the analysis
         self.read = read
 
 
-def partition(lowered: GraphModule, stream: Node) -> Stages:
+def partition(lowered: GraphModule, stream: Node, *, tokens_whole: bool = False) -> Stages:
     """Choose the axis among the dims of `stream` (a placeholder of `lowered`) and partition the graph into stages.
 
     Each node that an output depends on is in exactly one stage and reads nothing of a later stage: whole values that
     cost something are in the prologue, what reads a sum is in the epilogue, all else is in the loop.
+
+    Args:
+        lowered: holds the graph.
+        stream: a placeholder.
+        tokens_whole: whether the stream is a weight, and the tokens are whole: their number may vary then.
 
     Raises:
         Refusal: no dim of the stream can be split, or an output does not lie along it.
         Numbers: numbers have to be fixed first.
         Unequal: two sizes have to be made equal first.
     """
-    graph, choice = lowered.graph, choose_axis(lowered.graph, stream)
+    graph, choice = lowered.graph, choose_axis(lowered.graph, stream, tokens_whole=tokens_whole)
     placements = choice.placements
     outputs = _outputs(graph)
     for node in outputs:
@@ -143,13 +148,14 @@ def partition(lowered: GraphModule, stream: Node) -> Stages:
     read_later = {*outputs, *_operands(placements.epilogue)}.difference(placements.epilogue)
     results = tuple(node for node in in_order(graph, read_later) if placements.of[node] != WHOLE)
     length = choice.axis.axis_length(shape_of(stream))
-    loop, backward = _loop(graph, placements, results, varies=is_symbolic(length))
+    fixed = tokens_whole and not is_symbolic(length)
+    loop, backward = _loop(graph, placements, results, fixed=fixed)
     run = (*loop, *backward)
     read = {n for node in run for n in _read_by_chunk(node, placements)}
     read |= {gradient for node in loop if node.target == own_gradients for gradient in own_of(node).gradients}
     operands = in_order(graph, read.difference(run))
     for node in operands:
-        _check_operand(node, placements, varies=is_symbolic(length))
+        _check_operand(node, placements, fixed=fixed)
     return Stages(
         graph=graph,
         placements=placements,
@@ -184,7 +190,7 @@ def _check_output(node: Node, placements: Placements) -> None:
 
 
 def _loop(
-    graph: Graph, placements: Placements, results: tuple[Node, ...], *, varies: bool
+    graph: Graph, placements: Placements, results: tuple[Node, ...], *, fixed: bool
 ) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
     """Return the nodes that compute the results, and those that only gradients which functions bring are made of.
 
@@ -194,12 +200,12 @@ def _loop(
         graph: the whole aten graph.
         placements: of its values.
         results: the values that the loop gives.
-        varies: whether the length of the axis is only known at run time; a body knows the other sizes that vary.
+        fixed: whether the axis is, and other sizes may vary: a body knows these.
     """
     tied = tied_to_chunks(list(graph.nodes))
 
     def ends(node: Node) -> bool:
-        shown = node.target in RESHAPES and not varies
+        shown = node.target in RESHAPES and fixed
         costs = node not in tied and _is_whole(node, placements) and not shown and _costs(node)
         return _is_placeholder(node) or node in placements.made or costs
 
@@ -207,7 +213,7 @@ def _loop(
     loop = ancestors(filterfalse(_is_placeholder, results), reads, stop=ends)
     gradients = [gradient for node in loop if node.target == own_gradients for gradient in own_of(node).gradients]
     backward = ancestors(filterfalse(ends, gradients), reads, stop=ends) - loop
-    run = [node for node in (*loop, *backward) if varies or node.target not in RESHAPES]
+    run = [node for node in (*loop, *backward) if not (fixed and node.target in RESHAPES)]
     numbers = [(node, number) for node in run for number in numbers_read(node, placements.of[node])]
     if numbers:
         raise Numbers(numbers)
@@ -234,10 +240,10 @@ def _is_whole(node: Node, placements: Placements) -> bool:
     return node not in placements.epilogue and placements.of[node] == WHOLE
 
 
-def _check_operand(node: Node, placements: Placements, *, varies: bool) -> None:
-    """Raise a refusal for an operand that is no tensor, or has a size known only at run time besides a varying axis.
+def _check_operand(node: Node, placements: Placements, *, fixed: bool) -> None:
+    """Raise a refusal for an operand that is no tensor, or has a size, other than the axis, known only at run time.
 
-    One body serves every chunk; it takes one size that varies.
+    One body serves every chunk. It takes such sizes where `fixed` says that the axis has none.
     """
     value, placement = node.meta.get("val"), placements.of[node]
     if not isinstance(value, torch.Tensor):
@@ -245,7 +251,7 @@ def _check_operand(node: Node, placements: Placements, *, varies: bool) -> None:
     sizes = list(value.shape)
     if isinstance(placement, Split):
         sizes[placement.dim : placement.dim + 1] = [placement.outer, placement.inner]
-    if varies and any(is_symbolic(size) for size in sizes):
+    if not fixed and any(is_symbolic(size) for size in sizes):
         raise Refusal(Reason.DYNAMIC, node, f"{node} of shape {list(value.shape)} has a second size known at run time")
 
 

@@ -171,7 +171,8 @@ class Change:
 
         All their pieces are parted for a trial: it shows which region takes which piece.
         """
-        taken = {node for region in self._regions(reader) for node in region.nodes}
+        regions = [region for region in self._regions(reader) if region.over == "tokens"]
+        taken = {node for region in regions for node in region.nodes}
         found = list(fused_projections(reader, taken, strict=self.config.strict))
         faults = Report(refusals=tuple(refused("fused", each) for each in found if isinstance(each, Refusal)))
         fused = [each for each in found if isinstance(each, FusedProjection) and self._may_part(each)]
