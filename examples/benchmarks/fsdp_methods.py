@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from eager_recipe import OnHost, sum_over_chunks, tiled_layer
 from longest import LAYER_CHUNK, checkpointed_layer, decoder_layer
 from torch import nn
 from torch.distributed.tensor.parallel import parallelize_module
@@ -22,9 +23,6 @@ from train_lm import Preset, build_model
 import mst_fx
 
 METHODS = ("torch.compile", "mst_fx", "eager recipe")
-LOSS_CHUNK, MLP_TILE = 2048, 16384
-"""Tokens of the eager recipe: of the loss as in a chunked loss by hand, of the MLPs as TRL's guide has them."""
-
 Run = Callable[..., torch.Tensor]
 
 
@@ -111,7 +109,7 @@ def runs(method: str, inside: bool, dynamic: bool, chunk_tokens: int) -> tuple[R
         chunk_tokens: of the MLPs' loops.
     """
     if method == "eager recipe":
-        return partial(OnHost.apply, tiled_layer), chunked_losses
+        return partial(OnHost.apply, tiled_layer), partial(sum_over_chunks, sum_of_losses)
 
     def compiled(fn: Run, **options: Any) -> Run:
         looped = {"backend": mst_fx.backend, "options": {"min_bytes": 0, "strict": True, **options}}
@@ -126,65 +124,3 @@ def runs(method: str, inside: bool, dynamic: bool, chunk_tokens: int) -> tuple[R
 def sum_of_losses(head: Head, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     logits = head.head(head.norm(x)).float()
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-
-
-# The eager recipe
-
-
-def chunked_losses(head: Head, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The same, chunk by chunk; backward makes the logits of each chunk again."""
-    parts = zip(x.split(LOSS_CHUNK, 1), labels.split(LOSS_CHUNK, 1), strict=True)
-    return torch.stack([checkpoint(sum_of_losses, head, *part, use_reentrant=False) for part in parts]).sum()
-
-
-def tiled_layer(layer: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """A layer whose MLP runs tile by tile; backward makes each tile again."""
-    normed = layer.input_layernorm(x)
-    out, _ = layer.self_attn(hidden_states=normed, position_embeddings=(cos, sin), attention_mask=None)
-    x = x + out
-
-    def mlp(tile: torch.Tensor) -> torch.Tensor:
-        return tile + layer.mlp(layer.post_attention_layernorm(tile))
-
-    return torch.cat([checkpoint(mlp, tile, use_reentrant=False) for tile in x.split(MLP_TILE, 1)], 1)
-
-
-class OnHost(torch.autograd.Function):
-    """A checkpoint that keeps its input in the memory of the host."""
-
-    @staticmethod
-    def forward(ctx, run: Run, layer: nn.Module, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        """Run the layer, while the copy goes out on a stream of its own."""
-        ctx.run, ctx.device = partial(run, layer), x.device
-        ctx.rest = rest
-        ctx.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-        if x.is_cuda:
-            ctx.stream = copies()
-            ctx.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(ctx.stream):
-                ctx.host.copy_(x, non_blocking=True)
-            x.record_stream(ctx.stream)
-        else:
-            ctx.host.copy_(x)
-        return run(layer, x, *rest)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Run the layer again, and its backward."""
-        if ctx.device.type == "cuda":
-            torch.cuda.current_stream().wait_stream(ctx.stream)
-        x = ctx.host.to(ctx.device, non_blocking=True).requires_grad_()
-        with torch.enable_grad():
-            out = ctx.run(x, *ctx.rest)
-        torch.autograd.backward(out, gradient)
-        return None, None, x.grad, *[None] * len(ctx.rest)
-
-
-_COPIES: list[Any] = []
-
-
-def copies() -> Any:
-    """The stream of all copies to the host."""
-    if not _COPIES:
-        _COPIES.append(torch.cuda.Stream())
-    return _COPIES[0]

@@ -3,6 +3,7 @@
     python examples/benchmarks/longest.py                          # a GPU with 80 GB or more, a process for each method
     python examples/benchmarks/longest.py --cap 0                  # all that the card has
     python examples/benchmarks/longest.py --rates 16384 55296      # steps in turn, of all methods that fit there
+    python examples/benchmarks/longest.py --layers 4 --lengths 524288    # 4 layers, and memory taken for the other 28
     python examples/benchmarks/longest.py --small --lengths 64     # anywhere: tiny shapes, these lengths only
 
 As in the paper: batch 1, weights and AdamW's state in bfloat16, and the optimizer's step inside the backward, one hook
@@ -14,6 +15,9 @@ for all. The methods:
     torch.compile    the same, compiled
     mst_fx           backend=mst_fx.backend
     + checkpointing  each decoder layer under activation checkpointing
+    offload          offload="checkpoints": what these keep is in the host's memory meanwhile
+    heads            head_groups=8: attention runs over one head of the keys after the other
+    eager recipe     nothing compiled; inputs of layers in the host's memory, MLPs in tiles, the loss in chunks
 
 A first trial, at --first tokens, compiles and makes the optimizer's state. Lengths then double up to half of the cap; a
 line through the last two peaks says where the limit is, and lengths around it are tried until one has trained and the
@@ -32,6 +36,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from eager_recipe import OnHost, sum_over_chunks, tiled_layer
 from torch.utils.checkpoint import checkpoint
 from train_lm import PRESETS, build_model
 from transformers import PreTrainedModel
@@ -54,7 +60,12 @@ METHODS = (
     "torch.compile",
     "torch.compile + checkpointing",
     "mst_fx + checkpointing",
+    "mst_fx + checkpointing, offload",
+    "mst_fx + checkpointing, heads",
+    "mst_fx + checkpointing, heads, offload",
+    "eager recipe",
 )
+HEAD_GROUPS = 8
 MOST_TRIALS = 14
 LAYER_CHUNK = 8192
 """Tokens of a mini-sequence of the MLPs: their gradients are summed half as often as with the 4,096 that mst_fx takes
@@ -82,6 +93,14 @@ def head_loss(model: PreTrainedModel, x: torch.Tensor, labels: torch.Tensor) -> 
     return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), labels.view(-1))
 
 
+def loss_in_chunks(model: PreTrainedModel, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def run(model: PreTrainedModel, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = model.lm_head(model.model.norm(x)).float()
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+    return sum_over_chunks(run, model, x, labels) / (labels != -100).sum()
+
+
 def checkpointed_layer(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return checkpoint(decoder_layer, layer, x, cos, sin, use_reentrant=False)
 
@@ -90,7 +109,8 @@ def compiler_of(method: str, **options: Any) -> Callable[..., Any]:
     """What a method does to a function; mst_fx, with these options, loops all: the first length is a short one."""
     if method.startswith("eager"):
         return lambda fn: fn
-    options = {"strict": True, "min_bytes": 0, **options}
+    options = {"strict": True, "min_bytes": 0, "head_groups": HEAD_GROUPS if "heads" in method else 1, **options}
+    options |= {"offload": "checkpoints"} if "offload" in method else {}
     how = {"backend": mst_fx.backend, "options": options} if method.startswith("mst_fx") else {}
     return lambda fn: torch.compile(fn, dynamic=True, fullgraph=True, **how)
 
@@ -109,9 +129,12 @@ def loss_of(
 
 def make_step(model: PreTrainedModel, method: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """A training step of one method; gives the loss."""
-    layer_of = checkpointed_layer if "checkpointing" in method else decoder_layer
-    run_layer = compiler_of(method, chunk_tokens=LAYER_CHUNK)(layer_of)
-    run_head = compiler_of(method)(head_loss)
+    if method == "eager recipe":
+        run_layer, run_head = partial(OnHost.apply, tiled_layer), loss_in_chunks
+    else:
+        layer_of = checkpointed_layer if "checkpointing" in method else decoder_layer
+        run_layer = compiler_of(method, chunk_tokens=LAYER_CHUNK)(layer_of)
+        run_head = compiler_of(method)(head_loss)
 
     def step(input_ids: torch.Tensor) -> torch.Tensor:
         # A function of its own: the backward finds what autograd has saved, and no locals.
@@ -202,10 +225,12 @@ def capped_model(args: argparse.Namespace) -> tuple[PreTrainedModel, float]:
     """The model, its optimizer in its hooks, and how many GiB of the device may be used."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     preset = replace(TINY if args.small else LLAMA, length=2**18)
-    model = build_model(preset, device).train()
+    model = build_model(replace(preset, layers=args.layers or preset.layers), device).train()
     step_in_backward(model)
     if device.type != "cuda":
         return model, 0.0
+    of_a_layer = 3 * sum(x.numel() * x.itemsize for x in model.model.layers[0].parameters())  # with AdamW's state
+    model.others = torch.empty((preset.layers - len(model.model.layers)) * of_a_layer, dtype=torch.uint8, device=device)
     whole = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap * 1e9 / whole) if args.cap else 1.0)
     return model, min(whole, args.cap * 1e9 or whole) / 2**30
@@ -253,6 +278,7 @@ def row(method: str, trials: Sequence[Trial]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny shapes")
+    parser.add_argument("--layers", type=int, help="so many, and memory taken for the weights and states of the others")
     parser.add_argument("--cap", type=float, default=80.0, help="GB of the device that may be used; 0 for all")
     parser.add_argument("--first", type=int, default=1024, help="tokens to begin with")
     parser.add_argument("--grain", type=int, default=512, help="tokens between the lengths that are told apart")
@@ -270,6 +296,7 @@ def main() -> None:
     if args.rates:
         return rates(args)
     passed = [f"--cap={args.cap}", f"--first={args.first}", f"--grain={args.grain}"]
+    passed += [f"--layers={args.layers}"] if args.layers else []
     passed += ["--small"] * args.small + (["--lengths", *map(str, args.lengths)] if args.lengths else [])
     print("| method | longest (tokens) | does not train | peak GiB | tokens/s | loss |\n|---|---|---|---|---|---|")
     for method in args.methods:

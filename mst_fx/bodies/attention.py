@@ -116,8 +116,7 @@ def _item(node: Node, position: int, placements: dict[Node, Any]) -> Node:
 
 
 def _views_to(results: Container[Node], value: Node) -> tuple[Node, ...] | None:
-    """Return the ops that make a result of the loop of a value, if each can be undone; None if there is no such result.
-    """
+    """Return the ops that make a result of the loop of a value, if each can be undone; None if there is no such result."""
     views: list[Node] = []
     while value not in results:
         readers = [user for user in value.users if user.target in (*RESHAPES, *PERMUTES, aten.clone.default)]

@@ -233,7 +233,9 @@ def computed(
             values, inputs = (list(map(env.__getitem__, nodes)) for nodes in own_of(node)[:2])
             env[node] = with_own_gradients(values, inputs, backward_of(node, stages.backward, env, run))
         elif node in kept and known:
-            env[node] = run_on_kept(node, kept[node], env, known, partial(_chunk_shape, stages, length=length, varying=varying))
+            env[node] = run_on_kept(
+                node, kept[node], env, known, partial(_chunk_shape, stages, length=length, varying=varying)
+            )
         elif reads_log_softmax(node, inside):
             env[node] = run_on_logits(node, env)
         elif reduces_wide_rows(node):

@@ -7,7 +7,7 @@ detach nodes, and makes writes to values of the region itself out-of-place.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import torch

@@ -15,8 +15,8 @@ from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import WHOLE
 from mst_fx.placement.rules import shape_of
 from mst_fx.placement.rules.contraction import factors
-from mst_fx.recognise.region import Over
 from mst_fx.predict.region_memory import bytes_per_position, is_sink
+from mst_fx.recognise.region import Over
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ the temporaries of the whole length, and saves the results of its matrix product
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -22,6 +22,7 @@ from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import split_of
 from mst_fx.placement.rules.contraction import factors
 from mst_fx.predict.footprint import NOTHING, Footprint, alive, by_result, footprint, whole_nodes
+from mst_fx.predict.step_memory import FORWARD_DIVISOR
 from mst_fx.runtime.loop_operator import LoopSpec
 from mst_fx.runtime.result_kinds import Outer, Sum
 
@@ -59,6 +60,12 @@ class RegionMemory:
     whole_backward: int = 0
     whole_again: int = 0
     stream_gradient: int = 0
+
+    def unlooped_as(self, saved: int, passing: int) -> RegionMemory:
+        """Return the same with these bytes saved without a loop, and needed besides in backward."""
+        both = saved + passing
+        whole = saved + passing // FORWARD_DIVISOR
+        return replace(self, saved_whole=saved, whole_forward=whole, whole_backward=both, whole_again=both)
 
 
 def temporary_bytes(stages: Stages, length: int, at: Hint) -> int:

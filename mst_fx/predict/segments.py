@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -62,6 +62,21 @@ def segments_of(
             passing = passing_bytes(reader, node, at)
             current = replace(current, passing=passing, widest=node) if passing > current.passing else current
     return [*found, current]
+
+
+def bytes_unlooped(reader: Reader, nodes: Collection[Node], at: Hint) -> tuple[int, int]:
+    """Return the bytes that nodes save for backward if no region has them, and the most that one needs besides.
+
+    Args:
+        reader: of their graph.
+        nodes: of one region.
+        at: tells sizes that vary.
+    """
+    key = (bytes_unlooped, at)
+    if key not in reader.remembered:
+        reader.remembered[key] = saved_values(reader, {}, (), at)
+    saved = reader.remembered[key]
+    return sum(saved.get(node, 0) for node in nodes), max(passing_bytes(reader, node, at) for node in nodes)
 
 
 def _with_saved(segment: Segment, node: Node, saved: Mapping[Node, int]) -> Segment:

@@ -35,7 +35,6 @@ from mst_fx.recognise.write_checks import (
     forbid_writes_to_shared,
 )
 
-
 Over: TypeAlias = Literal["tokens", "heads"]
 
 

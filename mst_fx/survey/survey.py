@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule, Node
@@ -24,6 +25,7 @@ from mst_fx.plan.chunk_length import Lengths, Terms, terms_of
 from mst_fx.plan.offer import Offer
 from mst_fx.predict.extent import extent_of
 from mst_fx.predict.region_memory import RegionMemory, memory_of, memory_unlooped, temporary_bytes, written_after
+from mst_fx.predict.segments import bytes_unlooped
 from mst_fx.predict.time import cost_of
 from mst_fx.recognise.checkpoints import is_opened
 from mst_fx.recognise.dead_code import without_dead_code
@@ -94,7 +96,9 @@ class Surveyor:
                     raise found.outcome
                 candidate = self._best_candidate(graph, found.outcome)
                 its_own = replace(around, repeated=around.repeated or is_opened(candidate.region))
-                site = Site(found.pattern, candidate.region, candidate.work, its_own, candidate.terms)
+                nodes = candidate.region.nodes
+                unlooped = partial(bytes_unlooped, reader, nodes) if candidate.region.over == "heads" else None
+                site = Site(found.pattern, candidate.region, candidate.work, its_own, candidate.terms, unlooped)
                 messages.tell_found(site)
                 sites.append(site)
             except Exception as error:
@@ -224,6 +228,8 @@ class Surveyor:
             memory = memory_unlooped(work, at)  # no need to trace its bodies
         else:
             memory = self._memory(work, terms.lengths, at)
+        if site.unlooped is not None:
+            memory = memory.unlooped_as(*site.unlooped(at))
         cost = cost_of(work, memory, terms.extent, at)
         return Offer(
             terms,

@@ -84,6 +84,8 @@ class Site:
         work: what its loop has to do.
         around: what is around its graph.
         terms: what its chunk lengths are chosen by.
+        unlooped: gives the bytes that it saves without a loop, and the most that backward needs besides, where its ops
+            tell these better than its bodies: attention has memory of its own.
     """
 
     pattern: str
@@ -91,6 +93,7 @@ class Site:
     work: Work
     around: Around
     terms: Terms
+    unlooped: Callable[[Hint], tuple[int, int]] | None = None
 
     @property
     def recomputes(self) -> bool:

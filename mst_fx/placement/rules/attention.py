@@ -12,14 +12,25 @@ from torch.fx import Node
 from mst_fx.core.aten_ops import ATTENTIONS
 from mst_fx.core.sizes import number, sure
 from mst_fx.placement.placement import WHOLE, Placement, Split
-from mst_fx.placement.rules.registry import Demand, Flow, NodePlacement, Spans, argument, back, mixed, rule, shape_of, takes
+from mst_fx.placement.rules.registry import (
+    Demand,
+    Flow,
+    NodePlacement,
+    Spans,
+    argument,
+    back,
+    mixed,
+    rule,
+    shape_of,
+    takes,
+)
 
 BATCH, HEADS = 0, 1
 
 
 @rule(*ATTENTIONS)
 def attention(node: Node, flow: Flow) -> NodePlacement:
-    """q [B, H, T, D], k and v [B, G, T, D] -> result [B, H, T, D], logsumexp [B, H, T]; the other results are unread.
+    """Q [B, H, T, D], k and v [B, G, T, D] -> result [B, H, T, D], logsumexp [B, H, T]; the other results are unread.
 
     A group of keys and values belongs to the heads of the queries that share it.
     """
