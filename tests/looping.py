@@ -10,7 +10,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mst_fx.bodies.body import Body, Gradients, axis_of, forward_body, gradient_body
+from mst_fx.bodies.body import Body, Gradients, forward_body, gradient_body
+from mst_fx.bodies.chunk import axis_of
 from mst_fx.bodies.connected import connected
 from mst_fx.capture.decompositions import decompositions
 from mst_fx.capture.run_node import execute

@@ -14,13 +14,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+Run = Callable[..., torch.Tensor]
 LOSS_CHUNK, MLP_TILE = 2048, 16384
 """Tokens."""
 
 
-def sum_over_chunks(
-    run: Callable[..., torch.Tensor], head: Any, x: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
+def sum_over_chunks(run: Callable[..., torch.Tensor], head: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The sum of what `run` gives for each chunk of tokens; backward makes the logits of each chunk again."""
     parts = zip(x.split(LOSS_CHUNK, 1), labels.split(LOSS_CHUNK, 1), strict=True)
     return torch.stack([checkpoint(run, head, *part, use_reentrant=False) for part in parts]).sum()
@@ -42,7 +41,9 @@ class OnHost(torch.autograd.Function):
     """A checkpoint that keeps its input in the memory of the host."""
 
     @staticmethod
-    def forward(ctx, run: Callable[..., torch.Tensor], layer: nn.Module, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx, run: Callable[..., torch.Tensor], layer: nn.Module, x: torch.Tensor, *rest: torch.Tensor
+    ) -> torch.Tensor:
         """Run the layer, while the copy goes out on a stream of its own."""
         ctx.run, ctx.device = partial(run, layer), x.device
         ctx.rest = rest

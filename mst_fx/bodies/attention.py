@@ -116,7 +116,7 @@ def _item(node: Node, position: int, placements: dict[Node, Any]) -> Node:
 
 
 def _views_to(results: Container[Node], value: Node) -> tuple[Node, ...] | None:
-    """Return the ops that make a result of the loop of a value, if each can be undone; None if there is no such result."""
+    """Return the ops that make a result of the loop of a value, if each can be undone; None if there is no result."""
     views: list[Node] = []
     while value not in results:
         readers = [user for user in value.users if user.target in (*RESHAPES, *PERMUTES, aten.clone.default)]
@@ -189,7 +189,7 @@ def _backward(
         tensors: queries, keys, values, result and logsumexp.
     """
     queries, keys, *_ = tensors
-    given = dict(zip(("query", "key", "value", "out", "logsumexp"), tensors, strict=True))
+    given: dict[str, Any] = dict(zip(("query", "key", "value", "out", "logsumexp"), tensors, strict=True))
     given |= {"grad_out": grad, "grad_out_": grad, "max_q": queries.shape[2], "max_k": keys.shape[2]}
     given |= {**arguments, "cum_seq_q": None, "cum_seq_k": None, "grad_input_mask": [True, True, True, False]}
     for name, other in (("philox_seed", "rng_state"), ("philox_offset", "unused")):

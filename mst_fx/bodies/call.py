@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mst_fx.bodies.body import Body, Gradients, axis_of, forward_body, gradient_body, strides_of
+from mst_fx.bodies.body import Body, Gradients, forward_body, gradient_body
+from mst_fx.bodies.chunk import axis_of, strides_of
 from mst_fx.bodies.work import Work
 from mst_fx.core.config import Accumulate
 from mst_fx.placement.partition import Stages

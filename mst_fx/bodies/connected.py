@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from mst_fx.bodies.body import chunk_inputs, computed, merged
+from mst_fx.bodies.chunk import chunk_inputs, computed, merged
 from mst_fx.capture.lower import on_fakes
 from mst_fx.core.aten_ops import WITHOUT_GRADIENT
 from mst_fx.core.refusal import Reason, Refusal

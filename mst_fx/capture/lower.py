@@ -24,6 +24,7 @@ from mst_fx.core.clean_room import without_autocast
 from mst_fx.core.graph_modules import layout_free
 from mst_fx.core.modes import Mode
 from mst_fx.core.sizes import any_length, number, unguarded
+from mst_fx.core.torch_private.captured import FakeTensor
 from mst_fx.core.torch_private.collectives import is_collective
 from mst_fx.core.torch_private.symbols import ShapeEnv
 from mst_fx.core.torch_private.tracing import FakeTensorMode, enable_python_dispatcher, make_fx
@@ -255,8 +256,9 @@ def on_fakes(
             the chunk, the inputs are fakes of the same mode, in which that size has a meaning.
     """
     varying = length is not None and any(isinstance(size, torch.SymInt) for size in _sizes(like))
-    modes = {value.fake_mode for value in like if varying}
-    mode = modes.pop() if len(modes) == 1 else FakeTensorMode(shape_env=ShapeEnv())
+    modes = {value.fake_mode for value in like if varying and isinstance(value, FakeTensor)}
+    shape_env = ShapeEnv()
+    mode = modes.pop() if len(modes) == 1 else FakeTensorMode(shape_env=shape_env)
     with ExitStack() as stack:
         for context in (mode, torch.enable_grad(), without_autocast()):
             stack.enter_context(context)
@@ -264,7 +266,7 @@ def on_fakes(
             stack.enter_context(enable_python_dispatcher())
         if varying:
             stack.enter_context(unguarded())
-        return function(*make_inputs(any_length(mode.shape_env) if length is None else length))
+        return function(*make_inputs(any_length(shape_env) if length is None else length))
 
 
 def _settle(lowered: GraphModule) -> None:

@@ -1,4 +1,4 @@
-"""Several products of the same tokens, of which only the gradients count, with one for the tokens that adds up in place.
+"""Several products of the same tokens, of which only the gradients count; that of the tokens adds up in place.
 
 Autograd makes a gradient of the tokens for each product, and then their sum: all are alive at once.
 

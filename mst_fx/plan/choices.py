@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
-from mst_fx.core.config import SMALL_BYTES, Config
+from mst_fx.core.config import Config
 from mst_fx.plan.chunk_length import Lengths, several, shorter
 from mst_fx.plan.offer import Offer, held
 from mst_fx.predict.step_memory import Timeline
@@ -41,8 +41,7 @@ class Choices:
 
     def _may_be_looped(self, number: int) -> bool:
         offer = self.offers[number]
-        least = self.config.least_bytes if offer.extent.over == "tokens" else max(self.config.least_bytes, SMALL_BYTES)
-        large = offer.due or offer.memory.written >= least
+        large = offer.due or offer.memory.written >= self.config.least_bytes
         return large if offer.wish.loop is None else offer.wish.loop
 
     def must_be_looped(self, number: int) -> bool:

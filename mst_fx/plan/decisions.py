@@ -110,6 +110,8 @@ def _is_in_vain(choices: Choices, number: int, state: State) -> bool:
 
 def _advice(choices: Choices, number: int) -> str:
     """Return how a region that is left alone would be looped."""
+    if choices.offers[number].extent.over == "heads":
+        return "Set head_groups, or name the module in `modules`."
     if number in choices.candidates and choices.is_one_chunk(number):
         return "Set chunk_tokens or num_chunks, so that it is more than one chunk."
     return "Set min_bytes lower (0 loops all), or name the module in `modules`."

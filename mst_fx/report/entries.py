@@ -29,7 +29,7 @@ def looped(pattern: str, region: Region, work: Work, plan: Plan, detached: Seque
         pattern=pattern,
         module=region.module,
         source=source_line(region.last),
-        axis=f"dim {work.stages.axis.dim} ({work.stages.length} positions)",
+        axis=_axis(region, work),
         chunks=plan.chunks,
         bytes_before=plan.bytes_before,
         bytes_after=plan.bytes_after,
@@ -41,6 +41,12 @@ def looped(pattern: str, region: Region, work: Work, plan: Plan, detached: Seque
             _bytes(node) for node in region.returned if needs_gradient(node, region.nodes) and node not in detached
         ),
     )
+
+
+def _axis(region: Region, work: Work) -> str:
+    if region.over == "heads":
+        return f"heads ({work.stages.length} of the keys)"
+    return f"dim {work.stages.axis.dim} ({work.stages.length} positions)"
 
 
 def _bytes(node: Node) -> int:

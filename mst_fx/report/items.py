@@ -30,7 +30,7 @@ class LoopedRegion(Entry):
         pattern: name of the pattern that recognised it.
         module: path of the innermost module that holds its projections: an MLP, or the projection of a head.
         source: file, line and code of its last op.
-        axis: the split dim of the stream, and its length in positions.
+        axis: the split dim of the stream, and its length in positions; or the heads, and how many there are.
         chunks: number of mini-sequences.
         bytes_before, bytes_after: bytes of the region's temporaries, unlooped and with one chunk alive.
         backward: "recompute", "in_forward" or "none".

@@ -6,7 +6,8 @@ import pytest
 import torch
 from looping import Call, aten_graph, placeholders
 
-from mst_fx.bodies.body import Gradients, axis_of, forward_body, gradient_body
+from mst_fx.bodies.body import Gradients, forward_body, gradient_body
+from mst_fx.bodies.chunk import axis_of
 from mst_fx.capture.decompositions import decompositions
 from mst_fx.core.sizes import hint
 from mst_fx.placement.partition import partition
