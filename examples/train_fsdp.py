@@ -141,7 +141,8 @@ def build_model(preset: train_lm.Preset, device: torch.device, ranks: Ranks, **h
 def compiles_checkpoints(way: str) -> bool:
     """Whether layers are compiled with the checkpoints around them, or inside of them.
 
-    In a checkpoint that it compiles, torch 2.11 saves what collectives give; 2.13 fails on DTensors.
+    In a checkpoint that it compiles, torch 2.11 saves what collectives give; 2.13 fails on DTensors. A checkpoint
+    around a layer makes all of it again, and then the backward of a looped MLP recomputes as well: it takes longer.
     """
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     return version >= {"": (2, 11), "tensor": (2, 15)}.get(way, (2, 13))

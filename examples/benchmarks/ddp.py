@@ -13,7 +13,8 @@ DDP wraps. The methods, each with a model of its own:
     mst_fx, whole      the same
     mst_fx, layers     `optimize_ddp=False`, layers compiled one by one, the head with its loss: reduced layer by layer
 
-Methods take turns, after two steps each. Peaks are above weights and gradients, the largest of all ranks.
+Methods run one after the other, each from an empty Dynamo: what it has decided about DDP for one of them would hold for
+the next. Medians, after two steps of warm-up; peaks are above weights and gradients, the largest of all ranks.
 """
 
 from __future__ import annotations
@@ -117,9 +118,15 @@ class Method:
         return torch.cuda.max_memory_allocated()
 
 
-def measured(name: str, method: Method, taken: list[tuple[float, float]], looped: int) -> str:
+def measured(name: str, preset: train_lm.Preset, device: torch.device, ids: torch.Tensor, rounds: int) -> str:
+    """Return the row of a method."""
+    torch._dynamo.reset()
+    before = len(mst_fx.reports())
+    method = Method(name, preset, device)
+    taken = [method.step(ids) for _ in range(WARM_UP + rounds)][WARM_UP:]
+    looped = sum(len(report.regions) for report in mst_fx.reports()[before:])
     seconds = statistics.median(seconds for seconds, _ in taken)
-    largest = torch.tensor(max(peak for _, peak in taken), device=method.device)
+    largest = torch.tensor(max(peak for _, peak in taken), device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return f"| {name} | {seconds * 1e3:,.1f} | {largest.item():.2f} | {looped} |"
 
@@ -139,23 +146,15 @@ def main() -> None:
     preset = TINY if args.small else PRESET
     ids = torch.randint(preset.vocab, (1, args.tokens or (128 if args.small else preset.length)), device=device)
 
-    methods, looped = {}, {}
-    for name in args.methods:
-        before = len(mst_fx.reports())
-        methods[name] = Method(name, preset, device)
-        for _ in range(WARM_UP):
-            methods[name].step(ids)
-        looped[name] = sum(len(report.regions) for report in mst_fx.reports()[before:])
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
-    for _ in range(args.rounds):
-        for name, method in methods.items():
-            taken[name].append(method.step(ids))
-    rows = [measured(name, method, taken[name], looped[name]) for name, method in methods.items()]
     if dist.get_rank() == 0:
         print(
             f"{preset.layers} layers, {dist.get_world_size()} ranks, {ids.shape[1]:,} tokens, torch {torch.__version__}"
         )
-        print("| | ms a step | peak GiB | regions looped |\n|---|---|---|---|", *rows, sep="\n")
+        print("| | ms a step | peak GiB | regions looped |\n|---|---|---|---|", flush=True)
+    for name in args.methods:
+        row = measured(name, preset, device, ids, args.rounds)
+        if dist.get_rank() == 0:
+            print(row, flush=True)
     dist.destroy_process_group()
 
 

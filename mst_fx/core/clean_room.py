@@ -18,7 +18,11 @@ _one_at_a_time = RLock()
 
 @contextmanager
 def clean_room() -> Iterator[None]:
-    """Hide modes, hooks and transforms of the user from the block; one thread enters at a time."""
+    """Hide modes, hooks and transforms of the user from the block; one thread enters at a time.
+
+    Backward runs in this thread, too: on a GPU it would run in one of the device's, and guards that are suppressed are
+    so for a thread.
+    """
     from mst_fx.core.torch_private import switches  # late: a version may lack one
 
     recorded = torch.is_grad_enabled()
@@ -31,6 +35,7 @@ def clean_room() -> Iterator[None]:
         stack.enter_context(switches.without_compiled_autograd())
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))  # inference mode switches it, too
         stack.enter_context(torch.set_grad_enabled(recorded))
         stack.enter_context(_without_autocast_cache())
         yield

@@ -21,6 +21,7 @@ def switched_on():
         "dispatch": torch._C._len_torch_dispatch_stack(),
         "transforms": torch._C._functorch.peek_interpreter_stack() is not None,
         "anomaly": torch.is_anomaly_enabled(),
+        "threads of backward": torch._C._is_multithreading_enabled(),
         "inference": torch.is_inference_mode_enabled(),
         "compiled autograd": torch._dynamo.compiled_autograd.compiled_autograd_enabled,
         "cache": torch.is_autocast_cache_enabled(),
@@ -49,7 +50,7 @@ def test_the_room_is_clean_and_all_is_given_back():
             fails(found)
         assert switched_on() == before
         assert not any(found[name] for name in ("functions", "dispatch", "transforms", "anomaly", "compiled autograd"))
-        assert not any(found[name] for name in ("inference", "cache"))
+        assert not any(found[name] for name in ("inference", "cache", "threads of backward"))
         assert all(before[name] for name in ("functions", "dispatch", "transforms", "anomaly", "compiled autograd"))
         return value
 
@@ -69,6 +70,7 @@ def test_the_room_has_the_grad_mode_and_no_inference_mode(mode):
         with clean_room():
             assert torch.is_grad_enabled() == before["grad"]
             assert not torch.is_inference_mode_enabled()
+            assert not torch._C._is_multithreading_enabled()
         assert switched_on() == before
 
 
