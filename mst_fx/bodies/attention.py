@@ -78,7 +78,10 @@ def with_results_kept(stages: Stages, needs_grad: Mapping[Node, bool]) -> Stages
     results = set(stages.results)
     placements = dict(stages.placements.of)
     for node in stages.loop:
-        if node.target in ATTENTIONS and needs_grad[node] and not needs_grad.get(bias_of(node)):
+        if node.target not in ATTENTIONS or not needs_grad[node]:
+            continue
+        _compute_logsumexp(node)
+        if not needs_grad.get(bias_of(node)):
             result = _item(node, RESULT, placements)
             results.add(_item(node, LOGSUMEXP, placements))
             if _views_to(results, result) is None:
@@ -89,6 +92,16 @@ def with_results_kept(stages: Stages, needs_grad: Mapping[Node, bool]) -> Stages
         loop=in_order(stages.graph, {*stages.loop, *results}),
         results=in_order(stages.graph, results),
     )
+
+
+def _compute_logsumexp(node: Node) -> None:
+    """Let an attention op compute what its backward reads: a trace without gradients has told it not to."""
+    if takes(node, "compute_log_sumexp") and not argument(node, "compute_log_sumexp"):
+        given = dict(zip((each.name for each in node.target._schema.arguments), node.args, strict=False))
+        node.args = tuple({**given, "compute_log_sumexp": True}.values())
+        operands, named = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+        with torch.no_grad():
+            node.meta["val"] = node.target(*operands, **named)
 
 
 def kept_results(stages: Stages) -> dict[Node, Kept]:
