@@ -19,6 +19,7 @@ from torch.fx import Node, map_arg
 
 from mst_fx.core.aten_ops import ATTENTION_GRADIENTS, ATTENTIONS, CONTRACTIONS, PERMUTES, RESHAPES
 from mst_fx.core.graph_walk import in_order
+from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import PARTIAL, WHOLE, split_of
 from mst_fx.placement.rules import argument, takes
@@ -59,16 +60,21 @@ def with_projections(stages: Stages, needs_grad: Mapping[Node, bool]) -> Stages:
 
 
 def with_sums(stages: Stages) -> Stages:
-    """Return the stages without the product that adds up over the heads, if it gives the only result: it is a sum.
+    """Return the stages with a product that adds up over the heads as a sum.
 
     The loop gives what the product reads, in place of its parts: these would have to add up. In backward, the gradient
     of what it reads is made a chunk at a time, of that of the sum.
+
+    Raises:
+        Refusal: another value adds up, or leaves the loop beside the product.
     """
+    if not any(stages.placement(node) == PARTIAL for node in stages.results):
+        return stages
     made: Any = stages.results[0]
     while made.target in RESHAPES and len(made.users) == 1:
         made = made.args[0]
-    if len(stages.results) > 1 or made.target != aten.mm.default or stages.placement(made) != PARTIAL:
-        return stages
+    if len(stages.results) > 1 or made.target != aten.mm.default:
+        raise Refusal(Reason.AXIS_MIXED, made, f"{made.target} adds up over the heads, beside other results")
     read: Any = made.args[0]
     return replace(stages, results=(read,), sums=stages.results)
 

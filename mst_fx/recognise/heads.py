@@ -8,12 +8,14 @@ The stream of such a region is a weight: its rows make the heads, and the tokens
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch.fx import Node
 
 from mst_fx.core.aten_ops import ATTENTIONS, PERMUTES, PRODUCTS_PLUS, RESHAPES, aten
 from mst_fx.core.graph_walk import ancestors, descendants, walk
-from mst_fx.core.sizes import sure
-from mst_fx.core.values import has_gradient
+from mst_fx.core.sizes import is_size, sure
+from mst_fx.core.values import fake_value, has_gradient
 from mst_fx.placement.rules import argument
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close
@@ -40,9 +42,21 @@ def heads_region(reader: Reader, node: Node) -> Region | None:
     contraction = reader.contraction(by_size[-1 if shared else 0])
     assert contraction is not None
     nodes = {*projections, *inside, attention, *behind}
-    region = close(reader, nodes, contraction.weight, over="heads")
+    region = close(reader, with_sizes(nodes), contraction.weight, over="heads")
     joined = _joined(reader, (attention, *behind)[-1])
-    return close(reader, nodes | joined, contraction.weight, smaller=region, over="heads") if joined else region
+    if not joined:
+        return region
+    return close(reader, with_sizes(nodes | joined), contraction.weight, smaller=region, over="heads")
+
+
+def with_sizes(nodes: Collection[Node]) -> set[Node]:
+    """Return the nodes, and those that ask for a size of their values, if only the nodes read it."""
+    found = set(nodes)
+    asking = descendants(nodes, lambda node: (user for user in node.users if is_size(fake_value(user)))) - found
+    for node in sorted(asking, reverse=True):
+        if found.issuperset(node.users):
+            found.add(node)
+    return found
 
 
 def attention_of(reader: Reader, node: Node) -> Node | None:
@@ -58,8 +72,8 @@ def attention_of(reader: Reader, node: Node) -> Node | None:
         return node  # attention in one node that is several ops
     if not _is_of_products(reader, node):
         return None
-    while len(node.users) == 1:
-        (node,) = node.users
+    while len(readers := _readers(node)) == 1:
+        (node,) = readers
         if reader.multiplies(node):
             return None if _projects(reader, node) else node
     return None
@@ -105,19 +119,24 @@ def _projections(reader: Reader, attention: Node) -> set[Node]:
 
 def _joined(reader: Reader, heads: Node) -> set[Node]:
     """Return the product that adds up over the heads, if nothing else reads them, and it has no bias."""
-    readers = [user for user in heads.users if user.op != "output"]
-    contraction = reader.contraction(readers[0]) if len(readers) == len(heads.users) == 1 else None
+    readers = _readers(heads)
+    contraction = reader.contraction(readers[0]) if len(readers) == 1 else None
     if contraction is None or contraction.activation is not heads or reader.does(readers[0], PRODUCTS_PLUS):
         return set()
     return {readers[0]}
+
+
+def _readers(node: Node) -> list[Node]:
+    """Return the nodes that read a value, not only one of its sizes."""
+    return [user for user in node.users if not is_size(fake_value(user))]
 
 
 def _views(reader: Reader, attention: Node) -> list[Node]:
     """Return the nodes that bring attention's result into another shape, and nothing else, one after the other."""
     views: list[Node] = []
     node = attention
-    while len(node.users) == 1:
-        (node,) = node.users
+    while len(readers := _readers(node)) == 1:
+        (node,) = readers
         ops = reader.ops(node)
         if node.op == "output" or ops is None or not ops <= {*RESHAPES, *PERMUTES, aten.clone.default}:
             break
