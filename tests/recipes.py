@@ -109,6 +109,21 @@ def _matrices(ranks: int, bias: str | None, left: str, right: str) -> Recipe:
     )
 
 
+def _attention() -> Recipe:
+    """Queries, keys and values [B, H, T, D], and a mask of some or all sequences and heads."""
+
+    def sizes(draw: Draw, values: dict[str, Any]) -> list[int]:
+        return values.setdefault("*sizes", [draw.choice((1, 2, 3)), draw.choice((1, 2, 4)), 3, 2])
+
+    def mask(draw: Draw, values: dict[str, Any]) -> torch.Tensor | None:
+        batch, heads, tokens, _ = sizes(draw, values)
+        shape = [draw.choice((1, batch)), draw.choice((1, heads)), tokens, tokens]
+        return draw.choice((None, draw.values(shape).detach()))
+
+    of_tokens = dict.fromkeys(("query", "key", "value"), _of_shape(sizes))
+    return {**of_tokens, "dropout_p": _numbers(0.0), "is_causal": _numbers(False), "attn_mask": mask}
+
+
 def _size_of(values: dict[str, Any], name: str = "self") -> list[int]:
     return list(values[name].shape)
 
@@ -390,6 +405,7 @@ RECIPES: dict[Any, Recipe] = {
         "padding_idx": _numbers(-1, 0, 1, OMIT),
         "sparse": _numbers(False, OMIT),
     },
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention(),
     aten.nll_loss_forward.default: _nll(1, 2, 2, 2),
     aten.nll_loss2d_forward.default: _nll(4),
     aten.native_layer_norm.default: _NORM,

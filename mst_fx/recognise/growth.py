@@ -214,8 +214,8 @@ class _Attempt:
 
 
 def _mixes(reader: Reader, obstacle: Refusal) -> bool:
-    """Return whether an obstacle is an unknown op of several tensors: attention, a scan, ..."""
-    opaque = obstacle.reason in (Reason.UNKNOWN_OP, Reason.RANDOM)
+    """Return whether an obstacle is attention, or an unknown op of several tensors: a scan, ..."""
+    opaque = obstacle.reason in (Reason.UNKNOWN_OP, Reason.RANDOM, Reason.AXIS_MIXED)
     return opaque and obstacle.node is not None and len(reader.tensor_operands(obstacle.node)) != 1
 
 

@@ -15,7 +15,7 @@ from torch.fx import Node
 from mst_fx.core.aten_ops import ATTENTIONS, PERMUTES, PRODUCTS_PLUS, RESHAPES, aten
 from mst_fx.core.graph_walk import ancestors, descendants, walk
 from mst_fx.core.sizes import is_size, sure
-from mst_fx.core.values import fake_value, has_gradient
+from mst_fx.core.values import fake_value, has_gradient, tensors_of
 from mst_fx.placement.rules import argument
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close
@@ -68,8 +68,8 @@ def attention_of(reader: Reader, node: Node) -> Node | None:
         return node
     if not reader.does(node, (aten._softmax.default,)):
         return None
-    if reader.multiplies(node):
-        return node  # attention in one node that is several ops
+    if reader.multiplies(node):  # attention in one node that is several ops; the meta device has no others
+        return None if any(x.device.type == "meta" for x in tensors_of(node)) else node
     if not _is_of_products(reader, node):
         return None
     while len(readers := _readers(node)) == 1:

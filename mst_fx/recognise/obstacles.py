@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.capture.decomposed import Decomposed
+from mst_fx.core.aten_ops import ATTENTIONS
 from mst_fx.core.graph_walk import descendants
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
@@ -93,10 +94,17 @@ def _forbid(node: Node, decomposed: Decomposed, activation: Node | None) -> None
     ops = [op for op in both if op.op == "call_function" and op.target != written]
     tokens = both if activation is None else _made_of(node, decomposed, activation)
     # an op's effect is a better reason than a missing rule
-    for forbid, forbidden in ((forbid_effects, ops), (forbid_unruled, [op for op in ops if op in tokens])):
+    reading = [op for op in ops if op in tokens]
+    for forbid, forbidden in ((forbid_effects, ops), (forbid_unruled, reading), (_forbid_attention, reading)):
         for op in forbidden:
             with in_the_backward() if op in decomposed.backward else nullcontext():
                 forbid(op)
+
+
+def _forbid_attention(op: Node) -> None:
+    """Raise a refusal for attention: only regions over heads hold it, and these are found from it."""
+    if op.target in ATTENTIONS:
+        raise Refusal(Reason.AXIS_MIXED, op, f"{op.target} lets tokens read one another")
 
 
 def _made_of(node: Node, decomposed: Decomposed, activation: Node) -> set[Node]:

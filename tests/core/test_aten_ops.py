@@ -32,12 +32,12 @@ OURS = (overwritten, upstream, own_gradients)
 """No compiler of torch's sees these ops."""
 RULED = sorted({op for op in _RULES if op not in ("pointwise", *OURS)}, key=str)
 """The ops of torch that have a rule of their own."""
-OF_SOME_DEVICES = (*table.GROUPED_PRODUCTS, *table.SCALED_PRODUCTS, *table.LAYER_NORMS)
+OF_SOME_DEVICES = (*table.GROUPED_PRODUCTS, *table.SCALED_PRODUCTS, *table.LAYER_NORMS, *table.ATTENTIONS)
 DRAWN = [op for op in RULED if op not in (*OF_SOME_DEVICES, *COLLECTIVES)]
 """Those that can be called on any CPU, in any dtype; of the others it is known that their backward reads operands."""
 
 KERNELS = {"view": table.SHOWS_MEMORY, "unfused": table.UNFUSED, "fused": table.FUSED}
-BACKWARD = {"dear": frozenset([*table.CONTRACTIONS, *COLLECTIVES]), "recomputed": table.RECOMPUTED}
+BACKWARD = {"dear": frozenset([*table.CONTRACTIONS, *table.ATTENTIONS, *COLLECTIVES]), "recomputed": table.RECOMPUTED}
 READING = {
     "contraction": table.CONTRACTIONS,
     "view or pick": table.PICKS,
@@ -147,7 +147,8 @@ def test_an_op_with_a_rule_is_classed(op):
 def test_a_class_holds_ops_with_rules(classes):
     """What has no rule is not recomputed, and refused before anybody reads it as something."""
     without = {op for ops in classes.values() for op in ops if rule_for(op) is None and op is not operator.getitem}
-    assert without <= {aten.as_strided.default}  # stands in bodies alone: what `log_softmax` keeps in memory
+    in_bodies = {aten.as_strided.default, *table.ATTENTION_GRADIENTS.values()}  # what `log_softmax` keeps in memory
+    assert without <= in_bodies
 
 
 def test_no_exception_outlives_its_op():

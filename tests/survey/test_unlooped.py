@@ -356,8 +356,8 @@ def test_attention_without_dropout_draws_no_numbers():
         return F.scaled_dot_product_attention(h, h.sin(), h.cos()).mean()
 
     (wide, *_) = unlooped(attending, *tensors((2, T, 8), (WIDE, 8)))
-    assert wide.reason == "UNKNOWN_OP"
-    assert "has no placement rule, and it joins several values" in wide.why
+    assert wide.reason == "AXIS_MIXED"
+    assert "lets tokens read one another, and it joins several values" in wide.why
 
 
 def test_the_nearest_match_tells_why():

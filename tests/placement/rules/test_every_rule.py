@@ -13,7 +13,7 @@ from recipes import Draw
 from torch.fx import Node
 from torch.utils._pytree import tree_map_only
 
-from mst_fx.core.aten_ops import LINEAR_IN_ALL, LINEAR_IN_FIRST, LINEAR_IN_ONE
+from mst_fx.core.aten_ops import ATTENTIONS, LINEAR_IN_ALL, LINEAR_IN_FIRST, LINEAR_IN_ONE
 from mst_fx.core.torch_private.collectives import COLLECTIVES
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.ops.own_gradients import own_gradients, upstream
@@ -42,6 +42,7 @@ def tagged():
             yield op
 
 
+OF_GPUS = set(ATTENTIONS) - {aten._scaled_dot_product_flash_attention_for_cpu.default}
 UNCHECKED = {
     getattr(aten, "_grouped_mm", aten.mm).default: "runs on some devices alone; see the tests of routing",
     aten._scaled_mm.default: "takes float8; see the tests of contraction",
@@ -53,6 +54,7 @@ UNCHECKED = {
     overwritten: "takes two values of one shape alone; see the tests of writes",
     upstream: "stands for a gradient, and is never run; see the tests of custom functions",
     own_gradients: "is never run; see the tests of custom functions",
+    **dict.fromkeys(OF_GPUS, "runs on some devices alone; see the tests of attention"),
     **dict.fromkeys(COLLECTIVES, "communicates; see the tests of collectives"),
 }
 REFUSED = {
