@@ -103,11 +103,12 @@ def with_results_kept(stages: Stages, needs_grad: Mapping[Node, bool]) -> Stages
 def _compute_logsumexp(node: Node) -> None:
     """Let an attention op compute what its backward reads: a trace without gradients has told it not to."""
     if takes(node, "compute_log_sumexp") and not argument(node, "compute_log_sumexp"):
-        given = dict(zip((each.name for each in node.target._schema.arguments), node.args, strict=False))
+        attention: Any = node.target
+        given = dict(zip((each.name for each in attention._schema.arguments), node.args, strict=False))
         node.args = tuple({**given, "compute_log_sumexp": True}.values())
         operands, named = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
         with torch.no_grad():
-            node.meta["val"] = node.target(*operands, **named)
+            node.meta["val"] = attention(*operands, **named)
 
 
 def kept_results(stages: Stages) -> dict[Node, Kept]:

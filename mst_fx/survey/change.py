@@ -34,6 +34,7 @@ from mst_fx.recognise.region import Region
 from mst_fx.report.entries import cut_head, dropped
 from mst_fx.report.items import refused
 from mst_fx.report.report import Report
+from mst_fx.survey.wished import is_beneath_notice
 
 JOINED = "Inductor joins products with the collectives beside them (_micro_pipeline_tp): no op on DTensors is looped"
 JOINED_ADVICE = "Switch either off: a loop takes the products away from their collectives."
@@ -181,11 +182,17 @@ class Change:
         single = [(each, each.parts(range(len(each.pieces)))) for each in fused]
         trial, outputs = self._replaced(reader, [(each.region, each.parted(parts)) for each, parts in single])
         region_of = {node: region for region in self._regions(trial) for node in region.nodes}
-        kinds = [[_kind_of(piece, region_of.get(piece)) for piece in pieces] for pieces in outputs]
+        kinds = [[self._kind_of(piece, region_of.get(piece)) for piece in pieces] for pieces in outputs]
         worth = [(each, each.parts(of)) for each, of in zip(fused, kinds, strict=True) if len(set(of)) > 1]
         reader, outputs = self._replaced(reader, [(each.region, each.parted(parts)) for each, parts in worth])
         keys = [self._key(each) for each, _ in worth]
         return reader, tuple(Parted(key, tuple(pieces)) for key, pieces in zip(keys, outputs, strict=True)), faults
+
+    def _kind_of(self, piece: Node, region: Region | None) -> object:
+        """Return what tells the pieces that one projection may make; a region over heads needs all of them apart."""
+        if region is None or is_beneath_notice(region, self.config):
+            return None
+        return piece if region.over == "heads" else region.nodes[0]
 
     def _may_part(self, fused: FusedProjection) -> bool:
         return fused.bytes >= self.config.least_bytes and self._key(fused) not in self.left_alone
@@ -197,11 +204,6 @@ class Change:
         """Return whether the projection makes enough bytes, or may at another length: an early cut costs nothing."""
         varies = any(map(is_symbolic, fake_value(head.region.stream).shape))
         return head.bytes_before >= self.config.least_bytes or (varies and self.config.min_bytes is None)
-
-
-def _kind_of(piece: Node, region: Region | None) -> object:
-    """Return what tells the pieces that one projection may make: each region over heads needs them all apart."""
-    return piece if region is not None and region.over == "heads" else region
 
 
 def _apart(heads: Sequence[CutHead]) -> list[CutHead]:

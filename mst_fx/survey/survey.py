@@ -15,12 +15,11 @@ from torch.fx import GraphModule, Node
 from mst_fx.bodies.call import Call, assembled
 from mst_fx.bodies.work import Work, analysed
 from mst_fx.capture.decomposed import Decomposed
-from mst_fx.core.config import SMALL_BYTES, Config
+from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
-from mst_fx.core.module_paths import module_names
 from mst_fx.core.refusal import Refusal
 from mst_fx.core.sizes import Hint, hint
-from mst_fx.core.values import bytes_of, fake_value, tensors_of
+from mst_fx.core.values import fake_value
 from mst_fx.plan.chunk_length import Lengths, Terms, terms_of
 from mst_fx.plan.offer import Offer
 from mst_fx.predict.extent import extent_of
@@ -44,6 +43,7 @@ from mst_fx.survey import messages
 from mst_fx.survey.agreement import forbid_disagreement
 from mst_fx.survey.change import Change
 from mst_fx.survey.surveyed import TOP, Around, Site, Surveyed
+from mst_fx.survey.wished import is_beneath_notice, wish_for
 
 if TYPE_CHECKING:
     from mst_fx.verify.verify import Verified
@@ -91,7 +91,7 @@ class Surveyor:
         taken = {node for found in discovered if isinstance(found.outcome, Region) for node in found.outcome.nodes}
         graph = _Graph(reader, around, taken, sizes)
         for found in discovered:
-            if isinstance(found.outcome, Region) and self._is_beneath_notice(found.outcome):
+            if isinstance(found.outcome, Region) and is_beneath_notice(found.outcome, self.config):
                 continue
             try:
                 if isinstance(found.outcome, Refusal):
@@ -110,14 +110,6 @@ class Surveyor:
                 refusals.append(refused(found.pattern, refusal, module))
         refusals += [refused("projection", refusal) for refusal in cut_off(reader, taken)]
         return sites, Report(refusals=tuple(refusals))
-
-    def _is_beneath_notice(self, region: Region) -> bool:
-        """Return whether a region over heads is small, or not wanted: any graph with attention has one."""
-        if region.over == "tokens":
-            return False
-        wish = self.config.wish_over_heads(_modules_of(region))
-        small = sum(bytes_of(x) for node in region.nodes for x in tensors_of(node)) < SMALL_BYTES
-        return small if wish.loop is None else not wish.loop
 
     def _children(self, reader: Reader, around: Around) -> tuple[dict[str, tuple[Surveyed, tuple[Node, ...]]], Report]:
         """Return the subgraphs of a graph, and a report on those that are not entered."""
@@ -194,8 +186,7 @@ class Surveyor:
         return refusal_for(error, region.last, f"a region at {region.name}", strict=self.config.strict)
 
     def _terms(self, region: Region, work: Work, at: Hint) -> Terms:
-        wish_for = self.config.wish_for if region.over == "tokens" else self.config.wish_over_heads
-        wish = wish_for(_modules_of(region))
+        wish = wish_for(region, self.config)
         recomputes = work.backward == "recompute"
         return terms_of(extent_of(work, at, region.over), wish, self.config.accumulate, recomputes=recomputes)
 
@@ -282,11 +273,6 @@ class _Candidate:
     region: Region
     work: Work
     terms: Terms
-
-
-def _modules_of(region: Region) -> set[str]:
-    """Return the paths of the modules that a region's nodes belong to, without those of its front."""
-    return set().union(*(module_names(node) for node in region.nodes if node not in region.front))
 
 
 def _strange(reader: Reader) -> Report:

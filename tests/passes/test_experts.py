@@ -107,6 +107,8 @@ mini_sequence = mini_sequence(
     (0),
     (0, 3, 4),
     (),
+    False,
+    0,
     softmax, l_experts_nk_, l_x_nd_, l_self_parameters_up_, l_self_parameters_down_)
 getitem = getitem(mini_sequence, 0)
 return (getitem)

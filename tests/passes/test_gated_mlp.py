@@ -56,6 +56,8 @@ mini_sequence = mini_sequence(
     (0),
     (0, 1, 2, 3),
     (),
+    False,
+    0,
     l_x_, l_g_, l_u_, l_d_)
 getitem = getitem(mini_sequence, 0)
 return (getitem)
@@ -103,6 +105,8 @@ mini_sequence = mini_sequence(
     (0),
     (0, 1, 2),
     (),
+    False,
+    0,
     l_x_, l_gu_, l_d_)
 getitem = getitem(mini_sequence, 0)
 return (getitem)

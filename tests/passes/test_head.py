@@ -56,6 +56,8 @@ mini_sequence = mini_sequence(
     (0),
     (0, 1),
     (),
+    False,
+    0,
     l_x_, l_w_, view_1, sum_1)
 getitem = getitem(mini_sequence, 0)
 return (getitem)
@@ -93,6 +95,8 @@ mini_sequence = mini_sequence(
     (0),
     (0, 1),
     (),
+    False,
+    0,
     l_x_, l_w_, view_1)
 getitem_1 = getitem(mini_sequence, 0)
 return (getitem_1)

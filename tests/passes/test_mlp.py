@@ -52,6 +52,8 @@ mini_sequence = mini_sequence(
     (0),
     (0, 1, 2, 3, 4),
     (),
+    False,
+    0,
     l_x_, l_up_, l_a_, l_down_, l_b_)
 getitem = getitem(mini_sequence, 0)
 return (getitem)
@@ -83,6 +85,8 @@ mini_sequence = mini_sequence(
     (0),
     (0, 1, 2, 3, 4),
     (),
+    False,
+    0,
     l_a_, view, l_up_, l_b_, l_down_)
 getitem = getitem(mini_sequence, 0)
 view_3 = .view(getitem, 2, 10, 8)
