@@ -10,7 +10,7 @@ one by one ("layers"), or the whole model as one graph ("step"). With and withou
 process; "ratio" is the median of the ratios of two steps that ran one behind the other. "peak" includes weights and
 gradients, "host" is the memory of the host that values take, "hidden" the share of the time of copies during which the
 device also computed. "gradients" is the largest difference of a weight's gradient from that of a step without, relative
-to its norm; without offloading, that of a second step: on a GPU, attention does not give the same bits twice.
+to its norm; without offloading, that of a second step, as a GPU need not give the same bits twice.
 """
 
 from __future__ import annotations
