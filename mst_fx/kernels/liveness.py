@@ -60,7 +60,8 @@ def peak(
         size: the size of a value's buffer, in any unit.
         reductions_apart: whether a kernel ends its reductions before it writes, as in C++.
         ordered: whether a kernel writes its values in an order that lets them overwrite.
-        multiplied: pairs of results that die at once: a product reads them as soon as both are made.
+        multiplied: pairs of results that do not live to the end: a product reads them, right behind the first product
+            that reads one of them, as the gradient of a weight follows that of the tokens.
     """
     pairs = [(buffer_of(left), buffer_of(right)) for left, right in multiplied]
     schedule = _Schedule(module, reductions_apart, ordered, frozenset(node for pair in pairs for node in pair))
@@ -75,14 +76,17 @@ def last_reads(
     Args:
         steps: in the order in which they run.
         returned: buffers that live to the end.
-        multiplied: pairs of returned buffers that do not: the step that makes the later one reads both.
+        multiplied: pairs of returned buffers that do not: once both are made, the next step that reads one of them
+            reads both; without such a step, the one that makes the later buffer does.
     """
     last = {buffer: number for number, step in enumerate(steps) for buffer in step.reads}
     made = {buffer: number for number, step in enumerate(steps) for buffer in step.makes}
     last.update(dict.fromkeys(set(returned).difference(*multiplied), len(steps)))
     for pair in multiplied:
         both = max(made.get(buffer, -1) for buffer in pair)
-        last.update({buffer: max(last.get(buffer, -1), both) for buffer in pair})
+        behind = enumerate(steps[both + 1 :], both + 1)
+        read = next((number for number, step in behind if not step.reads.isdisjoint(pair)), both)
+        last.update({buffer: max(last.get(buffer, -1), read) for buffer in pair})
     return last
 
 
