@@ -6,7 +6,9 @@ the temporaries of the whole length, and saves the results of its matrix product
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -18,6 +20,7 @@ from mst_fx.core.graph_walk import descendants
 from mst_fx.core.sizes import Hint
 from mst_fx.core.values import bytes_made
 from mst_fx.kernels.liveness import buffer_of
+from mst_fx.ops.own_gradients import own_gradients, own_of, upstream
 from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import split_of
 from mst_fx.placement.rules.contraction import factors
@@ -158,13 +161,28 @@ def _summed(stages: Stages, saved: list[Node], at: Hint) -> list[Node]:
     """Return what is saved in place of values that only a sum reads: the sum, as of a product and an adapter's."""
     kept = dict.fromkeys(saved)
     for node in stages.loop:
-        taken = [operand for operand in node.all_input_nodes if operand in kept and list(operand.users) == [node]]
+        taken = [operand for operand in _read_by(node) if operand in kept and _readers(operand) == [node]]
         size = sum(bytes_per_position(stages, operand, at) for operand in taken)
         scales = node.target is aten.mul.Tensor and not isinstance(node.args[1], Node)
         adds = (node.target in LINEAR or scales) and node not in stages.results
         if taken and adds and bytes_per_position(stages, node, at) <= size:
             kept = dict.fromkeys([*(each for each in kept if each not in taken), node])
     return list(kept)
+
+
+def _read_by(node: Node) -> list[Node]:
+    """Return what a node reads; of a function that brings its gradients, the value that the function hands on."""
+    if node.target is operator.getitem and isinstance(node.args[0], Node) and node.args[0].target == own_gradients:
+        position: Any = node.args[1]
+        return [own_of(node.args[0]).values[position]]
+    return node.all_input_nodes
+
+
+def _readers(node: Node) -> list[Node]:
+    """Return the nodes that read a value; in place of a function that hands it on, those that take it from there."""
+    functions = [user for user in node.users if user.target == own_gradients]
+    others = [user for user in node.users if user.target not in (own_gradients, upstream)]
+    return others + [taker for function in functions for taker in function.users if _read_by(taker) == [node]]
 
 
 def is_sink(stages: Stages, product: Node, at: Hint) -> bool:
