@@ -305,6 +305,21 @@ FUSED -= SHOWS_MEMORY | UNFUSED
 """Ops, besides those tagged pointwise, that are fused: their value is a buffer where an unfused op reads it."""
 REDUCE_THEN_MAP = frozenset([aten.native_layer_norm_backward.default, aten._fused_rms_norm_backward.default])
 """Ops that reduce what they read before they map it, in one kernel; a softmax reduces in a kernel of its own."""
+NORMALISE = frozenset([*SOFTMAXES, *LAYER_NORMS])
+"""Ops that reduce rows, and then map their elements with the results: two loops over what they read."""
+COSTLY = frozenset(
+    [
+        aten.exp.default,
+        aten.log.default,
+        aten.log10.default,
+        aten.log1p.default,
+        aten.log2.default,
+        aten.sigmoid.default,
+        aten.silu.default,
+        aten.tanh.default,
+    ]
+)
+"""Functions that a C++ kernel does not compute twice for one element."""
 PICK_ENTRIES = frozenset([aten.nll_loss_forward.default, aten.gather.default])
 """Ops that read a few entries of their operand, in a kernel of their own. It runs before the kernel that maps all
 entries, unless that kernel also computes the softmax whose entries are picked."""

@@ -19,12 +19,12 @@ from mst_fx.core.aten_ops import LINEAR, VIEWS
 from mst_fx.core.graph_walk import descendants
 from mst_fx.core.sizes import Hint
 from mst_fx.core.values import bytes_made
-from mst_fx.kernels.liveness import buffer_of
+from mst_fx.kernels.liveness import buffer_of, peak
 from mst_fx.ops.own_gradients import own_gradients, own_of, upstream
 from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import split_of
 from mst_fx.placement.rules.contraction import factors
-from mst_fx.predict.footprint import NOTHING, Footprint, alive, by_result, footprint, whole_nodes
+from mst_fx.predict.footprint import NOTHING, Footprint, alive, by_result, footprint, is_on_cpu, whole_nodes
 from mst_fx.runtime.loop_operator import LoopSpec
 from mst_fx.runtime.result_kinds import Outer, Sum
 
@@ -105,7 +105,7 @@ def memory_of(work: Work, call: Call, at: Hint) -> RegionMemory:
         scaled=sum(own for own, _ in gradients),
         rescaled=max((own for own, saved in gradients if own != saved), default=0),
         saved_whole=saved_whole,
-        whole_forward=saved_whole if forward is None else forward.temporaries(length) + forward.left,
+        whole_forward=_whole_forward(work, at),
         whole_backward=whole_backward,
         whole_again=whole_again,
         stream_gradient=_stream_gradient(work, at),
@@ -116,7 +116,20 @@ def memory_unlooped(work: Work, at: Hint) -> RegionMemory:
     """Predict the bytes of a region that is not looped in any case, without its bodies: those that it saves."""
     saved = _saved_whole_bytes(work, at)
     written = temporary_bytes(work.stages, at(work.stages.length), at)
-    return RegionMemory(written, saved_whole=saved, whole_forward=saved, whole_backward=saved, whole_again=saved)
+    return RegionMemory(written, saved_whole=saved, whole_forward=_whole_forward(work, at), whole_backward=saved, whole_again=saved)
+
+
+def _whole_forward(work: Work, at: Hint) -> int:
+    """Return the most bytes at once in the forward of a region without a loop, with what it saves and its outputs."""
+    stages, saved = work.stages, _saved_whole(work, at)
+    made = set(stages.loop).union(stages.epilogue)
+    on_cpu = is_on_cpu(stages.stream)
+
+    def size(node: Node) -> int:
+        return bytes_made(node, at) if node in made and node.target != own_gradients else 0
+
+    how = {"reductions_apart": on_cpu, "costly_once": on_cpu, "ordered": False}
+    return max(_saved_whole_bytes(work, at), round(peak(stages.graph, size, kept=saved, **how)))
 
 
 def _saved_whole_bytes(work: Work, at: Hint) -> int:

@@ -36,7 +36,7 @@ def test_wide_values_of_a_backward(program, reductions_apart, ordered, unordered
         parts = tree_leaves(node.meta["val"])
         return any(part.numel() == CHUNK * SIZES.ff for part in parts if part is not None)
 
-    body = looped.mini_sequence_backward_0
+    body = looped.mini_sequence_backward_0.graph
     for in_order, expected in ((True, ordered), (False, unordered)):
         assert peak(body, wide, reductions_apart=reductions_apart, ordered=in_order) == expected
 
