@@ -33,7 +33,7 @@ from mst_fx.core.aten_ops import (
     UNFUSED,
     VIEWS,
 )
-from mst_fx.core.graph_walk import ancestors, in_order
+from mst_fx.core.graph_walk import ancestors, in_order, walk
 from mst_fx.core.sizes import hint
 
 aten = torch.ops.aten
@@ -270,9 +270,12 @@ def _reduces(node: Node) -> bool:
 
 
 def _loops_read(node: Node) -> bool:
-    """Return whether several loops of a kernel read a value: one reduces it, and another one needs the result."""
+    """Return whether several loops of a kernel read a value: one reduces what is made of it, another one maps it."""
     readers = [*_readers(node)]
-    return any(map(_reduces, readers)) and len(readers) > 1 or any(reader.target in NORMALISE for reader in readers)
+    if len(readers) == 1 and readers[0].target not in NORMALISE:
+        return False
+    fused = walk(readers, lambda user: () if user.target in UNFUSED or _reduces(user) else user.users)
+    return any(user.target in NORMALISE or _reduces(user) for user in fused if user.target not in UNFUSED)
 
 
 def _likeness(node: Node) -> tuple[torch.Size, torch.dtype]:
