@@ -355,6 +355,18 @@ COMPUTES -= {*CONTRACTIONS, *PICKS, *REPEATS, *SHOWN_TO_CALLERS, *MADE_OF_NOTHIN
 """Ops, besides those tagged pointwise, that compute something; a reader knows nothing more of them."""
 
 
+ATTENTION = tuple(
+    getattr(aten, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+)
+"""Attention as one kernel; what its backward needs is measured (`tests/predict/test_segments.py`)."""
+
+
 def is_pointwise(op: object) -> bool:
     """Return whether torch itself tags an op as elementwise."""
     return isinstance(op, torch._ops.OpOverload) and torch.Tag.pointwise in op.tags
@@ -373,3 +385,9 @@ def is_mutable(op: object) -> bool:
 def is_recomputed(op: object) -> bool:
     """Return whether a compiler recomputes an op's result for backward, in place of saving it."""
     return op in RECOMPUTED or is_pointwise(op)
+
+
+def has_known_memory(op: object) -> bool:
+    """Return whether the model of memory knows what an op allocates: its results alone, or what has been measured."""
+    known = op in RECOMPUTED or op in UNFUSED or op in ATTENTION or is_pointwise(op) or is_random(op)
+    return known or getattr(op, "namespace", "") == "mst_fx"
