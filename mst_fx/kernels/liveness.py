@@ -275,7 +275,8 @@ def _loops_read(node: Node) -> bool:
     if len(readers) == 1 and readers[0].target not in NORMALISE:
         return False
     fused = walk(readers, lambda user: () if user.target in UNFUSED or _reduces(user) else user.users)
-    return any(user.target in NORMALISE or _reduces(user) for user in fused if user.target not in UNFUSED)
+    mapped = (user for user in fused if user.op == "call_function" and user.target not in UNFUSED)
+    return any(user.target in NORMALISE or _reduces(user) for user in mapped)
 
 
 def _likeness(node: Node) -> tuple[torch.Size, torch.dtype]:
