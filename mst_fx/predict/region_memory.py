@@ -116,7 +116,9 @@ def memory_unlooped(work: Work, at: Hint) -> RegionMemory:
     """Predict the bytes of a region that is not looped in any case, without its bodies: those that it saves."""
     saved = _saved_whole_bytes(work, at)
     written = temporary_bytes(work.stages, at(work.stages.length), at)
-    return RegionMemory(written, saved_whole=saved, whole_forward=_whole_forward(work, at), whole_backward=saved, whole_again=saved)
+    return RegionMemory(
+        written, saved_whole=saved, whole_forward=_whole_forward(work, at), whole_backward=saved, whole_again=saved
+    )
 
 
 def _whole_forward(work: Work, at: Hint) -> int:
@@ -128,8 +130,8 @@ def _whole_forward(work: Work, at: Hint) -> int:
     def size(node: Node) -> int:
         return bytes_made(node, at) if node in made and node.target != own_gradients else 0
 
-    how = {"reductions_apart": on_cpu, "costly_once": on_cpu, "ordered": False}
-    return max(_saved_whole_bytes(work, at), round(peak(stages.graph, size, kept=saved, **how)))
+    most = peak(stages.graph, size, reductions_apart=on_cpu, costly_once=on_cpu, ordered=False, kept=saved)
+    return max(_saved_whole_bytes(work, at), round(most))
 
 
 def _saved_whole_bytes(work: Work, at: Hint) -> int:

@@ -118,7 +118,11 @@ def _needs(
         passed = needs[first[node]] if views else Need.NOTHING
         if node in blocks or not (views or has_gradient(node) or regions.get(node) in trained):
             continue
-        if has_gradient(node) and not (views or node in regions or reader.multiplies(node)) and _is_expensive(reader, node):
+        if (
+            has_gradient(node)
+            and not (views or node in regions or reader.multiplies(node))
+            and _is_expensive(reader, node)
+        ):
             needs[first[node]] = Need.MEMORY  # attention's backward reads its result
         for operand in node.all_input_nodes:
             if node in regions:
