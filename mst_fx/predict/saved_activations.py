@@ -144,7 +144,22 @@ def _needed(reader: Reader, node: Node, operand: Node) -> Need:
         divides = aten.div.Tensor in ops and node.all_input_nodes[0] is not operand
         if ops <= LINEAR or not (read or divides):
             return Need.NOTHING
-    return Need.MEMORY if _is_expensive(reader, node) else Need.NUMBERS
+    if not _is_expensive(reader, node):
+        return Need.NUMBERS
+    return Need.MEMORY if has_gradient(operand) or _is_read_as_is(reader, node, operand) else Need.NOTHING
+
+
+def _is_read_as_is(reader: Reader, node: Node, operand: Node) -> bool:
+    """Return whether an expensive op inside of a node reads an operand, and not only what is made of it (a mask)."""
+    decomposed = reader.decomposed(node)
+    if decomposed is None:
+        return True
+    expensive = (op for op in decomposed.ops if not is_recomputed(op.target))
+    read = {buffer_of(value) for op in expensive for value in op.all_input_nodes}
+    return any(
+        node.all_input_nodes[position] is operand and placeholder in read
+        for placeholder, position in decomposed.position_of.items()
+    )
 
 
 def passing_bytes(reader: Reader, node: Node, at: Hint) -> int:

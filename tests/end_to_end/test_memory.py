@@ -174,9 +174,11 @@ def test_layers_as_predicted(again):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nanoGPT", "T5"])
+@pytest.mark.parametrize("name", ["nanoGPT", "LoRA"])
 def test_whole_models_as_predicted(name):
-    """Attention in float32, a head with the embedding's weights; biases of attention that are trained."""
+    """The models of the benchmark that compile soonest: a head with the embedding's weights; frozen ones, and a mask."""
+    if name == "LoRA":
+        pytest.importorskip("peft")
     row = row_of(name, OPTIONS)
     assert row.plain_predicted == pytest.approx(row.plain, rel=0.1)
     assert row.looped_predicted == pytest.approx(row.looped, rel=0.1)

@@ -62,6 +62,7 @@ def test_peak(program, chunk):
         (predictions.swiglu, SIZES, torch.float32),
         (predictions.pre_normed, SIZES, torch.bfloat16),
         (predictions.cross_entropy, Sizes(t=512, d=512, ff=0, v=8192), torch.bfloat16),
+        (predictions.capped, SIZES, torch.float32),
     ],
 )
 def test_peak_without_a_loop(program, sizes, dtype):
