@@ -389,5 +389,5 @@ def is_recomputed(op: object) -> bool:
 
 def has_known_memory(op: object) -> bool:
     """Return whether the model of memory knows what an op allocates: its results alone, or what has been measured."""
-    known = op in RECOMPUTED or op in UNFUSED or op in ATTENTION or is_pointwise(op) or is_random(op)
+    known = op in RECOMPUTED or op in UNFUSED or op in ATTENTION or is_pointwise(op)
     return known or getattr(op, "namespace", "") == "mst_fx"

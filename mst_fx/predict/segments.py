@@ -66,11 +66,8 @@ def segments_of(
 
 
 def _upstream_bytes(node: Node, regions: Mapping[Node, int], at: Hint) -> int:
-    """Return the bytes of the gradient of a region's node that nodes behind the region make.
-
-    The gradient of what the graph returns is the caller's.
-    """
-    behind = (user for user in node.users if regions.get(user) != regions[node] and user.op != "output")
+    """Return the bytes of the gradient of a region's node that nodes behind the region make, not the graph's caller."""
+    behind = (user for user in node.users if regions.get(user) != regions[node])
     return sum(bytes_of(x, at) for x in tensors_of(node) if x.requires_grad) if any(map(has_gradient, behind)) else 0
 
 
