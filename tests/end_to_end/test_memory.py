@@ -176,7 +176,7 @@ def test_layers_as_predicted(again):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nanoGPT", "LoRA"])
 def test_whole_models_as_predicted(name):
-    """The models of the benchmark that compile soonest: a head with the embedding's weights; frozen ones, and a mask."""
+    """Those that compile soonest: a head with the weights of the embedding; frozen weights, adapters and a mask."""
     if name == "LoRA":
         pytest.importorskip("peft")
     row = row_of(name, OPTIONS)
