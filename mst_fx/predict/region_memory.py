@@ -49,6 +49,8 @@ class RegionMemory:
             backward make them, too.
         stream_gradient: bytes of the stream's gradient, where the stream itself is large and the loop has no product
             that makes it from a smaller value.
+        prologue: bytes of what is made once in front of the loop and read by every chunk: weights that are unpacked or
+            cast. They are there as long as a loop runs, in the forward and in the backward.
     """
 
     written: int
@@ -62,6 +64,7 @@ class RegionMemory:
     whole_backward: int = 0
     whole_again: int = 0
     stream_gradient: int = 0
+    prologue: int = 0
 
 
 def temporary_bytes(stages: Stages, length: int, at: Hint) -> int:
@@ -109,6 +112,7 @@ def memory_of(work: Work, call: Call, at: Hint) -> RegionMemory:
         whole_backward=whole_backward,
         whole_again=whole_again,
         stream_gradient=_stream_gradient(work, at),
+        prologue=sum(bytes_made(node, at) for node in stages.operands if node in stages.prologue),
     )
 
 
@@ -124,7 +128,7 @@ def memory_unlooped(work: Work, at: Hint) -> RegionMemory:
 def _whole_forward(work: Work, at: Hint) -> int:
     """Return the most bytes at once in the forward of a region without a loop, with what it saves and its outputs."""
     stages, saved = work.stages, _saved_whole(work, at)
-    made = set(stages.loop).union(stages.epilogue)
+    made = set(stages.prologue).union(stages.loop, stages.epilogue)
     on_cpu = is_on_cpu(stages.stream)
 
     def size(node: Node) -> int:
