@@ -95,5 +95,7 @@ def test_peak(program, chunk):
     ],
 )
 def test_peak_without_a_loop(program, sizes, dtype):
+    if program is predictions.capped and torch.__version__ < "2.13":
+        pytest.skip("2.11's C++ computes a tanh anew in each loop, and writes logits once")
     measured, predicted = peaks_without_a_loop(program, sizes, dtype, "cpu")
     assert abs(measured / predicted - 1) <= 0.1
