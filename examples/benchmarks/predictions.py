@@ -62,7 +62,8 @@ class Row:
     def __str__(self) -> str:
         cells = [self.model]
         for measured, predicted in ((self.plain, self.plain_predicted), (self.looped, self.looped_predicted)):
-            cells += [f"{measured / MIB:.1f}", f"{predicted / MIB:.1f}", f"{predicted / measured - 1:+.0%}"]
+            off = predicted / measured - 1
+            cells += [f"{measured / MIB:.1f}", f"{predicted / MIB:.1f}", f"{off:+.0%}" if round(off, 2) else "0%"]
         return "| " + " | ".join([*cells, str(self.loops)]) + " |"
 
 

@@ -319,7 +319,7 @@ COSTLY = frozenset(
         aten.tanh.default,
     ]
 )
-"""Functions that a C++ kernel does not compute twice for one element."""
+"""Functions that a C++ kernel does not compute twice for one element; in torch 2.11, of these exp and sigmoid alone."""
 PICK_ENTRIES = frozenset([aten.nll_loss_forward.default, aten.gather.default])
 """Ops that read a few entries of their operand, in a kernel of their own. It runs before the kernel that maps all
 entries, unless that kernel also computes the softmax whose entries are picked."""
