@@ -48,6 +48,7 @@ from mst_fx.survey.kept import kept_by_blocks
 from mst_fx.survey.offloading import away_of, offload_of, told
 from mst_fx.survey.survey import Surveyor
 from mst_fx.survey.surveyed import Around, Site, Surveyed, device_of_graph, timeline_of
+from mst_fx.survey.unknown_ops import unknown_ops
 from mst_fx.survey.unlooped import unlooped
 from mst_fx.survey.wishes import left_out, unmatched, within_breaks
 from mst_fx.verify.verify import Verified
@@ -152,6 +153,7 @@ class Engine:
         module, report = self._spliced(surveyed, of_site)
         report = _with_budget(report, plans).joined(self._unlooped(surveyed, of_site, plans.peak))
         report = report.joined(self._timeline(surveyed, timeline, offers, plans))
+        report = report.joined(self._unknown(surveyed))
         report = report.joined(Report(notes=(plans.leaner,) if plans.leaner else ()))
         report = report.joined(told(kept, plans, self.config) if self._may_offload() else Report())
         report = replace(report, peak=plans.peak, peak_whole=plans.peak_whole, budget=plans.budget)
@@ -170,6 +172,10 @@ class Engine:
         """Return a report with the largest values that no loop covers."""
         told = partial(unlooped, surveyed, plans, peak, self.config.least_bytes)
         return self._part("values that no loop covers", lambda: Report(unlooped=told()))
+
+    def _unknown(self, surveyed: Surveyed) -> Report:
+        """Return a report with the ops that the model of memory does not know."""
+        return self._part("ops that are unknown", lambda: Report(unknown_ops=unknown_ops(surveyed)))
 
     def _timeline(self, surveyed: Surveyed, timeline: Timeline, offers: Sequence[Offer], plans: Plans) -> Report:
         """Return a report with what the graph holds over a step."""

@@ -1,13 +1,13 @@
-"""Bytes that a step saves for backward, and the peak of a step above its start."""
+"""Bytes that a step saves for backward; the peak of a step above its start."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from benchmarks.peak_memory import peak_bytes, without_garbage_collection
+
+__all__ = ["peak_bytes", "saved_bytes", "without_garbage_collection"]
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], known: Iterable[torch.Tensor]) -> int:
@@ -26,37 +26,3 @@ def saved_bytes(forward: Callable[[], torch.Tensor], known: Iterable[torch.Tenso
     for x in known:
         storages.pop(x.untyped_storage().data_ptr(), None)
     return sum(storages.values())
-
-
-def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
-    """Most bytes alive at once in one step, above those alive at its start; the step is run once to warm up."""
-    step()
-    with without_garbage_collection():  # what is freed in the step would count, however old
-        return _peak_bytes(step, device)
-
-
-@contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def _peak_bytes(step: Callable[[], object], device: str) -> int:
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - start
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak

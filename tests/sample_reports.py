@@ -7,6 +7,7 @@ from dataclasses import replace
 from mst_fx.report.items import Dropped, EarlyCut, LoopedRegion, RefusedRegion
 from mst_fx.report.report import Report
 from mst_fx.report.timeline import Alive, Course, GraphTimeline, Span
+from mst_fx.report.unknown_ops import UnknownOp
 from mst_fx.report.unlooped import Unlooped
 
 MIB = 2**20
@@ -60,4 +61,5 @@ FULL = Report(
     notes=("a note",),
     budget=8 * MIB,
     timelines=(TIMELINE,),
+    unknown_ops=(UnknownOp("aten.convolution.default", "model.patches", LINE, 4096, 2),),
 )

@@ -322,6 +322,21 @@ FUSED -= SHOWS_MEMORY | UNFUSED
 """Ops, besides those tagged pointwise, that are fused: their value is a buffer where an unfused op reads it."""
 REDUCE_THEN_MAP = frozenset([aten.native_layer_norm_backward.default, aten._fused_rms_norm_backward.default])
 """Ops that reduce what they read before they map it, in one kernel; a softmax reduces in a kernel of its own."""
+NORMALISE = frozenset([*SOFTMAXES, *LAYER_NORMS])
+"""Ops that reduce rows, and then map their elements with the results: two loops over what they read."""
+COSTLY = frozenset(
+    [
+        aten.exp.default,
+        aten.log.default,
+        aten.log10.default,
+        aten.log1p.default,
+        aten.log2.default,
+        aten.sigmoid.default,
+        aten.silu.default,
+        aten.tanh.default,
+    ]
+)
+"""Functions that a C++ kernel does not compute twice for one element; in torch 2.11, of these exp and sigmoid alone."""
 PICK_ENTRIES = frozenset([aten.nll_loss_forward.default, aten.gather.default])
 """Ops that read a few entries of their operand, in a kernel of their own. It runs before the kernel that maps all
 entries, unless that kernel also computes the softmax whose entries are picked."""
@@ -357,6 +372,18 @@ COMPUTES -= {*CONTRACTIONS, *PICKS, *REPEATS, *SHOWN_TO_CALLERS, *MADE_OF_NOTHIN
 """Ops, besides those tagged pointwise, that compute something; a reader knows nothing more of them."""
 
 
+ATTENTION = tuple(
+    getattr(aten, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+)
+"""Attention as one kernel; what its backward needs is measured (`tests/predict/test_segments.py`)."""
+
+
 def is_pointwise(op: object) -> bool:
     """Return whether torch itself tags an op as elementwise."""
     return isinstance(op, torch._ops.OpOverload) and torch.Tag.pointwise in op.tags
@@ -375,3 +402,9 @@ def is_mutable(op: object) -> bool:
 def is_recomputed(op: object) -> bool:
     """Return whether a compiler recomputes an op's result for backward, in place of saving it."""
     return op in RECOMPUTED or is_pointwise(op)
+
+
+def has_known_memory(op: object) -> bool:
+    """Return whether the model of memory knows what an op allocates: its results alone, or what has been measured."""
+    known = op in RECOMPUTED or op in UNFUSED or op in ATTENTION or is_pointwise(op)
+    return known or getattr(op, "namespace", "") == "mst_fx"

@@ -7,6 +7,8 @@ This models what a fusing compiler makes of an aten graph; it does not record wh
   - values that are made from the same buffers share one kernel, and their buffers are alive together
   - a value overwrites a buffer that no other value of its kernel is made from and no later step reads, if the sizes
     agree; a kernel ends its reductions first where they are loops of their own, as in C++; in Triton it does not
+  - a kernel with several loops, as in C++, computes costly functions once: it writes a value of theirs that several
+    loops read
   - a kernel of ours writes its values one after the other (see `write_order`): the last value that is made from a
     buffer overwrites it
 """
@@ -18,10 +20,21 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from mst_fx.core.aten_ops import NONE, PICK_ENTRIES, REDUCE_THEN_MAP, SHOWS_MEMORY, SOFTMAXES, UNFUSED, VIEWS
-from mst_fx.core.graph_walk import ancestors, in_order
+from mst_fx.core.aten_ops import (
+    COSTLY,
+    NONE,
+    NORMALISE,
+    PICK_ENTRIES,
+    REDUCE_THEN_MAP,
+    SHOWS_MEMORY,
+    SOFTMAXES,
+    UNFUSED,
+    VIEWS,
+)
+from mst_fx.core.graph_walk import ancestors, in_order, walk
+from mst_fx.core.sizes import hint
 
 aten = torch.ops.aten
 
@@ -46,25 +59,32 @@ class Step(Generic[Buffer]):
 
 
 def peak(
-    module: GraphModule,
+    graph: Graph,
     size: Size,
     *,
     reductions_apart: bool,
     ordered: bool,
+    costly_once: bool = False,
+    kept: Collection[Node] = (),
     multiplied: Collection[tuple[Node, Node]] = (),
 ) -> float:
     """Return the largest total `size` of the buffers alive at once, without the inputs (alive throughout).
 
     Args:
-        module: an aten graph; views hold no memory.
+        graph: an aten graph; views hold no memory.
         size: the size of a value's buffer, in any unit.
         reductions_apart: whether a kernel ends its reductions before it writes, as in C++.
         ordered: whether a kernel writes its values in an order that lets them overwrite.
-        multiplied: pairs of results that die at once: a product reads them as soon as both are made.
+        costly_once: whether a value of a costly function is written if several loops of a kernel read it, as in C++.
+        kept: values that live to the end, as results do.
+        multiplied: pairs of results that do not live to the end: a product reads them, right behind the first product
+            that reads one of them, as the gradient of a weight follows that of the tokens.
     """
     pairs = [(buffer_of(left), buffer_of(right)) for left, right in multiplied]
-    schedule = _Schedule(module, reductions_apart, ordered, frozenset(node for pair in pairs for node in pair))
-    return most_alive(schedule.steps, last_reads(schedule.steps, schedule.returned, pairs), size)
+    in_turn = frozenset(node for pair in pairs for node in pair)
+    schedule = _Schedule(graph, reductions_apart, ordered, in_turn, costly_once)
+    end = schedule.returned.union(map(buffer_of, kept))
+    return most_alive(schedule.steps, last_reads(schedule.steps, end, pairs), size)
 
 
 def last_reads(
@@ -75,14 +95,17 @@ def last_reads(
     Args:
         steps: in the order in which they run.
         returned: buffers that live to the end.
-        multiplied: pairs of returned buffers that do not: the step that makes the later one reads both.
+        multiplied: pairs of returned buffers that do not: once both are made, the next step that reads one of them
+            reads both; without such a step, the one that makes the later buffer does.
     """
     last = {buffer: number for number, step in enumerate(steps) for buffer in step.reads}
     made = {buffer: number for number, step in enumerate(steps) for buffer in step.makes}
     last.update(dict.fromkeys(set(returned).difference(*multiplied), len(steps)))
     for pair in multiplied:
         both = max(made.get(buffer, -1) for buffer in pair)
-        last.update({buffer: max(last.get(buffer, -1), both) for buffer in pair})
+        behind = enumerate(steps[both + 1 :], both + 1)
+        read = next((number for number, step in behind if not step.reads.isdisjoint(pair)), both)
+        last.update({buffer: max(last.get(buffer, -1), read) for buffer in pair})
     return last
 
 
@@ -109,7 +132,7 @@ def most_alive(steps: Sequence[Step[Buffer]], last: Mapping[Buffer, int], size: 
 
 def chains(module: GraphModule) -> Iterator[tuple[Node, ...]]:
     """Yield, for each kernel with several values, those to write one after the other, in this order."""
-    for step in _Schedule(module, reductions_apart=True, ordered=True).steps:
+    for step in _Schedule(module.graph, reductions_apart=True, ordered=True).steps:
         if len(step.chain) > 1 and all(isinstance(node.meta["val"], torch.Tensor) for node in step.chain):
             yield step.chain
 
@@ -121,16 +144,22 @@ class _Schedule:
     """
 
     def __init__(
-        self, module: GraphModule, reductions_apart: bool, ordered: bool, in_turn: frozenset[Node] = frozenset()
+        self,
+        graph: Graph,
+        reductions_apart: bool,
+        ordered: bool,
+        in_turn: frozenset[Node] = frozenset(),
+        costly_once: bool = False,
     ) -> None:
         self.steps: list[Step[Node]] = []
         self._ordered, self._in_turn = ordered, in_turn
-        self.returned = {buffer_of(node) for node in module.graph.output_node().all_input_nodes}
-        self._apart = reductions_apart
-        self._nodes = _alive_nodes(module)
+        self.returned = {buffer_of(node) for node in graph.output_node().all_input_nodes}
+        self._apart, self._costly_once = reductions_apart, costly_once
+        self._nodes = _alive_nodes(graph)
         self._level: dict[Node, int] = {}
         self._reads: dict[Node, frozenset[Node]] = {}
         self._normed: set[Node] = set()
+        self._costly: set[Node] = set()
         for node in self._nodes:
             self._place(node)
         self._kernels = self._fused()
@@ -150,11 +179,14 @@ class _Schedule:
         self._reads[node] = frozenset().union(*before)
         if any(o.target in SOFTMAXES or (o in self._normed and not self._is_buffer(o)) for o in operands):
             self._normed.add(node)
+        if node.target in COSTLY or any(o in self._costly and not self._is_buffer(o) for o in operands):
+            self._costly.add(node)
 
     def _is_buffer(self, node: Node) -> bool:
         if node.op == "placeholder" or node.target in UNFUSED or node in self.returned or _reduces(node):
             return True
-        return any(user.target in UNFUSED for user in _readers(node))
+        written = self._costly_once and node in self._costly and _loops_read(node)
+        return written or any(user.target in UNFUSED for user in _readers(node))
 
     def _fused(self) -> dict[Node, Step[Node]]:
         """Return the kernel of each fused value that is a buffer: one for the values of a level that read the same."""
@@ -219,10 +251,10 @@ class _Schedule:
         self.steps.append(step)
 
 
-def _alive_nodes(module: GraphModule) -> list[Node]:
+def _alive_nodes(graph: Graph) -> list[Node]:
     """Return the calls that the results are made of, in graph order."""
-    alive = ancestors(module.graph.output_node().all_input_nodes, _read_by)
-    return [node for node in in_order(module.graph, alive) if node.op == "call_function" and _is_tensor(node)]
+    alive = ancestors(graph.output_node().all_input_nodes, _read_by)
+    return [node for node in in_order(graph, alive) if node.op == "call_function" and _is_tensor(node)]
 
 
 def _read_by(node: Node) -> list[Node]:
@@ -237,6 +269,16 @@ def _reduces(node: Node) -> bool:
     return node.target not in VIEWS and _numel(node) < max(map(_numel, node.all_input_nodes), default=0)
 
 
+def _loops_read(node: Node) -> bool:
+    """Return whether several loops of a kernel read a value: one reduces what is made of it, another one maps it."""
+    readers = [*_readers(node)]
+    if len(readers) == 1 and readers[0].target not in NORMALISE:
+        return False
+    fused = walk(readers, lambda user: () if user.target in UNFUSED or _reduces(user) else user.users)
+    mapped = (user for user in fused if user.op == "call_function" and user.target not in UNFUSED)
+    return any(user.target in NORMALISE or _reduces(user) for user in mapped)
+
+
 def _likeness(node: Node) -> tuple[torch.Size, torch.dtype]:
     """Return shape and dtype of the value, or of the largest tensor of a tuple."""
     value = max(_tensors(node), key=torch.Tensor.numel)
@@ -245,7 +287,7 @@ def _likeness(node: Node) -> tuple[torch.Size, torch.dtype]:
 
 def _numel(node: Node) -> int:
     """Return the number of elements of the value, or of the largest tensor of a tuple."""
-    return max((x.numel() for x in _tensors(node)), default=0)
+    return max((hint(x.numel()) for x in _tensors(node)), default=0)
 
 
 def _tensors(node: Node) -> list[torch.Tensor]:

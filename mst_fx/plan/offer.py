@@ -60,6 +60,6 @@ def held(offer: Offer, lengths: Lengths | None) -> Held:
         backward = memory.whole_again if offer.repeated else memory.whole_backward
         return Held(memory.whole_forward, memory.saved_whole, max(0, backward - memory.saved_whole))
     chunk, forward = min(lengths.chunk, length), min(lengths.forward, length)
-    backward = memory.backward.peak(chunk) if memory.backward is not None else memory.rescaled
+    backward = memory.backward.peak(chunk) + memory.prologue if memory.backward is not None else memory.rescaled
     saved_results = memory.forward.results if offer.saves_results else 0
-    return Held(memory.forward.peak(forward), memory.saved, backward, saved_results)
+    return Held(memory.forward.peak(forward) + memory.prologue, memory.saved, backward, saved_results)

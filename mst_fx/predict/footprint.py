@@ -105,7 +105,7 @@ def _added(kind: Sum, nodes: list[Node], at: Hint, *, several: bool) -> _Added:
     value: torch.Tensor = nodes[0].meta["val"]
     pair, adds_up_in = isinstance(kind, Outer), kind.adds_up_in(several=several)
     count = at(value.shape[1] * nodes[1].meta["val"].shape[1] if pair else value.numel())
-    apart = pair and _is_on_cpu(nodes[0]) and value.dtype != adds_up_in
+    apart = pair and is_on_cpu(nodes[0]) and value.dtype != adds_up_in
     product = count * (value.itemsize + adds_up_in.itemsize) if apart else 0
     return _Added(count * adds_up_in.itemsize, count * kind.result.itemsize, count * value.itemsize, product)
 
@@ -115,17 +115,19 @@ def _temporaries(body: Body, ins: Sequence[Any], chunk: int, product: int, at: H
 
     They are a straight line through the bytes of a chunk and of one twice as long.
     """
-    whole, on_cpu = whole_nodes(body, at), _is_on_cpu(_inputs(body)[0])
+    whole, on_cpu = whole_nodes(body, at), is_on_cpu(_inputs(body)[0])
     split = [(node, axis) for node, axis in zip(_inputs(body), ins, strict=True) if axis is not None]
     copied = sum(bytes_made(node, at) for node, axis in split if _is_copied(node, axis))
-    once, twice = (alive(body, whole, times, at, reductions_apart=on_cpu, ordered=True) for times in (1, 2))
+    how = {"reductions_apart": on_cpu, "costly_once": on_cpu, "ordered": True}
+    once, twice = (alive(body, whole, times, at, **how) for times in (1, 2))
     each = (twice - once + copied) / chunk
     outputs = {buffer_of(node) for node in _outputs(body)}
     at_rest = product + sum(bytes_made(node, at) for node in outputs if node.op != "placeholder")
     return max(0, round(max(once, at_rest) + copied - each * chunk)), each
 
 
-def _is_on_cpu(node: Node) -> bool:
+def is_on_cpu(node: Node) -> bool:
+    """Return whether the value of a node lies in the memory of the CPU."""
     return bool(node.meta["val"].device.type == "cpu")
 
 
@@ -157,7 +159,7 @@ def alive(body: Body, fixed: set[Node], times: float, at: Hint, **how: Any) -> f
     def size(node: Node) -> float:
         return bytes_made(node, at) * (1 if node in fixed else times)
 
-    return peak(body.module, size, **how)
+    return peak(body.module.graph, size, **how)
 
 
 def _outputs(body: Body) -> list[Node]:

@@ -6,7 +6,9 @@ the temporaries of the whole length, and saves the results of its matrix product
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -17,11 +19,12 @@ from mst_fx.core.aten_ops import LINEAR, VIEWS
 from mst_fx.core.graph_walk import descendants
 from mst_fx.core.sizes import Hint
 from mst_fx.core.values import bytes_made
-from mst_fx.kernels.liveness import buffer_of
+from mst_fx.kernels.liveness import buffer_of, peak
+from mst_fx.ops.own_gradients import own_gradients, own_of, upstream
 from mst_fx.placement.partition import Stages
 from mst_fx.placement.placement import split_of
 from mst_fx.placement.rules.contraction import factors
-from mst_fx.predict.footprint import NOTHING, Footprint, alive, by_result, footprint, whole_nodes
+from mst_fx.predict.footprint import NOTHING, Footprint, alive, by_result, footprint, is_on_cpu, whole_nodes
 from mst_fx.predict.step_memory import FORWARD_DIVISOR
 from mst_fx.runtime.loop_operator import LoopSpec
 from mst_fx.runtime.result_kinds import Outer, Sum
@@ -47,6 +50,8 @@ class RegionMemory:
             backward make them, too.
         stream_gradient: bytes of the stream's gradient, where the stream itself is large and the loop has no product
             that makes it from a smaller value.
+        prologue: bytes of what is made once in front of the loop and read by every chunk: weights that are unpacked or
+            cast. They are there as long as a loop runs, in the forward and in the backward.
     """
 
     written: int
@@ -60,6 +65,7 @@ class RegionMemory:
     whole_backward: int = 0
     whole_again: int = 0
     stream_gradient: int = 0
+    prologue: int = 0
 
     def unlooped_as(self, saved: int, passing: int) -> RegionMemory:
         """Return the same with these bytes saved without a loop, and needed besides in backward."""
@@ -109,10 +115,11 @@ def memory_of(work: Work, call: Call, at: Hint) -> RegionMemory:
         scaled=sum(own for own, _ in gradients),
         rescaled=max((own for own, saved in gradients if own != saved), default=0),
         saved_whole=saved_whole,
-        whole_forward=saved_whole if forward is None else forward.temporaries(length) + forward.left,
+        whole_forward=_whole_forward(work, at),
         whole_backward=whole_backward,
         whole_again=whole_again,
         stream_gradient=_stream_gradient(work, at),
+        prologue=sum(bytes_made(node, at) for node in stages.operands if node in stages.prologue),
     )
 
 
@@ -120,7 +127,22 @@ def memory_unlooped(work: Work, at: Hint) -> RegionMemory:
     """Predict the bytes of a region that is not looped in any case, without its bodies: those that it saves."""
     saved = _saved_whole_bytes(work, at)
     written = temporary_bytes(work.stages, at(work.stages.length), at)
-    return RegionMemory(written, saved_whole=saved, whole_forward=saved, whole_backward=saved, whole_again=saved)
+    return RegionMemory(
+        written, saved_whole=saved, whole_forward=_whole_forward(work, at), whole_backward=saved, whole_again=saved
+    )
+
+
+def _whole_forward(work: Work, at: Hint) -> int:
+    """Return the most bytes at once in the forward of a region without a loop, with what it saves and its outputs."""
+    stages, saved = work.stages, _saved_whole(work, at)
+    made = set(stages.prologue).union(stages.loop, stages.epilogue)
+    on_cpu = is_on_cpu(stages.stream)
+
+    def size(node: Node) -> int:
+        return bytes_made(node, at) if node in made and node.target != own_gradients else 0
+
+    most = peak(stages.graph, size, reductions_apart=on_cpu, costly_once=on_cpu, ordered=False, kept=saved)
+    return max(_saved_whole_bytes(work, at), round(most))
 
 
 def _kept(work: Work, at: Hint) -> int:
@@ -171,13 +193,28 @@ def _summed(stages: Stages, saved: list[Node], at: Hint) -> list[Node]:
     """Return what is saved in place of values that only a sum reads: the sum, as of a product and an adapter's."""
     kept = dict.fromkeys(saved)
     for node in stages.loop:
-        taken = [operand for operand in node.all_input_nodes if operand in kept and list(operand.users) == [node]]
+        taken = [operand for operand in _read_by(node) if operand in kept and _readers(operand) == [node]]
         size = sum(bytes_per_position(stages, operand, at) for operand in taken)
         scales = node.target is aten.mul.Tensor and not isinstance(node.args[1], Node)
         adds = (node.target in LINEAR or scales) and node not in stages.results
         if taken and adds and bytes_per_position(stages, node, at) <= size:
             kept = dict.fromkeys([*(each for each in kept if each not in taken), node])
     return list(kept)
+
+
+def _read_by(node: Node) -> list[Node]:
+    """Return what a node reads; of a function that brings its gradients, the value that the function hands on."""
+    if node.target is operator.getitem and isinstance(node.args[0], Node) and node.args[0].target == own_gradients:
+        position: Any = node.args[1]
+        return [own_of(node.args[0]).values[position]]
+    return node.all_input_nodes
+
+
+def _readers(node: Node) -> list[Node]:
+    """Return the nodes that read a value; in place of a function that hands it on, those that take it from there."""
+    functions = [user for user in node.users if user.target == own_gradients]
+    others = [user for user in node.users if user.target not in (own_gradients, upstream)]
+    return others + [taker for function in functions for taker in function.users if _read_by(taker) == [node]]
 
 
 def is_sink(stages: Stages, product: Node, at: Hint) -> bool:

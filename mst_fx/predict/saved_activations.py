@@ -8,16 +8,17 @@ the value itself where it has at most half the bytes of its origins and these ar
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Mapping
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
 from enum import IntEnum
 
 import torch
-from torch.fx import Node
+from torch.fx import Node, map_arg
 
 from mst_fx.core.aten_ops import BILINEAR, CONTRACTIONS, LINEAR, LOOK_UPS, is_recomputed
 from mst_fx.core.graph_walk import descendants
-from mst_fx.core.sizes import Hint
+from mst_fx.core.sizes import Hint, is_size
 from mst_fx.core.values import HALF, bytes_of, has_gradient, tensors_of
+from mst_fx.kernels.liveness import buffer_of
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.recognise.reader import Reader
 
@@ -45,14 +46,18 @@ def saved_values(reader: Reader, regions: Mapping[Node, int], blocks: Container[
         blocks: the nodes that run subgraphs; what they read is counted with the subgraphs.
         at: tells sizes that vary.
     """
-    made = {node: size for node in reader.owner.graph.nodes if (size := _bytes_made(node, at))}
-    needs = _needs(reader, made, regions, blocks)
+    nodes = reader.owner.graph.nodes
+    made = {node: size for node in nodes if node.op.startswith("call_") and (size := _bytes_of_all(node, at))}
+    first = _first_alike(reader, made)
+    needs = _needs(reader, made, first, regions, blocks)
     origins: dict[Node, frozenset[Node]] = {}
     saved: set[Node] = set()
     shrunk: dict[Node, frozenset[Node]] = {}
     for node in made:
         behind = frozenset().union(*(origins.get(operand, frozenset()) for operand in node.all_input_nodes))
-        if reader.is_view(node):
+        if first[node] is not node:
+            origins[node] = origins[first[node]]
+        elif reader.is_view(node):
             origins[node] = behind
         elif node in regions or node in blocks or needs[node] is Need.MEMORY or _is_expensive(reader, node):
             origins[node] = frozenset([node])
@@ -63,9 +68,20 @@ def saved_values(reader: Reader, regions: Mapping[Node, int], blocks: Container[
         saved.update(origins[node] if needs[node] else ())
     for node, behind in shrunk.items():  # which is recomputed from what is saved anyway
         saved -= {node} if behind and behind <= saved else set()
-    outside = [node for node in made if node not in regions and node not in blocks]
-    inner = {node: size for node in outside if (size := _inner_bytes(reader, node, at))}
+    outside = [node for node in made if node not in regions and node not in blocks and has_gradient(node)]
+    inner = _inner_values(reader, outside, first, at)
     return {node: made[node] * (node in saved) + inner.get(node, 0) for node in made if node in saved or node in inner}
+
+
+def _first_alike(reader: Reader, made: Iterable[Node]) -> dict[Node, Node]:
+    """Return for each node the first one that computes the same: a compiler computes it once."""
+    first: dict[Node, Node] = {}
+    known: dict[Hashable, Node] = {}
+    for node in made:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda operand: first.get(operand, operand))
+        key = (node.op, node.target, repr(args), repr(kwargs), reader.modes[node])
+        first[node] = known.setdefault(key, node) if reader.is_pure(node) else node
+    return first
 
 
 def is_written(reader: Reader, node: Node, saved: Container[Node], opaque: Container[Node]) -> bool:
@@ -85,23 +101,35 @@ def is_written(reader: Reader, node: Node, saved: Container[Node], opaque: Conta
 
 
 def _needs(
-    reader: Reader, made: dict[Node, int], regions: Mapping[Node, int], blocks: Container[Node]
+    reader: Reader,
+    made: Iterable[Node],
+    first: Mapping[Node, Node],
+    regions: Mapping[Node, int],
+    blocks: Container[Node],
 ) -> Mapping[Node, Need]:
-    """Return what backward needs of each value; a need of a view is one of the value that it views."""
+    """Return what backward needs of each value; a need of a view is one of the value that it views.
+
+    A value may be needed that has no gradient, such as a mask: what reads it has one.
+    """
     needs: dict[Node, Need] = defaultdict(lambda: Need.NOTHING)
-    for node in reversed(made):
-        if node in blocks:
-            continue
+    trained = {regions[node] for node in regions if has_gradient(node)}
+    for node in reversed([*made]):
         views = reader.is_view(node)
-        if not (views or node in regions or reader.multiplies(node)) and _is_expensive(reader, node):
-            needs[node] = Need.MEMORY  # attention's backward reads its result
+        passed = needs[first[node]] if views else Need.NOTHING
+        if node in blocks or not (views or has_gradient(node) or regions.get(node) in trained):
+            continue
+        if (
+            has_gradient(node)
+            and not (views or node in regions or reader.multiplies(node))
+            and _is_expensive(reader, node)
+        ):
+            needs[first[node]] = Need.MEMORY  # attention's backward reads its result
         for operand in node.all_input_nodes:
             if node in regions:
                 need = Need.NOTHING if regions.get(operand) == regions[node] else Need.MEMORY
-            elif views:
-                need = needs[node]
             else:
-                need = _needed(reader, node, operand)
+                need = passed if views else _needed(reader, node, operand)
+            operand = first.get(operand, operand)
             needs[operand] = max(needs[operand], need)
     return needs
 
@@ -116,7 +144,22 @@ def _needed(reader: Reader, node: Node, operand: Node) -> Need:
         divides = aten.div.Tensor in ops and node.all_input_nodes[0] is not operand
         if ops <= LINEAR or not (read or divides):
             return Need.NOTHING
-    return Need.MEMORY if _is_expensive(reader, node) else Need.NUMBERS
+    if not _is_expensive(reader, node):
+        return Need.NUMBERS
+    return Need.MEMORY if has_gradient(operand) or _is_read_as_is(reader, node, operand) else Need.NOTHING
+
+
+def _is_read_as_is(reader: Reader, node: Node, operand: Node) -> bool:
+    """Return whether an expensive op inside of a node reads an operand, and not only what is made of it (a mask)."""
+    decomposed = reader.decomposed(node)
+    if decomposed is None:
+        return True
+    expensive = (op for op in decomposed.ops if not is_recomputed(op.target))
+    read = {buffer_of(value) for op in expensive for value in op.all_input_nodes}
+    return any(
+        node.all_input_nodes[position] is operand and placeholder in read
+        for placeholder, position in decomposed.position_of.items()
+    )
 
 
 def passing_bytes(reader: Reader, node: Node, at: Hint) -> int:
@@ -132,6 +175,44 @@ def passing_bytes(reader: Reader, node: Node, at: Hint) -> int:
     inner = 2 * _inner_bytes(reader, node, at)  # what is made of the saved ones, and its gradient
     sums_apart = not reader.multiplies(node) and any(x.dtype in HALF for x in tensors_of(node))
     return inner + (made + activation_bytes(node, at)) * (IN_HALF if sums_apart else 1)
+
+
+def _inner_values(reader: Reader, nodes: Iterable[Node], first: Mapping[Node, Node], at: Hint) -> dict[Node, int]:
+    """Return the bytes of what is saved inside of nodes, with one node for what several make alike (a mask)."""
+    found: dict[Node, int] = {}
+    known: set[Hashable] = set()
+    for node in nodes:
+        size = _inner_bytes(reader, node, at)
+        for op, key in _fixed_operands(reader, node, first):
+            size += bytes_of(op.meta["val"], at) * (key not in known)
+            known.add(key)
+        if size:
+            found[node] = size
+    return found
+
+
+def _fixed_operands(reader: Reader, node: Node, first: Mapping[Node, Node]) -> Iterator[tuple[Node, Hashable]]:
+    """Yield what ops inside of a node read in backward that no gradient passes through: a mask as attention takes it.
+
+    Each with a key, the same for values that are computed alike.
+    """
+    decomposed = reader.decomposed(node)
+    if decomposed is None or decomposed.backward:
+        return
+    fixed: dict[Node, Hashable] = {}
+    for placeholder, position in decomposed.position_of.items():
+        operand = node.all_input_nodes[position]
+        if not has_gradient(operand):
+            fixed[placeholder] = first.get(operand, operand)
+    for op in decomposed.ops:
+        computed = isinstance(op.meta.get("val"), torch.Tensor) and not is_size(op.meta["val"])
+        if is_recomputed(op.target):
+            if computed and all(operand in fixed for operand in op.all_input_nodes):
+                fixed[op] = (op.target, *(fixed[operand] for operand in op.all_input_nodes))
+            continue
+        for operand in map(buffer_of, op.all_input_nodes):
+            if operand in fixed and operand.op != "placeholder":
+                yield operand, fixed[operand]
 
 
 def _inner_bytes(reader: Reader, node: Node, at: Hint) -> int:
@@ -160,6 +241,11 @@ def _is_expensive(reader: Reader, node: Node) -> bool:
     """Return whether a compiler saves a node's result rather than recompute it."""
     ops = reader.ops(node)
     return ops is None or not all(op is overwritten or is_recomputed(op) for op in ops)
+
+
+def _bytes_of_all(node: Node, at: Hint) -> int:
+    """Return the bytes of the tensors that a node makes."""
+    return sum(bytes_of(x, at) for x in tensors_of(node))
 
 
 def _bytes_made(node: Node, at: Hint) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from mst_fx.core.sizes import Hint
-from mst_fx.core.values import bytes_of, fake_value, has_gradient, storages_of_all
+from mst_fx.core.values import bytes_of, fake_value, has_gradient, storages_of_all, tensors_of
 from mst_fx.predict.saved_activations import activation_bytes, passing_bytes, saved_values
 from mst_fx.predict.step_memory import Segment
 from mst_fx.recognise.reader import Reader
@@ -51,7 +51,8 @@ def segments_of(
                 current = Segment()
             current = _with_saved(current, node, saved)
             own = found[place[number]]
-            found[place[number]] = replace(own, gradients=own.gradients + gradients)
+            upstream = own.upstream + _upstream_bytes(node, regions, at)
+            found[place[number]] = replace(own, gradients=own.gradients + gradients, upstream=upstream)
         elif node in blocks:
             inner = list(blocks[node]) or [Segment()]
             inner[0] = replace(inner[0], entry=inner[0].entry + activation_bytes(node, at), away=away(node))
@@ -77,6 +78,12 @@ def bytes_unlooped(reader: Reader, nodes: Collection[Node], at: Hint) -> tuple[i
         reader.remembered[key] = saved_values(reader, {}, (), at)
     saved = reader.remembered[key]
     return sum(saved.get(node, 0) for node in nodes), max(passing_bytes(reader, node, at) for node in nodes)
+
+
+def _upstream_bytes(node: Node, regions: Mapping[Node, int], at: Hint) -> int:
+    """Return the bytes of the gradient of a region's node that nodes behind the region make, not the graph's caller."""
+    behind = (user for user in node.users if regions.get(user) != regions[node])
+    return sum(bytes_of(x, at) for x in tensors_of(node) if x.requires_grad) if any(map(has_gradient, behind)) else 0
 
 
 def _with_saved(segment: Segment, node: Node, saved: Mapping[Node, int]) -> Segment:

@@ -50,6 +50,7 @@ class Segment:
         saved: bytes that the nodes save for backward.
         passing: most bytes that the backward of one of the nodes needs besides these.
         gradients: bytes of the gradients of graph inputs that backward makes here.
+        upstream: bytes of the gradients that backward brings to a region from the nodes behind it.
         region: number of the region, None for other nodes.
         block: number of the checkpointed block around the segment, None outside of any.
         entry: bytes that a checkpointed block saves, at its first segment.
@@ -61,6 +62,7 @@ class Segment:
     saved: int = 0
     passing: int = 0
     gradients: int = 0
+    upstream: int = 0
     region: int | None = None
     block: int | None = None
     entry: int = 0
@@ -213,7 +215,7 @@ class Timeline:
                 saved += again[segment.block]
             block = segment.block
             there = saved - self._absent_bytes(number, backward=True)
-            yield Moment(self.returned, there, gradients, max(region.backward, segment.passing))
+            yield Moment(self.returned, there, gradients, max(region.backward, segment.passing) + segment.upstream)
             gradients += segment.gradients
             saved -= segment.entry + segment.saved + region.saved
         yield Moment(gradients=gradients)

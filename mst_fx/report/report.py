@@ -14,6 +14,7 @@ from mst_fx.report.items import Dropped, EarlyCut, LoopedRegion, Offloaded, Refu
 from mst_fx.report.plain import plain
 from mst_fx.report.text import text_of
 from mst_fx.report.timeline import GraphTimeline
+from mst_fx.report.unknown_ops import UnknownOp, how_sure, together
 from mst_fx.report.unlooped import Unlooped, joined, largest
 
 
@@ -34,6 +35,7 @@ class Report:
         notes: what else the user should know.
         budget: bytes that the option `memory_budget` allows, None without it.
         timelines: what each graph holds over a step (see `GraphTimeline`), in the order of the compiles.
+        unknown_ops: ops of which the peaks count operands and results alone (see `UnknownOp`).
     """
 
     regions: tuple[LoopedRegion, ...] = ()
@@ -48,6 +50,7 @@ class Report:
     budget: int | None = None
     timelines: tuple[GraphTimeline, ...] = ()
     offloaded: tuple[Offloaded, ...] = ()
+    unknown_ops: tuple[UnknownOp, ...] = ()
 
     def __add__(self, other: Report) -> Report:
         peak, whole = max(self.peak, other.peak), max(self.peak_whole, other.peak_whole)
@@ -70,12 +73,18 @@ class Report:
             budget=other.budget if self.budget is None else self.budget,
             timelines=self.timelines + other.timelines,
             offloaded=self.offloaded + other.offloaded,
+            unknown_ops=together(self.unknown_ops + other.unknown_ops),
         )
 
     @property
     def change_first(self) -> str:
         """The most valuable advice, in one sentence; "" where there is none."""
         return first_of(self.regions, self.refusals, self.unlooped)
+
+    @property
+    def how_sure(self) -> str:
+        """What the peaks leave out, in one sentence; "" where the model of memory knows every op."""
+        return how_sure(self.unknown_ops)
 
     def __str__(self) -> str:
         return text_of(self)
@@ -90,10 +99,11 @@ class Report:
         """Return the report as dicts, lists, strings, numbers and None.
 
         The keys are the attributes of the report, and inside of it those of `LoopedRegion`, `RefusedRegion`,
-        `EarlyCut`, `Dropped`, `Offloaded`, `Unlooped`, `GraphTimeline`, `Course`, `Alive` and `Span`; besides, "format"
-        is 1 until a key goes or changes its meaning, and "change_first" is the property. Bytes are ints.
+        `EarlyCut`, `Dropped`, `Offloaded`, `Unlooped`, `GraphTimeline`, `Course`, `Alive`, `Span` and `UnknownOp`;
+        besides, "format" is 1 until a key goes or changes its meaning, and "change_first" and "how_sure" are the
+        properties. Bytes are ints.
         """
-        return {"format": FORMAT, **plain(self), "change_first": self.change_first}
+        return {"format": FORMAT, **plain(self), "change_first": self.change_first, "how_sure": self.how_sure}
 
     def to_json(self, *, indent: int | None = None) -> str:
         """Return `to_dict` as JSON.

@@ -11,6 +11,7 @@ from mst_fx.report.alike import alike
 from mst_fx.report.items import RefusedRegion
 from mst_fx.report.lines import prose, several
 from mst_fx.report.timeline import peaks_of, places_of, rows_of
+from mst_fx.report.unknown_ops import text_of as text_of_unknown
 from mst_fx.report.unlooped import text_of as text_of_unlooped
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def _peak(report: Report) -> Iterator[str]:
         before, after = peaks_of(report.timelines)
         yield from prose(f"alive then: {places_of(before, after)}", "  ")
         yield from rows_of(before, after)
+    yield from text_of_unknown(report.unknown_ops, report.peak_whole)
     if report.offloaded:
         sent = sum(each.bytes for each in report.offloaded)
         yield f"on the host between forward and backward: {readable(sent)} a step"

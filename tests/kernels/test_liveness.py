@@ -6,6 +6,8 @@ import predictions
 import pytest
 import torch
 from graphs import captured, rewritten
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from mst_fx.kernels.liveness import Step, last_reads, most_alive, peak
@@ -36,7 +38,7 @@ def test_wide_values_of_a_backward(program, reductions_apart, ordered, unordered
         parts = tree_leaves(node.meta["val"])
         return any(part.numel() == CHUNK * SIZES.ff for part in parts if part is not None)
 
-    body = looped.mini_sequence_backward_0
+    body = looped.mini_sequence_backward_0.graph
     for in_order, expected in ((True, ordered), (False, unordered)):
         assert peak(body, wide, reductions_apart=reductions_apart, ordered=in_order) == expected
 
@@ -78,3 +80,40 @@ def test_factors_of_a_gradient_are_gone_as_soon_as_both_are_there():
     steps = [step([], ["a"]), step([], ["c"]), step([], ["b"])]
     assert most(*steps, returned="abc") == 23
     assert most(*steps, returned="abc", multiplied=[("a", "c")]) == 13
+
+
+def test_the_gradient_of_a_weight_follows_that_of_the_tokens():
+    """The product that makes b reads one of the factors: the other one is there until then."""
+    steps = [step([], ["a"]), step([], ["c"]), step(["c"], ["b"]), step(["b"], ["small"])]
+    assert most(*steps, returned=["a", "c", "small"], multiplied=[("a", "c")]) == 23
+
+
+def capped(x, w):
+    return (30 * torch.tanh(x @ w.t() / 30)).log_softmax(-1)[:, 0].sum()
+
+
+def capped_twice(x, w):
+    wide = torch.tanh(x @ w.t())
+    return wide.amax(-1).sum() + wide[:, 0].sum()
+
+
+def gated(x, w):
+    wide = torch.sigmoid(x @ w.t())
+    return wide * 2, wide + 1
+
+
+@pytest.mark.parametrize(("program", "expected"), [(capped, 2), (capped_twice, 2), (gated, 3)])
+def test_costly_values_that_several_loops_read_are_written(program, expected):
+    """The products are kept. The readers of the gate are one loop, which writes both results, and not the gate."""
+    with FakeTensorMode():
+        graph = make_fx(program)(torch.empty(16, 8), torch.empty(64, 8)).graph
+    wide = (16, 64)
+    kept = [node for node in graph.nodes if node.target == torch.ops.aten.mm.default][:1]
+
+    def size(node):
+        return node.meta["val"].shape == wide if isinstance(node.meta["val"], torch.Tensor) else 0
+
+    found = [
+        peak(graph, size, reductions_apart=True, ordered=False, costly_once=once, kept=kept) for once in (False, True)
+    ]
+    assert found == [expected - (program is not gated), expected]

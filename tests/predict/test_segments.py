@@ -57,7 +57,21 @@ def test_each_reader_of_a_parameter_makes_a_gradient(head):
         assert sum(segment.gradients for segment in timeline.segments) == parts * V * D * FLOAT
 
 
-def test_of_a_product_and_its_adapter_the_sum_is_saved():
+class Packed(torch.autograd.Function):
+    """A product with a gradient of its own, as that of packed weights."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(w)
+        return x @ w.t()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream @ ctx.saved_tensors[0], None
+
+
+@pytest.mark.parametrize("product", [F.linear, Packed.apply])
+def test_of_a_product_and_its_adapter_the_sum_is_saved(product):
     """Three wide values of a gated MLP: two sums, and what the last adapter reads."""
     frozen = [torch.randn(*shape) for shape in ((WIDE, D), (WIDE, D), (D, WIDE))]
     down = [nn.Parameter(torch.randn(4, w.shape[1])) for w in frozen]
@@ -65,13 +79,46 @@ def test_of_a_product_and_its_adapter_the_sum_is_saved():
 
     def adapted(x, *weights):
         gate, wide, narrow = (
-            lambda x, i=i: F.linear(x, weights[i]) + 2.0 * F.linear(F.linear(x, weights[3 + i]), weights[6 + i])
+            lambda x, i=i: product(x, weights[i]) + 2.0 * F.linear(F.linear(x, weights[3 + i]), weights[6 + i])
             for i in range(3)
         )
         return narrow(F.silu(gate(x)) * wide(x))
 
     memory = offer(adapted, [torch.randn(T, D, requires_grad=True), *frozen, *down, *up]).memory
     assert 3 <= memory.saved_whole / (T * WIDE * FLOAT) <= 3.5  # and values of rank four
+
+
+def test_a_region_gets_the_gradients_that_nodes_behind_it_make():
+    """What the graph returns has a gradient that the caller holds."""
+    inputs = [torch.randn(*shape, requires_grad=True) for shape in ((T, D), (WIDE, D), (D, WIDE))]
+
+    def upstream(program):
+        timeline, offers = surveyed(program, *inputs)
+        assert len(offers) == 1
+        return sum(segment.upstream for segment in timeline.segments)
+
+    def mlp(x, up, down):
+        return F.linear(F.gelu(F.linear(x, up)), down)
+
+    assert upstream(lambda *given: mlp(*given).sin().sum()) == T * D * FLOAT
+    assert upstream(mlp) == 0
+
+
+def test_values_without_a_gradient_are_saved_where_backward_reads_them():
+    """What an adapter of frozen values reads, and a mask as attention takes it; each once, however often it is made."""
+    tokens, norm = torch.randn(T, D, dtype=torch.bfloat16), torch.randn(D)
+    matrices = [torch.randn(D, D, requires_grad=True) for _ in range(4)]
+
+    def program(tokens, norm, *matrices):
+        at = torch.arange(T)
+        mask = (at <= at[:, None]) & (at % 7 != 3)
+        q, k, v, again = (F.linear((tokens * norm).float(), w).view(1, T, 4, D // 4).transpose(1, 2) for w in matrices)
+        return F.scaled_dot_product_attention(q, k, F.scaled_dot_product_attention(again, k, v, mask), mask)
+
+    timeline, _ = surveyed(program, tokens, norm, *matrices)
+    compiled = torch.compile(program, backend="aot_eager_decomp_partition")
+    saved = saved_bytes(lambda: compiled(tokens, norm, *matrices), [tokens, norm, *matrices])
+    assert sum(segment.saved for segment in timeline.segments) == pytest.approx(saved, rel=0.05)
 
 
 @pytest.mark.parametrize("biased", [False, True])

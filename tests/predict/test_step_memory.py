@@ -47,6 +47,12 @@ def test_a_region_holds_most_in_one_of_its_loops(forward, backward, expected):
     assert peak(Segment(saved=10), Segment(region=0), held=[Held(forward, 5, backward)]) == expected
 
 
+def test_a_region_gets_a_gradient_from_behind():
+    """It is there while backward runs the region, beside what that holds."""
+    assert peak(Segment(saved=10), Segment(region=0, upstream=7), held=[Held(3, 5, 30)]) == 10 + 5 + 30 + 7
+    assert peak(Segment(saved=10), Segment(region=0, upstream=7), held=[Held(60, 5, 30)]) == 10 + 60
+
+
 def test_a_block_is_computed_again_when_backward_enters_it():
     """Of each block its input is kept, and what it saves is alive while backward passes it."""
     one, two = (Segment(saved=saved, block=number, entry=1) for number, saved in enumerate((50, 70)))

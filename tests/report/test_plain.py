@@ -11,6 +11,7 @@ from sample_reports import FULL, MIB, refusal
 from mst_fx.report.items import Dropped, EarlyCut, LoopedRegion, RefusedRegion
 from mst_fx.report.report import Report
 from mst_fx.report.timeline import Alive, Course, GraphTimeline, Span
+from mst_fx.report.unknown_ops import UnknownOp
 from mst_fx.report.unlooped import Unlooped
 
 
@@ -21,7 +22,7 @@ def test_json_gives_back_what_the_dict_has():
 
 def test_every_field_is_there_under_its_name():
     told = FULL.to_dict()
-    assert list(told) == ["format", *(field.name for field in fields(Report)), "change_first"]
+    assert list(told) == ["format", *(field.name for field in fields(Report)), "change_first", "how_sure"]
     assert told["format"] == 1
     (timeline,) = told["timelines"]
     found = {
@@ -30,6 +31,7 @@ def test_every_field_is_there_under_its_name():
         EarlyCut: told["cuts"][0],
         Dropped: told["dropped"][0],
         Unlooped: told["unlooped"][0],
+        UnknownOp: told["unknown_ops"][0],
         GraphTimeline: timeline,
         Course: timeline["looped"],
         Alive: timeline["looped"]["alive"][0],
