@@ -103,7 +103,7 @@ mini_sequence = mini_sequence(
     mini_sequence_forward_0, None, mini_sequence_backward_0, None,
     recompute,
     (4, ((0, 1, 1), (0, 1, 1), (0, 1, 1), None, None), ((cat, 0, 1, 1)), ()),
-    (4, ((0, 1, 1), (0, 1, 1), (0, 1, 1), (0, 1, 1), None, None), ((cat, 0, 1, 1), (sum, torch.float32, torch.bfloat16), (sum, torch.float32, torch.bfloat16)), ()),
+    (4, ((0, 1, 1), (0, 1, 1), (0, 1, 1), (0, 1, 1), None, None), ((cat, 0, 1, 1), (grouped, torch.float32, torch.bfloat16), (grouped, torch.float32, torch.bfloat16)), ()),
     (0),
     (0, 3, 4),
     (),
