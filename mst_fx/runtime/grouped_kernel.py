@@ -26,13 +26,14 @@ def _multiply_and_add(
     start = tl.load(ends + group - 1, mask=group > 0, other=0)
     rows = tl.load(ends + group) - start
     if rows > 0 or not ADDS:  # a group without rows adds nothing
-        at_i = tile // tl.cdiv(j, BJ) * BI + tl.arange(0, BI)
-        at_j = tile % tl.cdiv(j, BJ) * BJ + tl.arange(0, BJ)
+        across = (j + BJ - 1) // BJ
+        at_i = tile // across * BI + tl.arange(0, BI)
+        at_j = tile % across * BJ + tl.arange(0, BJ)
         at_n = tl.arange(0, BN)
         # columns behind the last one are read as the first ones: their results are not written
         from_a = a + start.to(tl.int64) * a_row + (at_i % i)[:, None] * a_column + at_n[None, :] * a_row
         from_b = b + start.to(tl.int64) * b_row + at_n[:, None] * b_row + (at_j % j)[None, :] * b_column
-        product = tl.zeros((BI, BJ), dtype=tl.float32)
+        product = tl.full((BI, BJ), 0.0, dtype=tl.float32)
         for done in range(0, rows, BN):
             inside = at_n < rows - done  # the rows behind are those of the next group
             some_a = tl.load(from_a, mask=inside[None, :], other=0.0)

@@ -21,7 +21,8 @@ import torch
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
 
-Kernel: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, bool], None]
+Way: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, bool], None]
+"""Takes the sum, A, B, the groups' ends, and whether it adds to the sum or writes it."""
 
 
 def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -49,34 +50,23 @@ def grouped_product(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor, dtype:
     Args:
         a: [n, i].
         b: [n, j].
-        ends: [g], int32; rows behind the last group belong to none.
+        ends: [g]; rows behind the last group belong to none.
         dtype: of the result.
     """
-    kernel = _kernel_for(a, dtype)
-    if kernel is None and a.device.type != "cpu":
-        return _all_groups(a, b, ends).to(dtype, memory_format=torch.contiguous_format)
-    shape = (ends.shape[0], a.shape[1], b.shape[1])
-    if kernel is not None:
-        total = torch.empty(shape, dtype=dtype, device=a.device)
-        kernel(total, a, b, ends, False)
-        return total
-    total = torch.zeros(shape, dtype=dtype, device=a.device)
-    _add_group_by_group(total, a, b, ends)
+    total = torch.empty(ends.shape[0], a.shape[1], b.shape[1], dtype=dtype, device=a.device)
+    _way_for(a, dtype)(total, a, b, ends, False)
     return total
 
 
 def add_grouped_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> None:
     """Add A^T B of each group of rows to the total [g, i, j], in its dtype; for the arguments see `grouped_product`."""
-    kernel = _kernel_for(a, total.dtype)
-    if kernel is not None:
-        kernel(total, a, b, ends, True)
-    elif a.device.type == "cpu":
-        _add_group_by_group(total, a, b, ends)
-    else:
-        total.add_(_all_groups(a, b, ends))
+    _way_for(a, total.dtype)(total, a, b, ends, True)
 
 
-def _add_group_by_group(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> None:
+def group_by_group(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor, adds: bool) -> None:
+    """Add or write the product of one group after the other; the host reads where they end."""
+    if not adds:
+        total.zero_()
     start = 0
     for place, end in zip(total, ends.tolist(), strict=True):
         if end > start:
@@ -84,9 +74,23 @@ def _add_group_by_group(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, e
         start = end
 
 
-def _all_groups(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Return the products of all groups, in the dtype of the factors, without a wait for the device."""
-    return aten._grouped_mm.default(a.t(), b, ends)
+def all_groups_at_once(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor, adds: bool) -> None:
+    """Make the products of all groups in the dtype of the factors, and add or write them; nothing waits for a device."""
+    products = aten._grouped_mm.default(a.t(), b, ends)
+    if adds:
+        total.add_(products)
+    else:
+        total.copy_(products)
+
+
+def groups_made_at_once(device: torch.device, groups: int) -> int:
+    """Return how many of the groups' products exist at once beside a sum in another dtype.
+
+    The device meta stands for one that multiplies into the sum.
+    """
+    if device.type == "cpu":
+        return min(1, groups)
+    return 0 if device.type == "meta" or (device.type == "cuda" and has_kernel()) else groups
 
 
 @functools.cache
@@ -99,36 +103,40 @@ def has_kernel() -> bool:
     return True
 
 
-def _kernel_for(a: torch.Tensor, dtype: torch.dtype) -> Kernel | None:
-    """Return the kernel that adds up products of groups in `dtype`; None where there is none.
+def _way_for(a: torch.Tensor, dtype: torch.dtype) -> Way:
+    """Return how products of groups like `a` are added up in `dtype`.
 
     A mode may give tensors of a type of its own: it sees ops of aten, and no kernel.
     """
-    if a.device.type != "cuda" or type(a) is not torch.Tensor or not has_kernel():
-        return None
-    return _tried(a.device, a.dtype, dtype)
+    plain = type(a) is torch.Tensor
+    if plain and a.device.type == "cpu":
+        return group_by_group
+    if plain and a.device.type == "cuda" and has_kernel():
+        return _tried(a.device, a.dtype, dtype)
+    return all_groups_at_once
 
 
 @functools.cache
-def _tried(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Kernel | None:
-    """Return a kernel that has run on this device once."""
+def _tried(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Way:
+    """Return the first kernel that runs on this device, or what needs none."""
     from mst_fx.runtime.grouped_kernel import kernels_for
 
     x = torch.ones(64, 64, dtype=dtype, device=device)
     ends = torch.full((1,), 64, dtype=torch.int32, device=device)
+    total = torch.empty(1, 64, 64, dtype=wide, device=device)
     error: Exception | None = None
     for kernel in kernels_for(device, dtype):
         try:
             for adds in (False, True):
-                kernel(torch.zeros(1, 64, 64, dtype=wide, device=device), x, x, ends, adds)
+                kernel(total, x, x, ends, adds)
         except torch.OutOfMemoryError:
             raise
-        except Exception as refused:  # too little shared memory, no compiler, a version of Triton that lacks something
-            error = refused
+        except Exception as failed:  # little shared memory, no compiler of C, a version of Triton that lacks a name
+            error = failed
         else:
             return kernel
-    log.warning("mst_fx: gradients of experts are made and then added: %s does not run: %s", dtype, error)
-    return None
+    log.warning("mst_fx: the kernel that adds gradients of experts to their sums does not run: %s", error)
+    return all_groups_at_once
 
 
 @functools.cache
