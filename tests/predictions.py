@@ -39,6 +39,15 @@ def cross_entropy(x, w, labels):
     return F.cross_entropy(F.linear(x, w).float(), labels)
 
 
+def experts(x, up, down, chosen):
+    """Two experts a token."""
+    keys, order = chosen.flatten().sort()
+    ends = torch.histc(keys.float(), up.shape[0], 0, up.shape[0] - 1).cumsum(0).to(torch.int32)
+    gate, value = F.grouped_mm(x[order // 2], up, offs=ends).chunk(2, -1)
+    rows = F.grouped_mm(F.silu(gate) * value, down, offs=ends)
+    return torch.zeros_like(x).index_add(0, order // 2, rows)
+
+
 def log_probabilities(x, w, labels):
     return F.cross_entropy(F.linear(x, w).float(), labels, reduction="none")
 
@@ -60,9 +69,12 @@ def inputs_of(program: Callable, sizes: Sizes, dtype: torch.dtype, device: str) 
         gelu: [(t, d), (ff, d), (ff,), (d, ff)],
         normed: [(t, d), (ff, d), (d, ff)],
         pre_normed: [(t, d), (d,), (ff, d), (ff, d), (d, ff)],
+        experts: [(t, d), (v, d, 2 * ff), (v, ff, d)],
     }
     leaves = shapes.get(program, [(t, d), (v, d)])
     made = [(torch.randn(shape, device=device) * 0.1).to(dtype).requires_grad_() for shape in leaves]
+    if program is experts:
+        return [*made, torch.randint(0, v, (t, 2), device=device)]
     return made if program in shapes else [*made, torch.randint(0, v, (t,), device=device)]
 
 

@@ -78,6 +78,14 @@ def test_the_way_is_that_of_the_device(monkeypatch):
         assert products._way_for(torch.empty(2, 2, device="cuda"), F32) is all_groups_at_once
 
 
+@pytest.mark.parametrize(
+    ("device", "kernel", "made"), [("cpu", True, 1), ("meta", False, 0), ("cuda", True, 0), ("cuda", False, 8)]
+)
+def test_products_that_are_made_before_they_are_added(monkeypatch, device, kernel, made):
+    monkeypatch.setattr(products, "has_kernel", lambda: kernel)
+    assert products.groups_made_at_once(torch.device(device), 8) == made
+
+
 def test_the_first_kernel_that_runs_is_taken(monkeypatch, caplog):
     def failing(*args):
         raise ValueError("too small")
