@@ -105,6 +105,6 @@ def tables(rows: Sequence[Row]) -> str:
         lines += ["", f"| {title} | ms | ratio | TFLOPS |", "|---|---|---|---|"]
         for row in mine:
             ratio = f"{row.ms / mine[0].ms:.3f}" if not row.error and not mine[0].error else "-"
-            numbers = f"{row.error} | - | -" if row.error else f"{row.ms:.3f} | {ratio} | {row.flops / row.ms / 1e9:.0f}"
-            lines.append(f"| {row.method} | {numbers} |")
+            numbers = row.error or f"{row.ms:.3f}", ratio, "-" if row.error else f"{row.flops / row.ms / 1e9:.0f}"
+            lines.append(f"| {row.method} | {' | '.join(numbers)} |")
     return "\n".join(lines)

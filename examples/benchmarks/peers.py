@@ -16,7 +16,6 @@ import datetime
 import gc
 import os
 import sys
-from collections.abc import Sequence
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 

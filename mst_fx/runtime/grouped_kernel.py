@@ -18,7 +18,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _multiply_and_add(
+def _multiply_and_add(  # type: ignore[no-untyped-def]
     total, a, b, ends, i, j, a_row, a_column, b_row, b_column,
     ADDS: tl.constexpr, ATOMIC: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip

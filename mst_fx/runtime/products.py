@@ -2,11 +2,11 @@
 
 Legend: n rows, i and j columns, g groups of rows: group e has the rows from `ends[e - 1]`, or 0, to `ends[e]`.
 
-A product of groups adds to a sum of all matrices [g, i, j], which may take a gigabyte, so how often memory is passed over
+A product of groups adds to a sum of all matrices [g, i, j], which may take gigabytes; how often these are passed over
 decides its time:
-  CUDA with Triton   one kernel multiplies, and adds to the sum: two passes over it
-  a CPU              group after group
-  elsewhere          all matrices of the chunk are made, and then added
+  CUDA with Triton   a kernel multiplies and adds to the sum
+  a CPU              one group after the other, in the same way
+  elsewhere          the products of all groups are made, and then added
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def group_by_group(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ends: 
 
 
 def all_groups_at_once(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor, adds: bool) -> None:
-    """Make the products of all groups in the dtype of the factors, and add or write them; nothing waits for a device."""
+    """Make the products of all groups in the dtype of the factors, and add or write them; the host does not wait."""
     products = aten._grouped_mm.default(a.t(), b, ends)
     if adds:
         total.add_(products)

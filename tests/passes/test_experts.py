@@ -115,7 +115,6 @@ return (getitem)
 """,
         )
 
-
     def test_the_gradients_of_matrices_leave_the_body_as_factors(self):
         """Rows of both sides and where groups end; `test_forms` has the numbers."""
         after, _ = rewritten(captured(model(sorted_and_brought_back), *inputs()))
