@@ -31,9 +31,9 @@ class Footprint:
         cast: bytes of the largest sum in the dtype that it is returned in, where that is another one.
         returned: bytes of the sums in the dtype that they are returned in.
         native: bytes of the sums in the dtype of the values that add up.
-        apart: bytes of what a chunk adds to the sums and makes before it is added, in the same dtype.
         fixed: bytes of a chunk's temporaries that do not grow with its length.
         each: bytes of a chunk's temporaries for one position.
+        apart: bytes of what a chunk makes before it is added to the sums, in the dtype that it is made in.
     """
 
     results: int = 0
@@ -41,9 +41,9 @@ class Footprint:
     cast: int = 0
     returned: int = 0
     native: int = 0
-    apart: int = 0
     fixed: int = 0
     each: float = 0.0
+    apart: int = 0
 
     def temporaries(self, positions: int) -> int:
         """Return the bytes of the temporaries of one chunk of that many positions."""
@@ -85,7 +85,7 @@ def footprint(body: Body, spec: tuple[Any, ...], length: int, at: Hint) -> Footp
         cast = max(cast, added.returned if kind.result != kind.adds_up_in(several=length > chunk) else 0)
         product = max(product, added.product)
     fixed, each = _temporaries(body, ins, chunk, product, at)
-    return Footprint(results, sums, cast, returned, native, apart, fixed, each)
+    return Footprint(results, sums, cast, returned, native, fixed, each, apart)
 
 
 @dataclass(frozen=True)
