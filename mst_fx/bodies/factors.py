@@ -1,6 +1,6 @@
 """Matrix products at the end of a body move out: the runtime multiplies their factors directly into the results.
 
-Sum ending in A^T B                     -> Outer    one sum, no gradient of a chunk
+Sum ending in A^T B, or a batch of such -> Outer    one sum, no gradient of a chunk
 Sum ending in A^T B of groups of rows   -> Grouped  the same for all groups
 Cat ending in A1 B1 + A2 B2             -> Rows     written in place, no copy of a chunk
 """
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import GraphModule, Node
 
-from mst_fx.core.aten_ops import ALIASES, GROUPED_PRODUCTS, RESHAPES
+from mst_fx.core.aten_ops import ALIASES, GROUPED_PRODUCTS, PRODUCTS, RESHAPES
 from mst_fx.core.sizes import sure
 from mst_fx.runtime.result_kinds import Cat, Grouped, Outer, ResultKind, Rows, Sum
 
@@ -54,7 +54,7 @@ def _outer(value: Node, kind: Sum) -> tuple[list[Factors], ResultKind]:
         (product,) = product.all_input_nodes
     args: Any = product.args
     grouped = _multiplies_columns_by_rows(product)
-    if product.target != aten.mm.default and not grouped:
+    if product.target not in PRODUCTS and not grouped:
         return [], kind
     left, right = args[:2]
     factors = (right, _t(left, product)) if transposed else (_t(left, product), right)
@@ -115,11 +115,11 @@ def _is_transpose(node: Node) -> bool:
 
 
 def _t(node: Node, before: Node) -> Node:
-    """Return the transpose of a matrix; if the matrix is a transpose, its operand."""
+    """Return the transposes of matrices; if a node made these by transposing, its operand."""
     if _is_transpose(node):
         return node.all_input_nodes[0]
     graph = node.graph
     with graph.inserting_before(before):
-        transposed = graph.call_function(aten.t.default, (node,))
-    transposed.meta["val"] = node.meta["val"].t()
+        transposed = graph.call_function(aten.transpose.int, (node, -2, -1))
+    transposed.meta["val"] = node.meta["val"].mT
     return transposed

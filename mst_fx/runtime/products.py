@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -26,22 +26,28 @@ Way: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return A B in a dtype."""
+    """Return A B of two matrices, or of two batches of them, in a dtype."""
+    multiply: Any = torch.mm if a.dim() == 2 else torch.bmm
     if dtype == a.dtype:
-        return torch.mm(a, b)
-    if _widens(a.device, a.dtype, dtype):
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
+        return multiply(a, b)
+    if _widens(a.device, a.dtype, dtype, a.dim()):
+        return multiply(a, b, out_dtype=dtype)
+    return multiply(a, b).to(dtype)
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add A B to the total, in the dtype of the total."""
+    """Add A B of two matrices, or of two batches of them, to the total, in the dtype of the total."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif _widens(a.device, a.dtype, total.dtype):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        (total.addmm_ if a.dim() == 2 else total.baddbmm_)(a, b)
+    elif _widens(a.device, a.dtype, total.dtype, a.dim()):
+        _add_wider(total, a, b)
     else:
-        total.add_(torch.mm(a, b))
+        total.add_(torch.matmul(a, b))
+
+
+def _add_wider(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    add: Any = torch.addmm if a.dim() == 2 else torch.baddbmm
+    add(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def grouped_product(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -140,11 +146,12 @@ def _tried(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Way:
 
 
 @functools.cache
-def _widens(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
+def _widens(device: torch.device, dtype: torch.dtype, wide: torch.dtype, dims: int) -> bool:
     """Return whether this device multiplies `dtype` matrices into `wide` without a rounding in between."""
-    x = torch.ones(16, 16, dtype=dtype, device=device)
+    x = torch.ones([16] * dims, dtype=dtype, device=device)
+    multiply: Any = torch.mm if dims == 2 else torch.bmm
     try:
-        torch.mm(x, x, out_dtype=wide)
+        _add_wider(multiply(x, x, out_dtype=wide), x, x)
     except (RuntimeError, NotImplementedError, TypeError):
         return False
     return True

@@ -96,7 +96,7 @@ class Sum(_Kind):
 
 @dataclass(frozen=True)
 class Outer(Sum):
-    """The product A^T B [i, j] of two outputs A [n, i] and B [n, j] adds up over the chunks."""
+    """The product A^T B [i, j] of two outputs A [n, i] and B [n, j], or of a batch of such, adds up over the chunks."""
 
     name = "outer"
 
@@ -106,8 +106,9 @@ class Outer(Sum):
         return 2
 
     def shape(self, outputs: Sequence[Sequence[int]]) -> list[int]:
-        """Return [i, j]."""
-        return [factor[1] for factor in outputs]
+        """Return [i, j], behind the dims of a batch."""
+        a, b = outputs
+        return [*a[:-2], a[-1], b[-1]]
 
 
 @dataclass(frozen=True)

@@ -190,10 +190,10 @@ class _Sum(_AddedUp):
 
 
 class _Outer(_AddedUp):
-    """Adds up A^T B of two outputs of each chunk, A [n, i] and B [n, j]."""
+    """Adds up A^T B of two outputs of each chunk, A [n, i] and B [n, j], or batches of such."""
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
-        a, b = next(outs).t(), next(outs)
+        a, b = next(outs).mT, next(outs)
         if self._total is None:
             self._total = product(a, b, self._dtype)
         else:

@@ -126,7 +126,18 @@ def test_the_kernel_in_the_interpreter(interpreted, dtype, sum_dtype):
         check(kernel, dtype, sum_dtype, FULL, transposed=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@GPU
+def test_batches_add_up_without_a_rounding_in_between():
+    a, b = (torch.randn(3, 32, 64, device="cuda", dtype=BF16) for _ in range(2))
+    total = products.product(a.mT, b, F32)
+    products.add_product(total, a.mT, b)
+    assert (total.double() - 2 * (a.double().mT @ b.double())).abs().max() < 1e-4
+
+
+@GPU
 @pytest.mark.parametrize(("dtype", "sum_dtype"), [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)])
 def test_every_kernel_of_a_gpu(dtype, sum_dtype):
     from triton.runtime.errors import OutOfResources

@@ -121,12 +121,14 @@ def test_one_chunk_alone_needs_no_other_dtype():
     assert [collector._total.dtype for collector in (one, several)] == [BF16, F32]
 
 
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
 @pytest.mark.parametrize("length", [2, 3, 7])
-def test_products_of_outputs_add_up(length):
-    a, b = values(7, 3), values(7, 5, seed=1)
-    outputs = zip(a.split(length), b.split(length), strict=True)
+def test_products_of_outputs_add_up(length, batch):
+    a, b = values(*batch, 7, 3), values(*batch, 7, 5, seed=1)
+    outputs = zip(a.split(length, -2), b.split(length, -2), strict=True)
     result = collected(Outer(torch.float64, torch.float64), 7, length, outputs)
-    torch.testing.assert_close(result, a.t() @ b, **EXACT)
+    torch.testing.assert_close(result, a.mT @ b, **EXACT)
+    assert result.is_contiguous()
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(F32, 2.0), (BF16, 1.0)])
