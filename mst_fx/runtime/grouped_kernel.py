@@ -27,8 +27,8 @@ def _multiply_and_add(  # type: ignore[no-untyped-def]
     rows = tl.load(ends + group) - start
     if rows > 0 or not ADDS:  # a group without rows adds nothing
         across = (j + BJ - 1) // BJ
-        at_i = tile // across * BI + tl.arange(0, BI)
-        at_j = tile % across * BJ + tl.arange(0, BJ)
+        at_i = (tile // across * BI + tl.arange(0, BI)).to(tl.int64)
+        at_j = (tile % across * BJ + tl.arange(0, BJ)).to(tl.int64)
         at_n = tl.arange(0, BN)
         # columns behind the last one are read as the first ones: their results are not written
         from_a = a + start.to(tl.int64) * a_row + (at_i % i)[:, None] * a_column + at_n[None, :] * a_row
@@ -41,7 +41,7 @@ def _multiply_and_add(  # type: ignore[no-untyped-def]
             product = tl.dot(some_a, some_b, product, input_precision="ieee")
             from_a += BN * a_row
             from_b += BN * b_row
-        place = total + group * i * j + at_i[:, None].to(tl.int64) * j + at_j[None, :]
+        place = total + group * i * j + at_i[:, None] * j + at_j[None, :]
         known = (at_i < i)[:, None] & (at_j < j)[None, :]
         if ADDS and ATOMIC:
             tl.atomic_add(place, product, mask=known, sem="relaxed")

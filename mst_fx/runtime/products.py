@@ -127,11 +127,12 @@ def _tried(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Way:
     """Return the first kernel that runs on this device, or what needs none."""
     from mst_fx.runtime.grouped_kernel import kernels_for
 
+    kernels = kernels_for(device, dtype)
     x = torch.ones(64, 64, dtype=dtype, device=device)
     ends = torch.full((1,), 64, dtype=torch.int32, device=device)
     total = torch.empty(1, 64, 64, dtype=wide, device=device)
     error: Exception | None = None
-    for kernel in kernels_for(device, dtype):
+    for kernel in kernels:
         try:
             for adds in (False, True):
                 kernel(total, x, x, ends, adds)
@@ -141,7 +142,8 @@ def _tried(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Way:
             error = failed
         else:
             return kernel
-    log.warning("mst_fx: the kernel that adds gradients of experts to their sums does not run: %s", error)
+    if kernels:
+        log.warning("mst_fx: the kernel that adds gradients of experts to their sums does not run: %s", error)
     return all_groups_at_once
 
 

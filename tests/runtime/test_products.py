@@ -101,6 +101,8 @@ def test_the_first_kernel_that_runs_is_taken(monkeypatch, caplog):
     assert tried(failing, one, another) is one
     assert [adds for _, _, adds in one.adds] == [False, True]
     assert not caplog.text
+    assert tried() is all_groups_at_once  # a dtype that has none
+    assert not caplog.text
     assert tried(failing) is all_groups_at_once
     assert "does not run: too small" in caplog.text
     products._tried.cache_clear()
