@@ -113,7 +113,7 @@ def _resident(inputs: list[torch.Tensor]) -> int:
 
 def offer(fn: Callable, inputs: list[torch.Tensor], **options) -> Offer:
     """What the planner is told of the one region of a function."""
-    config = mst_fx.Config(min_bytes=0, chunk_tokens=CHUNK, **options)
+    config = mst_fx.Config(**{"min_bytes": 0, "chunk_tokens": CHUNK, **options})
     surveyor = Surveyor(config, patterns())
     (site,) = surveyor.survey(captured(fn, *inputs)).all_sites()
     return surveyor.offer(site)

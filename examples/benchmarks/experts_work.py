@@ -109,7 +109,7 @@ WORK = {
         with_a_shared_one,
         lambda h, f, e: [(e, f, h), (e, f, h), (e, h, f), (f, h), (f, h), (h, f)],
         *(2048, 512, 256, 8),
-        tokens=(65536,),
+        tokens=(131072,),
     ),
 }
 SMALL = {"h": 64, "f": 128, "e": 8, "k": 2, "tokens": (500,)}

@@ -28,6 +28,14 @@ def test_saved_bytes(program, dtype):
     assert 0 <= saved - offer(program, inputs).memory.saved <= scalars
 
 
+def test_sums_are_those_of_several_chunks_where_one_would_be_long_enough():
+    """A sequence that fits into one chunk is looped in two, if at all."""
+    sizes = Sizes(t=64, d=64, ff=256, v=0)
+    found = offer(predictions.gelu, inputs_of(predictions.gelu, sizes, torch.bfloat16, "cpu"), chunk_tokens=None)
+    assert found.terms.lengths.chunk == sizes.t
+    assert found.memory.backward.sums == 4 * (2 * sizes.d * sizes.ff + sizes.ff)
+
+
 def test_one_chunk_needs_no_sums():
     """What is not added up is multiplied in the dtype of its result."""
     sizes, options = Sizes(t=32, d=256, ff=1024, v=0), {"dtype": torch.bfloat16, "device": "cpu", "chunk_tokens": 32}
