@@ -111,7 +111,7 @@ def test_the_first_kernel_that_runs_is_taken(monkeypatch, caplog):
 @pytest.fixture
 def interpreted(monkeypatch):
     """The module of the kernel, run by Triton's interpreter."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.9")  # the interpreter of 3.6 fails with NumPy 2.4
     from mst_fx.runtime import grouped_kernel
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
