@@ -43,6 +43,15 @@ def capped(x, w, labels):
     return F.cross_entropy(30 * torch.tanh(F.linear(x, w) / 30), labels)
 
 
+def experts(x, up, down, chosen):
+    """Two experts a token."""
+    keys, order = chosen.flatten().sort()
+    ends = torch.histc(keys.float(), up.shape[0], 0, up.shape[0] - 1).cumsum(0).to(torch.int32)
+    gate, value = F.grouped_mm(x[order // 2], up, offs=ends).chunk(2, -1)
+    rows = F.grouped_mm(F.silu(gate) * value, down, offs=ends)
+    return torch.zeros_like(x).index_add(0, order // 2, rows)
+
+
 def log_probabilities(x, w, labels):
     return F.cross_entropy(F.linear(x, w).float(), labels, reduction="none")
 
@@ -64,9 +73,12 @@ def inputs_of(program: Callable, sizes: Sizes, dtype: torch.dtype, device: str) 
         gelu: [(t, d), (ff, d), (ff,), (d, ff)],
         normed: [(t, d), (ff, d), (d, ff)],
         pre_normed: [(t, d), (d,), (ff, d), (ff, d), (d, ff)],
+        experts: [(t, d), (v, d, 2 * ff), (v, ff, d)],
     }
     leaves = shapes.get(program, [(t, d), (v, d)])
     made = [(torch.randn(shape, device=device) * 0.1).to(dtype).requires_grad_() for shape in leaves]
+    if program is experts:
+        return [*made, torch.randint(0, v, (t, 2), device=device)]
     return made if program in shapes else [*made, torch.randint(0, v, (t,), device=device)]
 
 
@@ -105,7 +117,7 @@ def _resident(inputs: list[torch.Tensor]) -> int:
 
 def offer(fn: Callable, inputs: list[torch.Tensor], **options) -> Offer:
     """What the planner is told of the one region of a function."""
-    config = mst_fx.Config(min_bytes=0, chunk_tokens=CHUNK, **options)
+    config = mst_fx.Config(**{"min_bytes": 0, "chunk_tokens": CHUNK, **options})
     surveyor = Surveyor(config, patterns())
     (site,) = surveyor.survey(captured(fn, *inputs)).all_sites()
     return surveyor.offer(site)

@@ -1,4 +1,4 @@
-"""LM head + loss, MLPs, mixture of experts, forward + backward: mst_fx beside its peers, in one process.
+"""LM head + loss and MLPs, forward + backward: mst_fx beside its peers, in one process.
 
     python examples/benchmarks/peers.py                                # a GPU: a piece of each kind, about five minutes
     python examples/benchmarks/peers.py --work head-qwen3 --tokens 4096 16384 65536 131072 --json rows.json
@@ -16,14 +16,13 @@ import datetime
 import gc
 import os
 import sys
-from collections.abc import Sequence
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from peers_methods import methods_of
 from peers_work import WORK, inputs_of
-from turns import Row, load, make_step, measure, save
+from turns import Row, load, make_step, measure, save, tables
 
 import mst_fx
 
@@ -47,25 +46,9 @@ def run(name: str, tokens: int, args: argparse.Namespace, device: torch.device) 
     return rows
 
 
-def tables(rows: Sequence[Row]) -> str:
-    """A table for each piece of work and length; ratios are to the first method that has numbers, as listed."""
-    lines: list[str] = []
-    for name, tokens in dict.fromkeys((row.work, row.tokens) for row in rows):
-        mine = [row for row in rows if (row.work, row.tokens) == (name, tokens)]
-        done = [row for row in mine if not row.error]
-        title = WORK[name].title.format(tokens=f"{tokens:,}")
-        gradients = f"{done[0].gradients_gib:.2f}" if done else "-"
-        lines += ["", f"| {title} | ms | ratio | peak GiB (gradients {gradients}) |", "|---|---|---|---|"]
-        for row in mine:
-            ratio = "-" if row.error else f"{row.ms / done[0].ms:.3f}"
-            numbers = f"{row.error} | - | -" if row.error else f"{row.ms:.1f} | {ratio} | {row.peak_gib:.2f}"
-            lines.append(f"| {row.method} | {numbers} |")
-    return "\n".join(lines)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", choices=WORK, nargs="+", default=["head-llama3", "swiglu-8b", "experts"])
+    parser.add_argument("--work", choices=WORK, nargs="+", default=["head-llama3", "swiglu-8b"])
     parser.add_argument("--tokens", type=int, nargs="+", help="lengths, in place of each work's own")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--rounds", type=int, default=8)
@@ -88,8 +71,6 @@ def measured(args: argparse.Namespace) -> tuple[str, list[Row]]:
     torch._dynamo.config.recompile_limit = 64  # one function, many backends
     rows: list[Row] = []
     for name in args.work:
-        if WORK[name].kind == "experts" and device.type == "cpu":
-            continue  # a CPU's grouped product is no yardstick
         for tokens in args.tokens or ((500,) if args.small else WORK[name].tokens):
             rows += run(name, tokens, args, device)
             print(f"{name}, {tokens} tokens measured", file=sys.stderr, flush=True)
@@ -105,7 +86,7 @@ def main() -> None:
         rows = [row for part in runs for row in part]
     else:
         about, rows = measured(args)
-    print(about + "\n" + tables(rows))
+    print(about + "\n" + tables(rows, {name: work.title for name, work in WORK.items()}))
     for report in [] if args.sources else mst_fx.reports():
         print(report)
     if args.plot:

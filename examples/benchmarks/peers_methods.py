@@ -11,11 +11,7 @@ from peers_work import Work
 from torch.utils.checkpoint import checkpoint
 
 Function = Callable[..., torch.Tensor]
-REFERENCE = {
-    "head": "torch.compile",
-    "mlp": "torch.compile + checkpointing",
-    "experts": "torch.compile + checkpointing",
-}
+REFERENCE = {"head": "torch.compile", "mlp": "torch.compile + checkpointing"}
 """The method that the ratios are to."""
 
 
@@ -35,7 +31,7 @@ def methods_of(work: Work, chunks: list[int]) -> dict[str, Function]:
     if work.kind == "head":
         return {**compiled, **ours, "eager": fn, **head_peers(work)}
     checkpointed = {REFERENCE[work.kind]: torch.compile(with_checkpointing(fn))}
-    return {**checkpointed, **ours, **compiled, "eager": fn, **(mlp_peers(work) if work.kind == "mlp" else {})}
+    return {**checkpointed, **ours, **compiled, "eager": fn, **mlp_peers(work)}
 
 
 def looped(fn: Function, **options: Any) -> Function:

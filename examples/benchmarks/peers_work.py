@@ -1,6 +1,6 @@
 """The pieces of work of `peers.py`: shapes of well-known models, and the code as their users write it.
 
-Legend: T tokens, H hidden, V vocabulary, F feed-forward, E experts, K experts a token.
+Legend: T tokens, H hidden, V vocabulary, F feed-forward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Work:
 
     Attributes:
         title: for the table; {tokens} is filled in.
-        kind: "head", "mlp" or "experts".
+        kind: "head" or "mlp".
         fn: takes the inputs.
         sizes: of the weights; hidden first.
         tokens: lengths to measure if none are asked for.
@@ -68,19 +68,6 @@ def gelu(x, u, d):
     return F.linear(F.gelu(F.linear(x, u)), d)
 
 
-def experts(x_TH, weights_TK, experts_TK, up, down):
-    """Tokens sorted by expert, multiplied group by group, brought back and added up over K."""
-    keys, order = torch.sort(experts_TK.reshape(-1))
-    ends = torch.histc(keys.int(), up.shape[0], 0, up.shape[0] - 1).cumsum(0, dtype=torch.int32)
-    rows = F.grouped_mm(x_TH[order // weights_TK.shape[1]], up.transpose(-2, -1), offs=ends)
-    gate, value = rows.chunk(2, -1)
-    rows = F.grouped_mm(F.silu(gate) * value, down.transpose(-2, -1), offs=ends)
-    rows = rows * weights_TK.reshape(-1)[order, None]
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.shape[0], device=order.device)
-    return rows[inverse].view(*weights_TK.shape, -1).sum(1)
-
-
 HEAD = "LM head + cross-entropy, {tokens} tokens x"
 WORK = {
     "head-llama3": Work(f"{HEAD} 4,096 x 128,256", "head", head_loss, (4096, 128256), (16384,)),
@@ -92,11 +79,8 @@ WORK = {
     "swiglu-70b": Work("SwiGLU MLP, {tokens} tokens x 8,192 x 28,672", "mlp", swiglu, (8192, 28672), (65536,)),
     "geglu-8b": Work("GeGLU MLP, {tokens} tokens x 4,096 x 14,336", "mlp", geglu, (4096, 14336), (65536,)),
     "gelu-8b": Work("GELU MLP, {tokens} tokens x 4,096 x 16,384", "mlp", gelu, (4096, 16384), (65536,)),
-    "experts": Work(
-        "128 experts of 2,048 x 768, 8 a token, {tokens} tokens", "experts", experts, (2048, 768, 128, 8), (131072,)
-    ),
 }
-SMALL = {"head": (64, 1000), "mlp": (64, 256), "experts": (64, 128, 8, 2)}
+SMALL = {"head": (64, 1000), "mlp": (64, 256)}
 
 
 def inputs_of(work: Work, tokens: int, device: torch.device, *, small: bool) -> Inputs:
@@ -112,13 +96,6 @@ def inputs_of(work: Work, tokens: int, device: torch.device, *, small: bool) -> 
     if work.kind == "head":
         w_VH = tensor(sizes[1], hidden)
         return Inputs([x_TH, w_VH, torch.randint(0, sizes[1], (tokens,), device=device)], [x_TH, w_VH])
-    upstream = torch.randn_like(x_TH, requires_grad=False)
-    if work.kind == "mlp":
-        ups = [tensor(sizes[1], hidden) for _ in range(1 if work.fn is gelu else 2)]
-        leaves = [x_TH, *ups, tensor(hidden, sizes[1])]
-        return Inputs(leaves, leaves, upstream)
-    f, e, k = sizes[1:]
-    up, down = tensor(e, 2 * f, hidden), tensor(e, hidden, f)
-    weights, chosen = torch.topk(torch.rand(tokens, e, device=device), k)
-    weights_TK = weights.to(dtype).requires_grad_()
-    return Inputs([x_TH, weights_TK, chosen, up, down], [x_TH, weights_TK, up, down], upstream)
+    ups = [tensor(sizes[1], hidden) for _ in range(1 if work.fn is gelu else 2)]
+    leaves = [x_TH, *ups, tensor(hidden, sizes[1])]
+    return Inputs(leaves, leaves, torch.randn_like(x_TH, requires_grad=False))

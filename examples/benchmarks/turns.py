@@ -11,7 +11,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,27 @@ def load(paths: Sequence[str], kind: type[R]) -> tuple[str, list[list[R]]]:
     files = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
     rows = [[kind(**{**entry, "times_ms": tuple(entry["times_ms"])}) for entry in file["rows"]] for file in files]
     return "\n".join(dict.fromkeys(file["about"] for file in files)), rows
+
+
+def tables(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
+    """A table for each piece of work and length; ratios are to the first method that has numbers, as listed.
+
+    Args:
+        rows: of all methods.
+        titles: by work; {tokens} is filled in.
+    """
+    lines: list[str] = []
+    for name, tokens in dict.fromkeys((row.work, row.tokens) for row in rows):
+        mine = [row for row in rows if (row.work, row.tokens) == (name, tokens)]
+        done = [row for row in mine if not row.error]
+        title = titles[name].format(tokens=f"{tokens:,}")
+        gradients = f"{done[0].gradients_gib:.2f}" if done else "-"
+        lines += ["", f"| {title} | ms | ratio | peak GiB (gradients {gradients}) |", "|---|---|---|---|"]
+        for row in mine:
+            ratio = "-" if row.error else f"{row.ms / done[0].ms:.3f}"
+            numbers = f"{row.error} | - | -" if row.error else f"{row.ms:.1f} | {ratio} | {row.peak_gib:.2f}"
+            lines.append(f"| {row.method} | {numbers} |")
+    return "\n".join(lines)
 
 
 def make_step(fn: Callable[..., Any], inputs: Sequence[torch.Tensor], upstream: torch.Tensor | None) -> Step:

@@ -17,7 +17,8 @@ from mst_fx.core.sizes import Hint
 from mst_fx.core.values import bytes_made, bytes_of
 from mst_fx.kernels.liveness import buffer_of, peak
 from mst_fx.runtime.loop_operator import LoopSpec
-from mst_fx.runtime.result_kinds import Cat, Outer, ResultKind, Rows, Sum
+from mst_fx.runtime.products import groups_made_at_once
+from mst_fx.runtime.result_kinds import Cat, Grouped, Outer, ResultKind, Rows, Sum
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Footprint:
         native: bytes of the sums in the dtype of the values that add up.
         fixed: bytes of a chunk's temporaries that do not grow with its length.
         each: bytes of a chunk's temporaries for one position.
+        apart: bytes of what a chunk makes before it is added to the sums, in the dtype that it is made in.
     """
 
     results: int = 0
@@ -41,6 +43,7 @@ class Footprint:
     native: int = 0
     fixed: int = 0
     each: float = 0.0
+    apart: int = 0
 
     def temporaries(self, positions: int) -> int:
         """Return the bytes of the temporaries of one chunk of that many positions."""
@@ -69,7 +72,7 @@ def footprint(body: Body, spec: tuple[Any, ...], length: int, at: Hint) -> Footp
         at: tells sizes that vary.
     """
     chunk, ins = LoopSpec(*spec).chunk, LoopSpec(*spec).ins
-    results = sums = returned = native = cast = product = 0
+    results = sums = returned = native = apart = cast = product = 0
     for kind, nodes in by_result(body):
         if not isinstance(kind, Sum):
             results += _split_bytes(kind, nodes[0].meta["val"], chunk, length, at)
@@ -78,10 +81,11 @@ def footprint(body: Body, spec: tuple[Any, ...], length: int, at: Hint) -> Footp
         sums += added.sum
         returned += added.returned
         native += added.native
+        apart += added.native if added.product or not isinstance(kind, Outer) else 0
         cast = max(cast, added.returned if kind.result != kind.adds_up_in(several=length > chunk) else 0)
         product = max(product, added.product)
     fixed, each = _temporaries(body, ins, chunk, product, at)
-    return Footprint(results, sums, cast, returned, native, fixed, each)
+    return Footprint(results, sums, cast, returned, native, fixed, each, apart)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ class _Added:
         sum: bytes in the dtype that it adds up in.
         returned: bytes in the dtype that it is returned in.
         native: bytes in the dtype of the values that add up.
-        product: bytes of a product, as made and as cast to the sum's dtype, before it is added; 0 without a cast.
+        product: most bytes of products at once, as made and as cast to the sum's dtype, before they are added; 0 where
+            the device multiplies into the sum.
     """
 
     sum: int
@@ -103,11 +108,23 @@ class _Added:
 
 def _added(kind: Sum, nodes: list[Node], at: Hint, *, several: bool) -> _Added:
     value: torch.Tensor = nodes[0].meta["val"]
-    pair, adds_up_in = isinstance(kind, Outer), kind.adds_up_in(several=several)
-    count = at(value.shape[1] * nodes[1].meta["val"].shape[1] if pair else value.numel())
-    apart = pair and is_on_cpu(nodes[0]) and value.dtype != adds_up_in
-    product = count * (value.itemsize + adds_up_in.itemsize) if apart else 0
-    return _Added(count * adds_up_in.itemsize, count * kind.result.itemsize, count * value.itemsize, product)
+    count, adds_up_in = (
+        at(prod(kind.shape([node.meta["val"].shape for node in nodes]))),
+        kind.adds_up_in(several=several),
+    )
+    product = _made(kind, nodes, count) * (value.itemsize + (adds_up_in.itemsize if is_on_cpu(nodes[0]) else 0))
+    cast = value.dtype != adds_up_in or not is_on_cpu(nodes[0])
+    return _Added(
+        count * adds_up_in.itemsize, count * kind.result.itemsize, count * value.itemsize, product if cast else 0
+    )
+
+
+def _made(kind: Sum, nodes: list[Node], count: int) -> int:
+    """Return how many elements of products are made at once, of a sum of `count`, where they are not added as made."""
+    if isinstance(kind, Grouped):
+        groups = nodes[2].meta["val"].shape[0]
+        return count // groups * groups_made_at_once(nodes[0].meta["val"].device, groups)
+    return count if isinstance(kind, Outer) and is_on_cpu(nodes[0]) else 0
 
 
 def _temporaries(body: Body, ins: Sequence[Any], chunk: int, product: int, at: Hint) -> tuple[int, float]:

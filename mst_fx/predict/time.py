@@ -133,7 +133,7 @@ def cost_of(work: Work, memory: RegionMemory, extent: Extent, at: Hint) -> Regio
         flops=sum(flops.values()),
         recomputed=sum(flops[node] for node in again) if work.backward == "recompute" else 0.0,
         rows=extent.tokens_per_position / extent.sharing,
-        bytes_summed=2 * loop.sums,
+        bytes_summed=2 * (loop.sums + loop.apart),
         bytes_finished=cast + memory.saved + memory.scaled,
         half=stages.stream.meta["val"].dtype in (torch.float16, torch.bfloat16),
         once_more=bool(stages.projections),

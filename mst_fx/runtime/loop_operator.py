@@ -46,7 +46,7 @@ from mst_fx.core.torch_private.tracing import (
     track_tensor_tree,
 )
 from mst_fx.runtime.places import out_of_memory
-from mst_fx.runtime.result_kinds import Axis, Cat, Outer, ResultKind, Rows, Sum, kind_of
+from mst_fx.runtime.result_kinds import Axis, Cat, ResultKind, Rows, Sum, kind_of
 from mst_fx.runtime.results import aligned, chunks_of, collector_of, example, laid_out
 
 Body: TypeAlias = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
@@ -214,9 +214,7 @@ def _shape_of(kind: ResultKind, outputs: Sequence[torch.Tensor | _Like], total: 
     """Return the shape of a result that is made of these outputs of a body."""
     if isinstance(kind, Cat):
         return kind.shape(outputs[0].shape, total)
-    if isinstance(kind, Rows):
-        return kind.shape(total)
-    return [output.shape[1] for output in outputs] if isinstance(kind, Outer) else outputs[0].shape
+    return kind.shape(total) if isinstance(kind, Rows) else kind.shape([output.shape for output in outputs])
 
 
 @mini_sequence_loop.py_impl(ProxyTorchDispatchMode)

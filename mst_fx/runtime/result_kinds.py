@@ -1,10 +1,11 @@
 """Kinds of results: how outputs of a body become a result of a loop. Graphs and generated code hold their literals.
 
-Legend: n positions of a chunk, i and j columns.
+Legend: n positions of a chunk, i and j columns, g groups of rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeAlias
 
@@ -88,10 +89,14 @@ class Sum(_Kind):
         """Return the dtype of the sum; one chunk alone adds nothing up and needs no other dtype than the result's."""
         return self.dtype if several else self.result
 
+    def shape(self, outputs: Sequence[Sequence[int]]) -> list[int]:
+        """Return the shape of the result, from those of the outputs that make it."""
+        return list(outputs[0])
+
 
 @dataclass(frozen=True)
 class Outer(Sum):
-    """The product A^T B [i, j] of two outputs A [n, i] and B [n, j] adds up over the chunks."""
+    """The product A^T B [i, j] of two outputs A [n, i] and B [n, j], or of a batch of such, adds up over the chunks."""
 
     name = "outer"
 
@@ -100,9 +105,31 @@ class Outer(Sum):
         """A and B."""
         return 2
 
+    def shape(self, outputs: Sequence[Sequence[int]]) -> list[int]:
+        """Return [i, j], behind the dims of a batch."""
+        a, b = outputs
+        return [*a[:-2], a[-1], b[-1]]
+
+
+@dataclass(frozen=True)
+class Grouped(Outer):
+    """The same for each group of rows of A and B: [g, i, j] adds up; a third output [g] says where each group ends."""
+
+    name = "grouped"
+
+    @property
+    def outputs(self) -> int:
+        """A, B and the ends of the groups."""
+        return 3
+
+    def shape(self, outputs: Sequence[Sequence[int]]) -> list[int]:
+        """Return [g, i, j]."""
+        a, b, ends = outputs
+        return [ends[0], a[1], b[1]]
+
 
 ResultKind: TypeAlias = Cat | Rows | Sum
-_KINDS: dict[str, type[Any]] = {kind.name: kind for kind in (Cat, Rows, Sum, Outer)}
+_KINDS: dict[str, type[Any]] = {kind.name: kind for kind in (Cat, Rows, Sum, Outer, Grouped)}
 
 
 def kind_of(literal: tuple[Any, ...]) -> ResultKind:

@@ -6,14 +6,14 @@ it can do once for all: the host must not fall behind the device.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Protocol
 
 import torch
 
-from mst_fx.runtime.result_kinds import Axis, Cat, Outer, ResultKind, Rows
+from mst_fx.runtime.products import add_grouped_product, add_product, grouped_product, product
+from mst_fx.runtime.result_kinds import Axis, Cat, Grouped, Outer, ResultKind, Rows
 
 
 class Collector(Protocol):
@@ -38,7 +38,7 @@ def collector_of(kind: ResultKind, total: int, length: int) -> Collector:
         return _Written(kind, total, length)
     if isinstance(kind, Rows):
         return _Rows(kind, total, length)
-    sums = _Outer if isinstance(kind, Outer) else _Sum
+    sums = _Grouped if isinstance(kind, Grouped) else _Outer if isinstance(kind, Outer) else _Sum
     return sums(kind.adds_up_in(several=total > length), kind.result)
 
 
@@ -190,36 +190,22 @@ class _Sum(_AddedUp):
 
 
 class _Outer(_AddedUp):
-    """Adds up A^T B of two outputs of each chunk, A [n, i] and B [n, j]."""
+    """Adds up A^T B of two outputs of each chunk, A [n, i] and B [n, j], or batches of such."""
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
-        a, b = next(outs).t(), next(outs)
-        if self._total is not None:
-            _add_product(self._total, a, b)
-        elif self._dtype == a.dtype:
-            self._total = torch.mm(a, b)
-        elif _widens(a.device, a.dtype, self._dtype):
-            self._total = torch.mm(a, b, out_dtype=self._dtype)
+        a, b = next(outs).mT, next(outs)
+        if self._total is None:
+            self._total = product(a, b, self._dtype)
         else:
-            self._total = torch.mm(a, b).to(self._dtype)
+            add_product(self._total, a, b)
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add A B to the total, in the dtype of the total."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif _widens(a.device, a.dtype, total.dtype):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(torch.mm(a, b))
+class _Grouped(_AddedUp):
+    """Adds up A^T B of each group of rows: two outputs of each chunk, A [n, i] and B [n, j], and the groups' ends."""
 
-
-@functools.cache
-def _widens(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
-    """Return whether this device multiplies `dtype` matrices into `wide` without a rounding in between."""
-    x = torch.ones(16, 16, dtype=dtype, device=device)
-    try:
-        torch.mm(x, x, out_dtype=wide)
-    except (RuntimeError, NotImplementedError, TypeError):
-        return False
-    return True
+    def add(self, outs: Iterator[torch.Tensor]) -> None:
+        a, b, ends = next(outs), next(outs), next(outs)
+        if self._total is None:
+            self._total = grouped_product(a, b, ends, self._dtype)
+        else:
+            add_grouped_product(self._total, a, b, ends)

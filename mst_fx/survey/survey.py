@@ -20,7 +20,7 @@ from mst_fx.core.faults import refusal_for
 from mst_fx.core.refusal import Refusal
 from mst_fx.core.sizes import Hint, hint
 from mst_fx.core.values import fake_value
-from mst_fx.plan.chunk_length import Lengths, Terms, terms_of
+from mst_fx.plan.chunk_length import Lengths, Terms, several, terms_of
 from mst_fx.plan.offer import Offer
 from mst_fx.predict.extent import extent_of
 from mst_fx.predict.region_memory import RegionMemory, memory_of, memory_unlooped, temporary_bytes, written_after
@@ -227,7 +227,7 @@ class Surveyor:
         if written < self.config.least_bytes and not (due or terms.wish.loop):
             memory = memory_unlooped(work, at)  # no need to trace its bodies
         else:
-            memory = self._memory(work, terms.lengths, at)
+            memory = self._memory(work, several(terms, demanded=True), at)  # sums of one chunk would be smaller
         if site.unlooped is not None:
             memory = memory.unlooped_as(*site.unlooped(at))
         cost = cost_of(work, memory, terms.extent, at)

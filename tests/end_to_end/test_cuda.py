@@ -71,9 +71,37 @@ def test_experts_peak():
     unlooped = torch.compile(model)
     wide = n * experts.K * f * 2
     peak = peak_bytes(lambda: compiled(x, chosen).square().mean().backward(), "cuda")
-    matrices = sum(p.numel() for p in model.parameters()) * (2 + 4 + 2)  # gradients, their sums, a chunk's
+    matrices = sum(p.numel() for p in model.parameters()) * (2 + 4)  # gradients and their sums, and none of a chunk
     assert peak <= matrices + 5 * n * d * 4 + 8 * wide // 16
     assert peak_bytes(lambda: unlooped(x, chosen).square().mean().backward(), "cuda") >= 3 * wide + peak
+
+
+def test_a_kernel_adds_gradients_of_experts_to_their_sums():
+    """One call for each matrix and chunk; nothing waits for it, and CUDA graphs capture it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    n, d = 512, 64
+    model = experts.Experts(experts.sorted_and_brought_back, d=d, f=128).cuda().bfloat16()
+    batch = [torch.randn(n, d, device="cuda", dtype=torch.bfloat16), experts.routed(n).cuda()]
+
+    def step(x, chosen):
+        return model(x, chosen).square().mean()
+
+    eager = gradients(model, step, batch)
+    for options in ({"triton.cudagraphs": True}, {}):
+        compiled = looped(step, chunk_tokens=128, inner="inductor", **options)
+        for _ in range(3):
+            ours = gradients(model, compiled, batch)
+        assert all(relative_error(ours[name], value) < 2e-2 for name, value in eager.items())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        compiled(*batch).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        compiled(*batch).backward()
+    (kernel,) = (event for event in recorded.key_averages() if "_multiply_and_add" in event.key)
+    assert kernel.count == 2 * 4
 
 
 def test_handwritten_gpt_with_many_lengths():
@@ -164,6 +192,13 @@ def test_predicted_peak(program, accumulate):
 def test_predicted_peak_of_a_wide_head(accumulate):
     sizes, options = predictions.Sizes(t=4096, d=2048, ff=0, v=32768), {"chunk_tokens": 256, "accumulate": accumulate}
     measured, predicted = predictions.peaks(predictions.cross_entropy, sizes, torch.bfloat16, "cuda", **options)
+    assert abs(measured / predicted - 1) <= 0.1
+
+
+@pytest.mark.parametrize("accumulate", ["native", "float32"])
+def test_predicted_peak_of_experts(accumulate):
+    sizes, options = predictions.Sizes(t=8192, d=512, ff=512, v=64), {"chunk_tokens": 1024, "accumulate": accumulate}
+    measured, predicted = predictions.peaks(predictions.experts, sizes, torch.bfloat16, "cuda", **options)
     assert abs(measured / predicted - 1) <= 0.1
 
 

@@ -25,6 +25,8 @@ from numerics import assert_as_good_as_eager, gradients, looped, relative_error
 from torch import nn
 
 import mst_fx
+from mst_fx.core.aten_ops import GROUPED_PRODUCTS
+from mst_fx.runtime.mini_sequence import CallSpec, mini_sequence
 
 N = 24
 
@@ -103,7 +105,7 @@ mini_sequence = mini_sequence(
     mini_sequence_forward_0, None, mini_sequence_backward_0, None,
     recompute,
     (4, ((0, 1, 1), (0, 1, 1), (0, 1, 1), None, None), ((cat, 0, 1, 1)), ()),
-    (4, ((0, 1, 1), (0, 1, 1), (0, 1, 1), (0, 1, 1), None, None), ((cat, 0, 1, 1), (sum, torch.float32, torch.bfloat16), (sum, torch.float32, torch.bfloat16)), ()),
+    (4, ((0, 1, 1), (0, 1, 1), (0, 1, 1), (0, 1, 1), None, None), ((cat, 0, 1, 1), (grouped, torch.float32, torch.bfloat16), (grouped, torch.float32, torch.bfloat16)), ()),
     (0),
     (0, 3, 4),
     (),
@@ -114,6 +116,24 @@ getitem = getitem(mini_sequence, 0)
 return (getitem)
 """,
         )
+
+    def test_the_gradients_of_matrices_leave_the_body_as_factors(self):
+        """Rows of both sides and where groups end; `test_forms` has the numbers."""
+        after, _ = rewritten(captured(model(sorted_and_brought_back), *inputs()))
+        body = after.mini_sequence_backward_0.graph
+        self.assertExpectedInline(
+            "\n".join(f"{tuple(x.meta['val'].shape)} {x.meta['val'].dtype}" for x in body.output_node().args[0]),
+            """\
+(4, 4) torch.bfloat16
+(8, 8) torch.bfloat16
+(8, 48) torch.bfloat16
+(4,) torch.int32
+(8, 24) torch.bfloat16
+(8, 8) torch.bfloat16
+(4,) torch.int32""",
+        )
+        products = [node.args[1].meta["val"].dim() for node in body.nodes if node.target in GROUPED_PRODUCTS]
+        assert products == [3, 3, 3]  # two again, and one back: each is of rows, none makes matrices
 
 
 def test_rewriting_twice_changes_nothing():
@@ -132,6 +152,63 @@ def test_forms(form):
     (region,) = report.regions
     assert region.chunks == 4
     assert not report.refusals
+
+
+def swapped(matrices):
+    """As a layer keeps them: [out, in]."""
+    return matrices.transpose(-2, -1)
+
+
+def three_matrices(x, weights, experts, gate, up, down):
+    """Rows added to their tokens by index; the forward of torchtitan."""
+    order = experts.view(-1).argsort(stable=True)
+    ends = ends_of_groups(experts.view(-1), E)
+    rows = x[order // K]
+    hidden = F.silu(grouped(rows, swapped(gate), ends)) * grouped(rows, swapped(up), ends)
+    rows = grouped(hidden, swapped(down), ends) * weights.view(-1)[order, None]
+    return torch.zeros_like(x).index_add(0, order // K, rows)
+
+
+def with_biases(x, weights, experts, up, up_bias, down, down_bias):
+    """Every other column is a gate, and each row takes the biases of its expert; the forward of gpt-oss."""
+    keys, order = experts.reshape(-1).sort()
+    ends = ends_of_groups(keys, E)
+    hidden = grouped(x[order // K], up, ends).add_(up_bias[keys])
+    gate, value = hidden[..., ::2].clamp(max=7), hidden[..., 1::2].clamp(-7, 7)
+    hidden = (value + 1) * gate * torch.sigmoid(gate * 1.702)
+    rows = (grouped(hidden, down, ends) + down_bias[keys]) * weights.reshape(-1)[order].unsqueeze(-1)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.shape[0])
+    return rows[inverse].view(-1, K, x.shape[1]).sum(1)
+
+
+FF = 24
+OTHERS = {
+    "three matrices": (three_matrices, [(E, FF, D), (E, FF, D), (E, D, FF)]),
+    "biases": (with_biases, [(E, D, 2 * FF), (E, 2 * FF), (E, FF, D), (E, D)]),
+    "biases, columns in memory": (with_biases, [(E, D, 2 * FF), (E, 2 * FF), (E, FF, D), (E, D)]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_forms_with_other_matrices(name):
+    form, shapes = OTHERS[name]
+    torch.manual_seed(0)
+    matrices = [torch.randn(shape) * 0.3 for shape in shapes]
+    if "columns" in name:
+        matrices = [x.mT.contiguous().mT for x in matrices]
+    m, weights = nn.ParameterList(matrices), torch.rand(N, K)
+
+    def step(m, x, weights, chosen):
+        return form(x, weights, chosen, *(m[i] for i in range(len(shapes)))).float().square().sum()
+
+    chosen = routed(N)
+    assert_as_good_as_eager(m, (tokens(), weights, chosen), step=step, dtype=torch.bfloat16, chunk_tokens=7, regions=1)
+    leaves = [x.bfloat16().detach().requires_grad_() for x in (tokens(), weights, *m)]
+    gm = captured(lambda x, weights, *m: form(x, weights, chosen, *m), *leaves)
+    (call,) = (node for node in rewritten(gm)[0].graph.nodes if node.target is mini_sequence)
+    kinds = [kind[0] for kind in CallSpec(*call.args[4]).backward_spec[3]]
+    assert kinds.count("grouped") == sum(len(shape) == 3 for shape in shapes)
 
 
 def test_what_experts_make_is_returned():

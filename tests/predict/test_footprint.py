@@ -14,9 +14,9 @@ from mst_fx.placement.partition import partition
 from mst_fx.predict.footprint import Footprint, alive, by_result, footprint, whole_nodes
 from mst_fx.runtime.cache_version import VERSION
 from mst_fx.runtime.loop_operator import LoopSpec
-from mst_fx.runtime.result_kinds import Cat, Outer, Rows, Sum
+from mst_fx.runtime.result_kinds import Cat, Grouped, Outer, Rows, Sum
 
-B, T, D, FF = 3, 12, 4, 16
+B, T, D, FF, E = 3, 12, 4, 16, 8
 
 
 def test_temporaries_grow_with_the_chunk():
@@ -80,6 +80,34 @@ def test_sums_in_the_dtype_that_they_add_up_in(chunk, accumulate, sums, cast):
     assert [type(kind) for kind in body.outs] == [Outer]
     assert (found.results, found.sums, found.cast) == (0, sums, cast)
     assert (found.returned, found.native, found.left) == (2 * WEIGHT, 2 * WEIGHT, 2 * WEIGHT)
+
+
+def experts(x, up, keys):
+    order = keys.argsort(stable=True)
+    ends = torch.histc(keys.float(), E, 0, E - 1).cumsum(0).to(torch.int32)
+    rows = torch._grouped_mm(x[order], up, offs=ends).tanh()
+    return torch.zeros(T, FF, dtype=x.dtype, device=x.device).index_add(0, order, rows)
+
+
+@pytest.mark.parametrize(
+    ("device", "accumulate", "itemsize", "made"),
+    [
+        ("cpu", "float32", 4, 1),  # one group after the other
+        ("cpu", "native", 2, 0),
+        ("meta", "float32", 4, 0),  # the kernel multiplies into the sum
+    ],
+)
+def test_products_of_groups_are_not_made_before_they_are_added(device, accumulate, itemsize, made):
+    matrix = 2 * D * FF
+    x, up = (torch.randn(shape, dtype=torch.bfloat16, device=device) for shape in ((T, 2 * D), (E, 2 * D, FF)))
+    module = aten_graph(Call(experts, [x, up, torch.zeros(T, dtype=torch.int64, device=device)]), decompositions())
+    stages = partition(module, placeholders(module)[0])
+    wanted = stages.operands.index(placeholders(module)[1])
+    found, body = backward(stages, 2, accumulate, wanted=(wanted,))
+    assert [type(kind) for kind in body.outs] == [Grouped]
+    assert (found.sums, found.native, found.returned) == tuple(E * matrix * size for size in (itemsize, 2, 2))
+    assert found.apart == (2 * E * matrix if made else 0)
+    assert made * matrix * (2 + 4) <= found.temporaries(2) < (made + 1) * matrix * (2 + 4)
 
 
 def test_a_sum_of_rows_is_no_product():

@@ -34,6 +34,14 @@ def test_saved_bytes(program, dtype):
     assert 0 <= saved - offer(program, inputs).memory.saved <= scalars
 
 
+def test_sums_are_those_of_several_chunks_where_one_would_be_long_enough():
+    """A sequence that fits into one chunk is looped in two, if at all."""
+    sizes = Sizes(t=64, d=64, ff=256, v=0)
+    found = offer(predictions.gelu, inputs_of(predictions.gelu, sizes, torch.bfloat16, "cpu"), chunk_tokens=None)
+    assert found.terms.lengths.chunk == sizes.t
+    assert found.memory.backward.sums == 4 * (2 * sizes.d * sizes.ff + sizes.ff)
+
+
 def test_one_chunk_needs_no_sums():
     """What is not added up is multiplied in the dtype of its result."""
     sizes, options = Sizes(t=32, d=256, ff=1024, v=0), {"dtype": torch.bfloat16, "device": "cpu", "chunk_tokens": 32}
@@ -83,6 +91,14 @@ def test_peak(program, chunk):
         pytest.skip("2.11's C++ fuses the loss with the gradient of the logits, which then has a buffer of its own")
     measured, predicted = peaks(program, SIZES, torch.float32, "cpu", chunk_tokens=chunk)
     assert abs(measured / predicted - 1) <= 0.1
+
+
+@pytest.mark.slow
+def test_peak_of_experts():
+    """Most of what their loop holds are the float32 sums, and not a gradient of all matrices beside them."""
+    sizes = Sizes(t=1024, d=64, ff=256, v=16)
+    measured, predicted = peaks(predictions.experts, sizes, torch.bfloat16, "cpu", chunk_tokens=128)
+    assert abs(measured / predicted - 1) <= 0.05
 
 
 @pytest.mark.parametrize(

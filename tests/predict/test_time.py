@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from predictions import Sizes, cross_entropy, gelu, inputs_of, log_probabilities, offer, swiglu
+from predictions import Sizes, cross_entropy, experts, gelu, inputs_of, log_probabilities, offer, swiglu
 
 from mst_fx.predict.time import EFFICIENCY, Device, RegionCost, device_of, efficiency
 
@@ -27,6 +27,14 @@ def test_flops(program, flops, recomputed):
     torch._dynamo.reset()
     cost = offer(program, inputs_of(program, S, torch.float32, "cpu")).cost
     assert (cost.flops, cost.recomputed) == (flops, recomputed)
+
+
+def test_sums_are_read_and_written_once_where_products_add_to_them():
+    """A gradient that is made before it is added is written and read besides."""
+    sizes = Sizes(t=512, d=64, ff=256, v=16)
+    costs = [offer(fn, inputs_of(fn, sizes, torch.bfloat16, "meta")).cost for fn in (experts, gelu)]
+    matrices, products, bias = 3 * sizes.v * sizes.d * sizes.ff, 2 * sizes.d * sizes.ff, sizes.ff
+    assert [cost.bytes_summed for cost in costs] == [2 * 4 * matrices, 2 * 4 * (products + bias) + 2 * 2 * bias]
 
 
 def test_efficiency_is_the_table_and_between_its_rows_in_proportion():

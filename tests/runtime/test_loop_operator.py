@@ -141,18 +141,20 @@ def test_it_runs_eagerly_and_has_no_derivative_of_its_own():
 
 
 def test_fake_results_are_shaped_as_real_ones():
-    kinds = (("cat", 0, 1, 1), ("sum", F32, BF16), ("outer", F32, BF16), ("rows", 1, ROWS, (0, 2)))
+    sums = (("sum", F32, BF16), ("outer", F32, BF16), ("grouped", F32, BF16))
+    kinds = (("cat", 0, 1, 1), *sums, ("rows", 1, ROWS, (0, 2)))
 
     def of_every_kind(x, w):
         y = x @ w
-        return y.double(), y.sum(0), x, y, x, w
+        ends = torch.full((4,), 2, dtype=torch.int32)
+        return y.double(), y.sum(0), x, y, x, y, ends, x, w
 
     real = [torch.randn(10, 3), torch.randn(3, 2)]
     expected = mini_sequence_loop(of_every_kind, of_every_kind, spec(outs=kinds), *real)
     with FakeTensorMode() as mode:
         fakes = mini_sequence_loop(of_every_kind, of_every_kind, spec(outs=kinds), *map(mode.from_tensor, real))
     assert [(x.shape, x.dtype, x.stride()) for x in fakes] == [(x.shape, x.dtype, x.stride()) for x in expected]
-    assert [x.dtype for x in fakes] == [torch.float64, BF16, BF16, F32]
+    assert [x.dtype for x in fakes] == [torch.float64, BF16, BF16, BF16, F32]
 
 
 def test_a_body_is_asked_once_for_operands_that_are_alike():

@@ -7,7 +7,7 @@ import torch
 from layouts import LAYOUTS, misaligned, of_a_larger_one, transposed
 from looping import values
 
-from mst_fx.runtime.result_kinds import Cat, Outer, Rows, Sum, kind_of
+from mst_fx.runtime.result_kinds import Cat, Grouped, Outer, Rows, Sum, kind_of
 from mst_fx.runtime.results import aligned, chunk_shape, chunks_of, collector_of, example, laid_out
 from mst_fx.verify.by_chunks import EXACT, all_splits
 
@@ -121,12 +121,24 @@ def test_one_chunk_alone_needs_no_other_dtype():
     assert [collector._total.dtype for collector in (one, several)] == [BF16, F32]
 
 
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
 @pytest.mark.parametrize("length", [2, 3, 7])
-def test_products_of_outputs_add_up(length):
-    a, b = values(7, 3), values(7, 5, seed=1)
-    outputs = zip(a.split(length), b.split(length), strict=True)
+def test_products_of_outputs_add_up(length, batch):
+    a, b = values(*batch, 7, 3), values(*batch, 7, 5, seed=1)
+    outputs = zip(a.split(length, -2), b.split(length, -2), strict=True)
     result = collected(Outer(torch.float64, torch.float64), 7, length, outputs)
-    torch.testing.assert_close(result, a.t() @ b, **EXACT)
+    torch.testing.assert_close(result, a.mT @ b, **EXACT)
+    assert result.is_contiguous()
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(F32, 2.0), (BF16, 1.0)])
+def test_sums_of_products_of_groups_add_up_in_their_own_dtype(dtype, expected):
+    """The second group has rows in the first chunk alone."""
+    identity = torch.eye(16, dtype=BF16).repeat(2, 1)
+    outputs = [[identity, out.repeat(2, 1), torch.tensor([16, 16], dtype=torch.int32)] for out in small_steps(512)]
+    outputs[0][2][1] = 32
+    result = collected(Grouped(dtype, BF16), 513, 1, outputs)
+    assert (result.dtype, result[0].unique().tolist(), result[1].unique().tolist()) == (BF16, [expected], [1.0])
 
 
 @pytest.mark.parametrize("length", [2, 3, 7])
@@ -146,7 +158,9 @@ def test_rows_are_sums_of_products(axis, sizes, length):
 
 
 @pytest.mark.parametrize(
-    "kind", [Cat(1, 2, 3), Sum(F32, BF16), Outer(F32, BF16), Rows(2, (0, 1, 4), (0, 5))], ids=lambda kind: kind.name
+    "kind",
+    [Cat(1, 2, 3), Sum(F32, BF16), Outer(F32, BF16), Grouped(F32, BF16), Rows(2, (0, 1, 4), (0, 5))],
+    ids=lambda kind: kind.name,
 )
 def test_a_literal_stands_for_its_kind(kind):
     assert kind_of(kind.literal) == kind

@@ -158,7 +158,7 @@ def test_alike_regions_are_run_once(monkeypatch):
 
 def wrong_sum(monkeypatch):
     """Products of mini-sequences but the first are not added."""
-    monkeypatch.setattr(results, "_add_product", lambda total, a, b: None)
+    monkeypatch.setattr(results, "add_product", lambda total, a, b: None)
 
 
 def wrong_scale(monkeypatch):
@@ -211,7 +211,7 @@ def test_what_raises_differs(monkeypatch):
     def fail(*args):
         raise RuntimeError("no sum")
 
-    monkeypatch.setattr(results, "_add_product", fail)
+    monkeypatch.setattr(results, "add_product", fail)
     assert "it raises RuntimeError: no sum" in report_of(MlpLM(), *tokens(2)).refusals[0].text
 
 
