@@ -15,7 +15,7 @@ from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
-from torch.fx import Node, map_arg
+from torch.fx import Graph, Node, map_arg
 
 from mst_fx.core.aten_ops import ATTENTION_GRADIENTS, ATTENTIONS, CONTRACTIONS, PERMUTES, RESHAPES
 from mst_fx.core.graph_walk import in_order
@@ -44,6 +44,27 @@ class Kept:
     result: Node
     views: tuple[Node, ...]
     logsumexp: Node
+
+
+def part_biases(graph: Graph) -> None:
+    """Make a product, and a sum with its bias, of products with a bias that the graph returns.
+
+    The product adds up over the heads; the bias is added once, behind the loop.
+    """
+    for returned in graph.output_node().all_input_nodes:
+        node: Any = returned
+        while node.target in RESHAPES:
+            node = node.args[0]
+        if node.target != aten.addmm.default or node.kwargs or len(node.args) > 3:
+            continue
+        bias, *operands = node.args
+        with graph.inserting_before(node):
+            product = graph.call_function(aten.mm.default, tuple(operands))
+            total = graph.call_function(aten.add.Tensor, (product, bias))
+        for made in (product, total):
+            made.meta = dict(node.meta)
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
 
 
 def with_projections(stages: Stages, needs_grad: Mapping[Node, bool]) -> Stages:

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from mst_fx.bodies.attention import kept_results, with_projections, with_results_kept, with_sums
+from mst_fx.bodies.attention import kept_results, part_biases, with_projections, with_results_kept, with_sums
 from mst_fx.bodies.connected import connected
 from mst_fx.capture.fingerprint import likeness_of_nodes
 from mst_fx.capture.fixed_sizes import as_if_fixed, equal, fix_all, forbid_lengths, other_dims, to_be_fixed
@@ -167,6 +167,8 @@ def _analysed(region: Region, config: Config, sizes: tuple[Any, ...], marked: Co
     placeholders = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     for placeholder, live_in in zip(placeholders, region.live_ins, strict=True):
         placeholder.meta[DISTINCT] = is_picked_by_top_k(live_in)
+    if region.over == "heads":
+        part_biases(lowered.graph)
     stages = partition(lowered, placeholders[stream], tokens_whole=region.over == "heads")
     needs_grad = _needs_grad(stages, dict(zip(placeholders, region.live_ins, strict=True)))
     _forbid_complex(region, needs_grad)

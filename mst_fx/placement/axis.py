@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from mst_fx.core.aten_ops import CONTRACTIONS, VIEWS
+from mst_fx.core.aten_ops import ATTENTIONS, CONTRACTIONS, VIEWS
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import hint, is_symbolic
 from mst_fx.core.values import bytes_made
@@ -89,9 +89,9 @@ def _chosen(graph: Graph, stream: Node, axis: Split) -> Choice:
 
 
 def _forbid_second_pass(placements: Placements) -> None:
-    """Raise a refusal where more than views wait for a sum: a product of weights and tokens adds up over the axis."""
+    """Raise a refusal where a product waits for a sum: that of weights and tokens adds up over the axis."""
     for node in placements.epilogue:
-        if node.target not in VIEWS:
+        if node.target in (*CONTRACTIONS, *ATTENTIONS):
             raise Refusal(Reason.AXIS_MIXED, node, f"{node.target} reads a sum over the axis")
 
 

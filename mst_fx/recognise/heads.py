@@ -12,11 +12,12 @@ from collections.abc import Collection
 
 from torch.fx import Node
 
-from mst_fx.core.aten_ops import ATTENTIONS, PERMUTES, PRODUCTS_PLUS, RESHAPES, aten
+from mst_fx.core.aten_ops import ATTENTIONS, PERMUTES, RESHAPES, aten
 from mst_fx.core.graph_walk import ancestors, descendants, walk
 from mst_fx.core.sizes import is_size, sure
 from mst_fx.core.values import fake_value, has_gradient, tensors_of
 from mst_fx.placement.rules import argument
+from mst_fx.recognise.contractions import is_matrix
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close
 
@@ -32,9 +33,11 @@ def heads_region(reader: Reader, node: Node) -> Region | None:
         Refusal: the nodes cannot be closed (see `close`).
     """
     attention = attention_of(reader, node)
-    projections = _projections(reader, attention) if attention is not None else set()
-    if attention is None or not projections:
+    if attention is None:
         return None
+    projections = _projections(reader, attention)
+    if not projections:
+        return _with_projections_inside(reader, attention)
     inside = descendants(projections) & ancestors([attention], stop=projections.__contains__)
     behind = _views(reader, attention)
     shared = _shares_all_keys(reader, attention)  # by all queries, which make the heads then
@@ -47,6 +50,14 @@ def heads_region(reader: Reader, node: Node) -> Region | None:
     if not joined:
         return region
     return close(reader, with_sizes(nodes | joined), contraction.weight, smaller=region, over="heads")
+
+
+def _with_projections_inside(reader: Reader, attention: Node) -> Region | None:
+    """Return the region of one node that holds attention and its projections; None where it reads no weights."""
+    weights = [operand for operand in reader.tensor_operands(attention) if is_matrix(operand)]
+    learnt = [weight for weight in weights if reader.is_learnt(weight)]
+    widest = max(learnt, key=reader.numel, default=None)
+    return close(reader, with_sizes({attention}), widest, over="heads") if widest is not None else None
 
 
 def with_sizes(nodes: Collection[Node]) -> set[Node]:
@@ -118,10 +129,10 @@ def _projections(reader: Reader, attention: Node) -> set[Node]:
 
 
 def _joined(reader: Reader, heads: Node) -> set[Node]:
-    """Return the product that adds up over the heads, if nothing else reads them, and it has no bias."""
+    """Return the product that adds up over the heads, if nothing else reads them."""
     readers = _readers(heads)
     contraction = reader.contraction(readers[0]) if len(readers) == 1 else None
-    if contraction is None or contraction.activation is not heads or reader.does(readers[0], PRODUCTS_PLUS):
+    if contraction is None or contraction.activation is not heads:
         return set()
     return {readers[0]}
 
