@@ -7,19 +7,22 @@ the one that its placement says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch.fx import GraphModule, Node, map_arg
+from torch.fx import Graph, GraphModule, Node, map_arg
 
 from mst_fx.bodies.derivatives import reads_log_softmax, run_on_logits
 from mst_fx.bodies.factors import take_out_products
 from mst_fx.bodies.log_softmax import reduces_wide_rows, run_in_tiles
+from mst_fx.bodies.stand_in import literals_of, traced_at_stand_in, with_length
 from mst_fx.capture.lower import trace
 from mst_fx.core.config import Accumulate
+from mst_fx.core.graph_modules import copied
 from mst_fx.core.sizes import is_symbolic, sure
 from mst_fx.core.values import HALF
 from mst_fx.kernels.write_order import products_late
@@ -115,9 +118,8 @@ def forward_body(stages: Stages, length: int | None, *, factored: bool = True) -
     def run(*chunks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return _run_chunk(stages, merged(stages, stages.operands, chunks))
 
-    module = trace(run, partial(chunk_inputs, stages, stages.operands), length)
     kinds = [_result_kind(stages, node) for node in stages.results]
-    return _finished(module, kinds, factored)
+    return _body(_Trace(stages, stages.operands, run, "forward"), kinds, length, factored)
 
 
 def gradient_body(stages: Stages, gradients: Gradients, length: int | None, *, factored: bool = True) -> Body:
@@ -145,18 +147,58 @@ def gradient_body(stages: Stages, gradients: Gradients, length: int | None, *, f
         grads = torch.autograd.grad(sinks, leaves, seeds, materialize_grads=True)
         return (*results, *grads) if gradients.in_forward else grads
 
-    module = trace(run, partial(chunk_inputs, stages, inputs), length)
-    products_late(module)
     kinds = [_result_kind(stages, node) for node in stages.results] if gradients.in_forward else []
     kinds += [_gradient_kind(stages, stages.operands[i], gradients) for i in gradients.wanted]
-    return _finished(module, kinds, factored)
+    which = (gradients.wanted, gradients.differentiable, gradients.in_forward, gradients.reused)
+    return _body(_Trace(stages, inputs, run, which), kinds, length, factored)
 
 
-def _finished(module: GraphModule, kinds: Sequence[ResultKind], factored: bool) -> Body:
-    if factored:
-        return Body(module, take_out_products(module, kinds))
+@dataclass(frozen=True)
+class _Trace:
+    """What a body is traced from.
+
+    Attributes:
+        stages: the stages of the region.
+        inputs: operands, results, and results whose gradients it takes.
+        run: computes the outputs of a chunk.
+        which: tells it from other bodies of the same stages.
+    """
+
+    stages: Stages
+    inputs: Sequence[Node]
+    run: Callable[..., tuple[torch.Tensor, ...]]
+    which: Hashable
+
+    def at(self, length: int | None) -> GraphModule:
+        """Trace it for one length, or with a symbol for all."""
+        return _in_order(trace(self.run, partial(chunk_inputs, self.stages, self.inputs), length))
+
+    def at_stand_in(self) -> GraphModule | None:
+        """Trace it for all lengths, once; None where each length needs a trace of its own."""
+        known = _at_stand_in.setdefault(self.stages.graph, {})
+        if self.which not in known:
+            literals = literals_of((*self.stages.loop, *self.stages.backward))
+            module = traced_at_stand_in(self.run, partial(chunk_inputs, self.stages, self.inputs), literals)
+            known[self.which] = module and _in_order(module)
+        return known[self.which]
+
+
+_at_stand_in: WeakKeyDictionary[Graph, dict[Hashable, GraphModule | None]] = WeakKeyDictionary()
+
+
+def _in_order(module: GraphModule) -> GraphModule:
+    products_late(module)
+    return module
+
+
+def _body(traced: _Trace, kinds: Sequence[ResultKind], length: int | None, factored: bool) -> Body:
+    for_all = traced.at_stand_in()
+    module = copied(for_all) if for_all is not None else traced.at(length)
+    outs = take_out_products(module, kinds) if factored else tuple(kinds)
+    if for_all is not None:
+        with_length(module, length)
     module.recompile()
-    return Body(module, tuple(kinds))
+    return Body(module, outs)
 
 
 def chunk_inputs(stages: Stages, nodes: Sequence[Node], length: int) -> list[torch.Tensor]:
