@@ -1,7 +1,7 @@
 """What the pass adds to a compile: a Llama of several depths, cold and from the caches, with and without mst_fx.
 
-    python examples/benchmarks/compile_time.py                                     # anywhere; about an hour on two cores
-    python examples/benchmarks/compile_time.py --layers 4 --lengths fixed --warms 1         # about two minutes
+    python examples/benchmarks/compile_time.py                                       # anywhere; two cores: an hour
+    python examples/benchmarks/compile_time.py --layers 4 --lengths fixed --warms 1  # about two minutes
 
 The model has few features: nothing but the compile costs. Every compile has a process of its own, from `import mst_fx`
 and the call of torch.compile to the end of the first step, forward and backward; what the compiler imports is imported
@@ -84,6 +84,7 @@ class Clock:
         setattr(owner, function, run)
 
     def of(self, name: str) -> float:
+        """Return the seconds that a name has."""
         return self.spent.get(name, 0.0)
 
 
@@ -166,7 +167,7 @@ def compile_apart(method: str, layers: int, lengths: str, directory: str) -> Com
     command = [sys.executable, __file__, "--here", method, "--layers", str(layers), "--lengths", lengths]
     own = {"TORCHINDUCTOR_CACHE_DIR": directory, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **own}
-    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
         sys.exit(run.stderr)
     return Compile(**json.loads(run.stdout.splitlines()[-1]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -78,10 +78,9 @@ def with_length(module: GraphModule, length: int | None) -> None:
         if node in lengths.made:
             continue
         node.args, node.kwargs = _mapped((node.args, node.kwargs), lengths.of)
-        if length is not None or node.op == "placeholder":
-            node.meta["val"] = _resized(node.meta.get("val"), value)
-        else:
-            node.meta.pop("val", None)  # nobody asks for it, and values of such sizes take long to make
+        known = node.meta.pop("val", None)
+        if known is not None and (length is not None or node.op == "placeholder"):
+            node.meta["val"] = _resized(known, value)  # else nobody asks for it, and it would take long to make
 
 
 class _Lengths:
@@ -184,7 +183,8 @@ def _parts(number: float) -> tuple[int, int] | None:
     if not isinstance(number, int) or not SMALL < number < ENDLESS:
         return None
     times, more = divmod(number + NEAR, STAND_IN)
-    return (times, more - NEAR) if times and more <= 2 * NEAR else None
+    is_multiple = 0 < times < STAND_IN // 2  # a square of the length is none
+    return (times, more - NEAR) if is_multiple and more <= 2 * NEAR else None
 
 
 def _number(parts: tuple[int, int], length: Any) -> Any:
@@ -194,10 +194,7 @@ def _number(parts: tuple[int, int], length: Any) -> Any:
 
 def literals_of(nodes: Iterable[Node]) -> set[float]:
     """Return the numbers that stand in the arguments of nodes."""
-    return {number for node in nodes for number in _numbers((node.args, node.kwargs))}
-
-
-def _numbers(arguments: Any) -> Iterator[float]:
-    found: list[float] = []
-    _mapped(arguments, lambda number: found.append(number))
-    yield from found
+    found: set[float] = set()
+    for node in nodes:
+        _mapped((node.args, node.kwargs), found.add)
+    return found

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+from copy import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from graphs import captured, region_of, sketched
 
 import mst_fx
+from mst_fx.bodies import body, stand_in
 from mst_fx.bodies.call import assembled
 from mst_fx.bodies.work import analysed
+from mst_fx.capture.lower import trace
 from mst_fx.runtime.cache_version import VERSION
 from mst_fx.runtime.loop_operator import LoopSpec
 from mst_fx.runtime.result_kinds import Outer, Sum
@@ -68,6 +72,18 @@ def test_where_only_run_time_knows_the_length_there_is_a_body_for_any():
     assert there(call) == [True, True, True, True]
     (shape,) = (node.meta["val"].shape for node in call.forward_tail.module.graph.nodes if node.name.startswith("arg0"))
     assert isinstance(shape[0], torch.SymInt)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_bodies_of_all_lengths_come_from_one_trace(monkeypatch, dynamic):
+    traces = []
+    monkeypatch.setattr(stand_in, "trace", lambda *args: traces.append(args) or trace(*args))
+    monkeypatch.setattr(body, "trace", None)
+    work = work_of(head, dynamic=dynamic)
+    graph = copy(work.stages.graph)  # no trace is known of it
+    for chunk in (3, 4, 5):
+        assert there(assembled(replace(work, stages=replace(work.stages, graph=graph)), chunk, chunk, "float32"))[0]
+    assert len(traces) == 2
 
 
 def with_logits(x, w):
