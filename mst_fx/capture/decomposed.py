@@ -28,7 +28,7 @@ from mst_fx.core.modes import Mode
 from mst_fx.core.sizes import depends_on_data, hint, is_symbolic
 from mst_fx.core.torch_private.captured import FakeTensor
 from mst_fx.core.torch_private.tracing import TorchDispatchMode
-from mst_fx.core.values import fake_value, storages_of_all, tensors_of
+from mst_fx.core.values import fake_value
 from mst_fx.ops.own_gradients import read_forward
 from mst_fx.ops.shards import OnDTensors
 
@@ -77,18 +77,12 @@ def decompose_alone(owner: GraphModule, node: Node, result: Node) -> Decomposed 
 def decompose_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, Decomposed | None]:
     """Decompose several nodes in few traces; none of them is known to write to an operand."""
     numbers = _Numbers()
-    on_numbers = [node for node in nodes if not (brings_gradients(node) or _may_write_to_two(node))]
+    on_numbers = [node for node in nodes if not brings_gradients(node)]
     if not any(map(numbers.stand_in, on_numbers)):
         return _decompose_together(owner, nodes, fake_value)
     found = _decompose_together(owner, on_numbers, numbers.value)
     on_sizes = [node for node in nodes if node not in found or _is_asked_for_sizes(found[node])]
     return found | _decompose_together(owner, on_sizes, fake_value)
-
-
-def _may_write_to_two(node: Node) -> bool:
-    """Return whether a write to one operand may be one to another as well: numbers tell nothing of shared memory."""
-    leaves = {id(leaf) for operand in operands_read(node) for leaf in tensors_of(operand)}
-    return _may_write(node) and len(storages_of_all(operands_read(node))) < len(leaves)
 
 
 class _Numbers:

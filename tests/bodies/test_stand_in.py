@@ -27,7 +27,7 @@ def of_length(module, length):
 def numbers(x):
     flat = x.reshape(-1, 2) * 0.5
     rows = torch.cat([flat, flat[:3]]).reshape(-1)
-    return torch.cat([rows, rows.new_zeros(x.shape[1])]), x.sum((0, 2)).expand(7, x.shape[1])
+    return torch.cat([rows, rows.new_zeros(x.shape[1] + 3)]), x.sum((0, 2)).expand(7, x.shape[1])
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])

@@ -210,16 +210,3 @@ def test_nodes_are_decomposed_on_numbers_but_where_sizes_are_asked_for():
     found = decompose_together(program.owner, [linear, scores, twice])
     assert [is_on_sizes(found[node]) for node in (linear, scores, twice)] == [False, True, True]
     assert aten.mm.default in ops(found[linear])
-
-
-def test_a_write_through_shared_memory_is_seen_whatever_the_sizes():
-    program, x = varying(5, 4)
-    view = program.owner.graph.placeholder("view")
-    view.meta["example_value"] = x.meta["example_value"].view(-1)
-
-    def write(x, view):
-        view.mul_(2)
-        return x + 1
-
-    written = program.call(write, x, view)
-    assert decompose_together(program.owner, [written])[written].written == {0, 1}
