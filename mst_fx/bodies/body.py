@@ -119,7 +119,7 @@ def forward_body(stages: Stages, length: int | None, *, factored: bool = True) -
         return _run_chunk(stages, merged(stages, stages.operands, chunks))
 
     kinds = [_result_kind(stages, node) for node in stages.results]
-    return _body(_Trace(stages, stages.operands, run, "forward"), kinds, length, factored)
+    return _body(_Trace(stages, stages.operands, run), kinds, length, factored)
 
 
 def gradient_body(stages: Stages, gradients: Gradients, length: int | None, *, factored: bool = True) -> Body:
@@ -161,17 +161,17 @@ class _Trace:
         stages: the stages of the region.
         inputs: operands, results, and results whose gradients it takes.
         run: computes the outputs of a chunk.
-        which: tells it from other bodies of the same stages.
+        which: the gradients that it computes; None where it computes results alone.
     """
 
     stages: Stages
     inputs: Sequence[Node]
     run: Callable[..., tuple[torch.Tensor, ...]]
-    which: Hashable
+    which: Hashable = None
 
     def at(self, length: int | None) -> GraphModule:
         """Trace it for one length, or with a symbol for all."""
-        return _in_order(trace(self.run, partial(chunk_inputs, self.stages, self.inputs), length))
+        return self._in_order(trace(self.run, partial(chunk_inputs, self.stages, self.inputs), length))
 
     def at_stand_in(self) -> GraphModule | None:
         """Trace it for all lengths, once; None where each length needs a trace of its own."""
@@ -179,16 +179,16 @@ class _Trace:
         if self.which not in known:
             literals = literals_of((*self.stages.loop, *self.stages.backward))
             module = traced_at_stand_in(self.run, partial(chunk_inputs, self.stages, self.inputs), literals)
-            known[self.which] = module and _in_order(module)
+            known[self.which] = module and self._in_order(module)
         return known[self.which]
+
+    def _in_order(self, module: GraphModule) -> GraphModule:
+        if self.which is not None:
+            products_late(module)
+        return module
 
 
 _at_stand_in: WeakKeyDictionary[Graph, dict[Hashable, GraphModule | None]] = WeakKeyDictionary()
-
-
-def _in_order(module: GraphModule) -> GraphModule:
-    products_late(module)
-    return module
 
 
 def _body(traced: _Trace, kinds: Sequence[ResultKind], length: int | None, factored: bool) -> Body:
