@@ -176,11 +176,12 @@ class _Trace:
     def at_stand_in(self) -> GraphModule | None:
         """Trace it for all lengths, once; None where each length needs a trace of its own."""
         known = _at_stand_in.setdefault(self.stages.graph, {})
-        if self.which not in known:
+        key = (self.stages.axis, *self.inputs, self.stages.results, self.which)
+        if key not in known:
             literals = literals_of((*self.stages.loop, *self.stages.backward))
             module = traced_at_stand_in(self.run, partial(chunk_inputs, self.stages, self.inputs), literals)
-            known[self.which] = module and self._in_order(module)
-        return known[self.which]
+            known[key] = module and self._in_order(module)
+        return known[key]
 
     def _in_order(self, module: GraphModule) -> GraphModule:
         if self.which is not None:
