@@ -7,7 +7,8 @@ The model has few features: nothing but the compile costs. Every compile has a p
 and the call of torch.compile to the end of the first step, forward and backward; what the compiler imports is imported
 before. Cold ones start from an empty cache directory, warm ones from what the cold one left there. "fixed" compiles for
 one length, "varying" for any (`mark_dynamic`). Seconds are those of the processors, of the process and of the compilers
-that it starts, so that others on the machine count little; the best of several. Prints a Markdown table:
+that it starts, so that others on the machine count little; methods take turns, the best of each counts. Prints a
+Markdown table:
 
 s               seconds of the compile, and the ratio to plain torch.compile
 Dynamo          capture, guards, and the step itself
@@ -177,12 +178,11 @@ def measure(layers: int, lengths: str, methods: list[str], colds: int, warms: in
     """Rows of the table for one depth."""
     found: dict[tuple[str, str], list[Compile]] = {}
     for _ in range(colds):
-        for method in methods:
-            with tempfile.TemporaryDirectory() as directory:
-                for turn in range(1 + warms):
-                    one = compile_apart(method, layers, lengths, directory)
-                    print(layers, lengths, method, one, file=sys.stderr, flush=True)
-                    found.setdefault(("warm" if turn else "cold", method), []).append(one)
+        with tempfile.TemporaryDirectory() as directory:
+            for turn, method in ((turn, method) for turn in range(1 + warms) for method in methods):
+                one = compile_apart(method, layers, lengths, os.path.join(directory, method))
+                print(layers, lengths, method, one, file=sys.stderr, flush=True)
+                found.setdefault(("warm" if turn else "cold", method), []).append(one)
     rows = []
     for start in ("cold", "warm") if warms else ("cold",):
         best = {method: min(found[start, method], key=lambda one: one.total) for method in methods}
