@@ -204,9 +204,10 @@ def is_on_sizes(decomposed):
 def test_nodes_are_decomposed_on_numbers_but_where_sizes_are_asked_for():
     program, x = varying(5, 3, 4)
     w, each = program.input(6, 4), program.input(4, 4)
-    linear = program.call(F.linear, x, w)
-    scores = program.call(lambda x: x @ x.transpose(1, 2), x)
-    twice = program.call(lambda x, each: x @ each @ each, x, each)
+    made = x.meta["example_value"]  # what a node gives is not asked for
+    linear = program.call(F.linear, x, w, made=made)
+    scores = program.call(lambda x: x @ x.transpose(1, 2), x, made=made)
+    twice = program.call(lambda x, each: x @ each @ each, x, each, made=made)
     found = decompose_together(program.owner, [linear, scores, twice])
     assert [is_on_sizes(found[node]) for node in (linear, scores, twice)] == [False, True, True]
     assert aten.mm.default in ops(found[linear])
