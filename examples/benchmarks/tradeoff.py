@@ -2,6 +2,7 @@
 
     python examples/benchmarks/tradeoff.py --json rows.json                       # a GPU: measure two layers
     python examples/benchmarks/tradeoff.py --from rows.json --plot tradeoff.png   # show what was measured
+    python examples/benchmarks/tradeoff.py --varying                              # a GPU: lengths that vary
     python examples/benchmarks/tradeoff.py --small                                # anywhere: tiny shapes, in float32
 
 A step is forward and backward of transformers' LlamaForCausalLM, random weights, batch 1, no optimizer. The methods:
@@ -10,6 +11,10 @@ A step is forward and backward of transformers' LlamaForCausalLM, random weights
     checkpointing  torch.compile, each decoder layer under activation checkpointing
     mst_fx         backend=mst_fx.backend, as planned and with the chunk lengths of --chunks
     both           mst_fx and checkpointing
+
+With --varying the methods are plain and mst_fx, each compiled for this one length and once for any, by default at one
+short length and two long ones: what a loop costs whose length is found at run time, and what one costs a short batch.
+On an H100 that takes about two minutes, of which a half is compiling.
 
 All methods of one length are compiled and warmed up, then take turns of about a second in random order (`turns.py`).
 Times are medians. "Peak" is memory above the weights in one step, gradients included; "predicted" is what mst_fx
@@ -49,19 +54,33 @@ LLAMA = PRESETS["8b-layer"]
 TINY = replace(LLAMA, hidden=64, ffn=256, heads=4, kv_heads=2, vocab=512)
 
 
-def make_step(model: PreTrainedModel, **how: Any) -> Step:
+def make_step(model: PreTrainedModel, *, varying: bool = False, **how: Any) -> Step:
     def loss_fn(input_ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=input_ids, labels=input_ids).loss
 
-    compiled = torch.compile(loss_fn, dynamic=False, **how)
+    compiled = torch.compile(loss_fn, dynamic=None if varying else False, **how)
+    marked: dict[int, torch.Tensor] = {}  # by length: the other methods take tensors without a mark
 
     def step(input_ids: torch.Tensor) -> None:
+        if varying and input_ids.shape[1] not in marked:
+            marked[input_ids.shape[1]] = input_ids.clone()
+            torch._dynamo.mark_dynamic(marked[input_ids.shape[1]], 1)
         try:
-            compiled(input_ids).backward()
+            compiled(marked.get(input_ids.shape[1], input_ids)).backward()
         finally:  # some gradients exist where backward runs out of memory
             model.zero_grad()
 
     return step
+
+
+def make_varying_steps(model: PreTrainedModel, options: dict[str, Any]) -> dict[Key, Step]:
+    """The methods without checkpointing, each for one length and for any."""
+    with_loops: dict[str, Any] = {"backend": mst_fx.backend, "options": options}
+    return {
+        (f"{method}{', any length' if varying else ''}", None): make_step(model, varying=varying, **how)
+        for method, how in (("plain", {}), ("mst_fx", with_loops))
+        for varying in (False, True)
+    }
 
 
 def make_steps(
@@ -138,7 +157,8 @@ def parse() -> argparse.Namespace:
     """The command line, with lengths and chunks that fit the shapes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny shapes")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--varying", action="store_true", help="compile for any length, too; nothing is checkpointed")
+    parser.add_argument("--layers", type=int, help="2, or 1 with --varying")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens; with --from: of those in the files")
     parser.add_argument("--chunks", type=int, nargs="*", help="chunk lengths (tokens) to try beside the plan's")
     parser.add_argument("--accumulate", choices=["float32", "native"], default="float32")
@@ -147,8 +167,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--from", nargs="+", dest="sources", metavar="FILE", help="read rows in place of measuring")
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args()
+    if args.layers is None:
+        args.layers = 1 if args.varying else 2
     if args.lengths is None and not args.sources:
-        args.lengths = [64, 128] if args.small else [2**i for i in range(9, 18)]
+        long = [512, 16384, 32768] if args.varying else [2**i for i in range(9, 18)]
+        args.lengths = [64, 128] if args.small else long
     if args.chunks is None:
         args.chunks = [16, 32] if args.small else [512, 2048, 8192]
     return args
@@ -161,7 +184,6 @@ def run(args: argparse.Namespace) -> tuple[str, list[Row]]:
     torch._dynamo.config.recompile_limit = 64  # one function, many backends
     preset = replace(TINY if args.small else LLAMA, layers=args.layers, length=max(args.lengths), dtype=dtype)
     model = build_model(preset, device).train()
-    checkpointed = with_checkpointing(model)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     options = {"strict": True, "accumulate": args.accumulate, **({"min_bytes": 0} if args.small else {})}
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -170,10 +192,13 @@ def run(args: argparse.Namespace) -> tuple[str, list[Row]]:
     how.append(f"median of {args.rounds}")
     about = ", ".join([machine, *how])
     rows: list[Row] = []
+    checkpointed = None if args.varying else with_checkpointing(model)
+    steps = make_varying_steps(model, options) if args.varying else {}
     for tokens in args.lengths:
-        torch._dynamo.reset()
         input_ids = torch.randint(preset.vocab, (1, tokens), device=device)
-        steps = make_steps(model, checkpointed, [chunk for chunk in args.chunks if chunk < tokens], options)
+        if checkpointed is not None:
+            torch._dynamo.reset()
+            steps = make_steps(model, checkpointed, [chunk for chunk in args.chunks if chunk < tokens], options)
         rows += measure(steps, input_ids, args.rounds, weights)
         print(f"{tokens} tokens measured", file=sys.stderr, flush=True)
         if args.json:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from turns import Timed, load
 
-METHODS = ("plain", "checkpointing", "mst_fx", "both")
+METHODS = ("plain", "plain, any length", "checkpointing", "mst_fx", "mst_fx, any length", "both")
 UNLOOPED = {"plain": "mst_fx", "checkpointing": "both"}
 """The method without loops, and the same with them."""
 

@@ -1,13 +1,14 @@
 """Single nodes of a captured graph -> the aten ops that each decomposes into, by itself.
 
 A trace costs milliseconds, one more op in it a fraction of one. So one trace takes all nodes, each on the values that
-were captured, and none on what another node of the trace gives.
+were captured, and none on what another node of the trace gives. A size that is only known at run time makes an op take
+several times as long, so the nodes are traced on numbers in place of sizes, but for those whose sizes are asked for.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,10 +21,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mst_fx.capture.decompositions import decompositions
 from mst_fx.capture.lower import lower, mutates, traced, tracing
 from mst_fx.capture.run_node import brings_gradients, execute, execute_with_own_gradients
-from mst_fx.core.aten_ops import is_mutable
+from mst_fx.core.aten_ops import CONTRACTIONS, ONE_PRODUCT, is_mutable
 from mst_fx.core.graph_modules import held_by, operands_read
 from mst_fx.core.graph_walk import ancestors, in_order
 from mst_fx.core.modes import Mode
+from mst_fx.core.sizes import depends_on_data, hint, is_symbolic
+from mst_fx.core.torch_private.captured import FakeTensor
 from mst_fx.core.torch_private.tracing import TorchDispatchMode
 from mst_fx.core.values import fake_value
 from mst_fx.ops.own_gradients import read_forward
@@ -72,13 +75,71 @@ def decompose_alone(owner: GraphModule, node: Node, result: Node) -> Decomposed 
 
 
 def decompose_together(owner: GraphModule, nodes: Sequence[Node]) -> dict[Node, Decomposed | None]:
-    """Decompose several nodes in one trace; none of them is known to write to an operand.
+    """Decompose several nodes in few traces; none of them is known to write to an operand."""
+    numbers = _Numbers()
+    on_numbers = [node for node in nodes if not brings_gradients(node)]
+    if not any(map(numbers.stand_in, on_numbers)):
+        return _decompose_together(owner, nodes, fake_value)
+    found = _decompose_together(owner, on_numbers, numbers.value)
+    on_sizes = [node for node in nodes if node not in found or _is_asked_for_sizes(found[node])]
+    return found | _decompose_together(owner, on_sizes, fake_value)
+
+
+class _Numbers:
+    """Values with the captured numbers in place of sizes that are only known at run time."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, Any]] = {}
+
+    def stand_in(self, node: Node) -> bool:
+        """Return whether they take the place of a node's operands."""
+        leaves = [leaf for operand in operands_read(node) for leaf in tree_leaves(fake_value(operand))]
+        return any(self._leaf(leaf) is not leaf for leaf in leaves)
+
+    def value(self, operand: Node) -> Any:
+        """Return the value of an operand."""
+        return tree_map(self._leaf, fake_value(operand))
+
+    def _leaf(self, leaf: Any) -> Any:
+        if id(leaf) not in self._known:
+            self._known[id(leaf)] = (leaf, _on_numbers(leaf))
+        return self._known[id(leaf)][1]
+
+
+def _on_numbers(leaf: Any) -> Any:
+    """Return a value at the captured sizes; as it is where it has none that vary, or depends on the data."""
+    if isinstance(leaf, torch.SymInt):
+        return leaf if depends_on_data(leaf) else hint(leaf)
+    if type(leaf) is not FakeTensor or leaf.layout != torch.strided:
+        return leaf
+    sizes = (*leaf.shape, *leaf.stride())
+    if not any(map(is_symbolic, sizes)) or any(map(depends_on_data, sizes)):
+        return leaf
+    with leaf.fake_mode:
+        value = torch.empty_strided(
+            list(map(hint, leaf.shape)), list(map(hint, leaf.stride())), dtype=leaf.dtype, device=leaf.device
+        )
+    return value.requires_grad_(leaf.requires_grad)
+
+
+def _is_asked_for_sizes(found: Decomposed | None) -> bool:
+    """Return whether a node must be decomposed on its sizes: it may hold attention, or has made a constant of one."""
+    if found is None or any(op.op == "get_attr" for op in found.ops):
+        return True
+    products = [op for op in found.ops if op.target in CONTRACTIONS]
+    return len(products) > 1 or any(op.target not in ONE_PRODUCT for op in products)
+
+
+def _decompose_together(
+    owner: GraphModule, nodes: Sequence[Node], value_of: Callable[[Node], Any]
+) -> dict[Node, Decomposed | None]:
+    """Decompose several nodes in one trace, on these values of their operands.
 
     The trace returns the tensors of the nodes one after the other, `counts` of each: 0 for a node that cannot be
     traced. A node that writes to memory of its own is decomposed once more, alone and without the writes, as a whole
     region is.
     """
-    operands = {operand: fake_value(operand) for node in nodes for operand in operands_read(node)}
+    operands = {operand: value_of(operand) for node in nodes for operand in operands_read(node)}
     things: dict[Node, Any] = {}
     for held in held_by(nodes):
         things[held] = execute(owner, held, things)

@@ -13,7 +13,8 @@ from torch.fx import GraphModule, Node
 from mst_fx.core.torch_private.captured import break_at, graph_break, is_fragment, is_in_torch
 
 _FRAME = re.compile(r'File "(?P<file>.+?)", line (?P<line>\d+), in .*\n\s*(?P<code>.*)')
-_RESUMED = re.compile(r'File "(?P<file>.+?)", line \d+, in torch_dynamo_resume_in_.+?_at_(?P<line>\d+)')
+_RESUMED_NAME = "torch_dynamo_resume_in_"
+_RESUMED = re.compile(rf'File "(?P<file>.+?)", line \d+, in {_RESUMED_NAME}.+?_at_(?P<line>\d+)')
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def borders_of(gm: GraphModule) -> Borders:
 def _break_before(gm: GraphModule) -> str:
     """Return the graph break that a graph goes on after: its line is in the name that Dynamo gives the rest."""
     stacks = (node.meta.get("stack_trace") or "" for node in gm.graph.nodes if node.op.startswith("call_"))
-    found = next((found for found in map(_RESUMED.search, stacks) if found), None)
+    resumed = filter(lambda stack: _RESUMED_NAME in stack, stacks)  # the pattern takes longer to look for
+    found = next((found for found in map(_RESUMED.search, resumed) if found), None)
     if found is None:
         return ""
     file, line = found["file"], int(found["line"])

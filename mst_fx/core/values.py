@@ -32,6 +32,8 @@ def tensors_of(node: Node) -> list[torch.Tensor]:
     Of an operator over graphs these are the tensors that somebody reads: torch 2.11 lists what it saves as well.
     """
     value = fake_value(node)
+    if isinstance(value, torch.Tensor):
+        return [value]
     values = value if isinstance(value, (tuple, list)) else [value]
     if isinstance(node.target, torch._ops.HigherOrderOperator) and values is value:
         read = {user.args[1] for user in node.users if user.target is operator.getitem}

@@ -80,6 +80,7 @@ class Reader:
         self._written: dict[Node, tuple[Node, ...]] = {}
         self._ops: dict[Node, set[object] | None] = {}
         self._views: dict[Node, bool] = {}
+        self._contractions: dict[Node, Contraction | None] = {}
         self._decomposed = decomposed_nodes(owner, {} if known is None else known)
 
     def written_by(self, node: Node) -> tuple[Node, ...]:
@@ -111,6 +112,12 @@ class Reader:
         """The nodes that let an operand lie in other memory."""
         return [node for node in self.owner.graph.nodes if rebinds(node)]
 
+    @functools.cached_property
+    def memory_written(self) -> dict[Node, set[torch.UntypedStorage]]:
+        """The nodes that write to memory, in graph order, and the memory."""
+        written = ((node, self.memory_written_by(node)) for node in self.owner.graph.nodes)
+        return {node: memory for node, memory in written if memory}
+
     def memory_written_by(self, node: Node) -> set[torch.UntypedStorage]:
         """Return the memory that a node writes to."""
         return set() if rebinds(node) else storages_of_all(self.written_by(node))
@@ -125,6 +132,11 @@ class Reader:
 
         A function with a backward of its own may hold more products: an adapter, a second projection.
         """
+        if node not in self._contractions:
+            self._contractions[node] = self._contraction(node)
+        return self._contractions[node]
+
+    def _contraction(self, node: Node) -> Contraction | None:
         decomposed = self.decomposed(node)
         if decomposed is None or not tensors_of(node):
             return None

@@ -120,8 +120,8 @@ def forbid_late_writes(reader: Reader, region: Region, around: Overwritten, *, r
 
 def written_behind(reader: Reader, position: int) -> Overwritten:
     """Return the memory that nodes after a position of the graph's order write to, and the last such node of each."""
-    nodes = (node for node in reader.owner.graph.nodes if reader.order[node] > position)
-    return {memory: node for node in nodes for memory in reader.memory_written_by(node)}
+    written = reader.memory_written.items()
+    return {each: node for node, memory in written if reader.order[node] > position for each in memory}
 
 
 def written_when_run(reader: Reader, child: Nested, around: Overwritten) -> Overwritten:

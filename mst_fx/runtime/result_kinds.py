@@ -5,6 +5,7 @@ Legend: n positions of a chunk, i and j columns, g groups of rows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeAlias
@@ -132,6 +133,7 @@ ResultKind: TypeAlias = Cat | Rows | Sum
 _KINDS: dict[str, type[Any]] = {kind.name: kind for kind in (Cat, Rows, Sum, Outer, Grouped)}
 
 
+@functools.cache
 def kind_of(literal: tuple[Any, ...]) -> ResultKind:
     """Return the kind that a literal stands for."""
     name, *values = literal

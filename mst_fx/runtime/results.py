@@ -78,7 +78,12 @@ def _views(x: torch.Tensor, axis: Axis, length: int) -> tuple[torch.Tensor, ...]
     dim, outer, inner = axis
     if outer != 1 or inner != 1:
         x = x.unflatten(dim, _factors(axis, x.shape[dim] // (outer * inner)))
-    return x.split(length, dim + (outer != 1))
+    return _split(x, length, dim + (outer != 1))
+
+
+def _split(x: torch.Tensor, length: int, dim: int = 0) -> tuple[torch.Tensor, ...]:
+    """Return the pieces of `x` as views; one that is all of it is `x`: a short batch is not to wait for the host."""
+    return (x,) if x.shape[dim] <= length else x.split(length, dim)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
@@ -159,7 +164,7 @@ class _Rows(_Allocated):
             self._whole = torch.empty(self._kind.shape(self._total), dtype=a.dtype, device=a.device)
             *leading, columns = self._whole.shape
             rows = self._whole.view(prod(leading), columns)
-            self._places = iter(rows.split(rows.shape[0] // self._total * self._length))
+            self._places = iter(_split(rows, rows.shape[0] // self._total * self._length))
         place = next(self._places)
         torch.mm(a, b, out=place)
         for _ in range(self._kind.count - 1):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_map, tree_map_only
 
 from mst_fx.capture.decomposed import decompose_alone, decompose_together
@@ -180,3 +181,33 @@ def test_a_node_that_writes_to_its_operand(program):
     found = decompose_alone(program.owner, filled_in, x)
     assert found.understood
     assert not [op for op in ops(found) if op._schema.is_mutable]
+
+
+def varying(*sizes):
+    """A graph whose input has a length that is only known at run time, captured as 5."""
+    program = Captured()
+    environment = ShapeEnv()
+    program.mode = FakeTensorMode(shape_env=environment)
+    node = program.owner.graph.placeholder("x")
+    like = torch.empty(*sizes)
+    node.meta["example_value"] = program.mode.from_tensor(
+        like, symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (len(sizes) - 1)])
+    )
+    return program, node
+
+
+def is_on_sizes(decomposed):
+    shapes = [getattr(op.meta["val"], "shape", ()) for op in decomposed.ops]
+    return any(isinstance(size, torch.SymInt) for shape in shapes for size in shape)
+
+
+def test_nodes_are_decomposed_on_numbers_but_where_sizes_are_asked_for():
+    program, x = varying(5, 3, 4)
+    w, each = program.input(6, 4), program.input(4, 4)
+    made = x.meta["example_value"]  # what a node gives is not asked for
+    linear = program.call(F.linear, x, w, made=made)
+    scores = program.call(lambda x: x @ x.transpose(1, 2), x, made=made)
+    twice = program.call(lambda x, each: x @ each @ each, x, each, made=made)
+    found = decompose_together(program.owner, [linear, scores, twice])
+    assert [is_on_sizes(found[node]) for node in (linear, scores, twice)] == [False, True, True]
+    assert aten.mm.default in ops(found[linear])
