@@ -144,6 +144,50 @@ def test_head_peak(head_inputs):
     assert peak_bytes(lambda: step(unlooped)) >= T * V * FLOAT
 
 
+class Attention(nn.Module):
+    """Eight heads, with a norm in front and rotary tables."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.register_buffer("tables", torch.randn(2, tokens, width // 8))
+
+    def rotated(self, x):
+        left, right = x.chunk(2, -1)
+        return x * self.tables[0] + torch.cat([-right, left], -1) * self.tables[1]
+
+    def forward(self, x):
+        normed = self.norm(x)
+        q, k, v = (each(normed).unflatten(-1, (8, -1)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(self.rotated(q), self.rotated(k), v, is_causal=True)
+        return x + self.out(attended.transpose(1, 2).flatten(2))
+
+
+def test_attention_peak():
+    """Queries, keys, values and their gradients, six values as large as the tokens, are those of one head in eight."""
+    tokens, width = 4096, 128
+    model, (x,) = Attention(tokens, width), tensors((1, tokens, width))
+    others = [*model.parameters(), *model.buffers(), x]
+    of_tokens, resident = tokens * width * FLOAT, sum(t.numel() * t.itemsize for t in others)
+
+    def measured(groups):
+        torch._dynamo.reset()
+        compiled = looped(lambda x: model(x).square().mean(), inner="inductor", head_groups=groups)
+
+        def step():
+            x.grad = None
+            model.zero_grad()
+            compiled(x).backward()
+
+        return peak_bytes(step)
+
+    unlooped, peak = measured(1), measured(8)
+    assert unlooped >= 10 * of_tokens
+    assert peak <= 7.7 * of_tokens
+    assert mst_fx.reports()[-1].peak == pytest.approx(peak + resident, rel=0.1)
+
+
 class Layers(nn.Module):
     """Three MLPs with a residual, in checkpointed blocks or not."""
 
