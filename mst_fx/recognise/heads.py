@@ -9,15 +9,17 @@ The stream of such a region is a weight: its rows make the heads, and the tokens
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 from torch.fx import Node
 
 from mst_fx.core.aten_ops import ATTENTIONS, PERMUTES, RESHAPES, aten
 from mst_fx.core.graph_walk import ancestors, descendants, walk
 from mst_fx.core.sizes import is_size, sure
-from mst_fx.core.values import fake_value, has_gradient, tensors_of
+from mst_fx.core.values import fake_value, has_gradient, storages_of, storages_of_all, tensors_of
 from mst_fx.placement.rules import argument
 from mst_fx.recognise.contractions import is_matrix
+from mst_fx.recognise.effects import sends_back
 from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close
 
@@ -38,7 +40,10 @@ def heads_region(reader: Reader, node: Node) -> Region | None:
     projections = _projections(reader, attention)
     if not projections:
         return _with_projections_inside(reader, attention)
-    inside = descendants(projections) & ancestors([attention], stop=projections.__contains__)
+    made_of = ancestors([attention], partial(_read_by, reader), projections.__contains__)
+    inside = descendants(projections) & made_of
+    written = set().union(*map(reader.memory_written_by, inside))  # `k = empty(..); k[..., :8] = x`
+    inside |= {each for each in made_of if each.op.startswith("call_") and not written.isdisjoint(storages_of(each))}
     behind = _views(reader, attention)
     shared = _shares_all_keys(reader, attention)  # by all queries, which make the heads then
     by_size = sorted(projections, key=lambda each: (reader.numel(each), reader.order[each]))
@@ -91,14 +96,17 @@ def attention_of(reader: Reader, node: Node) -> Node | None:
 
 
 def _is_of_products(reader: Reader, softmax: Node) -> bool:
-    """Return whether a softmax reads products of two activations, which were scaled, masked or capped since."""
-    node = softmax
-    while node is softmax or not reader.multiplies(node):
-        operands = [operand for operand in reader.tensor_operands(node) if has_gradient(operand)]
-        if len(operands) != 1:
-            return False
-        (node,) = operands
-    return not _projects(reader, node)
+    """Return whether a softmax reads products of two activations, which were scaled, masked or capped since.
+
+    More may have been added, or set beside them: a learnt bias, products with positions, a score that no key has.
+    """
+
+    def operands(node: Node) -> list[Node]:
+        is_product = node is not softmax and reader.multiplies(node)
+        return [] if is_product else [each for each in reader.tensor_operands(node) if has_gradient(each)]
+
+    reached = walk([softmax], operands)
+    return any(node is not softmax and reader.multiplies(node) and not _projects(reader, node) for node in reached)
 
 
 def _projects(reader: Reader, node: Node) -> bool:
@@ -114,18 +122,32 @@ def _shares_all_keys(reader: Reader, attention: Node) -> bool:
 
 
 def _projections(reader: Reader, attention: Node) -> set[Node]:
-    """Return the nearest contractions with weights that attention's operands are made of, if gradients pass them."""
+    """Return the nearest contractions with weights that attention's operands are made of, if gradients pass them.
+
+    Another contraction may read what one of them gives (keys made of a latent, beside a key that all heads share): then
+    that one makes no heads, and stays outside.
+    """
     found = set()
 
     def operands(node: Node) -> list[Node]:
         if node is not attention and _projects(reader, node):
             found.add(node)
             return []
-        return [operand for operand in reader.tensor_operands(node) if has_gradient(operand)]
+        return [each for each in _read_by(reader, node) if sends_back(each)]
 
     for _ in walk([attention], operands):
         pass
-    return found
+    first = min((reader.order[each] for each in found), default=0)
+    read = {operand for each in found for operand in each.all_input_nodes}
+    return found - ancestors(read, stop=lambda each: reader.order[each] < first)
+
+
+def _read_by(reader: Reader, node: Node) -> list[Node]:
+    """Return the operands of a node that are tensors, and the nodes before it that have written to their memory."""
+    operands = reader.tensor_operands(node)
+    memory, place = storages_of_all(operands), reader.order[node]
+    writers = (each for some in map(reader.writers.get, memory) for each in some or ())
+    return [*operands, *(each for each in writers if reader.order[each] < place)]
 
 
 def _joined(reader: Reader, heads: Node) -> set[Node]:

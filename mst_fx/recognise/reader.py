@@ -122,6 +122,15 @@ class Reader:
         """Return the memory that a node writes to."""
         return set() if rebinds(node) else storages_of_all(self.written_by(node))
 
+    @functools.cached_property
+    def writers(self) -> dict[torch.UntypedStorage, list[Node]]:
+        """The nodes that write to each memory, in graph order."""
+        found: dict[torch.UntypedStorage, list[Node]] = {}
+        for node in self.owner.graph.nodes:
+            for memory in self.memory_written_by(node):
+                found.setdefault(memory, []).append(node)
+        return found
+
     def decomposed(self, node: Node) -> Decomposed | None:
         """Return the aten ops of a node; None where it has none (no fake values, a data-dependent op, ...)."""
         found = self._decomposed.get(node)

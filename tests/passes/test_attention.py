@@ -54,8 +54,8 @@ class Attention(nn.Module):
         self.register_buffer("seen", (torch.rand(B, 1, T, T) > 0.3) | torch.eye(T, dtype=torch.bool))
         self.register_buffer("tables", torch.randn(2, 1, 1, 2 * T, E))
 
-    def of(self, x, q, k, v):
-        return (heads(F.linear(x, w), w.shape[0] // E) for w in (q, k, v))
+    def of(self, x, *weights):
+        return (heads(F.linear(x, w), w.shape[0] // E) for w in weights)
 
     def out(self, y):
         return F.linear(joined(y), self.o)
@@ -132,6 +132,19 @@ class Attention(nn.Module):
         scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
         return self.out(scores.softmax(-1) @ v)
 
+    def by_hand_with_a_sink(self, x):
+        q, k, v = self.of(x, self.q, self.k, self.v)
+        scores = torch.cat([q @ k.transpose(-1, -2), self.bias[..., :1].expand(B, H, T, 1)], -1)
+        return self.out((scores - scores.amax(-1, keepdim=True)).softmax(-1)[..., :-1] @ v)
+
+    def latent_keys(self, x):
+        latent = F.linear(x, self.down)
+        q, v = self.of(x, self.q, self.v)
+        k = x.new_empty(B, H, T, E)
+        k[..., :2].copy_(heads(F.linear(latent, self.up), H)[..., 1:3])
+        k[..., 2:].copy_(latent[:, None].expand(B, H, T, 2))
+        return self.out(attend(q, k, v))
+
     def normed_across_heads(self, x):
         q, k = (F.rms_norm(F.linear(x, w), (H * E,), self.wide_scale) for w in (self.q, self.k))
         return self.out(attend(heads(q, H), heads(k, H), heads(F.linear(x, self.v), H)))
@@ -141,6 +154,7 @@ GROUPS = {
     **dict.fromkeys(("rotary", "repeated_keys", "normed_heads", "sliced"), G),
     **dict.fromkeys(("shared_key", "split", "unbound", "interleaved", "products", "einsums", "across", "masked"), H),
     **dict.fromkeys(("with_slopes", "with_learnt_bias", "adapted", "gated", "by_hand"), H),
+    **dict.fromkeys(("by_hand_with_a_sink", "latent_keys"), H),
 }
 
 
