@@ -185,12 +185,16 @@ def _sum_of_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _decompose_lift(x: torch.Tensor) -> Any:
-    """Make a number in a trace (the 0 of `x[mask] = 0`) where it is read: a graph holds no constant tensor then."""
-    if is_fake(x) or x.dim() or is_wrapper(x):
+    """Make the numbers of a trace (the 0 of `x[mask] = 0`, the list of `x[[0, 2]]`) where they are read.
+
+    A graph holds no constant tensor then.
+    """
+    if is_fake(x) or is_wrapper(x):
         return aten.alias.default(x)
     with without_dispatch_modes():
-        number = x.item()
-    return torch.full((), number, dtype=x.dtype, device=x.device)
+        numbers = x.flatten().tolist()
+    made = [torch.full((), number, dtype=x.dtype, device=x.device) for number in numbers]
+    return torch.stack(made).view(x.shape) if x.dim() and made else made[0] if made else x.new_empty(x.shape)
 
 
 def _decompose_sgn(x: torch.Tensor) -> Any:

@@ -46,15 +46,17 @@ def heads_region(reader: Reader, node: Node) -> Region | None:
     inside |= {each for each in made_of if each.op.startswith("call_") and not written.isdisjoint(storages_of(each))}
     behind = _views(reader, attention)
     shared = _shares_all_keys(reader, attention)  # by all queries, which make the heads then
-    by_size = sorted(projections, key=lambda each: (reader.numel(each), reader.order[each]))
-    contraction = reader.contraction(by_size[-1 if shared else 0])
-    assert contraction is not None
-    nodes = {*projections, *inside, attention, *behind}
-    region = close(reader, with_sizes(nodes), contraction.weight, over="heads")
+    by_size = sorted(projections, key=lambda each: (reader.numel(each), reader.order[each]), reverse=not shared)
+    nodes = with_sizes({*projections, *inside, attention, *behind})
     joined = _joined(reader, (attention, *behind)[-1])
-    if not joined:
-        return region
-    return close(reader, with_sizes(nodes | joined), contraction.weight, smaller=region, over="heads")
+    region: Region | None = None
+    for projection in dict.fromkeys((by_size[0], by_size[-1])):  # the keys' heads, where the queries do not share one
+        contraction = reader.contraction(projection)
+        assert contraction is not None
+        region = close(reader, nodes, contraction.weight, smaller=region, over="heads")
+        if joined:
+            region = close(reader, with_sizes(nodes | joined), contraction.weight, smaller=region, over="heads")
+    return region
 
 
 def _with_projections_inside(reader: Reader, attention: Node) -> Region | None:

@@ -145,6 +145,14 @@ class Attention(nn.Module):
         k[..., 2:].copy_(latent[:, None].expand(B, H, T, 2))
         return self.out(attend(q, k, v))
 
+    def listed(self, x):
+        z = F.linear(x, self.qkv, self.qkv_bias).view(B, T, H, 3, E)
+        return self.out(attend(*(z[..., index, :].squeeze(3).transpose(1, 2) for index in ([0], [1], [-1]))))
+
+    def repeated_key(self, x):
+        q, k, v = self.of(x, self.q, self.k1, self.v1)
+        return self.out(attend(q, k.expand(B, H, T, E).contiguous(), v.expand(B, H, T, E).contiguous()))
+
     def normed_across_heads(self, x):
         q, k = (F.rms_norm(F.linear(x, w), (H * E,), self.wide_scale) for w in (self.q, self.k))
         return self.out(attend(heads(q, H), heads(k, H), heads(F.linear(x, self.v), H)))
@@ -154,7 +162,7 @@ GROUPS = {
     **dict.fromkeys(("rotary", "repeated_keys", "normed_heads", "sliced"), G),
     **dict.fromkeys(("shared_key", "split", "unbound", "interleaved", "products", "einsums", "across", "masked"), H),
     **dict.fromkeys(("with_slopes", "with_learnt_bias", "adapted", "gated", "by_hand"), H),
-    **dict.fromkeys(("by_hand_with_a_sink", "latent_keys"), H),
+    **dict.fromkeys(("by_hand_with_a_sink", "latent_keys", "listed", "repeated_key"), H),
 }
 
 
