@@ -194,7 +194,9 @@ def _decompose_lift(x: torch.Tensor) -> Any:
     with without_dispatch_modes():
         numbers = x.flatten().tolist()
     made = [torch.full((), number, dtype=x.dtype, device=x.device) for number in numbers]
-    return torch.stack(made).view(x.shape) if x.dim() and made else made[0] if made else x.new_empty(x.shape)
+    if not x.dim():
+        return made[0]
+    return torch.stack(made).view(x.shape) if made else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _decompose_sgn(x: torch.Tensor) -> Any:

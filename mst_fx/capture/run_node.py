@@ -28,8 +28,6 @@ def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
     args, kwargs = map_arg((node.args, node.kwargs), lambda operand: env[operand])
     if node.target is operator.setitem and isinstance(args[2], int | float):
         args = (*args[:2], torch.full((), args[2], dtype=args[0].dtype, device=args[0].device))
-    if node.target is operator.getitem and (slices := _slices_for(args[1])) is not None:
-        return args[0][slices].clone()
     if node.op == "call_function":
         function: Any = node.target
         return function(*args, **kwargs)
@@ -41,20 +39,6 @@ def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
     if isinstance(held, GraphModule):
         return held
     raise ValueError(f"cannot run {node.op} {node.target}")
-
-
-def _slices_for(index: Any) -> tuple[Any, ...] | None:
-    """Return slices that pick what an index with one list of numbers does (`x[..., [-1], :]`), if these count up."""
-    entries = index if isinstance(index, tuple) else (index,)
-    lists = [entry for entry in entries if isinstance(entry, list)]
-    if len(lists) != 1 or any(isinstance(entry, torch.Tensor) for entry in entries) or not lists[0]:
-        return None
-    numbers, first = lists[0], lists[0][0]
-    counts_up = all(type(each) is int for each in numbers) and numbers == [*range(first, first + len(numbers))]
-    if not counts_up or first < 0 <= numbers[-1]:
-        return None
-    picked = slice(first, numbers[-1] + 1 or None)
-    return tuple(picked if isinstance(entry, list) else entry for entry in entries)
 
 
 def execute_unrecorded(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
