@@ -28,7 +28,7 @@ from mst_fx.core.torch_private.captured import FakeTensor
 from mst_fx.core.torch_private.collectives import is_collective
 from mst_fx.core.torch_private.symbols import ShapeEnv
 from mst_fx.core.torch_private.tracing import FakeTensorMode, enable_python_dispatcher, make_fx
-from mst_fx.core.values import fake_value
+from mst_fx.core.values import fake_value, has_gradient
 from mst_fx.ops.overwritten import WithoutWrites
 from mst_fx.ops.own_gradients import only_for_gradients
 
@@ -65,6 +65,8 @@ def lower(
     def run(*values: Any) -> list[Any]:
         env = dict(zip(live_ins, values, strict=True))
         for node in nodes:
+            if node.target is torch.nn.functional.scaled_dot_product_attention:
+                _require_gradients(node, env)
             with set_current_meta(node), under(modes[node].autocast):  # each aten op records the user's line
                 env[node] = _runner(node, modes[node], recorded)(owner, node, env)
         return [env[node] for node in outputs]
@@ -80,6 +82,16 @@ def lower(
     _merge_backward(lowered.graph)
     _drop_unread(lowered)
     return lowered
+
+
+def _require_gradients(node: Node, env: Mapping[Node, Any]) -> None:
+    """Let the operands need a gradient where the captured ones do: some kernels of attention give none for its mask.
+
+    A value that was made in the trace, which has no gradients, does not need one.
+    """
+    for operand in node.all_input_nodes:
+        if has_gradient(operand):
+            env[operand].requires_grad_()
 
 
 def _merge_backward(graph: Graph) -> None:

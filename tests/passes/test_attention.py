@@ -117,6 +117,10 @@ class Attention(nn.Module):
     def with_learnt_bias(self, x):
         return self.out(attend(*self.of(x, self.q, self.k, self.v), attn_mask=self.bias))
 
+    def with_products_as_bias(self, x):
+        q, k, v = self.of(x, self.q, self.k, self.v)
+        return self.out(attend(q, k, v, attn_mask=q @ k.transpose(-1, -2)))
+
     def adapted(self, x):
         q, k, v = self.of(x, self.q, self.k, self.v)
         q = q + heads(F.linear(F.linear(x, self.down), self.up), H)
@@ -162,7 +166,7 @@ GROUPS = {
     **dict.fromkeys(("rotary", "repeated_keys", "normed_heads", "sliced"), G),
     **dict.fromkeys(("shared_key", "split", "unbound", "interleaved", "products", "einsums", "across", "masked"), H),
     **dict.fromkeys(("with_slopes", "with_learnt_bias", "adapted", "gated", "by_hand"), H),
-    **dict.fromkeys(("by_hand_with_a_sink", "latent_keys", "listed", "repeated_key"), H),
+    **dict.fromkeys(("by_hand_with_a_sink", "latent_keys", "listed", "repeated_key", "with_products_as_bias"), H),
 }
 
 
