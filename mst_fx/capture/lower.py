@@ -7,7 +7,7 @@ detach nodes, and makes writes to values of the region itself out-of-place.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -65,9 +65,8 @@ def lower(
     def run(*values: Any) -> list[Any]:
         env = dict(zip(live_ins, values, strict=True))
         for node in nodes:
-            if node.target is torch.nn.functional.scaled_dot_product_attention:
-                _require_gradients(node, env)
-            with set_current_meta(node), under(modes[node].autocast):  # each aten op records the user's line
+            line, autocast, grad = set_current_meta(node), under(modes[node].autocast), _gradients_at(node, env)
+            with line, autocast, grad:  # each aten op records the user's line
                 env[node] = _runner(node, modes[node], recorded)(owner, node, env)
         return [env[node] for node in outputs]
 
@@ -84,14 +83,18 @@ def lower(
     return lowered
 
 
-def _require_gradients(node: Node, env: Mapping[Node, Any]) -> None:
-    """Let the operands need a gradient where the captured ones do: some kernels of attention give none for its mask.
+def _gradients_at(node: Node, env: Mapping[Node, Any]) -> AbstractContextManager[Any]:
+    """Return the grad mode of attention: some kernels give no gradient for a mask, so torch has to know of it.
 
-    A value that was made in the trace, which has no gradients, does not need one.
+    A value that was made in the trace, which has no gradients, does not need one; nor does a cast that autocast makes.
     """
-    for operand in node.all_input_nodes:
-        if has_gradient(operand):
-            env[operand].requires_grad_()
+    if node.target is not torch.nn.functional.scaled_dot_product_attention:
+        return nullcontext()
+    mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
+    if not isinstance(mask, Node) or not has_gradient(mask):
+        return nullcontext()
+    env[mask].requires_grad_()
+    return torch.enable_grad()
 
 
 def _merge_backward(graph: Graph) -> None:
