@@ -279,12 +279,18 @@ def test_queries_keys_and_values_are_not_saved():
     assert saved_bytes(lambda: plain(x).sum(), known) >= rows * (2 * H * E + 2 * G * E)
 
 
-def test_one_compile_for_all_lengths():
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_one_compile_for_all_lengths(checkpointed):
+    """In a checkpointed block, values are asked for their sizes."""
     model = Attention().double()
-    run, before = compiled(model, "rotary", inner="aot_eager", dynamic=True), len(mst_fx.reports())
+    model.run = (lambda x: checkpoint(model.rotary, x, use_reentrant=False)) if checkpointed else model.rotary
+    run, before = compiled(model, "run", inner="aot_eager", dynamic=True), len(mst_fx.reports())
     for length in (6, 5, 3):
         x, upstream = (torch.randn(B, length, D, dtype=torch.float64, requires_grad=True) for _ in range(2))
         torch._dynamo.mark_dynamic(x, 1, min=2, max=2 * T - 1)
         for a, b in zip(gradients(run, model, x, upstream), gradients(model.rotary, model, x, upstream), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
-    assert len(mst_fx.reports()) == before + 1
+    (report,) = mst_fx.reports()[before:]
+    (region,) = report.regions
+    assert region.backward == "recompute"
+    assert "o)" in region.source  # up to the product behind attention
