@@ -169,6 +169,15 @@ def test_gradients_are_those_of_the_program(program):
     assert region.axis == f"heads ({GROUPS[program]} of the keys)"
 
 
+@pytest.mark.parametrize("program", ["rotary", "unbound"])
+def test_the_product_behind_attention_belongs_to_the_region(program):
+    """With a bias or without: its source line is that of the region."""
+    model = Attention()
+    compiled(model, program)(torch.randn(B, T, D, requires_grad=True))
+    (region,) = mst_fx.reports()[-1].regions
+    assert "F.linear(joined(" in region.source
+
+
 def test_a_norm_over_all_heads_is_refused():
     model = Attention()
     compiled(model, "normed_across_heads")(torch.randn(B, T, D))
