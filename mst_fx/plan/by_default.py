@@ -48,13 +48,14 @@ def worth_it(choices: Choices) -> State:
 def _worth_looping(choices: Choices, lengths: Sequence[Lengths]) -> State:
     """Loop what recomputes nothing, if that saves memory; loop the rest where it is a real share of the peak.
 
-    Attention is judged by itself, as its loops cost most for what they save.
+    Attention is judged by itself, as its loops cost most for what they save; all heads at once are no reason to loop.
     """
+    is_whole = choices.is_one_chunk
     state = more = choices.looped((n for n in choices.candidates if choices.must_be_looped(n)), lengths)
     for share, kind in ((NO_RECOMPUTE_SHARE, "free"), (REAL_SHARE, "tokens"), (REAL_SHARE, "heads")):
         before = choices.peak(state)
         large = [n for n in choices.candidates if more[n] is None and _own_bytes(choices, n) >= OWN_SHARE * before]
-        chosen = [n for n in large if _kind(choices.offers[n]) == kind]
+        chosen = [n for n in large if _kind(choices.offers[n]) == kind and not (kind == "heads" and is_whole(n))]
         more = _without_harm(choices, changed(more, {n: lengths[n] for n in chosen}), chosen)
         state = more if before - choices.peak(more) >= share * before else state
     return state
