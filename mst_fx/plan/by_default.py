@@ -53,7 +53,7 @@ def _worth_looping(choices: Choices, lengths: Sequence[Lengths]) -> State:
     is_whole = choices.is_one_chunk
     state = more = choices.looped((n for n in choices.candidates if choices.must_be_looped(n)), lengths)
     for share, kind in ((NO_RECOMPUTE_SHARE, "free"), (REAL_SHARE, "tokens"), (REAL_SHARE, "heads")):
-        before = choices.peak(state)
+        before, more = choices.peak(state), state if kind == "heads" else more
         large = [n for n in choices.candidates if more[n] is None and _own_bytes(choices, n) >= OWN_SHARE * before]
         chosen = [n for n in large if _kind(choices.offers[n]) == kind and not (kind == "heads" and is_whole(n))]
         more = _without_harm(choices, changed(more, {n: lengths[n] for n in chosen}), chosen)

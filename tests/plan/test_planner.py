@@ -187,6 +187,7 @@ def test_attention_is_looped_where_it_takes_a_tenth_itself():
     assert decided(over_heads(99_999, repeated=True)) == [False]
     assert decided(saving(200_000), over_heads(80_000)) == [True, True]
     assert decided(saving(200_000), over_heads(79_999)) == [True, False]
+    assert decided(saving(60_000), over_heads(60_000)) == [False, False]
 
 
 def test_attention_that_would_be_one_group_is_left_alone():
