@@ -30,6 +30,7 @@ def outcomes(flags: list[tuple[str, ...]], rows: list[str]) -> tuple[list[dict[s
 def methods(rows: list[str]) -> dict[tuple[str, str], float]:
     """The largest error of loss and gradients of each method of examples/benchmarks/fsdp.py, in some of its rows."""
     sys.path.append(str(Path(train_lm.__file__).parent / "benchmarks"))
+    import eager_recipe
     import fsdp
     import fsdp_methods
 
@@ -38,7 +39,7 @@ def methods(rows: list[str]) -> dict[tuple[str, str], float]:
         way = fsdp.WAYS[row]
         ranks = train_fsdp.Ranks.of(DEVICE, way, 2 if way else 1)
         preset = replace(fsdp.TINY, layers=1, length=64)
-        with mock.patch.object(fsdp_methods, "MLP_TILE", 20), mock.patch.object(fsdp_methods, "LOSS_CHUNK", 10):
+        with mock.patch.object(eager_recipe, "MLP_TILE", 20), mock.patch.object(eager_recipe, "LOSS_CHUNK", 10):
             with mock.patch.object(torch, "compile", partial(without_inductor, torch.compile)):
                 model = fsdp_methods.Sharded(preset, DEVICE, ranks, dynamic=False, chunk_tokens=16)
             for method in fsdp.METHODS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mst_fx.bodies import body
+from mst_fx.bodies import chunk
 
 
 def assert_verified(report, regions):
@@ -14,9 +14,9 @@ def assert_verified(report, regions):
 
 def wrong_body(monkeypatch):
     """The SiLU of a mini-sequence is too large by a tenth."""
-    right = body.run_resized
+    right = chunk.run_resized
 
     def run(node, *args):
         return right(node, *args) * (1.1 if node.target == torch.ops.aten.silu.default else 1)
 
-    monkeypatch.setattr(body, "run_resized", run)
+    monkeypatch.setattr(chunk, "run_resized", run)

@@ -6,10 +6,11 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from mst_fx.plan.choices import REAL_SHARE, Choices, State, changed
 from mst_fx.plan.chunk_length import Lengths, longer
+from mst_fx.plan.offer import Offer
 
 NO_RECOMPUTE_SHARE = 0.02
-"""All loops that recompute nothing have to take at least this share off the peak of a step, all others REAL_SHARE.
-These are choices."""
+"""All loops that recompute nothing have to take at least this share off the peak of a step, the others REAL_SHARE:
+those over tokens together, and then those over heads. These are choices."""
 OWN_SHARE = 0.004
 """Each of them holds at least this share of the peak: 25 of the smallest that count make REAL_SHARE. This is a choice;
 no measurement of it is on record."""
@@ -45,15 +46,23 @@ def worth_it(choices: Choices) -> State:
 
 
 def _worth_looping(choices: Choices, lengths: Sequence[Lengths]) -> State:
-    """Loop what recomputes nothing, if that saves memory; loop the rest where it is a real share of the peak."""
+    """Loop what recomputes nothing, if that saves memory; loop the rest where it is a real share of the peak.
+
+    Attention is judged by itself, as its loops cost most for what they save; all heads at once are no reason to loop.
+    """
+    is_whole = choices.is_one_chunk
     state = more = choices.looped((n for n in choices.candidates if choices.must_be_looped(n)), lengths)
-    for share, recomputes in ((NO_RECOMPUTE_SHARE, False), (REAL_SHARE, True)):
-        before = choices.peak(state)
+    for share, kind in ((NO_RECOMPUTE_SHARE, "free"), (REAL_SHARE, "tokens"), (REAL_SHARE, "heads")):
+        before, more = choices.peak(state), state if kind == "heads" else more
         large = [n for n in choices.candidates if more[n] is None and _own_bytes(choices, n) >= OWN_SHARE * before]
-        chosen = [n for n in large if choices.offers[n].recomputes is recomputes]
+        chosen = [n for n in large if _kind(choices.offers[n]) == kind and not (kind == "heads" and is_whole(n))]
         more = _without_harm(choices, changed(more, {n: lengths[n] for n in chosen}), chosen)
         state = more if before - choices.peak(more) >= share * before else state
     return state
+
+
+def _kind(offer: Offer) -> str:
+    return offer.extent.over if offer.recomputes else "free"
 
 
 def _is_cheap(choices: Choices, finer: State, state: State) -> bool:

@@ -130,8 +130,6 @@ def several(terms: Terms, *, demanded: bool) -> Lengths:
 def in_chunks(terms: Terms, count: int) -> Lengths:
     """Return the length of so many chunks; the default where the user fixes it, or where products get too few rows."""
     lengths, extent = terms.lengths, terms.extent
-    if extent.over == "heads":
-        return lengths if terms.wish.fixes_length else _alike(default_group(extent, Wish(num_chunks=count)))
     length = _even(extent, -(-extent.length // count))
     if terms.wish.fixes_length or length * extent.tokens_per_position < LEAST_ROWS * extent.sharing:
         return lengths

@@ -120,9 +120,10 @@ def _advice(choices: Choices, number: int) -> str:
 def leaner(choices: Choices, state: State) -> str:
     """Return what shorter chunks would save and cost, "" where they take no real share off the peak."""
     option, peak, least, added = "", choices.peak(state), choices.peak(state), 0.0
+    over_heads = {n: lengths for n, lengths in enumerate(state) if choices.offers[n].extent.over == "heads"}
     for count in COUNTS:
         lengths = [in_chunks(offer.terms, count) for offer in choices.offers]
-        finer = choices.looped(choices.candidates, lengths)
+        finer = changed(choices.looped(choices.candidates, lengths), over_heads)  # whose number is another option
         if choices.peak(finer) < least:
             option, least = f"num_chunks={count}", choices.peak(finer)
             added = choices.time(finer) - choices.time(state)

@@ -157,6 +157,11 @@ class Attention(nn.Module):
         q, k, v = self.of(x, self.q, self.k1, self.v1)
         return self.out(attend(q, k.expand(B, H, T, E).contiguous(), v.expand(B, H, T, E).contiguous()))
 
+    def left_over(self, x):
+        z = F.linear(x, self.qkv)
+        q, k, v = z[..., : G * E], z[..., G * E : 2 * G * E], z[..., 2 * G * E : 3 * G * E]
+        return joined(attend(heads(q, G), heads(k, G), heads(v, G), is_causal=True))
+
     def normed_across_heads(self, x):
         q, k = (F.rms_norm(F.linear(x, w), (H * E,), self.wide_scale) for w in (self.q, self.k))
         return self.out(attend(heads(q, H), heads(k, H), heads(F.linear(x, self.v), H)))
@@ -195,9 +200,20 @@ def test_gradients_are_those_of_the_program(program):
     assert region.axis == f"heads ({GROUPS[program]} of the keys)"
 
 
-def test_a_norm_over_all_heads_is_refused():
+@pytest.mark.parametrize("program", ["rotary", "unbound"])
+def test_the_product_behind_attention_belongs_to_the_region(program):
+    """With a bias or without: its source line is that of the region."""
     model = Attention()
-    compiled(model, "normed_across_heads")(torch.randn(B, T, D))
+    compiled(model, program)(torch.randn(B, T, D, requires_grad=True))
+    (region,) = mst_fx.reports()[-1].regions
+    assert "F.linear(joined(" in region.source
+
+
+@pytest.mark.parametrize("program", ["normed_across_heads", "left_over"])
+def test_heads_that_are_not_apart_are_refused(program):
+    """A norm over all heads; a projection that makes more than is read, and so cannot be parted."""
+    model = Attention()
+    compiled(model, program)(torch.randn(B, T, D))
     report = mst_fx.reports()[-1]
     assert not report.regions
     (refusal,) = report.refusals
@@ -305,12 +321,18 @@ def test_queries_keys_and_values_are_not_saved():
     assert saved_bytes(lambda: plain(x).sum(), known) >= rows * (2 * H * E + 2 * G * E)
 
 
-def test_one_compile_for_all_lengths():
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_one_compile_for_all_lengths(checkpointed):
+    """In a checkpointed block, values are asked for their sizes."""
     model = Attention().double()
-    run, before = compiled(model, "rotary", inner="aot_eager", dynamic=True), len(mst_fx.reports())
+    model.run = (lambda x: checkpoint(model.rotary, x, use_reentrant=False)) if checkpointed else model.rotary
+    run, before = compiled(model, "run", inner="aot_eager", dynamic=True), len(mst_fx.reports())
     for length in (6, 5, 3):
         x, upstream = (torch.randn(B, length, D, dtype=torch.float64, requires_grad=True) for _ in range(2))
         torch._dynamo.mark_dynamic(x, 1, min=2, max=2 * T - 1)
         for a, b in zip(gradients(run, model, x, upstream), gradients(model.rotary, model, x, upstream), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
-    assert len(mst_fx.reports()) == before + 1
+    (report,) = mst_fx.reports()[before:]
+    (region,) = report.regions
+    assert region.backward == "recompute"
+    assert "o)" in region.source  # up to the product behind attention

@@ -127,3 +127,17 @@ def test_sizes_that_have_to_be_made_equal_first_are_told():
     with pytest.raises(Unequal) as unequal:
         of_sizes(lambda x, w, labels: (x @ w) * labels[..., None], (2, "3", 8), (8, 16), (2, "3"))
     assert unequal.value.node.name == "arg2_1"
+
+
+def test_a_weight_is_not_split_where_products_wait_for_its_sum():
+    """Of a weight as the stream: what it makes of whole tokens would add up before the next product."""
+
+    def softmaxed(w, x, v):
+        return (x @ w).softmax(-1) @ v
+
+    module = aten_graph(Call(softmaxed, [values(8, 4), values(5, 8), values(4, 3)]))
+    weight, *_ = placeholders(module)
+    assert choose_axis(module.graph, weight).axis == Split(0)
+    with pytest.raises(Refusal) as refusal:
+        choose_axis(module.graph, weight, tokens_whole=True)
+    assert refusal.value.reason == Reason.AXIS_MIXED

@@ -173,6 +173,27 @@ def test_each_looped_region_has_a_part_of_its_own_in_the_peak():
     assert decided(saving(200_000), saving(3_999)) == [True, False]
 
 
+def over_heads(count: int, *, repeated: bool = False, widest: int = 2**26) -> InModule:
+    """The same for attention of eight heads, which projects once more in backward, also in a checkpointed block."""
+    region = saving(count)
+    extent = Extent(8, False, 32768, widest, over="heads")
+    terms = terms_of(extent, Wish(), "float32", recomputes=True)
+    return replace(region, terms=terms, cost=replace(region.cost, once_more=True), repeated=repeated)
+
+
+def test_attention_is_looped_where_it_takes_a_tenth_itself():
+    assert decided(over_heads(100_000)) == [True]
+    assert decided(over_heads(99_999)) == [False]
+    assert decided(over_heads(99_999, repeated=True)) == [False]
+    assert decided(saving(200_000), over_heads(80_000)) == [True, True]
+    assert decided(saving(200_000), over_heads(79_999)) == [True, False]
+    assert decided(saving(60_000), over_heads(60_000)) == [False, False]
+
+
+def test_attention_that_would_be_one_group_is_left_alone():
+    assert decided(over_heads(500_000, widest=2**19)) == [False]
+
+
 def test_small_regions_are_left_alone():
     offers, timeline = llama(32768, 2)
     offers[0] = replace(offers[0], memory=replace(offers[0].memory, written=63 * 2**20))
