@@ -24,7 +24,7 @@ from mst_fx.capture.run_node import brings_gradients, execute, execute_with_own_
 from mst_fx.core.aten_ops import CONTRACTIONS, ONE_PRODUCT, is_mutable
 from mst_fx.core.graph_modules import held_by, operands_read
 from mst_fx.core.graph_walk import ancestors, in_order
-from mst_fx.core.modes import Mode
+from mst_fx.core.modes import TOP, Mode
 from mst_fx.core.sizes import depends_on_data, hint, is_symbolic
 from mst_fx.core.torch_private.captured import FakeTensor
 from mst_fx.core.torch_private.tracing import TorchDispatchMode
@@ -54,17 +54,18 @@ class Decomposed:
     understood: bool = True
 
 
-def decompose_alone(owner: GraphModule, node: Node, result: Node) -> Decomposed | None:
+def decompose_alone(owner: GraphModule, node: Node, result: Node, mode: Mode = TOP) -> Decomposed | None:
     """Decompose one node; None where it cannot be traced.
 
     Args:
         owner: the module that holds the node's graph.
         node: the node; it may write to an operand.
         result: the node itself, or the operand that it writes to if it has no value of its own.
+        mode: that the node runs in.
     """
     try:
         nodes, operands = [*held_by([node]), node], operands_read(node)
-        lowered = lower(owner, nodes, operands, [result], dict.fromkeys(nodes, Mode()), gathers=False)
+        lowered = lower(owner, nodes, operands, [result], dict.fromkeys(nodes, mode), gathers=False)
     except Exception as error:  # the user's op may do anything
         log.debug("mst_fx: %s is not understood: %s", node, error)
         return None

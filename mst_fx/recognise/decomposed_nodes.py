@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch.fx import GraphModule, Node
@@ -11,6 +11,7 @@ from mst_fx.capture.decomposed import Decomposed, decompose_alone, decompose_tog
 from mst_fx.capture.fingerprint import likeness_of_node
 from mst_fx.capture.run_node import is_custom_function
 from mst_fx.core.graph_modules import operands_read
+from mst_fx.core.modes import Mode
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.torch_private.captured import is_transformed
@@ -24,12 +25,15 @@ MOVES_SHARDS = ("from_local", "redistribute", "to_local", "full_tensor")
 """What makes DTensors, or plain tensors of them, and computes nothing; by the names that DTensors have for it."""
 
 
-def decomposed_nodes(owner: GraphModule, known: dict[Hashable, Decomposed | None]) -> dict[Node, Decomposed | None]:
+def decomposed_nodes(
+    owner: GraphModule, known: dict[Hashable, Decomposed | None], modes: Mapping[Node, Mode] | None = None
+) -> dict[Node, Decomposed | None]:
     """Return the aten ops of each node that may be decomposed; None for a node that was tried in vain.
 
     Args:
         owner: the module that holds the graph.
         known: earlier decompositions, by the kind of node; one node of each missing kind is decomposed and added.
+        modes: of the nodes; None where each runs in no mode of its own.
     """
     keys = {node: likeness_of_node(node) for node in owner.graph.nodes if _can_be_decomposed(node)}
     first = {key: node for node, key in reversed(keys.items()) if key not in known}
@@ -38,7 +42,17 @@ def decomposed_nodes(owner: GraphModule, known: dict[Hashable, Decomposed | None
             known[key] = decompose_alone(owner, node, _value_holder(node) or node)
     pure = [node for node in first.values() if not writes(node)]
     known.update({keys[node]: decomposed for node, decomposed in decompose_together(owner, pure).items()})
+    for node, key in keys.items():
+        autocast = modes[node].autocast if modes is not None else ()
+        if autocast and not writes(node) and _is_unknown(known[key]):  # attention takes operands of one dtype
+            keys[node] = (key, autocast)
+            if keys[node] not in known:
+                known[keys[node]] = decompose_alone(owner, node, node, Mode(autocast=autocast))
     return {node: known[key] for node, key in keys.items()}
+
+
+def _is_unknown(found: Decomposed | None) -> bool:
+    return found is None or not found.understood
 
 
 def reshapes_in_place(node: Node) -> bool:

@@ -81,7 +81,7 @@ class Reader:
         self._ops: dict[Node, set[object] | None] = {}
         self._views: dict[Node, bool] = {}
         self._contractions: dict[Node, Contraction | None] = {}
-        self._decomposed = decomposed_nodes(owner, {} if known is None else known)
+        self._decomposed = decomposed_nodes(owner, {} if known is None else known, self.modes)
 
     def written_by(self, node: Node) -> tuple[Node, ...]:
         """Return the operands that a node writes to, by its name, its schema, or the trace that decomposed it."""

@@ -238,6 +238,19 @@ def test_half_precision_is_as_good_as_eager(dtype):
     assert_as_good_as_eager(Attention(), [x], step=step, dtype=dtype, regions=1, inner="aot_eager", **OPTIONS)
 
 
+def test_autocast_that_casts_some_of_the_operands():
+    """Rotary tables in float32 make queries and keys float32, and values stay in bfloat16."""
+    model = Attention()
+    model.run = lambda x: torch.autocast("cpu", torch.bfloat16)(model.rotary)(x)
+    x, upstream = torch.randn(B, T, D, requires_grad=True), torch.randn(B, T, D)
+    ours = gradients(compiled(model, "run"), model, x, upstream)
+    (region,) = mst_fx.reports()[-1].regions
+    assert (region.pattern, region.chunks) == ("attention", G)
+    for a, b in zip(ours, gradients(model.run, model, x, upstream), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).norm() <= 0.02 * b.norm()
+
+
 class Graphs:
     """Compiles by AOTAutograd, and keeps the graphs of forward and backward."""
 
