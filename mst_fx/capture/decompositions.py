@@ -24,6 +24,8 @@ from mst_fx.ops.seeded_random import uniform_like
 from mst_fx.placement.rules import rule_for
 
 aten = torch.ops.aten
+MOST_NUMBERS = 64
+"""A list of more numbers stays a constant: each would be an op of its own."""
 
 
 @functools.cache
@@ -187,10 +189,12 @@ def _sum_of_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def _decompose_lift(x: torch.Tensor) -> Any:
     """Make the numbers of a trace (the 0 of `x[mask] = 0`, the list of `x[[0, 2]]`) where they are read.
 
-    A graph holds no constant tensor then.
+    A graph holds no constant tensor then, but for a long list.
     """
     if is_fake(x) or is_wrapper(x):
         return aten.alias.default(x)
+    if x.numel() > MOST_NUMBERS:
+        return NotImplemented
     with without_dispatch_modes():
         numbers = x.flatten().tolist()
     made = [torch.full((), number, dtype=x.dtype, device=x.device) for number in numbers]
