@@ -137,4 +137,19 @@ def refinements(split: Split, before: Sequence[int], after: Sequence[int]) -> li
             candidate = Split(split.dim, outer, inner)
             if sure(candidate.outer * size * candidate.inner == before[split.dim]) and _refines(candidate, split):
                 finer.append(candidate)
-    return finer
+    return list(dict.fromkeys([*finer, *_merged(split, before, after)]))
+
+
+def _merged(split: Split, before: Sequence[int], after: Sequence[int]) -> list[Split]:
+    """Return the same where the view also merges a factor of the axis with a dim beside it: heads with the batch."""
+    if not all(isinstance(size, int) for size in (*before, *after)):
+        return []
+    low = prod(before[split.dim + 1 :])
+    high, finer = low * before[split.dim], []
+    for dim, size in enumerate(after):
+        back = prod(after[dim + 1 :])
+        start, end = max(low, back), min(high, back * size)
+        divides = not (start % low or start % back or end % start or high % end or back * size % end)
+        if divides and end > start:
+            finer.append(Split(split.dim, high // end, start // low))
+    return [candidate for candidate in finer if _refines(candidate, split)]

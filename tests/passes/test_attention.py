@@ -162,6 +162,12 @@ class Attention(nn.Module):
         q, k, v = z[..., : G * E], z[..., G * E : 2 * G * E], z[..., 2 * G * E : 3 * G * E]
         return joined(attend(heads(q, G), heads(k, G), heads(v, G), is_causal=True))
 
+    def in_one_module(self, x):
+        weights = self.qkv, self.qkv_bias, None, None, False, 0.0, self.o, self.o_bias
+        tokens = x.transpose(0, 1)
+        y, _ = F.multi_head_attention_forward(*[tokens] * 3, D, H, *weights, need_weights=False)
+        return y.transpose(0, 1)
+
     def normed_across_heads(self, x):
         q, k = (F.rms_norm(F.linear(x, w), (H * E,), self.wide_scale) for w in (self.q, self.k))
         return self.out(attend(heads(q, H), heads(k, H), heads(F.linear(x, self.v), H)))
@@ -170,7 +176,7 @@ class Attention(nn.Module):
 GROUPS = {
     **dict.fromkeys(("rotary", "repeated_keys", "normed_heads", "sliced"), G),
     **dict.fromkeys(("shared_key", "split", "unbound", "interleaved", "products", "einsums", "across", "masked"), H),
-    **dict.fromkeys(("with_slopes", "with_learnt_bias", "adapted", "gated", "by_hand"), H),
+    **dict.fromkeys(("with_slopes", "with_learnt_bias", "adapted", "gated", "by_hand", "in_one_module"), H),
     **dict.fromkeys(("by_hand_with_a_sink", "latent_keys", "listed", "repeated_key", "with_products_as_bias"), H),
 }
 
