@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import os
 import sys
 from dataclasses import replace
@@ -25,7 +24,7 @@ import experts_kernel
 import torch
 from experts_work import SMALL, WORK, Mixture, inputs_of
 from peers_methods import looped, with_checkpointing
-from turns import Row, make_step, measure, save, tables
+from turns import Row, measure_methods, save, tables
 
 import mst_fx
 
@@ -45,13 +44,7 @@ def run(name: str, work: Mixture, tokens: int, args: argparse.Namespace, device:
     for chunk in args.chunks:
         methods[f"mst_fx, chunks of {chunk:,}"] = looped(work.fn, chunk_tokens=chunk)
         methods[f"mst_fx, native, chunks of {chunk:,}"] = looped(work.fn, chunk_tokens=chunk, accumulate="native")
-    steps = {method: make_step(fn, inputs.given, inputs.upstream) for method, fn in methods.items()}
-    rows = measure([Row(name, tokens, method) for method in methods], steps, args.rounds, inputs.leaves)
-    for leaf in inputs.leaves:
-        leaf.grad = None
-    del inputs, steps, methods
-    gc.collect()
-    return rows
+    return measure_methods(name, tokens, methods, inputs, args.rounds)
 
 
 def parse() -> argparse.Namespace:

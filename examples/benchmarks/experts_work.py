@@ -5,11 +5,12 @@ Legend: T tokens, H hidden, F feed-forward of an expert, E experts, K experts a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from turns import Inputs
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,6 @@ class Mixture:
     e: int
     k: int
     tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Tensors of one length: the function's arguments, those that get gradients, and the gradient of the result."""
-
-    given: Sequence[torch.Tensor]
-    leaves: Sequence[torch.Tensor]
-    upstream: torch.Tensor
 
 
 def ends_of(keys, groups):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import os
 import sys
 
@@ -22,7 +21,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 from peers_methods import methods_of
 from peers_work import WORK, inputs_of
-from turns import Row, load, make_step, measure, save, tables
+from turns import Row, load, measure_methods, save, tables
 
 import mst_fx
 
@@ -37,13 +36,7 @@ def run(name: str, tokens: int, args: argparse.Namespace, device: torch.device) 
         for method, fn in methods_of(work, args.chunks).items()
         if not args.methods or any(part in method for part in args.methods)
     }
-    steps = {method: make_step(fn, inputs.given, inputs.upstream) for method, fn in methods.items()}
-    rows = measure([Row(name, tokens, method) for method in methods], steps, args.rounds, inputs.leaves)
-    for leaf in inputs.leaves:
-        leaf.grad = None
-    del inputs, steps, methods
-    gc.collect()
-    return rows
+    return measure_methods(name, tokens, methods, inputs, args.rounds)
 
 
 def parse() -> argparse.Namespace:

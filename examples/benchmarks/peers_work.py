@@ -5,11 +5,12 @@ Legend: T tokens, H hidden, V vocabulary, F feed-forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from turns import Inputs
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,6 @@ class Work:
     sizes: tuple[int, ...]
     tokens: tuple[int, ...]
     soft_cap: float = 0.0
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Tensors of one length.
-
-    Attributes:
-        given: the function's arguments.
-        leaves: those that get gradients.
-        upstream: gradient of the result; None for a loss.
-    """
-
-    given: Sequence[torch.Tensor]
-    leaves: Sequence[torch.Tensor]
-    upstream: torch.Tensor | None = None
 
 
 def head_loss(x, w, y):

@@ -93,6 +93,34 @@ def tables(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of one length.
+
+    Attributes:
+        given: the function's arguments.
+        leaves: those that get gradients.
+        upstream: gradient of the result; None for a loss.
+    """
+
+    given: Sequence[torch.Tensor]
+    leaves: Sequence[torch.Tensor]
+    upstream: torch.Tensor | None = None
+
+
+def measure_methods(
+    name: str, tokens: int, methods: Mapping[str, Callable[..., Any]], inputs: Inputs, rounds: int
+) -> list[Row]:
+    """All methods on one piece of work, at one length; what a method holds is free again behind it."""
+    steps = {method: make_step(fn, inputs.given, inputs.upstream) for method, fn in methods.items()}
+    rows = measure([Row(name, tokens, method) for method in methods], steps, rounds, inputs.leaves)
+    for leaf in inputs.leaves:
+        leaf.grad = None
+    del steps
+    gc.collect()
+    return rows
+
+
 def make_step(fn: Callable[..., Any], inputs: Sequence[torch.Tensor], upstream: torch.Tensor | None) -> Step:
     """Forward and backward."""
     leaves = [x for x in inputs if x.requires_grad]

@@ -88,7 +88,7 @@ def _project(graph: Graph, stages: Stages, env: dict[Node, Node]) -> None:
     Those that multiply the same tokens are made by one function, where they are plain products.
     """
     plain = [node for node in stages.projections if node.target == aten.mm.default]
-    tokens = {node: _written(node.args[0]) for node in plain}
+    tokens = {node: _spelled(node.args[0]) for node in plain}
     for node in stages.projecting:
         alike = [other for other in plain if tokens[other] == tokens.get(node)]
         if len(alike) < 2:
@@ -98,7 +98,7 @@ def _project(graph: Graph, stages: Stages, env: dict[Node, Node]) -> None:
             env.update(_items(graph, graph.call_function(projected, tuple(env[factor] for factor in factors)), alike))
 
 
-def _written(node: Any) -> str:
+def _spelled(node: Any) -> str:
     """Return what tells a node from one that computes something else: views of one value are alike."""
     return f"{node.target}{node.args}{node.kwargs}" if node.op == "call_function" else str(node)
 

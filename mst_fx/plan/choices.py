@@ -49,9 +49,7 @@ class Choices:
         offer = self.offers[number]
         given = offer.wish.loop is not None or offer.wish.fixes_length
         if offer.extent.over == "heads":
-            return (
-                given  # attention in groups of heads costs time at any length: `min_bytes` is about loops that do not
-            )
+            return given  # `min_bytes` asks for loops that cost next to no time; attention by groups of heads does
         return given or self.config.min_bytes is not None or offer.due or offer.communicates
 
     def offloading(self, blocks: int) -> Choices:
