@@ -96,7 +96,8 @@ def forbid_foreign_logits(reader: Reader, loss: Node) -> None:
     before = ancestors([loss])
     if any(reader.contraction(node) is not None for node in before):
         return
-    calls = (node for node in before if node.op.startswith("call_") and reader.tensor_operands(node))
+    ordered = sorted(before, key=reader.order.__getitem__)
+    calls = (node for node in ordered if node.op.startswith("call_") and reader.tensor_operands(node))
     unknown = next((obstacle for obstacle in map(reader.obstacle, calls) if obstacle is not None), None)
     if unknown is None and comes_from_another(reader, before):
         raise Refusal(Reason.DDP, loss, f"the logits of this loss come from another fragment: {DIVIDED}")

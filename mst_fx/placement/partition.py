@@ -210,14 +210,15 @@ def _loop(
         return _is_placeholder(node) or node in placements.made or costs
 
     reads = partial(_read_by_chunk, placements=placements)
-    loop = ancestors(filterfalse(_is_placeholder, results), reads, stop=ends)
+    loop = in_order(graph, ancestors(filterfalse(_is_placeholder, results), reads, stop=ends))
     gradients = [gradient for node in loop if node.target == own_gradients for gradient in own_of(node).gradients]
-    backward = ancestors(filterfalse(ends, gradients), reads, stop=ends) - loop
+    behind = ancestors(filterfalse(ends, gradients), reads, stop=ends).difference(loop)
+    backward = in_order(graph, behind)
     run = [node for node in (*loop, *backward) if not (fixed and node.target in RESHAPES)]
     numbers = [(node, number) for node in run for number in numbers_read(node, placements.of[node])]
     if numbers:
         raise Numbers(numbers)
-    return in_order(graph, loop), in_order(graph, backward)
+    return loop, backward
 
 
 def _read_by_chunk(node: Node, placements: Placements) -> list[Node]:

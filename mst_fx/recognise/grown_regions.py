@@ -114,5 +114,6 @@ def _behind_returned(
         operands = set(node.all_input_nodes)
         if node not in given and not operands.isdisjoint(given | dependent):
             (given if operands <= given and is_view(node) else dependent).add(node)
-    streams = [o for node in dependent for o in node.all_input_nodes if o in given]
+    ordered = sorted(given, key=reader.order.__getitem__)
+    streams = [value for value in ordered if not dependent.isdisjoint(value.users)]
     return [(frozenset(dependent), max(streams, key=reader.numel))] if streams else []

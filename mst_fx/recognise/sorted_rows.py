@@ -19,8 +19,11 @@ from mst_fx.recognise.reader import Reader
 
 
 def required_by(reader: Reader, inside: set[Node]) -> list[Node]:
-    """Return outside nodes that must come in: nodes in between, writes, and new memory that is made for a write."""
-    users = dict.fromkeys(user for node in inside for user in node.users if user not in inside)
+    """Return outside nodes that must come in: nodes in between, writes, and new memory that is made for a write.
+
+    They are in graph order.
+    """
+    users = {user for node in inside for user in node.users if user not in inside}
     writers = [
         user for user in users if not inside.isdisjoint(reader.written_by(user)) and _is_seen(reader, user, inside)
     ]
@@ -28,7 +31,7 @@ def required_by(reader: Reader, inside: set[Node]) -> list[Node]:
     written = [o for o in fills if inside.issuperset(o.users) or any(o in reader.written_by(user) for user in o.users)]
     dependent = descendants(inside)
     between = [o for node in inside for o in node.all_input_nodes if o in dependent and o not in inside]
-    return between + writers + written
+    return sorted({*between, *writers, *written}, key=reader.order.__getitem__)
 
 
 def _is_seen(reader: Reader, write: Node, inside: set[Node]) -> bool:

@@ -85,11 +85,11 @@ def forbid_writes_to_shared(reader: Reader, nodes: Sequence[Node], outputs: Sequ
     inside = set(nodes)
     each = [storages_of(node) for node in outputs]
     shared = {memory for number, some in enumerate(each) for other in each[:number] for memory in some & other}
-    for memory in shared:
-        shown = [node for node in outputs if memory in storages_of(node) and leaves(node)]
-        if len(shown) > 1:
-            text = f"{op_name(shown[-1])} gives a view that leaves the graph beside what it views"
-            raise Refusal(Reason.MUTATION, shown[-1], text)
+    for number, node in enumerate(outputs):
+        beside = storages_of_all(other for other in outputs[:number] if leaves(other))
+        if leaves(node) and not beside.isdisjoint(storages_of(node)):
+            text = f"{op_name(node)} gives a view that leaves the graph beside what it views"
+            raise Refusal(Reason.MUTATION, node, text)
     for node in reader.owner.graph.nodes if shared else ():
         written = reader.memory_written_by(node)
         if node not in inside and reader.order[node] > reader.order[nodes[0]] and not shared.isdisjoint(written):
@@ -111,9 +111,9 @@ def forbid_late_writes(reader: Reader, region: Region, around: Overwritten, *, r
     """
     end = max(reader.order[region.before], reader.order[region.last])
     later = {**around, **written_behind(reader, end)}
-    for memory in storages_of_all(region.live_ins) & later.keys():
-        node = later[memory]
-        if recomputes or writes_data(node):
+    read = storages_of_all(region.live_ins)
+    for memory, node in later.items():
+        if memory in read and (recomputes or writes_data(node)):
             text = f"{op_name(node)} writes to what the backward of the region at {region.name} reads again"
             raise Refusal(Reason.MUTATION, node, text)
 
@@ -138,8 +138,8 @@ def written_when_run(reader: Reader, child: Nested, around: Overwritten) -> Over
     for caller in child.callers:
         later = {**around, **written_behind(reader, reader.order[caller] - child.repeated)}
         for given, operand in handed(caller, child.module) if later else ():
-            for memory in storages_of(operand) & later.keys():
-                found.update(dict.fromkeys(storages_of(given), later[memory]))
+            for node in (later[memory] for memory in later if memory in storages_of(operand)):
+                found.update(dict.fromkeys(storages_of(given), node))
     return found
 
 

@@ -75,7 +75,7 @@ def product_back(node: Node, split: Split) -> dict[Node, Split]:
         demands[left] = split
     if split.dim != rank - 2:
         demands[right] = split
-    for given in set(node.all_input_nodes) - {left, right}:
+    for given in (operand for operand in node.all_input_nodes if operand not in (left, right)):
         dim = split.dim - rank + len(shape_of(given))
         if dim >= 0 and not sure(shape_of(given)[dim] == 1):
             demands[given] = split.moved(dim)
