@@ -70,10 +70,12 @@ class MiniSequenceKernel(ir.ExternKernel):
         buffers: Sequence[Any] = self.inputs
         operands = ", ".join(buffer.codegen_reference() for buffer in buffers)
         overwrites = next((pair for pair in self._overwritable if self._reads_last(buffers[pair[1]], wrapper)), None)
-        arguments = f"({', '.join(names)}), {self.spec!r}, [{operands}], {overwrites}"
+        arguments = f"({', '.join(names)}), {self.spec!r}, [{operands}]"
         wrapper.add_import_once("from mst_fx.runtime.loop_operator import run_loop")
-        wrapper.writeline(f"{self.get_name()} = run_loop({arguments})")
-        if overwrites is not None:
+        if overwrites is None:
+            wrapper.writeline(f"{self.get_name()} = run_loop({arguments})")
+        else:
+            wrapper.writeline(f"{self.get_name()} = run_loop({arguments}, {overwrites})")
             hand_over(buffers[overwrites[1]], wrapper)
 
     def _reads_last(self, operand: Any, wrapper: Any) -> bool:
