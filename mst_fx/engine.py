@@ -47,7 +47,7 @@ from mst_fx.survey.courses import graph_timeline
 from mst_fx.survey.kept import kept_by_blocks
 from mst_fx.survey.offloading import away_of, offload_of, told
 from mst_fx.survey.survey import Surveyor
-from mst_fx.survey.surveyed import Around, Site, Surveyed, device_of_graph, timeline_of
+from mst_fx.survey.surveyed import Around, Site, Surveyed, about_shapes, device_of_graph, timeline_of
 from mst_fx.survey.unknown_ops import unknown_ops
 from mst_fx.survey.unlooped import unlooped
 from mst_fx.survey.wishes import left_out, unmatched, within_breaks
@@ -100,7 +100,7 @@ class Engine:
         around = Around(mode=mode, borders=borders_of(self.gm))
         with self._room(), without_guards(sizes_of(self.gm) if self.config.strict else ()):
             surveyed = self.surveyor.survey(self.gm, around)
-            notes = (*self._told, *left_out(self.config), *unmatched(self.config, surveyed))
+            notes = (*self._told, *left_out(self.config), *unmatched(self.config, surveyed), *about_shapes(surveyed))
         return replace(surveyed, report=surveyed.report.joined(Report(notes=notes)))
 
     def copy(self) -> GraphModule:

@@ -16,6 +16,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.fx.traceback import set_current_meta as set_current_meta
 from torch.utils._pytree import tree_map_only
 
+from mst_fx.capture.attention_on_meta import AttentionOfGpu
 from mst_fx.capture.decompositions import decompositions
 from mst_fx.capture.opened import openings
 from mst_fx.capture.run_node import brings_gradients, execute, execute_unrecorded, execute_with_own_gradients
@@ -199,6 +200,8 @@ def tracing(examples: Sequence[Any]) -> Iterator[None]:
         stack.enter_context(preserve_node_meta())
         if len(modes) == 1:
             stack.enter_context(modes.pop())
+        if any(isinstance(value, torch.Tensor) and value.device.type == "meta" for value in examples):
+            stack.enter_context(AttentionOfGpu())
         if any(isinstance(size, torch.SymInt) for size in _sizes(examples)):  # also one that has turned out to be fixed
             stack.enter_context(enable_python_dispatcher())  # otherwise composite ops ask for their sizes as numbers
             stack.enter_context(unguarded())

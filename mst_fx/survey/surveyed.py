@@ -18,6 +18,7 @@ from mst_fx.core.provenance import TOP as TOP_BORDERS
 from mst_fx.core.provenance import Borders, op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import Hint, hint
+from mst_fx.core.values import tensors_of
 from mst_fx.plan.chunk_length import Terms
 from mst_fx.predict.segments import resident_bytes, returned_bytes, segments_of
 from mst_fx.predict.step_memory import Segment, Timeline
@@ -204,3 +205,14 @@ def device_of_graph(surveyed: Surveyed) -> Device:
     site = next(surveyed.all_sites(), None)
     value: Any = site.work.stages.stream.meta["val"] if site is not None else torch.empty(0)
     return device_of(value.device)
+
+
+def about_shapes(surveyed: Surveyed) -> tuple[str, ...]:
+    """Return a note that tells which device a graph is explained for whose tensors are shapes alone."""
+    inputs = (node for node in surveyed.reader.owner.graph.nodes if node.op in ("placeholder", "get_attr"))
+    if all(x.device.type != "meta" for node in inputs for x in tensors_of(node)):
+        return ()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "an H100 with 80 GB"
+    return (
+        f'tensors on the device "meta" stand for those of a GPU: its kernels of attention, and the rates of {name}',
+    )
