@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from mst_fx.bodies.call import Call
 from mst_fx.bodies.splice import Replacement, loop
 from mst_fx.bodies.work import Work, fix_for
+from mst_fx.capture.layouts_on_meta import settle_layouts
 from mst_fx.core.clean_room import clean_room
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
@@ -91,6 +92,8 @@ class Engine:
 
     def __init__(self, gm: GraphModule, config: Config, chosen: Sequence[Pattern], *, on_shards: bool = True) -> None:
         self.gm, self.landmarks = gm, landmarks_of(gm)
+        with _quiet_room():
+            settle_layouts(gm)
         self.config, self._told = within_breaks(config, gm)
         self.surveyor = Surveyor(self.config, chosen, marked_sizes(gm), set() if on_shards else {ON_SHARDS})
         self.surveyed = self._surveyed()
