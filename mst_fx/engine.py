@@ -30,8 +30,8 @@ from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import Hint, fix, hint, is_symbolic, long_hint, without_guards
 from mst_fx.core.values import marked_sizes, sizes_of
-from mst_fx.plan.chunk_length import Lengths
 from mst_fx.plan.decisions import Plan, Plans
+from mst_fx.plan.lengths import Lengths
 from mst_fx.plan.offer import Offer
 from mst_fx.plan.planner import make_plans
 from mst_fx.predict.step_memory import Timeline

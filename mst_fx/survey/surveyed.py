@@ -19,7 +19,7 @@ from mst_fx.core.provenance import Borders, op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import Hint, hint
 from mst_fx.core.values import tensors_of
-from mst_fx.plan.chunk_length import Terms
+from mst_fx.plan.lengths import Terms
 from mst_fx.predict.segments import resident_bytes, returned_bytes, segments_of
 from mst_fx.predict.step_memory import Segment, Timeline
 from mst_fx.predict.time import Device, device_of

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
-from mst_fx.plan.chunk_length import Lengths
+from mst_fx.plan.lengths import Lengths
 from mst_fx.plan.offer import held
 from mst_fx.recognise.pattern import patterns
 from mst_fx.survey.survey import Surveyor
