@@ -160,6 +160,7 @@ class Engine:
         report = report.joined(Report(notes=(plans.leaner,) if plans.leaner else ()))
         report = report.joined(told(kept, plans, self.config) if self._may_offload() else Report())
         report = replace(report, peak=plans.peak, peak_whole=plans.peak_whole, budget=plans.budget)
+        report = replace(report, side_by_side=timeline.side_by_side)
         offload = offload_of(surveyed, plans, of_site, self._literals, self.config)
         looping = tuple(site for site, plan in of_site.items() if plan.lengths)
         return Rewritten(module or self.gm, report, looping, offload)

@@ -32,6 +32,7 @@ from mst_fx.recognise.region import Region
 from mst_fx.recognise.write_checks import Overwritten, forbid_later_changes, written_when_run
 from mst_fx.report.items import refused
 from mst_fx.report.report import Report
+from mst_fx.survey.side_by_side import side_by_side
 
 
 @dataclass(frozen=True)
@@ -192,10 +193,15 @@ def _segments(
 ) -> list[Segment]:
     regions = {node: numbers[site] for site in surveyed.sites for node in site.region.nodes}
     blocks: dict[Node, list[Segment]] = {}
+    repeated = [each for child, callers in surveyed.children.values() for each in callers if child.around.repeated]
+    rows = side_by_side(repeated) if not surveyed.around.repeated else {}
+    row_number = {row: next(fresh) for row in rows.values()}
     for child, callers in surveyed.children.values():
         for caller in callers:
             inner = _segments(child, numbers, fresh, at, away)
             block = next(fresh) if child.around.repeated else None
+            if caller in rows:
+                inner = [replace(segment, row=row_number[rows[caller]]) for segment in inner]
             blocks[caller] = [replace(segment, block=block) if segment.block is None else segment for segment in inner]
     return segments_of(surveyed.reader, regions, blocks, at, away=away)
 
