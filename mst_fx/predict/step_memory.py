@@ -53,7 +53,7 @@ class Segment:
         upstream: bytes of the gradients that backward brings to a region from the nodes behind it.
         region: number of the region, None for other nodes.
         block: number of the checkpointed block around the segment, None outside of any.
-        row: number of the row of checkpointed blocks side by side that the block is in, None where it is in none.
+        beside: number of the blocks side by side that the block is one of, None where it is none of any.
         entry: bytes that a checkpointed block saves, at its first segment.
         away: bytes of `entry`, or of what a loop in place of a checkpoint saves, that may go to the host.
         values: the nodes whose values make up `saved`, with the bytes of each; reports tell them.
@@ -66,7 +66,7 @@ class Segment:
     upstream: int = 0
     region: int | None = None
     block: int | None = None
-    row: int | None = None
+    beside: int | None = None
     entry: int = 0
     away: int = 0
     values: tuple[tuple[Node, int], ...] = field(default=(), compare=False)
@@ -149,8 +149,8 @@ class Timeline:
 
     @property
     def side_by_side(self) -> int:
-        """The number of checkpointed blocks that are in rows."""
-        return len({segment.block for segment in self.segments if segment.row is not None})
+        """The number of checkpointed blocks that are side by side."""
+        return len({segment.block for segment in self.segments if segment.beside is not None})
 
     def offloading(self, blocks: int) -> Timeline:
         """Return the same with so many blocks that keep nothing on the device."""
@@ -185,11 +185,13 @@ class Timeline:
     def shares(self, held: Sequence[Held], number: int, *, backward: bool) -> list[Share]:
         """Return what each segment has saved while forward, or backward, runs the segment with this number."""
         own, found = self.segments[number].block if backward else None, []
-        rows = {segment.row for segment in self.segments[number:] if segment.row is not None} if backward else set()
+        entered = (
+            {segment.beside for segment in self.segments[number:] if segment.beside is not None} if backward else set()
+        )
         absent = self.absent(number, backward=backward)
         for other, (segment, region) in enumerate(self._held(held)[: number + backward]):
             passing = segment.block is None or segment.block == own
-            saved, whole = region.saved if passing else region.saved_results, passing or segment.row in rows
+            saved, whole = region.saved if passing else region.saved_results, passing or segment.beside in entered
             left = segment.away if any(stop.first <= other <= stop.last for stop in absent) else 0
             entry, saved = (segment.entry - left, saved) if segment.entry else (0, max(0, saved - left))
             found.append(Share(other, entry, whole, saved))
@@ -218,13 +220,15 @@ class Timeline:
         again: Counter[int | None] = Counter()
         early: Counter[int] = Counter()
         for segment, region in held_segments:
-            again[segment.block] += region.saved - region.saved_results + (segment.saved if segment.row is None else 0)
-            if segment.row is not None:
-                early[segment.row] += segment.saved
+            again[segment.block] += (
+                region.saved - region.saved_results + (segment.saved if segment.beside is None else 0)
+            )
+            if segment.beside is not None:
+                early[segment.beside] += segment.saved
         gradients, block = 0, None
         for number, (segment, region) in reversed(list(enumerate(held_segments))):
             if segment.block is not None and segment.block != block:
-                saved += again[segment.block] + (early.pop(segment.row, 0) if segment.row is not None else 0)
+                saved += again[segment.block] + (early.pop(segment.beside, 0) if segment.beside is not None else 0)
             block = segment.block
             there = saved - self._absent_bytes(number, backward=True)
             yield Moment(self.returned, there, gradients, max(region.backward, segment.passing) + segment.upstream)

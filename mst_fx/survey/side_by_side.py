@@ -16,23 +16,23 @@ from mst_fx.core.values import has_gradient, tensors_of
 
 
 def side_by_side(callers: Iterable[Node]) -> dict[Node, int]:
-    """Return the number of the row of blocks that each block is in, by the node that runs it, if there is another one.
+    """Return which blocks are side by side: a number for each, by the node that runs it; none for a block alone.
 
     Args:
         callers: the nodes of one graph that run checkpointed blocks.
     """
-    rows: list[list[Node]] = []
+    groups: list[list[Node]] = []
     behind: dict[Node, set[Node]] = {}
     for caller in sorted(callers):
         read = _activations(caller)
-        for row in rows:
-            shared = any(not read.isdisjoint(_activations(other)) for other in row)
-            if shared and not any(caller in behind.setdefault(other, descendants([other])) for other in row):
-                row.append(caller)
+        for group in groups:
+            shared = any(not read.isdisjoint(_activations(other)) for other in group)
+            if shared and not any(caller in behind.setdefault(other, descendants([other])) for other in group):
+                group.append(caller)
                 break
         else:
-            rows.append([caller])
-    return {caller: number for number, row in enumerate(rows) for caller in row if len(row) > 1}
+            groups.append([caller])
+    return {caller: number for number, group in enumerate(groups) for caller in group if len(group) > 1}
 
 
 def _activations(caller: Node) -> set[Node]:

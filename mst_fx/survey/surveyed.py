@@ -194,14 +194,14 @@ def _segments(
     regions = {node: numbers[site] for site in surveyed.sites for node in site.region.nodes}
     blocks: dict[Node, list[Segment]] = {}
     repeated = [each for child, callers in surveyed.children.values() for each in callers if child.around.repeated]
-    rows = side_by_side(repeated) if not surveyed.around.repeated else {}
-    row_number = {row: next(fresh) for row in rows.values()}
+    beside = side_by_side(repeated) if not surveyed.around.repeated else {}
+    number_of = {group: next(fresh) for group in beside.values()}
     for child, callers in surveyed.children.values():
         for caller in callers:
             inner = _segments(child, numbers, fresh, at, away)
             block = next(fresh) if child.around.repeated else None
-            if caller in rows:
-                inner = [replace(segment, row=row_number[rows[caller]]) for segment in inner]
+            if caller in beside:
+                inner = [replace(segment, beside=number_of[beside[caller]]) for segment in inner]
             blocks[caller] = [replace(segment, block=block) if segment.block is None else segment for segment in inner]
     return segments_of(surveyed.reader, regions, blocks, at, away=away)
 

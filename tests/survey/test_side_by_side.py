@@ -40,21 +40,21 @@ def apart(x):
 
 
 @pytest.mark.parametrize(
-    ("program", "rows"), [(heads, [0, 1, 0, 1]), (layers, []), (layers_and_what_all_read, []), (apart, [])]
+    ("program", "groups"), [(heads, [0, 1, 0, 1]), (layers, []), (layers_and_what_all_read, []), (apart, [])]
 )
-def test_blocks_are_side_by_side_where_they_share_an_activation_and_none_waits(program, rows):
+def test_blocks_are_side_by_side_where_they_share_an_activation_and_none_waits(program, groups):
     surveyed = Surveyor(mst_fx.Config(), patterns()).survey(captured(program, torch.randn(4, 8, requires_grad=True)))
     timeline = timeline_of(surveyed)
-    found = [segment.row for segment in timeline.segments if segment.row is not None]
+    found = [segment.beside for segment in timeline.segments if segment.beside is not None]
     numbers = sorted(set(found))
-    assert [numbers.index(row) for row in found] == rows
-    assert timeline.side_by_side == len(rows)
+    assert [numbers.index(group) for group in found] == groups
+    assert timeline.side_by_side == len(groups)
 
 
 def test_the_peak_has_what_they_recompute_together():
     """Outside of regions; each is freed as backward has passed it."""
-    region = Segment(region=0, block=2, row=0)
-    segments = (Segment(50, block=1, row=0, entry=1), Segment(70, block=2, row=0), region, Segment(8, block=3))
+    region = Segment(region=0, block=2, beside=0)
+    segments = (Segment(50, block=1, beside=0, entry=1), Segment(70, block=2, beside=0), region, Segment(8, block=3))
     timeline = Timeline(0, segments)
     held = [Held(saved=200, backward=5)]
     _, backward = timeline.moments(held)
