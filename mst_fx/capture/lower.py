@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from mst_fx.capture.attention_on_meta import AttentionOfGpu
 from mst_fx.capture.decompositions import decompositions
 from mst_fx.capture.opened import openings
+from mst_fx.capture.pairs import on_pairs
 from mst_fx.capture.run_node import brings_gradients, execute, execute_unrecorded, execute_with_own_gradients
 from mst_fx.core.aten_ops import is_mutable, is_random
 from mst_fx.core.clean_room import without_autocast
@@ -78,6 +79,10 @@ def lower(
             out_of_place = torch.func.functionalize(WithoutWrites(lowered).run, remove="mutations")
             with without_autocast():  # the first trace has made its casts nodes
                 lowered = traced(out_of_place, examples, decompositions(gathers))
+        real = on_pairs(lowered)
+        if real is not None:
+            with without_autocast():
+                lowered = traced(real, examples, decompositions(gathers))
         _settle(lowered)
     _merge_backward(lowered.graph)
     _drop_unread(lowered)

@@ -65,6 +65,12 @@ class Attention(nn.Module):
         q, k = (rotated(t, *self.tables[..., : x.shape[1], :]) for t in (q, k))
         return self.out(attend(q, k, v, is_causal=True, enable_gqa=True))
 
+    def turned(self, x):
+        q, k, v = self.of(x, self.q, self.kg, self.vg)
+        angles = torch.view_as_complex(self.tables[0, 0, 0, : x.shape[1]].unflatten(-1, (-1, 2)))
+        q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * angles).flatten(3) for t in (q, k))
+        return self.out(attend(q, k, v, is_causal=True, enable_gqa=True))
+
     def repeated_keys(self, x):
         q, k, v = self.of(x, self.q, self.kg, self.vg)
         k, v = (t[:, :, None].expand(B, G, H // G, T, E).reshape(B, H, T, E) for t in (k, v))
@@ -174,7 +180,7 @@ class Attention(nn.Module):
 
 
 GROUPS = {
-    **dict.fromkeys(("rotary", "repeated_keys", "normed_heads", "sliced"), G),
+    **dict.fromkeys(("rotary", "turned", "repeated_keys", "normed_heads", "sliced"), G),
     **dict.fromkeys(("shared_key", "split", "unbound", "interleaved", "products", "einsums", "across", "masked"), H),
     **dict.fromkeys(("with_slopes", "with_learnt_bias", "adapted", "gated", "by_hand", "in_one_module"), H),
     **dict.fromkeys(("by_hand_with_a_sink", "latent_keys", "listed", "repeated_key", "with_products_as_bias"), H),
