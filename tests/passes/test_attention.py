@@ -44,6 +44,7 @@ class Attention(nn.Module):
         for name, rows in (("q", H), ("k", H), ("v", H), ("kg", G), ("vg", G), ("k1", 1), ("v1", 1)):
             setattr(self, name, nn.Parameter(torch.randn(rows * E, D) / 3))
         self.qkv, self.qkv_bias = nn.Parameter(torch.randn(3 * H * E, D) / 3), nn.Parameter(torch.randn(3 * H * E))
+        self.multi_query = nn.Parameter(torch.randn((H + 2) * E, D) / 3)
         self.grouped = nn.Parameter(torch.randn((H + 2 * G) * E, D) / 3)
         self.o, self.o_bias = nn.Parameter(torch.randn(D, H * E) / 3), nn.Parameter(torch.randn(D))
         self.scale, self.wide_scale = nn.Parameter(torch.randn(E)), nn.Parameter(torch.randn(H * E))
@@ -159,6 +160,11 @@ class Attention(nn.Module):
         z = F.linear(x, self.qkv, self.qkv_bias).view(B, T, H, 3, E)
         return self.out(attend(*(z[..., index, :].squeeze(3).transpose(1, 2) for index in ([0], [1], [-1]))))
 
+    def one_view(self, x):
+        z = F.linear(x, self.multi_query).view(B, T, H + 2, E)
+        q, k, v = (t.transpose(1, 2) for t in (z[..., :-2, :], z[..., [-2], :], z[..., [-1], :]))
+        return self.out(attend(q, k.expand(B, H, T, E), v.expand(B, H, T, E), is_causal=True))
+
     def repeated_key(self, x):
         q, k, v = self.of(x, self.q, self.k1, self.v1)
         return self.out(attend(q, k.expand(B, H, T, E).contiguous(), v.expand(B, H, T, E).contiguous()))
@@ -183,7 +189,9 @@ GROUPS = {
     **dict.fromkeys(("rotary", "turned", "repeated_keys", "normed_heads", "sliced"), G),
     **dict.fromkeys(("shared_key", "split", "unbound", "interleaved", "products", "einsums", "across", "masked"), H),
     **dict.fromkeys(("with_slopes", "with_learnt_bias", "adapted", "gated", "by_hand", "in_one_module"), H),
-    **dict.fromkeys(("by_hand_with_a_sink", "latent_keys", "listed", "repeated_key", "with_products_as_bias"), H),
+    **dict.fromkeys(
+        ("by_hand_with_a_sink", "one_view", "latent_keys", "listed", "repeated_key", "with_products_as_bias"), H
+    ),
 }
 
 
