@@ -79,7 +79,7 @@ def _is_for_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, i
     """Return whether a GPU's flash attention takes these operands, without a mask; keys may have fewer heads."""
     features = {x.shape[3] for x in (query, key, value)}
     square = sure(query.shape[2] == key.shape[2]) or not is_causal
-    fits = len(features) == 1 and all(size <= MOST_FEATURES for size in features)
+    fits = len(features) == 1 and all(sure(size <= MOST_FEATURES) for size in features)
     return torch.backends.cuda.flash_sdp_enabled() and query.dtype in HALF and fits and square
 
 

@@ -16,6 +16,7 @@ from mst_fx.capture.attention_on_meta import SPELLINGS
 from mst_fx.capture.lower import tracing
 from mst_fx.capture.run_node import execute
 from mst_fx.core.values import fake_value
+from mst_fx.placement.placement import same_shape
 
 
 def settle_layouts(gm: GraphModule) -> None:
@@ -37,7 +38,7 @@ def _settle(owner: GraphModule) -> None:
         if node.target in SPELLINGS or not changed.keys().isdisjoint(node.all_input_nodes):
             env = {operand: changed.get(operand, fake_value(operand)) for operand in node.all_input_nodes}
             made = _run(owner, node, env)
-            if made is not None and (made.stride() != value.stride() or _views(made, env)):
+            if made is not None and (not same_shape(made.stride(), value.stride()) or _views(made, env)):
                 changed[node] = made.detach().requires_grad_(value.requires_grad)
     for node, value in changed.items():
         node.meta["example_value"] = value

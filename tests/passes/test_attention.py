@@ -369,3 +369,12 @@ def test_one_compile_for_all_lengths(checkpointed):
     (region,) = report.regions
     assert region.backward == "recompute"
     assert "o)" in region.source  # up to the product behind attention
+
+
+def test_lengths_that_vary_where_a_kernel_rounds_them_up():
+    """The logsumexp of memory-efficient attention, which shapes alone take in float32, has multiples of 32 tokens."""
+    model, x = Attention().to("meta"), torch.randn(B, T, D, device="meta", requires_grad=True)
+    torch._dynamo.mark_dynamic(x, 1)
+    compiled(model, "gated", dynamic=True)(x)
+    (region,) = mst_fx.reports()[-1].regions
+    assert (region.pattern, region.chunks) == ("attention", H)
