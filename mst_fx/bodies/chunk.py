@@ -11,7 +11,7 @@ from torch.fx import Node, map_arg
 from mst_fx.bodies.attention import kept_results, run_on_kept
 from mst_fx.bodies.derivatives import reads_log_softmax, run_on_logits
 from mst_fx.bodies.log_softmax import reduces_wide_rows, run_in_tiles
-from mst_fx.core.sizes import expression, at_sizes, is_symbolic, known_sizes, sure
+from mst_fx.core.sizes import at_sizes, expression, is_symbolic, known_sizes, sure
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.ops.own_gradients import backward_of, own_gradients, own_of, with_own_gradients
 from mst_fx.placement.partition import Stages
