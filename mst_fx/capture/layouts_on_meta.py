@@ -6,6 +6,7 @@ as its operands do, so that joining the heads again copies nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from mst_fx.capture.lower import tracing
 from mst_fx.capture.run_node import execute
 from mst_fx.core.values import fake_value
 from mst_fx.placement.placement import same_shape
+
+log = logging.getLogger("mst_fx")
 
 
 def settle_layouts(gm: GraphModule) -> None:
@@ -49,7 +52,8 @@ def _run(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> torch.Tenso
     try:
         with tracing(list(env.values())):
             made = execute(owner, node, env)
-    except Exception:  # the user's function may do anything; it keeps the layout that was captured
+    except Exception as error:  # the user's function may do anything
+        log.debug("mst_fx: %s keeps the layout that was captured: %s", node, error)
         return None
     return made if isinstance(made, torch.Tensor) else None
 
