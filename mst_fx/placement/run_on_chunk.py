@@ -10,8 +10,9 @@ from torch.fx import Node, map_arg
 
 from mst_fx.core.aten_ops import FILLS, GROUP_NORMS, RESHAPES
 from mst_fx.core.sizes import at_sizes, is_size
+from mst_fx.core.torch_private.collectives import EXCHANGES
 from mst_fx.placement.placement import Placement, split_of
-from mst_fx.placement.rules import NodePlacement, argument, inverted, positions_of
+from mst_fx.placement.rules import NodePlacement, argument, even_parts, inverted, positions_of
 from mst_fx.placement.rules.view import dim_of
 
 aten = torch.ops.aten
@@ -24,6 +25,8 @@ def numbers_read(node: Node, placement: NodePlacement | Placement) -> list[Node]
     kwargs: Mapping[str, Any] = node.kwargs
     if target in GROUP_NORMS:
         args, kwargs = _replaced(target, args, kwargs, "N", None)
+    if target in EXCHANGES and even_parts(node):
+        args = args[:1]
     if inverted(node, placement) is not None:
         args = ()
     elif split is not None and (target in RESHAPES or target == aten.expand.default):
@@ -65,6 +68,9 @@ def run_resized(
         return aten.index_put.default(torch.empty_like(env[permutation]), [env[permutation]], positions)
     if target in GROUP_NORMS:
         args, kwargs = _replaced(target, args, kwargs, "N", args[0].shape[0])
+    if target in EXCHANGES and (ranks := even_parts(node)):
+        for name in ("output_split_sizes", "input_split_sizes"):
+            args, kwargs = _replaced(target, args, kwargs, name, [args[0].shape[0] // ranks] * ranks)
     split = split_of(placement)
     if split is None and varying and target in RESHAPES:
         return args[0].reshape([at_sizes(size, varying) for size in node.meta["val"].shape])
