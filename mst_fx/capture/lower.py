@@ -251,11 +251,11 @@ def trace(
 
 def _drop_unread_collectives(graph: Graph) -> None:
     """Erase collectives that no output needs, and what only they read: torch keeps them, and all ranks drop them."""
-    unread = [node for node in reversed(graph.nodes) if is_collective(node.target) and not node.users]
-    for node in unread:
-        graph.erase_node(node)
-    if unread:
-        graph.eliminate_dead_code()
+    collectives = [node for node in reversed(graph.nodes) if is_collective(node.target)]
+    for node in collectives:
+        graph.eliminate_dead_code()  # what only others among them read
+        if not node.users:
+            graph.erase_node(node)
 
 
 def on_fakes(
