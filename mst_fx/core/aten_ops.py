@@ -280,6 +280,8 @@ LINEAR_IN_FIRST = (
     aten.mul.Scalar,
     aten.div.Scalar,
     aten.div.Tensor,
+    *EXCHANGES,
+    *WAITS,
 )
 """Ops that are linear in the first operand, where no other operand is a partial sum."""
 LINEAR_IN_ONE = (aten.mul.Tensor,)

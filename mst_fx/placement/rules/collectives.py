@@ -10,10 +10,13 @@ from typing import Any
 
 from torch.fx import Node
 
+from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import sure
 from mst_fx.core.torch_private.collectives import EXCHANGES, GATHERS, REDUCE_ALL, REDUCE_PARTS, WAITS
 from mst_fx.placement.placement import Placement, Split
 from mst_fx.placement.rules.registry import Flow, Spans, args_of, argument, back, mixed, rule, shape_of
+
+FEWER_RANKS = "Let fewer ranks share a sequence, so that each of them has several heads."
 
 
 @rule(*REDUCE_ALL, *WAITS)
@@ -87,14 +90,17 @@ def _within_parts(node: Node, split: Split) -> Split:
 
     Raises:
         Spans: the axis has a part for each rank, and only what is in a part can be split.
-        Refusal: the parts are no factor of it.
+        Refusal: the parts are no factor of it, or nothing is left in them to split.
     """
     if split.dim:
         return split
     ranks, length = even_parts(node), split.axis_length(shape_of(args_of(node)[0]))
     missing = ranks // gcd(ranks, split.outer) if ranks else 0
     if not missing or not sure(length % missing == 0):
-        raise mixed(node, "gives its parts to different ranks")
+        raise mixed(node, "divides the split dim among the ranks")
+    if sure(length == missing) and missing > 1:
+        text = f"{node.target} gives each rank one position of the split dim"
+        raise Refusal(Reason.AXIS_MIXED, node, text, FEWER_RANKS)
     if missing > 1:
-        raise Spans(node, [(missing, 1)] if sure(length > missing) else [])
+        raise Spans(node, [(missing, 1)])
     return split
