@@ -21,7 +21,7 @@ import mst_fx
 
 D, HEADS, FF, V = 16, 4, 64, 96
 TOKENS = 24
-OPTIONS = {"min_bytes": 0, "num_chunks": 3, "strict": True, "inner": "aot_eager"}
+OPTIONS = {"min_bytes": 0, "num_chunks": 3, "head_groups": 2, "strict": True, "inner": "aot_eager"}
 Tensors = dict[str, torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor]
 
