@@ -95,8 +95,8 @@ def ddp(
     with torch._dynamo.config.patch(optimize_ddp=optimize, compiled_autograd=optimize == "python_reducer"):
         wrapped = DistributedDataParallel(own, **options)
         for part in (*own.blocks, own.head) if one_by_one else ():
-            part.compile(**way.given)
-        run = wrapped if one_by_one else torch.compile(wrapped, dynamic=dynamic, **way.given)
+            part.compile(**way.given())
+        run = wrapped if one_by_one else torch.compile(wrapped, dynamic=dynamic, **way.given())
         return steps(truth, wrapped, run, **of_steps)
 
 
@@ -108,9 +108,11 @@ def fsdp(
     offload: bool = False,
     mixed: bool = False,
     attention: Callable[..., torch.Tensor] = F.scaled_dot_product_attention,
+    whole: bool = False,
+    to_host: bool = False,
     **of_steps: Any,
 ) -> Found:
-    """Steps of a model of which each part is fully sharded, and compiled by itself.
+    """Steps of a model of which each part is fully sharded.
 
     Args:
         way: how to compile.
@@ -120,6 +122,8 @@ def fsdp(
         offload: parameters lie on the host.
         mixed: whole parameters are bfloat16, and gradients are added up in float32.
         attention: of q, k and v.
+        whole: compile all at once: Dynamo ends a graph where a part is gathered. Otherwise each part by itself.
+        to_host: what checkpoints keep is on the host between forward and backward.
         **of_steps: as for `steps`.
     """
     own = Model() if mixed else Model().double()
@@ -134,11 +138,13 @@ def fsdp(
     options["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
     for block in own.blocks:
         block.attention, block.checkpointed = attention, checkpointed == "inside"
+    how = way.given(**({"offload": "checkpoints"} if to_host else {}))
     for part in (*own.blocks, own.head):
-        part.compile(**way.given)
+        if not whole:
+            part.compile(**how)
         fully_shard(part, **options)
     wrapped = fully_shard(own, **options)
-    return steps(truth, wrapped, wrapped, **of_steps)
+    return steps(truth, wrapped, torch.compile(wrapped, **how) if whole else wrapped, **of_steps)
 
 
 def exchanged(group: dist.ProcessGroup) -> Callable[..., torch.Tensor]:
@@ -173,7 +179,7 @@ def context_parallel_ddp(way: Way) -> Found:
     truth = _copy(own)
     own.blocks[0].attention = lambda q, k, v: F.scaled_dot_product_attention(q, k, v)  # torch replaces it by then
     wrapped = DistributedDataParallel(own)
-    run, mesh = torch.compile(wrapped, **way.given), init_device_mesh("cpu", (dist.get_world_size(),))
+    run, mesh = torch.compile(wrapped, **way.given()), init_device_mesh("cpu", (dist.get_world_size(),))
     (batch,) = batches([TOKENS], seed=0)
     expected = truth_of(truth, [batch])
     around = context_parallel(mesh, buffers=list(batch), buffer_seq_dims=[1, 1])
