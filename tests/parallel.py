@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import mst_fx
 
 D, HEADS, FF, V = 16, 4, 64, 96
-TOKENS = 24
-OPTIONS = {"min_bytes": 0, "num_chunks": 3, "head_groups": 2, "strict": True, "inner": "aot_eager"}
+TOKENS, GROUPS = 24, 2
+OPTIONS = {"min_bytes": 0, "num_chunks": 3, "head_groups": GROUPS, "strict": True, "inner": "aot_eager"}
 Tensors = dict[str, torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -11,16 +12,32 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F  # noqa: N812
 from frugal import frugal
-from parallel import TOKENS, Counting, Model, Outcome, Way, batches, errors_of, gradients_of, outcome, truth_of
+from parallel import (
+    FF,
+    TOKENS,
+    Block,
+    Counting,
+    D,
+    Model,
+    Outcome,
+    V,
+    Way,
+    batches,
+    errors_of,
+    gradients_of,
+    outcome,
+    truth_of,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import context_parallel, register_sharding
 from torch.nn.parallel import DistributedDataParallel
+from ulysses import by_function, by_torch, with_heads_in_front
 
 Found = tuple[dict[str, float], Counter[str]]
 STEPS = 2
@@ -147,28 +164,6 @@ def fsdp(
     return steps(truth, wrapped, torch.compile(wrapped, **how) if whole else wrapped, **of_steps)
 
 
-def exchanged(group: dist.ProcessGroup) -> Callable[..., torch.Tensor]:
-    """Return attention of the ranks of a group that share a sequence: each has all tokens of some heads (Ulysses)."""
-    ranks = group.size()
-
-    def to_all(x: torch.Tensor) -> torch.Tensor:
-        """Give each rank its part of dim 0."""
-        sizes = [x.shape[0] // ranks] * ranks
-        return funcol.all_to_all_single_autograd(x.contiguous(), sizes, sizes, group)
-
-    def to_heads(x: torch.Tensor) -> torch.Tensor:
-        batch, heads, length, width = x.shape
-        parts = to_all(x.view(batch, ranks, heads // ranks, length, width).transpose(0, 1))
-        return parts.permute(1, 2, 0, 3, 4).reshape(batch, heads // ranks, ranks * length, width)
-
-    def to_tokens(x: torch.Tensor) -> torch.Tensor:
-        batch, heads, length, width = x.shape
-        parts = to_all(x.view(batch, heads, ranks, length // ranks, width).permute(2, 0, 1, 3, 4))
-        return parts.transpose(0, 1).reshape(batch, ranks * heads, length // ranks, width)
-
-    return lambda q, k, v: to_tokens(F.scaled_dot_product_attention(*map(to_heads, (q, k, v))))
-
-
 def context_parallel_ddp(way: Way) -> Found:
     """A step within torch's `context_parallel`, which gives each rank its tokens and makes DTensors of q, k and v.
 
@@ -205,8 +200,51 @@ def _attend_to_whole_keys() -> None:
 def ulysses_fsdp(way: Way) -> Found:
     """Two ranks share a sequence, other ranks have others of other lengths; all of them share the parameters."""
     groups = [dist.new_group([rank, rank + 1]) for rank in range(0, dist.get_world_size(), 2)]
-    attention = exchanged(groups[dist.get_rank() // 2])
+    attention = by_torch(groups[dist.get_rank() // 2])
     return fsdp(way, attention=attention, checkpointed="inside", sharing=2, lengths=lambda _, number: 24 + 12 * number)
+
+
+def spelled(way: Way) -> Found:
+    """Two ranks share a sequence; each block exchanges heads in other words."""
+
+    def model() -> Model:
+        made = Model(blocks=2)
+        for block, spelling in zip(made.blocks, (by_function, with_heads_in_front), strict=True):
+            block.attention = spelling(dist.group.WORLD)
+        return made
+
+    return ddp(way, model=model, sharing=2)
+
+
+class _Last(nn.Module):
+    """The stage that ends in logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = Block(FF), nn.Linear(D, V, bias=False)
+
+    def forward(self, x):
+        return self.head(self.block(x))
+
+
+def pipeline(way: Way) -> Found:
+    """Two stages, each compiled by itself; the first one's gradients come from the second one."""
+    stages = [Block(FF).double(), _Last().double()]
+    own, rank = copy.deepcopy(stages[dist.get_rank()]), dist.get_rank()
+    x, labels = torch.randn(4, TOKENS, D, dtype=torch.float64), torch.randint(0, V, (4, TOKENS))
+
+    def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    loss_of(nn.Sequential(*stages)(x), labels).backward()
+    own.compile(**way.given())
+    stage = PipelineStage(own, rank, 2, torch.device("cpu"))
+    schedule, given = Schedule1F1B(stage, n_microbatches=2, loss_fn=loss_of), {"target": labels} if rank else {}
+    with Counting() as count:
+        schedule.step(*() if rank else (x,), **given)
+    found: list[Any] = [None, None]
+    dist.all_gather_object(found, errors_of(gradients_of(own), gradients_of(stages[rank])))
+    return {f"{stage}, {name}": error for stage, errors in enumerate(found) for name, error in errors.items()}, count.found
 
 
 def _wide() -> Model:
@@ -230,11 +268,15 @@ PROGRAMS: dict[int, dict[str, Callable[[Way], Found]]] = {
             ddp, optimize=True, model=_wide, options={"bucket_cap_mb": 1}
         ),
         "fsdp, checkpoint outside, offloaded": partial(fsdp, checkpointed="outside", offload=True),
-        "fsdp, mixed precision": partial(fsdp, mixed=True),
+        "fsdp, mixed precision, all at once": partial(fsdp, mixed=True, whole=True),
+        "ulysses, in other words": spelled,
         "context parallel": context_parallel_ddp,
+        "pipeline": pipeline,
     },
     4: {
-        "hsdp, checkpoint inside, not resharded": partial(fsdp, mesh=(2, 2), checkpointed="inside", reshard=False),
+        "hsdp, checkpoint inside, not resharded, to the host": partial(
+            fsdp, mesh=(2, 2), checkpointed="inside", reshard=False, to_host=True
+        ),
         "ulysses in fsdp": ulysses_fsdp,
     },
 }
