@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from frugal import frugal
 from parallel import (
     FF,
+    GROUPS,
     TOKENS,
     Block,
     Counting,
@@ -90,6 +91,7 @@ def ddp(
     dynamic: bool | None = None,
     one_by_one: bool = False,
     unused: bool = False,
+    groups: int = GROUPS,
     options: Mapping[str, Any] = MappingProxyType({}),
     **of_steps: Any,
 ) -> Found:
@@ -102,6 +104,7 @@ def ddp(
         dynamic: of `torch.compile`.
         one_by_one: compile blocks and head by themselves, and not all in one.
         unused: a parameter gets no gradient.
+        groups: of heads.
         options: of DDP.
         **of_steps: as for `steps`.
     """
@@ -109,11 +112,12 @@ def ddp(
     if unused:
         own.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
     truth = _copy(own)
+    how = way.given(head_groups=groups)
     with torch._dynamo.config.patch(optimize_ddp=optimize, compiled_autograd=optimize == "python_reducer"):
         wrapped = DistributedDataParallel(own, **options)
         for part in (*own.blocks, own.head) if one_by_one else ():
-            part.compile(**way.given())
-        run = wrapped if one_by_one else torch.compile(wrapped, dynamic=dynamic, **way.given())
+            part.compile(**how)
+        run = wrapped if one_by_one else torch.compile(wrapped, dynamic=dynamic, **how)
         return steps(truth, wrapped, run, **of_steps)
 
 
@@ -244,7 +248,9 @@ def pipeline(way: Way) -> Found:
         schedule.step(*() if rank else (x,), **given)
     found: list[Any] = [None, None]
     dist.all_gather_object(found, errors_of(gradients_of(own), gradients_of(stages[rank])))
-    return {f"{stage}, {name}": error for stage, errors in enumerate(found) for name, error in errors.items()}, count.found
+    return {
+        f"{stage}, {name}": error for stage, errors in enumerate(found) for name, error in errors.items()
+    }, count.found
 
 
 def _wide() -> Model:
@@ -258,7 +264,11 @@ PROGRAMS: dict[int, dict[str, Callable[[Way], Found]]] = {
     2: {
         "ddp, no_sync": partial(ddp, accumulate=2),
         "ddp, static graph, other lengths on each rank": partial(
-            ddp, dynamic=True, options={"static_graph": True}, lengths=lambda step, number: 16 + 8 * number + 4 * step
+            ddp,
+            dynamic=True,
+            groups=1,
+            options={"static_graph": True},
+            lengths=lambda step, number: 16 + 8 * number + 4 * step,
         ),
         "ddp, parts, unused parameter": partial(
             ddp, one_by_one=True, unused=True, options={"find_unused_parameters": True}

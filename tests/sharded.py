@@ -155,7 +155,7 @@ def _attention(**options: Any) -> dict[str, Any]:
 
 
 @cache
-def _attend_on_shards() -> None:
+def attend_on_shards() -> None:
     """On a CPU, torch has no rule for attention on DTensors: each rank attends with its heads."""
     heads = Shard(1)
 
@@ -260,7 +260,7 @@ def outcome(name: str, mesh: DeviceMesh, **options: Any) -> Outcome:
 def outcomes(names: list[str], inner: str = "") -> dict[str, Outcome]:
     """Run programs on all ranks; another compiler than `Counting` counts no collectives."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    _attend_on_shards()
+    attend_on_shards()
     with frugal():
         return {name: outcome(name, mesh, **({"inner": inner} if inner else {})) for name in names}
 

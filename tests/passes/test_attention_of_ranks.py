@@ -14,6 +14,7 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F  # noqa: N812
 from graphs import captured
 from torch import nn
+from torch.fx import GraphModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from ulysses import SPELLINGS, by_torch
 
@@ -33,7 +34,6 @@ def _group(request):
     dist.destroy_process_group()
 
 
-
 class Attention(nn.Module):
     """Attention whose queries, keys and values go through what `attend` does."""
 
@@ -47,9 +47,13 @@ class Attention(nn.Module):
         return self.o(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
-def report_on(model, **options):
+def rewritten(model, **options):
     gm = captured(model, torch.randn(B, T, D, requires_grad=True))
-    return Engine(gm, mst_fx.Config(**{**OPTIONS, **options}), patterns()).rewritten().report
+    return Engine(gm, mst_fx.Config(**{**OPTIONS, **options}), patterns()).rewritten()
+
+
+def report_on(model, **options):
+    return rewritten(model, **options).report
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -59,6 +63,14 @@ def test_each_group_exchanges_its_heads(spelling, keys, groups):
     (region,) = report_on(Attention(SPELLINGS[spelling](dist.group.WORLD), keys)).regions
     assert (region.pattern, region.chunks, region.verified) == ("attention", groups, True)
     assert "self.o(" in region.source
+
+
+def test_no_exchange_that_nobody_reads():
+    """Forward exchanges four values; backward makes queries, keys and values again, and the gradients of all four."""
+    module = rewritten(Attention(by_torch(dist.group.WORLD)), verify=False).module
+    bodies = [each for each in module.modules() if isinstance(each, GraphModule) and each is not module]
+    ops = ([node.target for node in body.graph.nodes] for body in bodies)
+    assert [found.count(torch.ops._c10d_functional.all_to_all_single.default) for found in ops] == [4, 3 + 4]
 
 
 def test_gathered_keys():
@@ -74,8 +86,9 @@ def test_gathered_keys():
 
 def uneven(q, k, v):
     """Ranks have other numbers of heads."""
-    q, k, v = (funcol.all_to_all_single_autograd(x.movedim(1, 0).contiguous(), [6, 2], [6, 2], dist.group.WORLD) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*(x.movedim(0, 1) for x in (q, k, v)))
+    parts, group = [6, 2], dist.group.WORLD
+    given = (funcol.all_to_all_single_autograd(x.movedim(1, 0).contiguous(), parts, parts, group) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*(x.movedim(0, 1) for x in given))
 
 
 @pytest.mark.parametrize("_group", [H], indirect=True)
