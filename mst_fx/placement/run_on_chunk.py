@@ -66,11 +66,7 @@ def run_resized(
             env[permutation].shape[0], dtype=env[permutation].dtype, device=env[permutation].device
         )
         return aten.index_put.default(torch.empty_like(env[permutation]), [env[permutation]], positions)
-    if target in GROUP_NORMS:
-        args, kwargs = _replaced(target, args, kwargs, "N", args[0].shape[0])
-    if target in EXCHANGES and (ranks := even_parts(node)):
-        for name in ("output_split_sizes", "input_split_sizes"):
-            args, kwargs = _replaced(target, args, kwargs, name, [args[0].shape[0] // ranks] * ranks)
+    args, kwargs = _with_sizes_of(args[0], node, args, kwargs) if args else (args, kwargs)
     split = split_of(placement)
     if split is None and varying and target in RESHAPES:
         return args[0].reshape([at_sizes(size, varying) for size in node.meta["val"].shape])
@@ -89,6 +85,19 @@ def run_resized(
     if target == aten.slice.Tensor and dim_of(node) == split.dim:
         return args[0]  # a full slice: the rule refuses any other
     return target(*args, **kwargs)
+
+
+def _with_sizes_of(
+    operand: Any, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Return the arguments, where an op names sizes of what it reads, with those of this operand."""
+    target: Any = node.target
+    if target in GROUP_NORMS:
+        return _replaced(target, args, kwargs, "N", operand.shape[0])
+    if target in EXCHANGES and (ranks := even_parts(node)):
+        for name in ("output_split_sizes", "input_split_sizes"):
+            args, kwargs = _replaced(target, args, kwargs, name, [operand.shape[0] // ranks] * ranks)
+    return args, kwargs
 
 
 def _replaced(

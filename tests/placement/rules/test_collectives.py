@@ -77,6 +77,11 @@ def test_an_exchange_keeps_an_axis_within_the_parts():
     assert spans.value.factors == [(RANKS, 1)]
 
 
+def test_a_trial_shows_parts_in_another_order():
+    with Alone():
+        assert exchanged(torch.arange(4)).tolist() == [2, 3, 0, 1]
+
+
 def test_exchanges_of_sorted_rows_are_refused():
     """Each chunk sorts its own rows: they are not in the parts that they are in without a loop."""
     with pytest.raises(Refusal, match="gives sorted rows to other ranks"):
