@@ -22,7 +22,7 @@ import mst_fx
 from mst_fx.engine import Engine
 from mst_fx.recognise.pattern import patterns
 
-B, T, D, H, E = 2, 8, 16, 8, 4
+B, T, D, H, E = 2, 8, 16, 8, 16  # more features than heads, as in any model
 OPTIONS = {"strict": True, "min_bytes": 0, "head_groups": H, "verify": True}
 
 
