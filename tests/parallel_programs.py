@@ -38,7 +38,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import context_parallel, register_sharding
 from torch.nn.parallel import DistributedDataParallel
-from ulysses import by_function, by_torch, with_heads_in_front
+from ulysses import SPELLINGS, by_torch
 
 Found = tuple[dict[str, float], Counter[str]]
 STEPS = 2
@@ -212,8 +212,9 @@ def spelled(way: Way) -> Found:
     """Two ranks share a sequence; each block exchanges heads in other words."""
 
     def model() -> Model:
-        made = Model(blocks=2)
-        for block, spelling in zip(made.blocks, (by_function, with_heads_in_front), strict=True):
+        spellings = [each for each in SPELLINGS.values() if each is not by_torch]
+        made = Model(blocks=len(spellings))
+        for block, spelling in zip(made.blocks, spellings, strict=True):
             block.attention = spelling(dist.group.WORLD)
         return made
 
