@@ -44,7 +44,7 @@ def _added(found: Outcome, *, checkpointed: bool) -> int:
     """How many exchanges more the groups of heads do.
 
     Each group has its own, as many as all heads at once: four forward and four backward, and four again where a
-    checkpoint runs the forward again. The loop in the backward exchanges queries, keys, values and attention's result once more.
+    checkpoint runs the forward again. The loop in the backward exchanges what the forward did.
     """
     at_once = 12 if checkpointed else 8
     assert found.before[EXCHANGES] == at_once * found.regions.count("attention")
