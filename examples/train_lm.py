@@ -218,6 +218,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, help="in place of the preset's")
     parser.add_argument("--chunk-tokens", type=int, help="mst_fx: tokens in one mini-sequence")
     parser.add_argument("--min-bytes", type=int, help="mst_fx: temporaries below this are left alone")
+    parser.add_argument("--head-groups", type=int, help="mst_fx: groups of heads that attention runs in")
     parser.add_argument("--accumulate", choices=["float32", "native"], help="mst_fx: dtype of weight gradients' sums")
 
 
@@ -228,7 +229,8 @@ def chosen(args: argparse.Namespace) -> tuple[Preset, dict[str, Any]]:
     preset = replace(PRESETS[args.preset], **changes)
     if preset.steps <= COMPILING_STEPS:
         raise SystemExit(f"--steps must be above {COMPILING_STEPS}, those that compile")
-    options = {"chunk_tokens": preset.chunk_tokens, "min_bytes": preset.min_bytes, "accumulate": args.accumulate}
+    options = {"chunk_tokens": preset.chunk_tokens, "min_bytes": preset.min_bytes}
+    options |= {"head_groups": args.head_groups, "accumulate": args.accumulate}
     return preset, {name: value for name, value in options.items() if value is not None}
 
 

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import mst_fx
 
 D, HEADS, FF, V = 16, 4, 64, 96
-TOKENS = 24
-OPTIONS = {"min_bytes": 0, "num_chunks": 3, "strict": True, "inner": "aot_eager"}
+TOKENS, GROUPS = 24, 2
+OPTIONS = {"min_bytes": 0, "num_chunks": 3, "head_groups": GROUPS, "strict": True, "inner": "aot_eager"}
 Tensors = dict[str, torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -127,10 +127,9 @@ class Way:
 
     ours: bool
 
-    @property
-    def given(self) -> dict[str, Any]:
+    def given(self, **options: Any) -> dict[str, Any]:
         """Arguments of `torch.compile`."""
-        return {"backend": "mst_fx", "options": OPTIONS} if self.ours else {"backend": "aot_eager"}
+        return {"backend": "mst_fx", "options": {**OPTIONS, **options}} if self.ours else {"backend": "aot_eager"}
 
 
 class Counting:
@@ -158,6 +157,7 @@ class Outcome:
         before: those of plain `torch.compile`.
         regions: the patterns of the loops.
         refusals: reasons and texts.
+        offloaded: bytes of each value that is on the host between forward and backward.
     """
 
     errors: dict[str, float]
@@ -166,6 +166,7 @@ class Outcome:
     before: Counter[str]
     regions: list[str]
     refusals: list[tuple[str, str]]
+    offloaded: list[int]
 
 
 def outcome(program: Callable[[Way], tuple[dict[str, float], Counter[str]]]) -> Outcome:
@@ -185,4 +186,5 @@ def outcome(program: Callable[[Way], tuple[dict[str, float], Counter[str]]]) -> 
         before,
         [region.pattern for report in reports for region in report.regions],
         [(each.reason, each.text) for report in reports for each in report.refusals],
+        [value.bytes for report in reports for value in report.offloaded],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -11,16 +12,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F  # noqa: N812
 from frugal import frugal
-from parallel import TOKENS, Counting, Model, Outcome, Way, batches, errors_of, gradients_of, outcome, truth_of
+from parallel import (
+    FF,
+    GROUPS,
+    TOKENS,
+    Block,
+    Counting,
+    D,
+    Model,
+    Outcome,
+    V,
+    Way,
+    batches,
+    errors_of,
+    gradients_of,
+    outcome,
+    truth_of,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import context_parallel, register_sharding
 from torch.nn.parallel import DistributedDataParallel
+from ulysses import SPELLINGS, by_torch
 
 Found = tuple[dict[str, float], Counter[str]]
 STEPS = 2
@@ -73,6 +91,7 @@ def ddp(
     dynamic: bool | None = None,
     one_by_one: bool = False,
     unused: bool = False,
+    groups: int = GROUPS,
     options: Mapping[str, Any] = MappingProxyType({}),
     **of_steps: Any,
 ) -> Found:
@@ -85,6 +104,7 @@ def ddp(
         dynamic: of `torch.compile`.
         one_by_one: compile blocks and head by themselves, and not all in one.
         unused: a parameter gets no gradient.
+        groups: of heads.
         options: of DDP.
         **of_steps: as for `steps`.
     """
@@ -92,11 +112,12 @@ def ddp(
     if unused:
         own.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
     truth = _copy(own)
+    how = way.given(head_groups=groups)
     with torch._dynamo.config.patch(optimize_ddp=optimize, compiled_autograd=optimize == "python_reducer"):
         wrapped = DistributedDataParallel(own, **options)
         for part in (*own.blocks, own.head) if one_by_one else ():
-            part.compile(**way.given)
-        run = wrapped if one_by_one else torch.compile(wrapped, dynamic=dynamic, **way.given)
+            part.compile(**how)
+        run = wrapped if one_by_one else torch.compile(wrapped, dynamic=dynamic, **how)
         return steps(truth, wrapped, run, **of_steps)
 
 
@@ -108,9 +129,11 @@ def fsdp(
     offload: bool = False,
     mixed: bool = False,
     attention: Callable[..., torch.Tensor] = F.scaled_dot_product_attention,
+    whole: bool = False,
+    to_host: bool = False,
     **of_steps: Any,
 ) -> Found:
-    """Steps of a model of which each part is fully sharded, and compiled by itself.
+    """Steps of a model of which each part is fully sharded.
 
     Args:
         way: how to compile.
@@ -120,6 +143,8 @@ def fsdp(
         offload: parameters lie on the host.
         mixed: whole parameters are bfloat16, and gradients are added up in float32.
         attention: of q, k and v.
+        whole: compile all at once: Dynamo ends a graph where a part is gathered. Otherwise each part by itself.
+        to_host: what checkpoints keep is on the host between forward and backward.
         **of_steps: as for `steps`.
     """
     own = Model() if mixed else Model().double()
@@ -134,33 +159,13 @@ def fsdp(
     options["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
     for block in own.blocks:
         block.attention, block.checkpointed = attention, checkpointed == "inside"
+    how = way.given(**({"offload": "checkpoints"} if to_host else {}))
     for part in (*own.blocks, own.head):
-        part.compile(**way.given)
+        if not whole:
+            part.compile(**how)
         fully_shard(part, **options)
     wrapped = fully_shard(own, **options)
-    return steps(truth, wrapped, wrapped, **of_steps)
-
-
-def exchanged(group: dist.ProcessGroup) -> Callable[..., torch.Tensor]:
-    """Return attention of the ranks of a group that share a sequence: each has all tokens of some heads (Ulysses)."""
-    ranks = group.size()
-
-    def to_all(x: torch.Tensor) -> torch.Tensor:
-        """Give each rank its part of dim 0."""
-        sizes = [x.shape[0] // ranks] * ranks
-        return funcol.all_to_all_single_autograd(x.contiguous(), sizes, sizes, group)
-
-    def to_heads(x: torch.Tensor) -> torch.Tensor:
-        batch, heads, length, width = x.shape
-        parts = to_all(x.view(batch, ranks, heads // ranks, length, width).transpose(0, 1))
-        return parts.permute(1, 2, 0, 3, 4).reshape(batch, heads // ranks, ranks * length, width)
-
-    def to_tokens(x: torch.Tensor) -> torch.Tensor:
-        batch, heads, length, width = x.shape
-        parts = to_all(x.view(batch, heads, ranks, length // ranks, width).permute(2, 0, 1, 3, 4))
-        return parts.transpose(0, 1).reshape(batch, ranks * heads, length // ranks, width)
-
-    return lambda q, k, v: to_tokens(F.scaled_dot_product_attention(*map(to_heads, (q, k, v))))
+    return steps(truth, wrapped, torch.compile(wrapped, **how) if whole else wrapped, **of_steps)
 
 
 def context_parallel_ddp(way: Way) -> Found:
@@ -173,7 +178,7 @@ def context_parallel_ddp(way: Way) -> Found:
     truth = _copy(own)
     own.blocks[0].attention = lambda q, k, v: F.scaled_dot_product_attention(q, k, v)  # torch replaces it by then
     wrapped = DistributedDataParallel(own)
-    run, mesh = torch.compile(wrapped, **way.given), init_device_mesh("cpu", (dist.get_world_size(),))
+    run, mesh = torch.compile(wrapped, **way.given()), init_device_mesh("cpu", (dist.get_world_size(),))
     (batch,) = batches([TOKENS], seed=0)
     expected = truth_of(truth, [batch])
     around = context_parallel(mesh, buffers=list(batch), buffer_seq_dims=[1, 1])
@@ -199,8 +204,54 @@ def _attend_to_whole_keys() -> None:
 def ulysses_fsdp(way: Way) -> Found:
     """Two ranks share a sequence, other ranks have others of other lengths; all of them share the parameters."""
     groups = [dist.new_group([rank, rank + 1]) for rank in range(0, dist.get_world_size(), 2)]
-    attention = exchanged(groups[dist.get_rank() // 2])
+    attention = by_torch(groups[dist.get_rank() // 2])
     return fsdp(way, attention=attention, checkpointed="inside", sharing=2, lengths=lambda _, number: 24 + 12 * number)
+
+
+def spelled(way: Way) -> Found:
+    """Two ranks share a sequence; each block exchanges heads in other words."""
+
+    def model() -> Model:
+        spellings = [each for each in SPELLINGS.values() if each is not by_torch]
+        made = Model(blocks=len(spellings))
+        for block, spelling in zip(made.blocks, spellings, strict=True):
+            block.attention = spelling(dist.group.WORLD)
+        return made
+
+    return ddp(way, model=model, sharing=2)
+
+
+class _Last(nn.Module):
+    """The stage that ends in logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = Block(FF), nn.Linear(D, V, bias=False)
+
+    def forward(self, x):
+        return self.head(self.block(x))
+
+
+def pipeline(way: Way) -> Found:
+    """Two stages, each compiled by itself; the first one's gradients come from the second one."""
+    stages = [Block(FF).double(), _Last().double()]
+    own, rank = copy.deepcopy(stages[dist.get_rank()]), dist.get_rank()
+    x, labels = torch.randn(4, TOKENS, D, dtype=torch.float64), torch.randint(0, V, (4, TOKENS))
+
+    def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    loss_of(nn.Sequential(*stages)(x), labels).backward()
+    own.compile(**way.given())
+    stage = PipelineStage(own, rank, 2, torch.device("cpu"))
+    schedule, given = Schedule1F1B(stage, n_microbatches=2, loss_fn=loss_of), {"target": labels} if rank else {}
+    with Counting() as count:
+        schedule.step(*() if rank else (x,), **given)
+    found: list[Any] = [None, None]
+    dist.all_gather_object(found, errors_of(gradients_of(own), gradients_of(stages[rank])))
+    return {
+        f"{stage}, {name}": error for stage, errors in enumerate(found) for name, error in errors.items()
+    }, count.found
 
 
 def _wide() -> Model:
@@ -214,7 +265,11 @@ PROGRAMS: dict[int, dict[str, Callable[[Way], Found]]] = {
     2: {
         "ddp, no_sync": partial(ddp, accumulate=2),
         "ddp, static graph, other lengths on each rank": partial(
-            ddp, dynamic=True, options={"static_graph": True}, lengths=lambda step, number: 16 + 8 * number + 4 * step
+            ddp,
+            dynamic=True,
+            groups=1,
+            options={"static_graph": True},
+            lengths=lambda step, number: 16 + 8 * number + 4 * step,
         ),
         "ddp, parts, unused parameter": partial(
             ddp, one_by_one=True, unused=True, options={"find_unused_parameters": True}
@@ -224,11 +279,15 @@ PROGRAMS: dict[int, dict[str, Callable[[Way], Found]]] = {
             ddp, optimize=True, model=_wide, options={"bucket_cap_mb": 1}
         ),
         "fsdp, checkpoint outside, offloaded": partial(fsdp, checkpointed="outside", offload=True),
-        "fsdp, mixed precision": partial(fsdp, mixed=True),
+        "fsdp, mixed precision, all at once": partial(fsdp, mixed=True, whole=True),
+        "ulysses, in other words": spelled,
         "context parallel": context_parallel_ddp,
+        "pipeline": pipeline,
     },
     4: {
-        "hsdp, checkpoint inside, not resharded": partial(fsdp, mesh=(2, 2), checkpointed="inside", reshard=False),
+        "hsdp, checkpoint inside, not resharded, to the host": partial(
+            fsdp, mesh=(2, 2), checkpointed="inside", reshard=False, to_host=True
+        ),
         "ulysses in fsdp": ulysses_fsdp,
     },
 }

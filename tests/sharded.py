@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -32,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 import mst_fx
 
 HIDDEN, TOKENS = 16, 24
-OPTIONS = {"min_bytes": 0, "num_chunks": 4, "strict": True, "verify": True}
+OPTIONS = {"min_bytes": 0, "num_chunks": 4, "head_groups": 2, "strict": True, "verify": True}
 
 
 class Gated(nn.Module):
@@ -92,6 +93,20 @@ class Adapted(Gated):
         return self.down(F.silu(self.gate(x) + self.b(self.a(x))) * self.up(x))
 
 
+class Attention(nn.Module):
+    """Eight heads of queries share four of keys; a bias of keys would have no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(HIDDEN, 32), nn.Linear(32, HIDDEN)
+        self.k, self.v = nn.Linear(HIDDEN, 16, bias=False), nn.Linear(HIDDEN, 16)
+
+    def forward(self, x):
+        q, k, v = (made(x).unflatten(-1, (-1, 4)).transpose(1, 2) for made in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
 class Checkpointed(Block):
     """A block that backward recomputes."""
 
@@ -135,6 +150,24 @@ def _along_the_sequence_local() -> dict[str, Any]:
     return {"norm": norm, "mlp": whole, **styles("mlp.", {"output_layouts": Shard(1)})}
 
 
+def _attention(**options: Any) -> dict[str, Any]:
+    return {**{name: ColwiseParallel(**options) for name in "qkv"}, "o": RowwiseParallel(**options)}
+
+
+@cache
+def attend_on_shards() -> None:
+    """On a CPU, torch has no rule for attention on DTensors: each rank attends with its heads."""
+    heads = Shard(1)
+
+    @register_sharding(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default)
+    def _forward(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
+        return [([heads] * 2, [heads] * 3)]
+
+    @register_sharding(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
+    def _backward(grad, q, k, v, out, sums, dropout_p, is_causal, *, attn_mask=None, scale=None):
+        return [([heads] * 3, [*[heads] * 6, None, None])]
+
+
 PROGRAMS = {
     "gated": Program(Gated, styles),
     "plain": Program(Plain, lambda: {"up": ColwiseParallel(), "down": RowwiseParallel()}),
@@ -147,6 +180,8 @@ PROGRAMS = {
     "batch": Program(Gated, None, tokens=0, sharded=True),
     "sequence": Program(lambda: Block(Gated()), _along_the_sequence, tokens=1),
     "sequence, local": Program(lambda: Block(Gated()), _along_the_sequence_local, tokens=1),
+    "attention": Program(Attention, _attention),
+    "attention, dtensors": Program(Attention, partial(_attention, use_local_output=False), sharded=True),
 }
 
 
@@ -225,6 +260,7 @@ def outcome(name: str, mesh: DeviceMesh, **options: Any) -> Outcome:
 def outcomes(names: list[str], inner: str = "") -> dict[str, Outcome]:
     """Run programs on all ranks; another compiler than `Counting` counts no collectives."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    attend_on_shards()
     with frugal():
         return {name: outcome(name, mesh, **({"inner": inner} if inner else {})) for name in names}
 

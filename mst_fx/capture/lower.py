@@ -259,11 +259,8 @@ def trace(
 
 def _drop_unread_collectives(graph: Graph) -> None:
     """Erase collectives that no output needs, and what only they read: torch keeps them, and all ranks drop them."""
-    unread = [node for node in reversed(graph.nodes) if is_collective(node.target) and not node.users]
-    for node in unread:
-        graph.erase_node(node)
-    if unread:
-        graph.eliminate_dead_code()
+    if any(is_collective(node.target) for node in graph.nodes):
+        graph.eliminate_dead_code(lambda node: node.is_impure() and not is_collective(node.target))
 
 
 def on_fakes(

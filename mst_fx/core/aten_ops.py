@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mst_fx.core.torch_private.collectives import COLLECTIVES, WAITS
+from mst_fx.core.torch_private.collectives import COLLECTIVES, EXCHANGES, WAITS
 
 aten = torch.ops.aten
 
@@ -280,6 +280,8 @@ LINEAR_IN_FIRST = (
     aten.mul.Scalar,
     aten.div.Scalar,
     aten.div.Tensor,
+    *EXCHANGES,
+    *WAITS,
 )
 """Ops that are linear in the first operand, where no other operand is a partial sum."""
 LINEAR_IN_ONE = (aten.mul.Tensor,)
@@ -362,6 +364,8 @@ REPEATS = (aten.index.Tensor, aten.index_select.default, *GATHERS, *TILES, aten.
 """Ops that can repeat rows; a copy of an expanded value does."""
 SHOWN_TO_CALLERS = (*VIEWS, aten.detach.default, *JOINS)
 """Ops that hand values to a caller unchanged: views of them, or several joined."""
+MOVES = (*RESHAPES, *PERMUTES, operator.getitem, aten.clone.default, aten.detach.default, *EXCHANGES, *WAITS)
+"""Ops that give the same elements in another shape or order, or to another rank."""
 CUTS = (aten.slice.Tensor, aten.select.int)
 """Ops that keep positions from a start to an end."""
 MADE_OF_NOTHING = (*FILLS, *RANGES, *FILLS_LIKE)

@@ -62,7 +62,7 @@ def choose_axis(graph: Graph, stream: Node, *, tokens_whole: bool = False) -> Ch
             found.append(choice)
         except (Refusal, Unequal) as refusal:
             if not _is_last(axis, shape) or is_symbolic(length):  # most ops mix features
-                refusals.append((hint(length), refusal))
+                refusals.append((0 if tokens_whole and axis.inner == 1 else hint(length), refusal))
         except Spans as spans:
             factors = [pair for pair in spans.factors if not any(map(is_symbolic, pair))]
             candidates += [Split(axis.dim, axis.outer * outer, axis.inner * inner) for outer, inner in factors]

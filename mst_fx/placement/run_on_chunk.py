@@ -10,8 +10,9 @@ from torch.fx import Node, map_arg
 
 from mst_fx.core.aten_ops import FILLS, GROUP_NORMS, RESHAPES
 from mst_fx.core.sizes import at_sizes, is_size
+from mst_fx.core.torch_private.collectives import EXCHANGES
 from mst_fx.placement.placement import Placement, split_of
-from mst_fx.placement.rules import NodePlacement, argument, inverted, positions_of
+from mst_fx.placement.rules import NodePlacement, argument, even_parts, inverted, positions_of
 from mst_fx.placement.rules.view import dim_of
 
 aten = torch.ops.aten
@@ -24,6 +25,8 @@ def numbers_read(node: Node, placement: NodePlacement | Placement) -> list[Node]
     kwargs: Mapping[str, Any] = node.kwargs
     if target in GROUP_NORMS:
         args, kwargs = _replaced(target, args, kwargs, "N", None)
+    if target in EXCHANGES and even_parts(node):
+        args = args[:1]
     if inverted(node, placement) is not None:
         args = ()
     elif split is not None and (target in RESHAPES or target == aten.expand.default):
@@ -63,8 +66,7 @@ def run_resized(
             env[permutation].shape[0], dtype=env[permutation].dtype, device=env[permutation].device
         )
         return aten.index_put.default(torch.empty_like(env[permutation]), [env[permutation]], positions)
-    if target in GROUP_NORMS:
-        args, kwargs = _replaced(target, args, kwargs, "N", args[0].shape[0])
+    args, kwargs = _with_sizes_of(args[0], node, args, kwargs) if args else (args, kwargs)
     split = split_of(placement)
     if split is None and varying and target in RESHAPES:
         return args[0].reshape([at_sizes(size, varying) for size in node.meta["val"].shape])
@@ -83,6 +85,19 @@ def run_resized(
     if target == aten.slice.Tensor and dim_of(node) == split.dim:
         return args[0]  # a full slice: the rule refuses any other
     return target(*args, **kwargs)
+
+
+def _with_sizes_of(
+    operand: Any, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Return the arguments, where an op names sizes of what it reads, with those of this operand."""
+    target: Any = node.target
+    if target in GROUP_NORMS:
+        return _replaced(target, args, kwargs, "N", operand.shape[0])
+    if target in EXCHANGES and (ranks := even_parts(node)):
+        for name in ("output_split_sizes", "input_split_sizes"):
+            args, kwargs = _replaced(target, args, kwargs, name, [operand.shape[0] // ranks] * ranks)
+    return args, kwargs
 
 
 def _replaced(

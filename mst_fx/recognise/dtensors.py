@@ -5,7 +5,7 @@ A DTensor's own word for how it lies across ranks is `placements`; they have not
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, TypeAlias
 
@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from mst_fx.capture.fingerprint import like
-from mst_fx.core.aten_ops import ALIASES
+from mst_fx.core.aten_ops import ALIASES, is_random
 from mst_fx.core.sizes import hint, sure
 from mst_fx.core.torch_private.tracing import TorchDispatchMode
 from mst_fx.core.values import is_sharded, plain_tensors
@@ -63,10 +63,16 @@ class Watch(TorchDispatchMode):
 
     Args:
         values: the DTensors or shards to follow.
+
+    Attributes:
+        keys: what tells the ops apart, with their arguments.
+        seen: the ops.
+        draws: whether one of them draws random numbers.
     """
 
     def __init__(self, values: Iterable[Any]) -> None:
         super().__init__()
+        self.draws = False
         self.keys: list[Hashable] = []
         self.seen: list[Any] = []
         self._followed: dict[int, torch.Tensor] = {}
@@ -89,7 +95,14 @@ class Watch(TorchDispatchMode):
             if not _is_alias(func, args, result):
                 self.seen.append(func)
                 self.keys.append((func, like(args), like(kwargs or {})))
+                self.draws = self.draws or (is_random(func) and not _drops_nothing(func, args, kwargs or {}))
         return result
+
+
+def _drops_nothing(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether an op would draw random numbers, as attention does, for a dropout that it does not have."""
+    known = {each.name: each.default_value for each in op._schema.arguments}
+    return {**known, **dict(zip(known, args, strict=False)), **kwargs}.get("dropout_p") == 0.0
 
 
 def _is_alias(op: Any, args: Any, result: Any) -> bool:

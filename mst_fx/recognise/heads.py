@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial
+from itertools import takewhile
 
 from torch.fx import Node
 
-from mst_fx.core.aten_ops import ATTENTIONS, PERMUTES, RESHAPES, aten
+from mst_fx.core.aten_ops import ATTENTIONS, MOVES, PERMUTES, RESHAPES, aten
 from mst_fx.core.graph_walk import ancestors, descendants, walk
 from mst_fx.core.sizes import is_size, sure
 from mst_fx.core.values import fake_value, has_gradient, storages_of, storages_of_all
+from mst_fx.ops.own_gradients import own_gradients
 from mst_fx.placement.rules import argument
 from mst_fx.recognise.contractions import is_matrix
 from mst_fx.recognise.effects import sends_back
@@ -44,18 +46,19 @@ def heads_region(reader: Reader, node: Node) -> Region | None:
     inside = descendants(projections) & made_of
     written = set().union(*map(reader.memory_written_by, inside))  # `k = empty(..); k[..., :8] = x`
     inside |= {each for each in made_of if each.op.startswith("call_") and not written.isdisjoint(storages_of(each))}
-    behind = _views(reader, attention)
+    behind = _moved(reader, attention)
+    views = list(takewhile(partial(_is_view, reader), behind))
     shared = _shares_all_keys(reader, attention)  # by all queries, which make the heads then
     by_size = sorted(projections, key=lambda each: (reader.numel(each), reader.order[each]), reverse=not shared)
-    nodes = with_sizes({*projections, *inside, attention, *behind})
+    within = {*projections, *inside, attention}
     joined = _joined(reader, (attention, *behind)[-1])
+    sizes = [within.union(views), within.union(behind), within.union(behind, joined)]
     region: Region | None = None
     for projection in dict.fromkeys((by_size[0], by_size[-1])):  # the keys' heads, where the queries do not share one
         contraction = reader.contraction(projection)
         assert contraction is not None
-        region = close(reader, nodes, contraction.weight, smaller=region, over="heads")
-        if joined:
-            region = close(reader, with_sizes(nodes | joined), contraction.weight, smaller=region, over="heads")
+        for nodes in dict.fromkeys(map(frozenset, sizes)):
+            region = close(reader, with_sizes(nodes), contraction.weight, smaller=region, over="heads")
     return region
 
 
@@ -166,14 +169,18 @@ def _readers(node: Node) -> list[Node]:
     return [user for user in node.users if not is_size(fake_value(user))]
 
 
-def _views(reader: Reader, attention: Node) -> list[Node]:
-    """Return the nodes that bring attention's result into another shape, and nothing else, one after the other."""
-    views: list[Node] = []
+def _moved(reader: Reader, attention: Node) -> list[Node]:
+    """Return the nodes that bring attention's result into another shape, or to other ranks, one after the other."""
+    moving: list[Node] = []
     node = attention
     while len(readers := _readers(node)) == 1:
         (node,) = readers
         ops = reader.ops(node)
-        if node.op == "output" or ops is None or not ops <= {*RESHAPES, *PERMUTES, aten.clone.default}:
+        if node.op == "output" or ops is None or not ops <= {*MOVES, own_gradients}:
             break
-        views.append(node)
-    return views
+        moving.append(node)
+    return moving
+
+
+def _is_view(reader: Reader, node: Node) -> bool:
+    return (reader.ops(node) or set()) <= {*RESHAPES, *PERMUTES, aten.clone.default}

@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_map_only
 from mst_fx.capture.fingerprint import like, likeness_of_node
 from mst_fx.capture.lower import tracing, under
 from mst_fx.capture.run_node import execute
-from mst_fx.core.aten_ops import is_random
 from mst_fx.core.graph_modules import operands_read
 from mst_fx.core.modes import Mode
 from mst_fx.core.torch_private.collectives import is_collective
@@ -108,12 +107,17 @@ def _strange(node: Node) -> str:
 
 @dataclass(frozen=True)
 class _Run:
-    """One run of a node, forward and backward: its value, gradients of its operands, and the ops on shards."""
+    """One run of a node, forward and backward: its value, gradients of its operands, and the ops on shards.
+
+    Attributes:
+        draws: whether one of them draws random numbers.
+    """
 
     value: Any
     grads: Mapping[Node, Any]
     ops: Counter[Hashable]
     seen: tuple[Any, ...]
+    draws: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,11 +171,11 @@ class _Trial:
             watch.follow([upstream])
             with watch:
                 grads = torch.autograd.grad([value], list(wanted.values()), [upstream], allow_unused=True)
-        return _Run(value, dict(zip(wanted, grads, strict=False)), Counter(watch.keys), tuple(watch.seen))
+        return _Run(value, dict(zip(wanted, grads, strict=False)), Counter(watch.keys), tuple(watch.seen), watch.draws)
 
     def _differs(self, run: _Run) -> str:
         """Return why a run on DTensors cannot be one of shards, whatever is done with them."""
-        if any(map(is_random, run.seen)):
+        if run.draws:
             return "draws random numbers"
         captured = fake_value(self.node)
         if is_sharded(captured) != is_sharded(run.value) or not same_sizes(captured, run.value):

@@ -14,6 +14,7 @@ from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region
 
 ADVICE = "Say on every rank how long mini-sequences are (chunk_tokens, num_chunks) and that it is looped (min_bytes=0)."
+OVER_HEADS = "Say on every rank in how many groups of heads attention runs (head_groups)."
 
 
 def forbid_disagreement(reader: Reader, region: Region, work: Work, wish: Wish, config: Config) -> None:
@@ -27,7 +28,7 @@ def forbid_disagreement(reader: Reader, region: Region, work: Work, wish: Wish, 
     for node in region.nodes:
         if _meets_ranks(reader, node):
             text = f"{op_name(node)} communicates with other ranks, whose sizes may be others"
-            raise Refusal(Reason.SHARDED, node, text, ADVICE)
+            raise Refusal(Reason.SHARDED, node, text, ADVICE if region.over == "tokens" else OVER_HEADS)
 
 
 def _meets_ranks(reader: Reader, node: Node) -> bool:

@@ -22,6 +22,7 @@ from mst_fx.capture.run_node import execute
 from mst_fx.core.aten_ops import DRAWS
 from mst_fx.core.clean_room import clean_room, without_autocast
 from mst_fx.core.torch_private.collectives import (
+    EXCHANGES,
     GATHERS,
     REDUCE_ALL,
     REDUCE_PARTS,
@@ -143,7 +144,10 @@ class InFloat64(TorchDispatchMode):
 
 
 class Alone(TorchDispatchMode):
-    """Runs collectives as if all ranks held what this one holds: none waits for another, which may run no trial."""
+    """Runs collectives as if all ranks held what this one holds: none waits for another, which may run no trial.
+
+    What ranks exchange comes back in reverse order: no part is lost, and one that goes to another place shows.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op."""
@@ -156,6 +160,8 @@ class Alone(TorchDispatchMode):
         x, ranks = args[0], ranks_in(args[-1])
         if func in GATHERS:
             return torch.cat([x] * ranks)
+        if func in EXCHANGES and len({*args[1]}) == len({*args[2]}) == 1:
+            return torch.cat(x.chunk(ranks)[::-1])
         if func not in (*REDUCE_ALL, *REDUCE_PARTS):
             raise NotImplementedError(f"{func} communicates")
         reduced = {"sum": x * ranks, "product": x**ranks}.get(args[1], x.clone())

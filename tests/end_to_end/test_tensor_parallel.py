@@ -1,4 +1,7 @@
-"""Tensor parallel training: loops over the shards of each rank, and the collectives of the program outside of them."""
+"""Tensor parallel training: loops over the shards of each rank, and the collectives of the program outside of them.
+
+Attention runs by groups of the rank's own heads.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import torch
 from ranks import on_ranks
 from sharded import HIDDEN, PROGRAMS, TOKENS, on_two_dims, outcomes, planned_llama
 
-PATTERNS = {"plain": ["mlp"]}
+PATTERNS = {"plain": ["mlp"], "attention": ["attention"], "attention, dtensors": ["attention"]}
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +19,7 @@ def results():
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_parallel_mlp_is_looped_right(name, results):
+def test_a_parallel_block_is_looped_right(name, results):
     """Loss and gradients are those of one process, and no rank waits for another one more often."""
     found = results[name]
     assert max(found.errors.values()) < 1e-13, found.errors
@@ -64,5 +67,5 @@ def test_a_plan_of_transformers(tmp_path):
     transformers.LlamaForCausalLM(config).to(torch.float64).save_pretrained(tmp_path)
     errors, (report,) = on_ranks(2, planned_llama, str(tmp_path))
     assert max(errors.values()) < 1e-6, errors
-    assert [region.pattern for region in report.regions] == ["gated_mlp", "gated_mlp", "head"]
+    assert [region.pattern for region in report.regions] == [*["attention", "gated_mlp"] * 2, "head"]
     assert all(region.verified for region in report.regions)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from graphs import captured
+from sharded import attend_on_shards
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -21,6 +22,7 @@ WHOLE, SUM = Replicate(), Partial()
 @pytest.fixture(scope="module", autouse=True)
 def mesh():
     torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    attend_on_shards()
     yield torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     torch.distributed.destroy_process_group()
 
@@ -63,6 +65,13 @@ RUNS = {
     "all whole": (F.linear, [(WHOLE, 4, 6, 8), (WHOLE, 16, 8)], [WHOLE, WHOLE], (1, 1), 1),
     "parts of a batch": (F.linear, [(Shard(0), 4, 6, 8), (WHOLE, 16, 8)], [Shard(0), SUM], (1, 1), 2),
     "elementwise": (torch.mul, [(Shard(2), 4, 6, 8), (Shard(2), 4, 6, 8)], [Shard(2), Shard(2)], (1, 1), 2),
+    "attention without dropout": (
+        F.scaled_dot_product_attention,
+        [(Shard(1), 2, 4, 6, 8)] * 3,
+        [Shard(1)] * 3,
+        (1, 1, 1),
+        2,
+    ),
     "a norm of whole tokens": (
         lambda x, w: F.rms_norm(x, (8,), w),
         [(Shard(1), 4, 6, 8), (WHOLE, 8)],

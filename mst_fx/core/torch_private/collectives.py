@@ -29,7 +29,9 @@ GATHERS = _found("all_gather_into_tensor")
 """The operands of all ranks, one after the other along dim 0."""
 REDUCE_PARTS = _found("reduce_scatter_tensor")
 """As many parts of dim 0 as there are ranks, reduced: one part on each rank."""
-COLLECTIVES = (*REDUCE_ALL, *WAITS, *GATHERS, *REDUCE_PARTS)
+EXCHANGES = _found("all_to_all_single")
+"""A part of dim 0 for each rank, and the parts that the ranks have for this one, one after the other."""
+COLLECTIVES = (*REDUCE_ALL, *WAITS, *GATHERS, *REDUCE_PARTS, *EXCHANGES)
 
 
 def ranks_in(group: Any) -> int:

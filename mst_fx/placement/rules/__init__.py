@@ -16,6 +16,7 @@ from mst_fx.placement.rules import pointwise as pointwise
 from mst_fx.placement.rules import reduction as reduction
 from mst_fx.placement.rules import view as view
 from mst_fx.placement.rules import writing as writing
+from mst_fx.placement.rules.collectives import even_parts as even_parts
 from mst_fx.placement.rules.counting import made_for_counts as made_for_counts
 from mst_fx.placement.rules.indexing import positions_of as positions_of
 from mst_fx.placement.rules.linear import casts as casts

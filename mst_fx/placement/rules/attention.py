@@ -25,7 +25,7 @@ from mst_fx.placement.rules.registry import (
     takes,
 )
 
-BATCH, HEADS = 0, 1
+BATCH, HEADS, TOKENS = 0, 1, 2
 
 
 @rule(*ATTENTIONS)
@@ -36,8 +36,10 @@ def attention(node: Node, flow: Flow) -> NodePlacement:
     """
     placements = {name: flow.of(argument(node, name)) for name in ("query", "key", "value")}
     splits = {name: placement for name, placement in placements.items() if isinstance(placement, Split)}
-    if any(split.dim not in (BATCH, HEADS) for split in splits.values()):
+    if any(split.dim == TOKENS for split in splits.values()):
         raise mixed(node, "lets tokens read one another")
+    if any(split.dim not in (BATCH, HEADS) for split in splits.values()):
+        raise mixed(node, "reads all features of a head")
     if not splits:
         if flow.of(bias_of(node)) != WHOLE:
             raise mixed(node, "has a mask that is split, and queries that are whole")

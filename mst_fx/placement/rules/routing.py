@@ -31,6 +31,7 @@ from mst_fx.core.aten_ops import (
     SORTS,
 )
 from mst_fx.core.sizes import sure
+from mst_fx.core.torch_private.collectives import EXCHANGES
 from mst_fx.ops.overwritten import overwritten
 from mst_fx.placement.placement import WHOLE, Placement, Routed, Split, same_shape
 from mst_fx.placement.rules.counting import RowWrite, counted_key, feeds_groups, row_write, takes_range_from_values
@@ -312,7 +313,12 @@ def _is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def _exchange(node: Node, _: Flow) -> NodePlacement:
+    raise mixed(node, "gives sorted rows to other ranks")
+
+
 _HANDLERS: dict[Any, Handler] = {
+    **dict.fromkeys(EXCHANGES, _exchange),
     **dict.fromkeys(SORTS, _sort),
     **dict.fromkeys(GROUPED_PRODUCTS, _multiply),
     **dict.fromkeys(ROW_PICKS, _pick),

@@ -9,6 +9,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.placement.placement import Split
+from mst_fx.placement.rules import Spans
 from mst_fx.verify.by_chunks import Program, check
 from mst_fx.verify.trial import Alone
 
@@ -18,6 +19,7 @@ CALLS = {
     "all_reduce": (lambda call, x: call(collectives.all_reduce.default, x, "max", "0"), 17),
     "all_gather": (lambda call, x: call(collectives.all_gather_into_tensor.default, x, RANKS, "0"), 17),
     "reduce_scatter": (lambda call, x: call(collectives.reduce_scatter_tensor.default, x, "sum", RANKS, "0"), 10),
+    "all_to_all": (lambda call, x: call(collectives.all_to_all_single.default, x, [6, 6], [6, 6], "0"), 14),
 }
 """What is called, and in how many of 17 ways its operand may be split."""
 
@@ -59,3 +61,28 @@ def test_tokens_that_are_given_to_different_ranks_are_refused():
     with pytest.raises(Refusal) as refused:
         placed(Call(scattered, [torch.randn(12, 4)]), Split(0))
     assert refused.value.reason is Reason.AXIS_MIXED
+
+
+def exchanged(x):
+    half = [x.shape[0] // RANKS] * RANKS
+    return collectives.wait_tensor(collectives.all_to_all_single(x, half, half, "0"))
+
+
+def test_an_exchange_keeps_an_axis_within_the_parts():
+    call = Call(exchanged, [torch.randn(12, 4)])
+    assert placed(call, Split(0, RANKS)) == [Split(0, RANKS)]
+    assert placed(call, Split(1)) == [Split(1)]
+    with pytest.raises(Spans) as spans:
+        placed(call, Split(0))
+    assert spans.value.factors == [(RANKS, 1)]
+
+
+def test_a_trial_shows_parts_in_another_order():
+    with Alone():
+        assert exchanged(torch.arange(4)).tolist() == [2, 3, 0, 1]
+
+
+def test_exchanges_of_sorted_rows_are_refused():
+    """Each chunk sorts its own rows: they are not in the parts that they are in without a loop."""
+    with pytest.raises(Refusal, match="gives sorted rows to other ranks"):
+        placed(Call(lambda keys: exchanged(keys.sort().values), [torch.randn(12)]), Split(0, RANKS))

@@ -102,7 +102,7 @@ def test_chunk_by_chunk(op):
     assert bool(found["accepted"]) != (op in REFUSED), f"{op}: {found}"
 
 
-LINEAR = sorted({*LINEAR_IN_FIRST, *LINEAR_IN_ONE, *LINEAR_IN_ALL} - {operator.getitem}, key=str)
+LINEAR = sorted({*LINEAR_IN_FIRST, *LINEAR_IN_ONE, *LINEAR_IN_ALL} - {operator.getitem, *COLLECTIVES}, key=str)
 
 
 def sum_or_whole(program: Program, axis: Node, draw: Draw, value: torch.Tensor) -> Node:
