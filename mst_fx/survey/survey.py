@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule, Node
 
+from mst_fx.bodies.body import Body
 from mst_fx.bodies.call import Call, assembled
 from mst_fx.bodies.work import Work, analysed
 from mst_fx.capture.decomposed import Decomposed
@@ -67,6 +68,7 @@ class Surveyor:
     _decomposed: dict[Hashable, Decomposed | None] = field(default_factory=dict)
     _on_shards: dict[Hashable, Any] = field(default_factory=dict)
     _works: dict[Hashable, Work] = field(default_factory=dict)
+    _bodies: dict[Hashable, Body] = field(default_factory=dict)
     _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
     _memories: dict[tuple[Work, Lengths, Hint], RegionMemory] = field(default_factory=dict)
     _verified: dict[tuple[Work, Lengths], Verified | Refusal] = field(default_factory=dict)
@@ -194,9 +196,15 @@ class Surveyor:
         """Return the call with bodies for these lengths; regions that are alike share it."""
         key = (work, lengths)
         if key not in self._calls:
-            self._calls[key] = assembled(work, lengths.chunk, lengths.forward, self.config.accumulate)
-            messages.tell_bodies(work, lengths)
+            self._calls[key] = self._assembled(work, lengths, tails=True)
         return self._calls[key]
+
+    def _assembled(self, work: Work, lengths: Lengths, *, tails: bool) -> Call:
+        known = len(self._bodies)
+        call = assembled(work, lengths.chunk, lengths.forward, self.config.accumulate, self._bodies, tails)
+        if len(self._bodies) > known:
+            messages.tell_bodies(work, lengths)
+        return call
 
     def verified(self, site: Site, lengths: Lengths) -> Verified | Refusal | None:
         """Return the outcome of running the loop (option `verify`), the same for regions alike; None without it."""
@@ -245,7 +253,7 @@ class Surveyor:
     def _memory(self, work: Work, lengths: Lengths, at: Hint) -> RegionMemory:
         key = (work, lengths, at)
         if key not in self._memories:
-            self._memories[key] = memory_of(work, self.call(work, lengths), at)
+            self._memories[key] = memory_of(work, self._assembled(work, lengths, tails=False), at)
         return self._memories[key]
 
 
