@@ -70,7 +70,7 @@ class Surveyor:
     _works: dict[Hashable, Work] = field(default_factory=dict)
     _bodies: dict[Hashable, Body] = field(default_factory=dict)
     _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
-    _memories: dict[tuple[Work, Lengths, Hint], RegionMemory] = field(default_factory=dict)
+    _memories: dict[tuple[Work, Lengths | None, Hint], RegionMemory] = field(default_factory=dict)
     _verified: dict[tuple[Work, Lengths], Verified | Refusal] = field(default_factory=dict)
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
@@ -233,7 +233,7 @@ class Surveyor:
         terms = site.terms if at is hint else self._terms(site.region, work, at)
         written = temporary_bytes(work.stages, terms.extent.length, at)
         if written < self.config.least_bytes and not (due or terms.wish.loop):
-            memory = memory_unlooped(work, at)  # no need to trace its bodies
+            memory = self._memory(work, None, at)  # no need to trace its bodies
         else:
             memory = self._memory(work, several(terms, demanded=True), at)  # sums of one chunk would be smaller
         if site.unlooped is not None:
@@ -250,10 +250,11 @@ class Surveyor:
             communicates=work.communicates,
         )
 
-    def _memory(self, work: Work, lengths: Lengths, at: Hint) -> RegionMemory:
+    def _memory(self, work: Work, lengths: Lengths | None, at: Hint) -> RegionMemory:
         key = (work, lengths, at)
         if key not in self._memories:
-            self._memories[key] = memory_of(work, self._assembled(work, lengths, tails=False), at)
+            call = self._assembled(work, lengths, tails=False) if lengths is not None else None
+            self._memories[key] = memory_of(work, call, at) if call is not None else memory_unlooped(work, at)
         return self._memories[key]
 
 
