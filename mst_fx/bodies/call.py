@@ -57,7 +57,7 @@ def assembled(
         forward_chunk: positions of one chunk in the loop that only computes results.
         accumulate: dtype policy for gradients of whole operands in half precision.
         known: bodies that have been traced for other calls, which this one shares; its own are added.
-        tails: whether to trace the bodies of ragged last chunks: without them the call tells its memory, but cannot run.
+        tails: whether to trace the bodies of ragged last chunks: without, the call tells its memory, but cannot run.
     """
     stages, known = work.stages, {} if known is None else known
 
