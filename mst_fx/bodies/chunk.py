@@ -121,7 +121,7 @@ class _Run:
         self._length = axis_length([axis_of(stages, node) for node in stages.operands], operands)
         self._varying = _varying(stages, stages.operands, operands)
         self._kept = kept_results(stages) if known else {}
-        self._inside, self._behind = set(stages.loop), set(stages.behind)
+        self._inside = set(stages.loop)
         for node in leaves.intersection(self.env):
             self.env[node].requires_grad_()
 
@@ -149,9 +149,6 @@ class _Run:
         return run_in_tiles(node, env) if reduces_wide_rows(node) else self._resized(node, env)
 
     def _resized(self, node: Node, env: Mapping[Node, Any]) -> Any:
-        if node in self._behind:  # it runs at once, outside of the loop, too: its weight has its gradient from there
-            apart = set(node.all_input_nodes) - self._behind.union(self._stages.results)
-            env = {**env, **{x: env[x].detach() for x in apart if isinstance(env.get(x), torch.Tensor)}}
         value = run_resized(node, self._stages.placements.of[node], self._length, env, self._varying)
         _check_shape(self._stages, node, value, self._length)
         return value

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import mm_flop, register_flop_formula
 
 aten = torch.ops.aten
 
@@ -47,6 +48,11 @@ def sum_of_products(left: list[torch.Tensor], right: list[torch.Tensor]) -> torc
     for a, b in zip(left[1:], right[1:], strict=True):
         total.addmm_(a, b)
     return total
+
+
+@register_flop_formula(torch.ops.mst_fx.sum_of_products)
+def _flops(left: list[torch.Size], right: list[torch.Size], *_: Any, **__: Any) -> int:
+    return sum(mm_flop(a, b) for a, b in zip(left, right, strict=True))
 
 
 @sum_of_products.register_fake

@@ -18,7 +18,7 @@ from mst_fx.bodies.work import Work
 from mst_fx.core.aten_ops import LINEAR, VIEWS
 from mst_fx.core.graph_walk import descendants
 from mst_fx.core.sizes import Hint
-from mst_fx.core.values import bytes_made
+from mst_fx.core.values import bytes_made, bytes_of
 from mst_fx.kernels.liveness import buffer_of, peak
 from mst_fx.ops.own_gradients import own_gradients, own_of, upstream
 from mst_fx.placement.partition import Stages
@@ -27,6 +27,7 @@ from mst_fx.placement.rules.contraction import factors
 from mst_fx.predict.footprint import NOTHING, Footprint, alive, by_result, footprint, is_on_cpu, whole_nodes
 from mst_fx.predict.step_memory import FORWARD_DIVISOR
 from mst_fx.runtime.loop_operator import LoopSpec
+from mst_fx.runtime.overwriting import overwritable
 from mst_fx.runtime.result_kinds import Outer, Sum
 
 aten = torch.ops.aten
@@ -100,6 +101,8 @@ def memory_of(work: Work, call: Call, at: Hint) -> RegionMemory:
         footprint(body, spec, length, at) if body is not None else None
         for body, spec in ((call.forward, call.spec.forward_spec), (call.backward, call.spec.backward_spec))
     )
+    if backward is not None:
+        backward = replace(backward, results=backward.results - _overwritten(work, call, at))
     in_forward = forward is None
     gradients = _gradients_saved(work, call, at) if in_forward else []
     saved_whole = _saved_whole_bytes(work, at)
@@ -143,6 +146,18 @@ def _whole_forward(work: Work, at: Hint) -> int:
 
     most = peak(stages.graph, size, reductions_apart=on_cpu, costly_once=on_cpu, ordered=False, kept=saved)
     return max(_saved_whole_bytes(work, at), round(most))
+
+
+def _overwritten(work: Work, call: Call, at: Hint) -> int:
+    """Return the bytes of the gradient that is written over a value that the loop has saved for its backward alone."""
+    stages, spec = work.stages, LoopSpec(*call.spec.backward_spec)
+    alone = {stages.results[i] for i in work.reused}.difference(stages.outputs)
+    if not alone:
+        return 0
+    read = [*(stages.ends[i] for i in (*work.differentiable, *work.reused)), *stages.operands]
+    values = [node.meta["val"] for node in work.differentiated]
+    pairs = overwritable(spec.outs, spec.ins, values, [node.meta["val"] for node in read])
+    return next((bytes_of(values[result], at) for result, operand in pairs if read[operand] in alone), 0)
 
 
 def _kept(work: Work, at: Hint) -> int:

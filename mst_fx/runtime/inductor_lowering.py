@@ -15,13 +15,16 @@ from mst_fx.core.torch_private.inductor_ir import (
     config,
     constrain_to_fake_tensor,
     convert_shape_to_inductor,
+    hand_over,
     ir,
+    is_spare,
     lowerings,
     register_lowering,
 )
 from mst_fx.core.torch_private.tracing import FakeTensorProp
 from mst_fx.kernels.write_order import let_overwrite, written_after
-from mst_fx.runtime.loop_operator import chunk_examples, mini_sequence_loop
+from mst_fx.runtime.loop_operator import LoopSpec, chunk_examples, mini_sequence_loop
+from mst_fx.runtime.overwriting import overwritable
 
 # Inductor warns of every operator with subgraphs that it does not know; it then leaves the bodies as they are
 warnings.filterwarnings("ignore", message="Please add support for subgraph args to function mini_sequence_loop")
@@ -30,10 +33,17 @@ warnings.filterwarnings("ignore", message="Please add support for subgraph args 
 class MiniSequenceKernel(ir.ExternKernel):
     """One loop in Inductor's graph; Inductor fuses nothing into it and moves nothing through it."""
 
-    def __init__(self, subgraphs: Sequence[Any], spec: tuple[Any, ...], operands: Sequence[Any], layout: Any) -> None:
+    def __init__(
+        self,
+        subgraphs: Sequence[Any],
+        spec: tuple[Any, ...],
+        operands: Sequence[Any],
+        layout: Any,
+        overwritable: Sequence[tuple[int, int]],
+    ) -> None:
         super().__init__(name=None, layout=layout, inputs=operands)
         self.outputs: list[Any] = []
-        self.subgraphs, self.spec = subgraphs, spec
+        self.subgraphs, self.spec, self._overwritable = subgraphs, spec, overwritable
         self.name = V.graph.register_buffer(self)
         V.graph.register_operation(self)
 
@@ -59,8 +69,19 @@ class MiniSequenceKernel(ir.ExternKernel):
             names.append(subgraph.graph.name if subgraph is not None else "None")
         buffers: Sequence[Any] = self.inputs
         operands = ", ".join(buffer.codegen_reference() for buffer in buffers)
+        overwrites = next((pair for pair in self._overwritable if self._reads_last(buffers[pair[1]], wrapper)), None)
+        arguments = f"({', '.join(names)}), {self.spec!r}, [{operands}]"
         wrapper.add_import_once("from mst_fx.runtime.loop_operator import run_loop")
-        wrapper.writeline(f"{self.get_name()} = run_loop(({', '.join(names)}), {self.spec!r}, [{operands}])")
+        if overwrites is None:
+            wrapper.writeline(f"{self.get_name()} = run_loop({arguments})")
+        else:
+            wrapper.writeline(f"{self.get_name()} = run_loop({arguments}, {overwrites})")
+            hand_over(buffers[overwrites[1]], wrapper)
+
+    def _reads_last(self, operand: Any, wrapper: Any) -> bool:
+        buffers: Sequence[Any] = self.inputs
+        once = [buffer.get_name() for buffer in buffers].count(operand.get_name()) == 1
+        return once and is_spare(self, operand, wrapper)
 
 
 @register_lowering(mini_sequence_loop, type_promotion_kind=None)
@@ -78,7 +99,9 @@ def _lower(full: Any, tail: Any, spec: tuple[Any, ...], *operands: Any) -> list[
     for subgraph, chunk in zip((full, tail), examples, strict=True):
         if subgraph is not None:
             _compile_body(subgraph, chunk)
-    kernel = MiniSequenceKernel((full, tail), spec, realized, ir.MultiOutputLayout(device=fakes[0].device))
+    pairs = overwritable(LoopSpec(*spec).outs, spec[2], node.meta["val"], fakes)
+    layout = ir.MultiOutputLayout(device=fakes[0].device)
+    kernel = MiniSequenceKernel((full, tail), spec, realized, layout, list(pairs))
     kernel.outputs = [_output(kernel, value, position) for position, value in enumerate(node.meta["val"])]
     return [ir.TensorBox.create(output) for output in kernel.outputs]
 

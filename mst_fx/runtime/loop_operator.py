@@ -68,25 +68,34 @@ def axis_length(ins: Sequence[Axis | None], operands: Sequence[torch.Tensor]) ->
     return x.shape[dim] // (outer * inner)
 
 
-def run_loop(bodies: tuple[Body, Body | None], raw_spec: tuple[Any, ...], operands: list[torch.Tensor]) -> list[Any]:
+def run_loop(
+    bodies: tuple[Body, Body | None],
+    raw_spec: tuple[Any, ...],
+    operands: list[torch.Tensor],
+    overwrites: tuple[int, int] | None = None,
+) -> list[Any]:
     """Run the loop and return its results. Generated code calls this with the bodies that it compiled.
 
     Args:
         bodies: of a full chunk and of the ragged last one; each takes a list of tensors and gives its outputs.
         raw_spec: a `LoopSpec` as a tuple.
         operands: the whole operands of the loop, all chunks in one.
+        overwrites: a result, and the operand that it is written over: one that nobody reads after the loop, of which a
+            chunk lies where the result has its own (see `overwriting`).
 
     Raises:
         torch.OutOfMemoryError: with the region and what to do added to its text.
     """
     try:
-        return _results(bodies, LoopSpec(*raw_spec), operands)
+        return _results(bodies, LoopSpec(*raw_spec), operands, overwrites)
     except torch.OutOfMemoryError as error:
         error.args = (f"{error}\n{out_of_memory(raw_spec, operands)}",)
         raise
 
 
-def _results(bodies: tuple[Body, Body | None], spec: LoopSpec, operands: list[torch.Tensor]) -> list[Any]:
+def _results(
+    bodies: tuple[Body, Body | None], spec: LoopSpec, operands: list[torch.Tensor], overwrites: tuple[int, int] | None
+) -> list[Any]:
     """Run the loop."""
     total = axis_length(spec.ins, operands)
     layouts = dict(spec.strides)
@@ -94,14 +103,21 @@ def _results(bodies: tuple[Body, Body | None], spec: LoopSpec, operands: list[to
         repeat(laid_out(x, layouts.get(position))) if axis is None else map(aligned, chunks_of(x, axis, spec.chunk))
         for position, (x, axis) in enumerate(zip(operands, spec.ins, strict=True))
     ]
-    collectors = [collector_of(kind_of(literal), total, spec.chunk) for literal in spec.outs]
+    kinds = [kind_of(literal) for literal in spec.outs]
+    last, memory = overwrites if overwrites is not None and operands[overwrites[1]].is_contiguous() else (-1, -1)
+    order = sorted(range(len(kinds)), key=last.__eq__)  # the chunk that is overwritten may be an output, too
+    collectors = [
+        collector_of(kind, total, spec.chunk, operands[memory] if position == last else None)
+        for position, kind in enumerate(kinds)
+    ]
     for start in range(0, total, spec.chunk):
         body = bodies[0] if start + spec.chunk <= total else bodies[1]
         assert body is not None
         outs = iter(body([next(chunk) for chunk in chunks]))
-        for collector in collectors:
-            collector.add(outs)
-        del outs  # free this chunk before the next one starts
+        parts = [list(islice(outs, kind.outputs)) for kind in kinds]
+        for position in order:
+            collectors[position].add(iter(parts[position]))
+        del outs, parts  # free this chunk before the next one starts
     # one after the other: this frees each float32 sum before it casts the next
     return [collectors.pop(0).finished() for _ in spec.outs]
 

@@ -86,6 +86,8 @@ def with_gradients(
 ) -> tuple[torch.Tensor, ...]:
     """Return sums that are made of the results of a loop; their gradients go through its backward loop.
 
+    So do those of the weights that the sums are made with: a chunk has its own rows of them.
+
     Args:
         backward: as in `mini_sequence`.
         backward_tail: as in `mini_sequence`.
@@ -100,7 +102,8 @@ def with_gradients(
     leaves = [_connected(x, position in spec.wanted) for position, x in enumerate(values[before:])]
     if spec.backward == "none" or not torch.is_grad_enabled():
         return values[: len(spec.differentiable)]
-    return _BackwardOfSums.apply((backward, backward_tail), spec, *values[:before], *leaves)
+    read = [_connected(x, wanted=False) for x in values[:before]]
+    return _BackwardOfSums.apply((backward, backward_tail), spec, *read, *leaves)
 
 
 def _connected(operand: torch.Tensor, wanted: bool) -> torch.Tensor:
@@ -143,8 +146,8 @@ class _BackwardOfSums(torch.autograd.Function):
         _forbid_second_derivatives()
         with without_autocast():
             grads = mini_sequence_loop(*ctx.bodies, spec.backward_spec, *tangents, *ctx.saved_tensors)
-        reused = [None] * len(spec.reused)
-        return (None, None, *tangents, *reused, *_at_operands(spec, grads, ctx.count))
+        read = [None] * (len(spec.differentiable) + len(spec.reused))
+        return (None, None, *read, *_at_operands(spec, grads, ctx.count))
 
 
 class _GradientsInForward(torch.autograd.Function):

@@ -3,6 +3,7 @@
 Forward:   handle = to_host(x, ...)          x starts to leave the device
            saved = on_host(handle, x, y)     behind y, x has left: its memory can be used again
 Backward:  x = to_device(saved, g, ...)      behind g, x is there again, and what the block before keeps is on its way
+           ask_ahead(h, saved)               if not, it is from here on, behind h
 """
 
 from __future__ import annotations
@@ -51,7 +52,12 @@ def _(handle: torch.Tensor, x: torch.Tensor, behind: torch.Tensor) -> torch.Tens
 
 @torch.library.custom_op("mst_fx::to_device", mutates_args=())
 def to_device(
-    handle: torch.Tensor, behind: torch.Tensor | None, order: list[int], dtype: torch.dtype, device: torch.device
+    handle: torch.Tensor,
+    behind: torch.Tensor | None,
+    order: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    ahead: bool,
 ) -> torch.Tensor:
     """Return a value that was sent to the host, in new memory.
 
@@ -61,15 +67,38 @@ def to_device(
         order: its dims as they lie in memory.
         dtype: of the value.
         device: of the value.
+        ahead: whether to ask for what the block before keeps.
     """
-    return transfers.come_back(handle).permute(_inverse(order))
+    return transfers.come_back(handle, ahead=ahead).permute(_inverse(order))
 
 
 @to_device.register_fake
 def _(
-    handle: torch.Tensor, behind: torch.Tensor | None, order: list[int], dtype: torch.dtype, device: torch.device
+    handle: torch.Tensor,
+    behind: torch.Tensor | None,
+    order: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    ahead: bool,
 ) -> torch.Tensor:
     return torch.empty(handle.shape, dtype=dtype, device=device).permute(_inverse(order))
+
+
+@torch.library.custom_op("mst_fx::ask_ahead", mutates_args=("handle",))
+def ask_ahead(behind: torch.Tensor, handle: torch.Tensor) -> None:
+    """Let what the block before keeps come to the device.
+
+    Args:
+        behind: is computed before.
+        handle: of a value that came back for this block. Nothing writes to it; it is declared so that no compiler
+            drops the op.
+    """
+    transfers.ask_ahead(handle)
+
+
+@ask_ahead.register_fake
+def _(behind: torch.Tensor, handle: torch.Tensor) -> None:
+    return None
 
 
 def _handle(size: list[int] | torch.Size) -> torch.Tensor:

@@ -27,6 +27,7 @@ from mst_fx.core.torch_private.partition import (
 )
 from mst_fx.runtime import offload_ops as offload_ops
 from mst_fx.runtime.cache_version import VERSION
+from mst_fx.runtime.coming_back import ask_late
 from mst_fx.runtime.loop_operator import mini_sequence_loop
 from mst_fx.runtime.offload import Offload, planned_now
 
@@ -108,14 +109,15 @@ class _Divided:
         values = self._values(offload)
         blocks = list(dict.fromkeys(value.nodes for value in values))[: offload.blocks]
         handles: dict[Node, Node] = {}
-        before: tuple[Node, ...] = ()
+        back: dict[tuple[Node, ...], list[Node]] = {}
         for value in values:
             if value.nodes in blocks:
-                handles[value.made] = self._sent(value, offload.least, new=value.nodes is not before)
-                before = value.nodes
-                _bring_back(self.backward.graph, value, handles[value.made])
+                handles[value.made] = self._sent(value, offload.least, new=value.nodes not in back)
+                arrived = _bring_back(self.backward.graph, value, handles[value.made])
+                back.setdefault(value.nodes, []).append(arrived)
         if not handles:
             return
+        ask_late(self.backward.graph, [*back.values()][::-1])
         output = self.forward.graph.output_node()
         given: Any = output.args[0]
         saved = (handles.get(node, node) if isinstance(node, Node) else node for node in given[self._count :])
@@ -185,8 +187,8 @@ class _Divided:
         return saved
 
 
-def _bring_back(graph: Graph, value: _Value, handle: Node) -> None:
-    """Let the backward take a handle, and read the value in front of its first reader."""
+def _bring_back(graph: Graph, value: _Value, handle: Node) -> Node:
+    """Let the backward take a handle, and read the value in front of its first reader; return the node that does."""
     old = value.saved
     example = _tensor(old)
     assert example is not None
@@ -196,10 +198,11 @@ def _bring_back(graph: Graph, value: _Value, handle: Node) -> None:
     given.meta = {**old.meta, "val": handle.meta["val"]}
     given.meta.pop("tensor_meta", None)
     with graph.inserting_before(first):
-        how = (_dims_in_memory(old), example.dtype, example.device)
+        how = (_dims_in_memory(old), example.dtype, example.device, True)
         back = _call(graph, ops.to_device.default, (given, _arriving(graph, first), *how), old)
     old.replace_all_uses_with(back)
     graph.erase_node(old)
+    return back
 
 
 def _arriving(graph: Graph, place: Node) -> Node | None:

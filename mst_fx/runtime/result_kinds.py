@@ -40,6 +40,11 @@ class Cat(_Kind):
     outer: int
     inner: int
 
+    @property
+    def axis(self) -> Axis:
+        """(dim, outer, inner) of the result."""
+        return self.dim, self.outer, self.inner
+
     def shape(self, chunk: tuple[int, ...], total: int) -> list[int]:
         """Return the shape of the result.
 

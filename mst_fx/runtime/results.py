@@ -26,18 +26,19 @@ class Collector(Protocol):
         """Return the result, after the last chunk."""
 
 
-def collector_of(kind: ResultKind, total: int, length: int) -> Collector:
+def collector_of(kind: ResultKind, total: int, length: int, memory: torch.Tensor | None = None) -> Collector:
     """Return an empty collector.
 
     Args:
         kind: how outputs become the result.
         total: length of the axis in positions.
         length: positions of one chunk; one chunk for all adds nothing up, and needs no other dtype for the sum.
+        memory: a contiguous value of the size and dtype of a result that has a place for each chunk: it is overwritten.
     """
     if isinstance(kind, Cat):
-        return _Written(kind, total, length)
+        return _Written(kind, total, length, memory)
     if isinstance(kind, Rows):
-        return _Rows(kind, total, length)
+        return _Rows(kind, total, length, memory)
     sums = _Grouped if isinstance(kind, Grouped) else _Outer if isinstance(kind, Outer) else _Sum
     return sums(kind.adds_up_in(several=total > length), kind.result)
 
@@ -123,10 +124,15 @@ def example(x: torch.Tensor, axis: Axis | None, length: int, strides: tuple[int,
 class _Allocated:
     """Allocates the whole result with the first chunk; each chunk writes its place."""
 
-    def __init__(self, total: int, length: int) -> None:
-        self._total, self._length = total, length
+    def __init__(self, total: int, length: int, memory: torch.Tensor | None) -> None:
+        self._total, self._length, self._memory = total, length, memory
         self._whole: torch.Tensor | None = None
         self._places: Iterator[torch.Tensor] = iter(())
+
+    def _allocated(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        if self._memory is not None:
+            return self._memory.view(shape)
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
 
     def finished(self) -> torch.Tensor:
         assert self._whole is not None
@@ -136,17 +142,15 @@ class _Allocated:
 class _Written(_Allocated):
     """Copies one output of each chunk to its place."""
 
-    def __init__(self, kind: Cat, total: int, length: int) -> None:
-        super().__init__(total, length)
+    def __init__(self, kind: Cat, total: int, length: int, memory: torch.Tensor | None) -> None:
+        super().__init__(total, length, memory)
         self._kind = kind
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
         out = next(outs)
         if self._whole is None:
-            shape = self._kind.shape(out.shape, self._total)
-            self._whole = torch.empty(shape, dtype=out.dtype, device=out.device)
-            axis = (self._kind.dim, self._kind.outer, self._kind.inner)
-            self._places = iter(_views(self._whole, axis, self._length))
+            self._whole = self._allocated(self._kind.shape(out.shape, self._total), out)
+            self._places = iter(_views(self._whole, self._kind.axis, self._length))
         place = next(self._places)
         place.copy_(out.view(place.shape))
 
@@ -154,14 +158,14 @@ class _Written(_Allocated):
 class _Rows(_Allocated):
     """Adds up products of pairs of outputs; the sum is the rows of a chunk, at their place."""
 
-    def __init__(self, kind: Rows, total: int, length: int) -> None:
-        super().__init__(total, length)
+    def __init__(self, kind: Rows, total: int, length: int, memory: torch.Tensor | None) -> None:
+        super().__init__(total, length, memory)
         self._kind = kind
 
     def add(self, outs: Iterator[torch.Tensor]) -> None:
         a, b = next(outs), next(outs)
         if self._whole is None:
-            self._whole = torch.empty(self._kind.shape(self._total), dtype=a.dtype, device=a.device)
+            self._whole = self._allocated(self._kind.shape(self._total), a)
             *leading, columns = self._whole.shape
             rows = self._whole.view(prod(leading), columns)
             self._places = iter(_split(rows, rows.shape[0] // self._total * self._length))

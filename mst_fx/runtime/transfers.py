@@ -217,8 +217,12 @@ def sent_by(handle: torch.Tensor) -> Sent:
     return memory.sent
 
 
-def come_back(handle: torch.Tensor) -> torch.Tensor:
-    """Return the value on the device, and let those of the block before come.
+def come_back(handle: torch.Tensor, *, ahead: bool) -> torch.Tensor:
+    """Return the value on the device.
+
+    Args:
+        handle: of the value.
+        ahead: whether to let those of the block before come, too.
 
     Raises:
         RuntimeError: it is a copy of a handle.
@@ -226,9 +230,21 @@ def come_back(handle: torch.Tensor) -> torch.Tensor:
     with _lock:
         sent = sent_by(handle)
         sent.stop.ask(sent.times)
-        if (before := sent.stop.before) is not None:
+        if ahead and (before := sent.stop.before) is not None:
             before.ask(sent.times)
         return sent.fetched()
+
+
+def ask_ahead(handle: torch.Tensor) -> None:
+    """Let the values of the block before come to the device: behind a value that has come back.
+
+    Raises:
+        RuntimeError: it is a copy of a handle.
+    """
+    with _lock:
+        sent = sent_by(handle)
+        if (before := sent.stop.before) is not None:
+            before.ask(sent.times - 1)
 
 
 class _Memory(ctypes.c_int8 * (2 * ALIGNMENT)):  # type: ignore[misc]

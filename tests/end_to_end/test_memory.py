@@ -184,7 +184,7 @@ def test_attention_peak():
 
     unlooped, peak = measured(1), measured(8)
     assert unlooped >= 10 * of_tokens
-    assert peak <= 7.7 * of_tokens
+    assert peak <= 6.8 * of_tokens  # the gradient of the queries lies where the result of attention was
     assert mst_fx.reports()[-1].peak == pytest.approx(peak + resident, rel=0.1)
 
 

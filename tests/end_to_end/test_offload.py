@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
-from mst_fx.runtime import host_memory, transfers
+from mst_fx.runtime import coming_back, host_memory, transfers
 
 
 class Layer(nn.Module):
@@ -62,7 +62,7 @@ def moves(monkeypatch):
     """Sends (S, or s within a stop) and returns (B) in the order in which they run."""
     moves, send, come_back = [], transfers.send, transfers.come_back
     monkeypatch.setattr(transfers, "send", lambda x, **how: moves.append("S" if how["new"] else "s") or send(x, **how))
-    monkeypatch.setattr(transfers, "come_back", lambda handle: moves.append("B") or come_back(handle))
+    monkeypatch.setattr(transfers, "come_back", lambda handle, **how: moves.append("B") or come_back(handle, **how))
     return moves
 
 
@@ -82,6 +82,21 @@ def test_gradients_and_saved_bytes(how, dynamic, moves):
         assert set(transfers._held) == before
     sent = {x.bytes for report in mst_fx.reports()[-1:] for x in report.offloaded}
     assert sent <= {2 * 40 * D * 8, 2 * 56 * D * 8}
+
+
+@pytest.mark.parametrize(("enough", "expected"), [(0, "BABABA"), (10**9, "BBB")])
+def test_a_block_asks_behind_its_last_loop_for_what_the_one_before_keeps(enough, expected, moves, monkeypatch):
+    """If enough is left to compute while it comes; otherwise it comes beside the whole block."""
+    monkeypatch.setattr(coming_back, "FLOPS_A_BYTE", enough)
+    asked, ask_ahead, ask = [], transfers.ask_ahead, transfers.Sent.ask
+    monkeypatch.setattr(transfers, "ask_ahead", lambda handle: moves.append("A") or ask_ahead(handle))
+    monkeypatch.setattr(transfers.Sent, "ask", lambda sent: asked.append(moves[-1]) or ask(sent))
+    model, batch = LM().double(), tokens(2, 40)
+    truth, step = gradients(model, model, batch), compiled(model, "step")
+    ours = gradients(model, step, batch)
+    assert all(relative_error(ours[name], value) < 1e-12 for name, value in truth.items())
+    assert "".join(moves).removeprefix("SSS") == expected
+    assert asked.count("A") == max(0, expected.count("A") - 1)  # nothing is before the first block
 
 
 @pytest.mark.parametrize("how", ["step", "layers"])

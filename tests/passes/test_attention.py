@@ -317,7 +317,7 @@ def test_attention_runs_as_often_as_without_groups(checkpointed):
 
 
 def test_nothing_adds_up_over_the_groups():
-    """Gradients of projections are written to their places; so is what attention gives."""
+    """Gradients of projections and of the weight behind attention are written to their places, as attention's result is."""
     model, kinds = Attention(), []
 
     def keep(gm, inputs):
@@ -326,7 +326,7 @@ def test_nothing_adds_up_over_the_groups():
         return gm
 
     compiled(model, "rotary", inner=keep)(torch.randn(B, T, D, requires_grad=True))
-    assert kinds == ["cat"] * 5
+    assert kinds == ["cat"] * 6
 
 
 def test_queries_keys_and_values_are_not_saved():

@@ -20,7 +20,7 @@ def sent(x, least=0, new=True):
 
 
 def back(handle, dtype=torch.float32):
-    return ops.to_device(handle, None, list(range(handle.dim())), dtype, CPU)
+    return ops.to_device(handle, None, list(range(handle.dim())), dtype, CPU, True)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_a_value_comes_back_in_its_layout_as_often_as_it_is_asked_for():
         x.zero_()
         assert handle.untyped_storage().nbytes() == 1
         for _ in range(2):
-            value = ops.to_device(handle, None, order, x.dtype, CPU)
+            value = ops.to_device(handle, None, order, x.dtype, CPU, True)
             assert torch.equal(value, truth)
             assert value.stride() == x.stride()
             value.zero_()
@@ -51,7 +51,7 @@ def test_fakes_are_what_kernels_give():
     handle = ops.to_host(x, [1, 2, 0], True, 0)
     calls = ((ops.to_host, x, [1, 2, 0], True, 0), (ops.on_host, handle, x, x), (ops.to_device, handle, x, [1, 2, 0]))
     for op, *args in calls:
-        args += [x.dtype, CPU] if op is ops.to_device else []
+        args += [x.dtype, CPU, True] if op is ops.to_device else []
         real = op(*args)
         with FakeTensorMode() as mode:
             fake = op(*(mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args))
