@@ -6,7 +6,8 @@
 The model is made on the device "meta", so it takes no memory, and captured whole, each layer under activation
 checkpointing (--no-checkpointing: without). The numbers are the report's `peak_whole` and `peak`: the most bytes that
 are alive over one training step at batch 1, in bfloat16, with weights, gradients and activations, and without the
-optimizer's state (`benchmarks/tradeoff.md` has such predictions beside measured peaks). Attention takes no mask.
+optimizer's state (`benchmarks/tradeoff.md` has such predictions beside measured peaks). Attention is the kernel that a
+GPU has, without a mask.
 """
 
 from __future__ import annotations

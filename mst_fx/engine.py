@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from mst_fx.bodies.call import Call
 from mst_fx.bodies.splice import Replacement, loop
 from mst_fx.bodies.work import Work, fix_for
+from mst_fx.capture.layouts_on_meta import settle_layouts
 from mst_fx.core.clean_room import clean_room
 from mst_fx.core.config import Config
 from mst_fx.core.faults import refusal_for
@@ -29,8 +30,8 @@ from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import Hint, fix, hint, is_symbolic, long_hint, without_guards
 from mst_fx.core.values import marked_sizes, sizes_of
-from mst_fx.plan.chunk_length import Lengths
 from mst_fx.plan.decisions import Plan, Plans
+from mst_fx.plan.lengths import Lengths
 from mst_fx.plan.offer import Offer
 from mst_fx.plan.planner import make_plans
 from mst_fx.predict.step_memory import Timeline
@@ -47,7 +48,7 @@ from mst_fx.survey.courses import graph_timeline
 from mst_fx.survey.kept import kept_by_blocks
 from mst_fx.survey.offloading import away_of, offload_of, told
 from mst_fx.survey.survey import Surveyor
-from mst_fx.survey.surveyed import Around, Site, Surveyed, device_of_graph, timeline_of
+from mst_fx.survey.surveyed import Around, Site, Surveyed, about_shapes, device_of_graph, timeline_of
 from mst_fx.survey.unknown_ops import unknown_ops
 from mst_fx.survey.unlooped import unlooped
 from mst_fx.survey.wishes import left_out, unmatched, within_breaks
@@ -93,6 +94,8 @@ class Engine:
 
     def __init__(self, gm: GraphModule, config: Config, chosen: Sequence[Pattern], *, on_shards: bool = True) -> None:
         self.gm, self.landmarks = gm, landmarks_of(gm)
+        with _quiet_room():
+            settle_layouts(gm)
         self.config, self._told = within_breaks(config, gm)
         self.surveyor = Surveyor(self.config, chosen, marked_sizes(gm), set() if on_shards else {ON_SHARDS})
         self.surveyed = self._surveyed()
@@ -102,7 +105,7 @@ class Engine:
         around = Around(mode=mode, borders=borders_of(self.gm))
         with self._room(), without_guards(sizes_of(self.gm) if self.config.strict else ()):
             surveyed = self.surveyor.survey(self.gm, around)
-            notes = (*self._told, *left_out(self.config), *unmatched(self.config, surveyed))
+            notes = (*self._told, *left_out(self.config), *unmatched(self.config, surveyed), *about_shapes(surveyed))
         return replace(surveyed, report=surveyed.report.joined(Report(notes=notes)))
 
     def copy(self) -> GraphModule:
@@ -159,6 +162,7 @@ class Engine:
         report = report.joined(Report(notes=(plans.leaner,) if plans.leaner else ()))
         report = report.joined(told(kept, plans, self.config) if self._may_offload() else Report())
         report = replace(report, peak=plans.peak, peak_whole=plans.peak_whole, budget=plans.budget)
+        report = replace(report, side_by_side=timeline.side_by_side)
         offload = offload_of(surveyed, plans, of_site, self._literals, self.config)
         looping = tuple(site for site, plan in of_site.items() if plan.lengths)
         return Rewritten(module or self.gm, report, looping, offload)

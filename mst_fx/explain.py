@@ -18,6 +18,8 @@ from mst_fx.report.report import Report
 def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
     """Compile `fn` for these arguments, run it once, and report every decision of the pass.
 
+    Tensors on the device "meta" take no memory and no GPU: they stand for those of the machine's GPU, or of an H100.
+
     Args:
         fn: a function or module. If it is compiled already, the function that it was made of is compiled once more.
         *args: arguments of `fn`.

@@ -16,8 +16,10 @@ from torch.fx.traceback import preserve_node_meta
 from torch.fx.traceback import set_current_meta as set_current_meta
 from torch.utils._pytree import tree_map_only
 
+from mst_fx.capture.attention_on_meta import AttentionOfGpu
 from mst_fx.capture.decompositions import decompositions
 from mst_fx.capture.opened import openings
+from mst_fx.capture.pairs import on_pairs
 from mst_fx.capture.run_node import brings_gradients, execute, execute_unrecorded, execute_with_own_gradients
 from mst_fx.core.aten_ops import is_mutable, is_random
 from mst_fx.core.clean_room import without_autocast
@@ -82,6 +84,10 @@ def lower(
             out_of_place = torch.func.functionalize(WithoutWrites(lowered).run, remove="mutations")
             with without_autocast():  # the first trace has made its casts nodes
                 lowered = traced(out_of_place, examples, decompositions(gathers))
+        real = on_pairs(lowered)
+        if real is not None:
+            with without_autocast():
+                lowered = traced(real, examples, decompositions(gathers))
         _settle(lowered)
     _merge_backward(lowered.graph)
     _drop_unread(lowered)
@@ -205,6 +211,8 @@ def tracing(examples: Sequence[Any]) -> Iterator[None]:
         mode = modes.pop() if len(modes) == 1 else None
         if mode is not None:
             stack.enter_context(mode)
+        if any(isinstance(value, torch.Tensor) and value.device.type == "meta" for value in examples):
+            stack.enter_context(AttentionOfGpu())
         if any(isinstance(size, torch.SymInt) for size in _sizes(examples)):  # also one that has turned out to be fixed
             stack.enter_context(_with_symbols(mode))
             stack.enter_context(unguarded())

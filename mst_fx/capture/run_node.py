@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
     args, kwargs = map_arg((node.args, node.kwargs), lambda operand: env[operand])
     if node.target is operator.setitem and isinstance(args[2], int | float):
         args = (*args[:2], torch.full((), args[2], dtype=args[0].dtype, device=args[0].device))
+    if node.target is operator.getitem and isinstance(args[0], torch.Tensor):
+        sliced = _as_slices(args[1])
+        return args[0][args[1]] if sliced is None else args[0][sliced].clone()
     if node.op == "call_function":
         function: Any = node.target
         return function(*args, **kwargs)
@@ -39,6 +43,22 @@ def execute(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
     if isinstance(held, GraphModule):
         return held
     raise ValueError(f"cannot run {node.op} {node.target}")
+
+
+def _as_slices(index: Any) -> Any:
+    """Return an index with a slice in place of its one list of positions that follow one another; None for another."""
+    entries = index if isinstance(index, tuple) else (index,)
+    lists = [place for place, entry in enumerate(entries) if isinstance(entry, list)]
+    if len(lists) != 1 or not all(each is None or isinstance(each, slice | list | EllipsisType) for each in entries):
+        return None
+    (place,) = lists
+    positions = entries[place]
+    if not positions or not all(type(each) is int for each in positions):
+        return None
+    first, end = positions[0], positions[-1] + 1
+    if positions != list(range(first, end)) or first < 0 < end:
+        return None
+    return (*entries[:place], slice(first, end or None), *entries[place + 1 :])
 
 
 def execute_unrecorded(owner: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:

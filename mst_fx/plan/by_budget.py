@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from mst_fx.plan.choices import Choices, State, changed
-from mst_fx.plan.chunk_length import Lengths
+from mst_fx.plan.lengths import Lengths
 from mst_fx.plan.offer import held
 
 

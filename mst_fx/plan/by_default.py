@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 
 from mst_fx.plan.choices import REAL_SHARE, Choices, State, changed
-from mst_fx.plan.chunk_length import Lengths, longer
+from mst_fx.plan.chunk_length import longer
+from mst_fx.plan.lengths import Lengths
 from mst_fx.plan.offer import Offer
 
 NO_RECOMPUTE_SHARE = 0.02

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from mst_fx.core.config import Config
-from mst_fx.plan.chunk_length import Lengths, several, shorter
+from mst_fx.plan.chunk_length import policy_of, several, shorter
+from mst_fx.plan.lengths import Lengths
 from mst_fx.plan.offer import Offer, held
 from mst_fx.predict.step_memory import Timeline
 from mst_fx.predict.time import Device
@@ -48,9 +49,8 @@ class Choices:
         """Return whether a region that may be looped has to be, whatever that saves."""
         offer = self.offers[number]
         given = offer.wish.loop is not None or offer.wish.fixes_length
-        if offer.extent.over == "heads":
-            return given  # `min_bytes` asks for loops that cost next to no time; attention by groups of heads does
-        return given or self.config.min_bytes is not None or offer.due or offer.communicates
+        asked = self.config.min_bytes is not None or offer.due or offer.communicates
+        return given or (asked and policy_of(offer.extent).is_cheap)
 
     def offloading(self, blocks: int) -> Choices:
         """Return the same with so many blocks that keep on the host what they save."""

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 from mst_fx.core.readable import readable
 from mst_fx.plan.choices import REAL_SHARE, Choices, State, changed
-from mst_fx.plan.chunk_length import Lengths, in_chunks
+from mst_fx.plan.chunk_length import in_chunks, policy_of
+from mst_fx.plan.lengths import Lengths
 
 COUNTS = (2, 4, 8, 16)
 """Numbers of chunks that a plan is compared with, to tell what shorter chunks would save and cost."""
+OPTION = "num_chunks"
+"""The option for other numbers of chunks; regions whose number is another option keep theirs."""
 ONE_CHUNK = "it would be one chunk, at the length that is chosen"
 IN_VAIN = "One chunk saves nothing: set chunk_tokens or num_chunks, so that there are several."
 
@@ -110,22 +113,22 @@ def _is_in_vain(choices: Choices, number: int, state: State) -> bool:
 
 def _advice(choices: Choices, number: int) -> str:
     """Return how a region that is left alone would be looped."""
-    if choices.offers[number].extent.over == "heads":
-        return "Set head_groups, or name the module in `modules`."
-    if number in choices.candidates and choices.is_one_chunk(number):
+    policy = policy_of(choices.offers[number].extent)
+    if policy.option == OPTION and number in choices.candidates and choices.is_one_chunk(number):
         return "Set chunk_tokens or num_chunks, so that it is more than one chunk."
-    return "Set min_bytes lower (0 loops all), or name the module in `modules`."
+    return policy.advice
 
 
 def leaner(choices: Choices, state: State) -> str:
     """Return what shorter chunks would save and cost, "" where they take no real share off the peak."""
     option, peak, least, added = "", choices.peak(state), choices.peak(state), 0.0
-    over_heads = {n: lengths for n, lengths in enumerate(state) if choices.offers[n].extent.over == "heads"}
+    policies = [policy_of(offer.extent) for offer in choices.offers]
+    kept = {n: lengths for n, lengths in enumerate(state) if policies[n].option != OPTION}
     for count in COUNTS:
         lengths = [in_chunks(offer.terms, count) for offer in choices.offers]
-        finer = changed(choices.looped(choices.candidates, lengths), over_heads)  # whose number is another option
+        finer = changed(choices.looped(choices.candidates, lengths), kept)
         if choices.peak(finer) < least:
-            option, least = f"num_chunks={count}", choices.peak(finer)
+            option, least = f"{OPTION}={count}", choices.peak(finer)
             added = choices.time(finer) - choices.time(state)
     if least > (1 - REAL_SHARE) * peak:
         return ""

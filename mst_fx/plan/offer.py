@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mst_fx.core.config import Wish
-from mst_fx.plan.chunk_length import Lengths, Terms
+from mst_fx.plan.lengths import Lengths, Terms
 from mst_fx.predict.extent import Extent
 from mst_fx.predict.region_memory import RegionMemory
 from mst_fx.predict.step_memory import Held

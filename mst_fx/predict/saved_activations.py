@@ -216,12 +216,9 @@ def _fixed_operands(reader: Reader, node: Node, first: Mapping[Node, Node]) -> I
 
 
 def _inner_bytes(reader: Reader, node: Node, at: Hint) -> int:
-    """Return the bytes of what products inside of a node make for others: scores, where attention is no single op.
-
-    The meta device has no kernels, so that everything is several ops there: it stands for a device that has them.
-    """
+    """Return the bytes of what products inside of a node make for others: scores, where attention is no single op."""
     decomposed = reader.decomposed(node)
-    if decomposed is None or decomposed.backward or any(x.device.type == "meta" for x in tensors_of(node)):
+    if decomposed is None or decomposed.backward:
         return 0
     products = [op for op in decomposed.ops if op.target in CONTRACTIONS]
     return sum(bytes_of(op.meta["val"], at) for op in products[:-1])

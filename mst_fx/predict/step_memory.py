@@ -53,6 +53,7 @@ class Segment:
         upstream: bytes of the gradients that backward brings to a region from the nodes behind it.
         region: number of the region, None for other nodes.
         block: number of the checkpointed block around the segment, None outside of any.
+        beside: number of the blocks side by side that the block is one of, None where it is none of any.
         entry: bytes that a checkpointed block saves, at its first segment.
         away: bytes of `entry`, or of what a loop in place of a checkpoint saves, that may go to the host.
         values: the nodes whose values make up `saved`, with the bytes of each; reports tell them.
@@ -65,6 +66,7 @@ class Segment:
     upstream: int = 0
     region: int | None = None
     block: int | None = None
+    beside: int | None = None
     entry: int = 0
     away: int = 0
     values: tuple[tuple[Node, int], ...] = field(default=(), compare=False)
@@ -145,6 +147,11 @@ class Timeline:
                 found.append(Stop(number, number, segment.away))
         return tuple(stop for stop in found if stop.bytes)
 
+    @property
+    def side_by_side(self) -> int:
+        """The number of checkpointed blocks that are side by side."""
+        return len({segment.block for segment in self.segments if segment.beside is not None})
+
     def offloading(self, blocks: int) -> Timeline:
         """Return the same with so many blocks that keep nothing on the device."""
         return replace(self, offloaded=min(blocks, len(self.stops)))
@@ -178,10 +185,13 @@ class Timeline:
     def shares(self, held: Sequence[Held], number: int, *, backward: bool) -> list[Share]:
         """Return what each segment has saved while forward, or backward, runs the segment with this number."""
         own, found = self.segments[number].block if backward else None, []
+        entered = (
+            {segment.beside for segment in self.segments[number:] if segment.beside is not None} if backward else set()
+        )
         absent = self.absent(number, backward=backward)
         for other, (segment, region) in enumerate(self._held(held)[: number + backward]):
-            whole = segment.block is None or segment.block == own
-            saved = region.saved if whole else region.saved_results
+            passing = segment.block is None or segment.block == own
+            saved, whole = region.saved if passing else region.saved_results, passing or segment.beside in entered
             left = segment.away if any(stop.first <= other <= stop.last for stop in absent) else 0
             entry, saved = (segment.entry - left, saved) if segment.entry else (0, max(0, saved - left))
             found.append(Share(other, entry, whole, saved))
@@ -203,16 +213,22 @@ class Timeline:
         """Yield the bytes while backward passes each segment, the last one first, and those after it.
 
         These are the outputs, the gradients of inputs made so far, what the segment and earlier ones saved, and what it
-        needs itself. What a checkpointed block recomputes is saved from where backward enters the block.
+        needs itself. What a checkpointed block recomputes is saved from where backward enters the block; of blocks side
+        by side, what their nodes outside the regions save, from where it enters the first one.
         """
         saved = sum(_left(segment, region) for segment, region in held_segments)
         again: Counter[int | None] = Counter()
+        early: Counter[int] = Counter()
         for segment, region in held_segments:
-            again[segment.block] += segment.saved + region.saved - region.saved_results
+            again[segment.block] += (
+                region.saved - region.saved_results + (segment.saved if segment.beside is None else 0)
+            )
+            if segment.beside is not None:
+                early[segment.beside] += segment.saved
         gradients, block = 0, None
         for number, (segment, region) in reversed(list(enumerate(held_segments))):
             if segment.block is not None and segment.block != block:
-                saved += again[segment.block]
+                saved += again[segment.block] + (early.pop(segment.beside, 0) if segment.beside is not None else 0)
             block = segment.block
             there = saved - self._absent_bytes(number, backward=True)
             yield Moment(self.returned, there, gradients, max(region.backward, segment.passing) + segment.upstream)

@@ -51,8 +51,16 @@ class Device:
     bytes_per_ms: float
 
 
+H100 = Device("cuda", 79 * 2**30, 7e11, 2.95e9)
+
+
 def device_of(device: torch.device) -> Device:
-    """Describe a device by the properties that its driver reports, and by nominal rates where it reports none."""
+    """Describe a device by the properties that its driver reports, and by nominal rates where it reports none.
+
+    Tensors on "meta" are shapes of a model for a GPU: that of this machine, an H100 where it has none.
+    """
+    if device.type == "meta":
+        return device_of(torch.device("cuda")) if torch.cuda.is_available() else H100
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         clock_khz = getattr(properties, "clock_rate", 1_500_000)

@@ -38,6 +38,9 @@ from mst_fx.recognise.reader import Reader
 from mst_fx.recognise.region import Region, close
 from mst_fx.recognise.revalued import revalued
 
+COPY = torch.ops.aten.clone.default
+"""What follows a slice that is written as a list of positions (see `execute`)."""
+
 
 @dataclass(frozen=True, eq=False)
 class FusedProjection:
@@ -122,7 +125,10 @@ class _Way:
 
         Each start is split once: in the backward, the gradients of its parts are joined once.
         """
-        parts_of = {start: env[start].split(sizes, split.dim) for start, split in self.starts.items()}
+        parts_of = {
+            start: env[start].split([size * split.inner for size in sizes], split.dim)
+            for start, split in self.starts.items()
+        }
         for part, size in enumerate(sizes):
             short = {**env, **{start: parts[part] for start, parts in parts_of.items()}}
             for node in self.split:
@@ -220,7 +226,8 @@ def _uncut(reader: Reader, node: Node) -> Node | None:
 
 def _slices(reader: Reader, node: Node) -> bool:
     ops = reader.ops(node) or set()
-    return bool(ops) and ops <= {*SLICES, operator.getitem} and len(node.all_input_nodes) == 1
+    cuts = not ops.isdisjoint((*SLICES, operator.getitem))
+    return cuts and ops <= {*SLICES, COPY, operator.getitem} and len(node.all_input_nodes) == 1
 
 
 def _pieces_of(cut: Node) -> list[Node]:
@@ -256,7 +263,7 @@ def _way(lowered: GraphModule, position: int) -> _Way | None:
     starts = origins(uncut, axis)
     placements = propagate(lowered.graph, starts, until=next(iter(uncut.users))).of
     stream = [node for node in lowered.graph.nodes if node.op == "placeholder"][position]
-    alone = all(start.op == "placeholder" and (s.outer, s.inner) == (1, 1) for start, s in starts.items())
+    alone = all(start.op == "placeholder" and s.outer == 1 for start, s in starts.items())
     if not alone or stream in starts or placements.get(uncut) != axis:
         return None
     nodes, dependent = between(starts, uncut), descendants(starts)
@@ -272,7 +279,7 @@ def _cut_from(piece: Node) -> Node:
 
 def _is_cut(node: Node) -> bool:
     picks = node.target is operator.getitem and node.all_input_nodes[0].target in SLICES
-    return picks or (node.target in SLICES and len(node.all_input_nodes) == 1)
+    return picks or (node.target in (*SLICES, COPY) and len(node.all_input_nodes) == 1)
 
 
 def _cut_dim(piece: Node, uncut: Node) -> int | None:

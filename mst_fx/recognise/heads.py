@@ -16,7 +16,7 @@ from torch.fx import Node
 from mst_fx.core.aten_ops import ATTENTIONS, PERMUTES, RESHAPES, aten
 from mst_fx.core.graph_walk import ancestors, descendants, walk
 from mst_fx.core.sizes import is_size, sure
-from mst_fx.core.values import fake_value, has_gradient, storages_of, storages_of_all, tensors_of
+from mst_fx.core.values import fake_value, has_gradient, storages_of, storages_of_all
 from mst_fx.placement.rules import argument
 from mst_fx.recognise.contractions import is_matrix
 from mst_fx.recognise.effects import sends_back
@@ -86,8 +86,8 @@ def attention_of(reader: Reader, node: Node) -> Node | None:
         return node
     if not reader.does(node, (aten._softmax.default,)):
         return None
-    if reader.multiplies(node):  # attention in one node that is several ops; the meta device has no others
-        return None if any(x.device.type == "meta" for x in tensors_of(node)) else node
+    if reader.multiplies(node):  # attention in one node that is several ops
+        return node
     if not _is_of_products(reader, node):
         return None
     while len(readers := _readers(node)) == 1:

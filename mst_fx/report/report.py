@@ -10,11 +10,12 @@ from typing import Any
 
 from mst_fx.core.torch_private.captured import Attempt, attempt
 from mst_fx.report.first import first_of
+from mst_fx.report.how_sure import how_sure
 from mst_fx.report.items import Dropped, EarlyCut, LoopedRegion, Offloaded, RefusedRegion
 from mst_fx.report.plain import plain
 from mst_fx.report.text import text_of
 from mst_fx.report.timeline import GraphTimeline
-from mst_fx.report.unknown_ops import UnknownOp, how_sure, together
+from mst_fx.report.unknown_ops import UnknownOp, together
 from mst_fx.report.unlooped import Unlooped, joined, largest
 
 
@@ -36,6 +37,7 @@ class Report:
         budget: bytes that the option `memory_budget` allows, None without it.
         timelines: what each graph holds over a step (see `GraphTimeline`), in the order of the compiles.
         unknown_ops: ops of which the peaks count operands and results alone (see `UnknownOp`).
+        side_by_side: number of checkpointed blocks that nothing puts in turn (see `survey/side_by_side.py`).
     """
 
     regions: tuple[LoopedRegion, ...] = ()
@@ -51,6 +53,7 @@ class Report:
     timelines: tuple[GraphTimeline, ...] = ()
     offloaded: tuple[Offloaded, ...] = ()
     unknown_ops: tuple[UnknownOp, ...] = ()
+    side_by_side: int = 0
 
     def __add__(self, other: Report) -> Report:
         peak, whole = max(self.peak, other.peak), max(self.peak_whole, other.peak_whole)
@@ -74,6 +77,7 @@ class Report:
             timelines=self.timelines + other.timelines,
             offloaded=self.offloaded + other.offloaded,
             unknown_ops=together(self.unknown_ops + other.unknown_ops),
+            side_by_side=self.side_by_side + other.side_by_side,
         )
 
     @property
@@ -83,8 +87,8 @@ class Report:
 
     @property
     def how_sure(self) -> str:
-        """What the peaks leave out, in one sentence; "" where the model of memory knows every op."""
-        return how_sure(self.unknown_ops)
+        """What the peaks leave out, in one sentence; "" where nothing is known that they do."""
+        return how_sure(self.unknown_ops, self.side_by_side)
 
     def __str__(self) -> str:
         return text_of(self)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Reason
 from mst_fx.report.alike import alike
+from mst_fx.report.how_sure import text_of as text_of_how_sure
 from mst_fx.report.items import RefusedRegion
 from mst_fx.report.lines import prose, several
 from mst_fx.report.timeline import peaks_of, places_of, rows_of
-from mst_fx.report.unknown_ops import text_of as text_of_unknown
 from mst_fx.report.unlooped import text_of as text_of_unlooped
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _peak(report: Report) -> Iterator[str]:
         before, after = peaks_of(report.timelines)
         yield from prose(f"alive then: {places_of(before, after)}", "  ")
         yield from rows_of(before, after)
-    yield from text_of_unknown(report.unknown_ops, report.peak_whole)
+    yield from text_of_how_sure(report.unknown_ops, report.side_by_side, report.peak_whole)
     if report.offloaded:
         sent = sum(each.bytes for each in report.offloaded)
         yield f"on the host between forward and backward: {readable(sent)} a step"

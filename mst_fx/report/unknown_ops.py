@@ -1,19 +1,14 @@
-"""The ops that the model of memory does not know, and how sure a peak is with them. They are plain data."""
+"""The ops that the model of memory does not know. They are plain data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from mst_fx.core.readable import readable
 from mst_fx.report.alike import alike, kind_of
-from mst_fx.report.lines import at, prose, several, short, source_clipped, times
 
 MOST = 10
 """Number of entries in a report."""
-SHARE_OF_PEAK = 0.02
-"""The least share of a step's peak that the text tells; the data have every entry."""
-INDENT = "    "
 
 
 @dataclass(frozen=True)
@@ -45,24 +40,3 @@ def together(ops: Iterable[UnknownOp]) -> tuple[UnknownOp, ...]:
     groups = alike(ops, lambda op: replace(kind_of(op), count=0))
     found = [replace(op, count=sum(each.count for each in group)) for op, group in groups]
     return tuple(sorted(found, key=lambda op: -op.total)[:MOST])
-
-
-def how_sure(ops: tuple[UnknownOp, ...]) -> str:
-    """Return how sure the peaks are, in one sentence; "" where all ops are known."""
-    if not ops:
-        return ""
-    count, size = sum(op.count for op in ops), readable(sum(op.total for op in ops))
-    largest = f"{times(ops[0].count)}{short(ops[0].op)} at {at(ops[0].module)}"
-    others = f" and {several(len(ops) - 1, 'more kind')}" if len(ops) > 1 else ""
-    return (
-        f"the peaks count what {several(count, 'op')} read and make, {size}, and nothing that they allocate besides, "
-        f"which is unknown: {largest}{others} (report.unknown_ops)"
-    )
-
-
-def text_of(ops: tuple[UnknownOp, ...], peak: int) -> list[str]:
-    """Return the lines of a report on how sure its peaks are; none for ops with a small share of the peak."""
-    if sum(op.total for op in ops) < SHARE_OF_PEAK * peak:
-        return []
-    source = ops[0].source if ops else ""
-    return prose(how_sure(ops)) + ([INDENT + source_clipped(source, 96)] if source else [])

@@ -9,8 +9,8 @@ from mst_fx.bodies.work import Work
 from mst_fx.core.module_paths import At
 from mst_fx.core.readable import readable
 from mst_fx.core.refusal import Refusal
-from mst_fx.plan.chunk_length import Lengths
 from mst_fx.plan.decisions import Plan, Plans
+from mst_fx.plan.lengths import Lengths
 from mst_fx.survey.surveyed import Site
 
 log = logging.getLogger("mst_fx")

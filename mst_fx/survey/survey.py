@@ -21,7 +21,8 @@ from mst_fx.core.faults import refusal_for
 from mst_fx.core.refusal import Refusal
 from mst_fx.core.sizes import Hint, hint
 from mst_fx.core.values import fake_value
-from mst_fx.plan.chunk_length import Lengths, Terms, several, terms_of
+from mst_fx.plan.chunk_length import several, terms_of
+from mst_fx.plan.lengths import Lengths, Terms
 from mst_fx.plan.offer import Offer
 from mst_fx.predict.extent import extent_of
 from mst_fx.predict.region_memory import RegionMemory, memory_of, memory_unlooped, temporary_bytes, written_after

@@ -18,7 +18,8 @@ from mst_fx.core.provenance import TOP as TOP_BORDERS
 from mst_fx.core.provenance import Borders, op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import Hint, hint
-from mst_fx.plan.chunk_length import Terms
+from mst_fx.core.values import tensors_of
+from mst_fx.plan.lengths import Terms
 from mst_fx.predict.segments import resident_bytes, returned_bytes, segments_of
 from mst_fx.predict.step_memory import Segment, Timeline
 from mst_fx.predict.time import Device, device_of
@@ -31,6 +32,7 @@ from mst_fx.recognise.region import Region
 from mst_fx.recognise.write_checks import Overwritten, forbid_later_changes, written_when_run
 from mst_fx.report.items import refused
 from mst_fx.report.report import Report
+from mst_fx.survey.side_by_side import side_by_side
 
 
 @dataclass(frozen=True)
@@ -191,10 +193,15 @@ def _segments(
 ) -> list[Segment]:
     regions = {node: numbers[site] for site in surveyed.sites for node in site.region.nodes}
     blocks: dict[Node, list[Segment]] = {}
+    repeated = [each for child, callers in surveyed.children.values() for each in callers if child.around.repeated]
+    beside = side_by_side(repeated) if not surveyed.around.repeated else {}
+    number_of = {group: next(fresh) for group in beside.values()}
     for child, callers in surveyed.children.values():
         for caller in callers:
             inner = _segments(child, numbers, fresh, at, away)
             block = next(fresh) if child.around.repeated else None
+            if caller in beside:
+                inner = [replace(segment, beside=number_of[beside[caller]]) for segment in inner]
             blocks[caller] = [replace(segment, block=block) if segment.block is None else segment for segment in inner]
     return segments_of(surveyed.reader, regions, blocks, at, away=away)
 
@@ -204,3 +211,14 @@ def device_of_graph(surveyed: Surveyed) -> Device:
     site = next(surveyed.all_sites(), None)
     value: Any = site.work.stages.stream.meta["val"] if site is not None else torch.empty(0)
     return device_of(value.device)
+
+
+def about_shapes(surveyed: Surveyed) -> tuple[str, ...]:
+    """Return a note that tells which device a graph is explained for whose tensors are shapes alone."""
+    inputs = (node for node in surveyed.reader.owner.graph.nodes if node.op in ("placeholder", "get_attr"))
+    if all(x.device.type != "meta" for node in inputs for x in tensors_of(node)):
+        return ()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "an H100 with 80 GB"
+    return (
+        f'tensors on the device "meta" stand for those of a GPU: its kernels of attention, and the rates of {name}',
+    )

@@ -296,6 +296,34 @@ def test_one_node_on_values():
         execute(owner, x, env)
 
 
+@pytest.mark.parametrize(
+    ("index", "ops"),
+    [
+        ((..., [-2], slice(None)), {aten.slice.Tensor, aten.clone.default}),
+        (([1, 2],), {aten.slice.Tensor, aten.clone.default}),
+        ((slice(None), [-2, -1], None), {aten.slice.Tensor, aten.clone.default, aten.unsqueeze.default}),
+        (([-1, 0],), None),
+        (([2, 1],), None),
+        ((0, slice(None), [1]), None),
+        (([0], [1]), None),
+        (([True, False, True],), None),
+    ],
+)
+def test_a_list_of_positions_is_a_slice_where_they_follow_one_another(index, ops):
+    """Its value has memory of its own in any case."""
+    graph = Graph()
+    x = graph.placeholder("x")
+    node = graph.call_function(operator.getitem, (x, index))
+    graph.output(node)
+    owner, value = GraphModule({}, graph), torch.randn(3, 4, 5)
+    made = execute(owner, node, {x: value})
+    assert torch.equal(made, value[index])
+    assert made.untyped_storage().data_ptr() != value.untyped_storage().data_ptr()
+    traced_ops = {each.target for each in traced(lambda value: execute(owner, node, {x: value}), [value]).graph.nodes}
+    assert (aten.index.Tensor in traced_ops) == (ops is None)
+    assert ops is None or ops <= traced_ops
+
+
 def test_collectives_that_no_output_needs_are_dropped():
     """Torch keeps them, with all that they read; a body whose loss nobody reads would make all ranks wait."""
 

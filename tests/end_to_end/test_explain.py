@@ -82,3 +82,35 @@ def test_explain_tells_of_its_own_compile_alone():
         thread.join()
     for length, report in made.items():
         assert [region.chunks for region in report.regions] == 2 * [36 // length]
+
+
+def llama(device, tokens, features):
+    """One checkpointed layer in bfloat16, with eight heads and four of the keys."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=features, intermediate_size=features, num_hidden_layers=1, num_attention_heads=8,
+        num_key_value_heads=4, vocab_size=64, max_position_embeddings=tokens, use_cache=False,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return lambda: model(input_ids=ids, labels=ids).loss
+
+
+def test_shapes_alone_are_explained_as_what_would_run():
+    """By the option, and by default where attention makes the peak."""
+    of_tensors, of_shapes = (
+        mst_fx.explain(llama(device, 512, 256), options={"head_groups": 4, "min_bytes": 2**18})
+        for device in ("cpu", "meta")
+    )
+    for report in (of_tensors, of_shapes):
+        assert [(region.pattern, region.chunks) for region in report.regions] == [("attention", 4)]
+    assert of_shapes.peak == pytest.approx(of_tensors.peak, rel=0.01)
+    assert of_shapes.peak_whole == pytest.approx(of_tensors.peak_whole, rel=0.01)
+    assert any('on the device "meta"' in note for note in of_shapes.notes)
+    assert of_tensors.notes == ()
+    torch._dynamo.reset()
+    report = mst_fx.explain(llama("meta", 32768, 512))
+    assert "attention" in [region.pattern for region in report.regions]

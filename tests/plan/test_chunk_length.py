@@ -9,17 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mst_fx.core.config import Wish
-from mst_fx.plan.chunk_length import (
-    ALIGNMENT,
-    MAX_ROWS,
-    MIN_ROWS,
-    NEAR,
-    Terms,
-    default_lengths,
-    longer,
-    shorter,
-    terms_of,
-)
+from mst_fx.plan.chunk_length import default_lengths, longer, shorter, terms_of
+from mst_fx.plan.lengths import Terms
+from mst_fx.plan.over_tokens import ALIGNMENT, MAX_ROWS, MIN_ROWS, NEAR
 from mst_fx.predict.extent import Extent
 
 H, F, V = 4096, 14336, 128256

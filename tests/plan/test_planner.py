@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from mst_fx.core.config import Config, Wish
 from mst_fx.core.readable import readable
 from mst_fx.plan.by_default import CHEAP_MS, LENT_SHARE
-from mst_fx.plan.chunk_length import LEAST_ROWS, several, terms_of
+from mst_fx.plan.chunk_length import several, terms_of
 from mst_fx.plan.decisions import COUNTS, IN_VAIN, Plans
 from mst_fx.plan.offer import Offer, held
+from mst_fx.plan.over_tokens import LEAST_ROWS
 from mst_fx.plan.planner import make_plans as make_plans_of
 from mst_fx.predict.extent import Extent
 from mst_fx.predict.footprint import Footprint

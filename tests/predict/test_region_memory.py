@@ -12,7 +12,7 @@ from memory_probe import saved_bytes
 from numerics import looped
 from predictions import CHUNK, HEADS, MLPS, Sizes, inputs_of, offer, peaks, peaks_without_a_loop
 
-from mst_fx.plan.chunk_length import Lengths
+from mst_fx.plan.lengths import Lengths
 from mst_fx.plan.offer import held
 
 SIZES = Sizes(t=2048, d=64, ff=512, v=4096)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from predictions import Sizes, cross_entropy, experts, gelu, inputs_of, log_probabilities, offer, swiglu
 
-from mst_fx.predict.time import EFFICIENCY, Device, RegionCost, device_of, efficiency
+from mst_fx.predict.time import EFFICIENCY, H100, Device, RegionCost, device_of, efficiency
 
 S = Sizes(t=512, d=64, ff=256, v=1024)
 MLP, HEAD = 2 * S.t * S.d * S.ff, 2 * S.t * S.d * S.v
@@ -75,3 +75,8 @@ def test_a_cpu_has_memory_and_rates():
     device = device_of(torch.device("cpu"))
     assert device.kind == "cpu"
     assert min(device.memory, device.flops_per_ms, device.bytes_per_ms) > 0
+
+
+def test_shapes_alone_are_for_a_gpu():
+    """That of the machine, where it has one."""
+    assert device_of(torch.device("meta")) == (device_of(torch.device("cuda")) if torch.cuda.is_available() else H100)

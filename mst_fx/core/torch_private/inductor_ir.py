@@ -29,10 +29,11 @@ def is_spare(kernel: Any, operand: Any, wrapper: Any) -> bool:
         return False
     layout, whole = operand.get_layout(), buffer.get_layout()
     is_all = layout.offset == 0 and V.graph.sizevars.statically_known_equals(operand.get_numel(), buffer.get_numel())
-    return is_all and type(whole) is ir.FixedLayout and not _is_shared(name)
+    owns = type(whole) is ir.FixedLayout and not buffer.get_inputs_that_alias_output()
+    return is_all and owns and not _is_shown(name)
 
 
-def _is_shared(name: str) -> bool:
+def _is_shown(name: str) -> bool:
     """Return whether another buffer of the graph lies in the memory of this one."""
     for buffer in V.graph.buffers:
         layout = buffer.get_output_spec()

@@ -12,6 +12,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
 from torch.fx.experimental.symbolic_shapes import is_concrete_int as is_concrete_int
 from torch.fx.experimental.symbolic_shapes import statically_known_true as statically_known_true
+from torch.utils._sympy.functions import CeilToInt, FloorDiv, IntTrueDiv
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -51,7 +52,16 @@ def size_of(formula: Any, value: Any, number: Any) -> Any:
 
 def computed(formula: Any, values: Mapping[Any, Any]) -> Any:
     """Return the value of a formula, where its symbols have these values: sizes that a trace knows."""
+    if formula.has(CeilToInt):  # which torch computes of numbers alone
+        formula = formula.replace(
+            _rounds_up, lambda rounded: -FloorDiv(-rounded.args[0].args[0], rounded.args[0].args[1])
+        )
     return sympy_interp(PythonReferenceAnalysis, dict(values), formula)
+
+
+def _rounds_up(formula: Any) -> bool:
+    """Return whether a formula is a quotient of integers, rounded up."""
+    return isinstance(formula, CeilToInt) and isinstance(formula.args[0], IntTrueDiv)
 
 
 def guards_of(number: Any) -> Sequence[Any]:
