@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -52,7 +52,9 @@ from mst_fx.survey.surveyed import Around, Site, Surveyed, about_shapes, device_
 from mst_fx.survey.unknown_ops import unknown_ops
 from mst_fx.survey.unlooped import unlooped
 from mst_fx.survey.wishes import left_out, unmatched, within_breaks
-from mst_fx.verify.verify import Verified
+
+if TYPE_CHECKING:
+    from mst_fx.verify.verify import Verified
 
 log = logging.getLogger("mst_fx")
 T = TypeVar("T")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from mst_fx.bodies.body import Body, Gradients, forward_body, gradient_body
 from mst_fx.bodies.chunk import axis_of, strides_of
@@ -40,7 +41,14 @@ class Call:
         return (self.forward, self.forward_tail, self.backward, self.backward_tail)
 
 
-def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate) -> Call:
+def assembled(
+    work: Work,
+    chunk: int,
+    forward_chunk: int,
+    accumulate: Accumulate,
+    known: dict[Hashable, Body] | None = None,
+    tails: bool = True,
+) -> Call:
     """Trace the bodies of one region and assemble its call.
 
     Args:
@@ -48,15 +56,24 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
         chunk: positions of one chunk in the loop that computes gradients.
         forward_chunk: positions of one chunk in the loop that only computes results.
         accumulate: dtype policy for gradients of whole operands in half precision.
+        known: bodies that have been traced for other calls, which this one shares; its own are added.
+        tails: whether to trace the bodies of ragged last chunks: without, the call tells its memory, but cannot run.
     """
-    stages = work.stages
+    stages, known = work.stages, {} if known is None else known
+
+    def once(trace: Callable[..., Body], *what: Any, factored: bool = True) -> Body:
+        key = (work, trace, *what, factored)
+        if key not in known:
+            known[key] = trace(stages, *what, factored=factored)
+        return known[key]
+
     ins = tuple(axis_of(stages, node) for node in stages.operands)
     spec = CallSpec(work.backward, (), (), work.differentiable, work.wanted, work.reused)
     spec = spec._replace(projections=len(stages.projections), sums=len(stages.sums))
     call = Call(spec)
     in_forward = work.backward == "in_forward"
     if not in_forward:
-        full, tail = _full_and_tail(stages, forward_chunk, partial(forward_body, stages))
+        full, tail = _full_and_tail(stages, forward_chunk, partial(once, forward_body), tails)
         forward_spec = LoopSpec(VERSION, forward_chunk, ins, full.literals, strides_of(stages))
         spec = spec._replace(forward_spec=tuple(forward_spec))
         call = Call(spec, full, tail)
@@ -64,7 +81,7 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
         # the backward casts while it scales; where one chunk is all, or may be, nothing adds up in another dtype
         cast = not in_forward or stages.dynamic or stages.length <= chunk
         gradients = Gradients(work.wanted, work.differentiable, in_forward, accumulate, work.reused, cast)
-        full, tail = _full_and_tail(stages, chunk, partial(gradient_body, stages, gradients))
+        full, tail = _full_and_tail(stages, chunk, partial(once, gradient_body, gradients), tails)
         read = () if in_forward else (*work.differentiable, *work.reused)
         given = tuple(axis_of(stages, stages.ends[i]) for i in read)
         strides = tuple((len(given) + position, of_operand) for position, of_operand in strides_of(stages))
@@ -73,13 +90,13 @@ def assembled(work: Work, chunk: int, forward_chunk: int, accumulate: Accumulate
     return call
 
 
-def _full_and_tail(stages: Stages, chunk: int, make: Callable[..., Body]) -> tuple[Body, Body | None]:
+def _full_and_tail(stages: Stages, chunk: int, make: Callable[..., Body], tails: bool) -> tuple[Body, Body | None]:
     """Return the body of a full chunk, and that of the ragged last one: for any length if only run time knows it.
 
     A short body may end in other ops than a long one; products move out of both or none.
     """
     ragged = None if stages.dynamic else stages.length % chunk
-    full, tail = make(chunk), make(ragged) if ragged != 0 else None
+    full, tail = make(chunk), make(ragged) if tails and ragged != 0 else None
     if tail is not None and tail.outs != full.outs:
         full, tail = make(chunk, factored=False), make(ragged, factored=False)
     if tail is not None and tail.outs != full.outs:

@@ -17,7 +17,6 @@ from mst_fx.core.aten_ops import DRAWS
 from mst_fx.core.graph_walk import ancestors
 from mst_fx.core.sizes import hint
 from mst_fx.core.values import bytes_made, fake_value, has_gradient, storages_of, storages_of_all
-from mst_fx.ops.projected import projected
 from mst_fx.placement.partition import Stages
 from mst_fx.recognise.rebuild import captured, live_ins_of
 from mst_fx.recognise.region import Region
@@ -87,6 +86,9 @@ def _project(graph: Graph, stages: Stages, env: dict[Node, Node]) -> None:
 
     Those that multiply the same tokens are made by one function, where they are plain products.
     """
+    if stages.projecting:
+        from mst_fx.ops.projected import projected  # late: torch takes 5 ms to register its op
+
     plain = [node for node in stages.projections if node.target == aten.mm.default]
     tokens = {node: _spelled(node.args[0]) for node in plain}
     for node in stages.projecting:

@@ -76,7 +76,7 @@ def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
         return _held(value) if is_held(value) else like(fake_value(value))
     if isinstance(value, torch.Tensor):
         lazy = (value.is_conj(), value.is_neg())
-        return (tuple(map(like, value.shape)), tuple(map(like, value.stride())), value.dtype, value.device, lazy)
+        return (_like_sizes(value.shape), _like_sizes(value.stride()), value.dtype, value.device, lazy)
     if isinstance(value, (tuple, list)):
         return tuple(like(item, number) for item in value)
     if isinstance(value, dict):
@@ -90,3 +90,7 @@ def like(value: Any, number: Mapping[Node, int] | None = None) -> Any:
     if isinstance(value, float):
         return (type(value), value.hex())  # 0.0 and -0.0 are equal, but not alike
     return (type(value), value)  # 1, 1.0 and True are equal, but not alike
+
+
+def _like_sizes(sizes: Sequence[Any]) -> Hashable:
+    return tuple(sizes) if all(type(size) is int for size in sizes) else tuple(map(like, sizes))

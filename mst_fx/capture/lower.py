@@ -29,7 +29,12 @@ from mst_fx.core.sizes import any_length, number, unguarded
 from mst_fx.core.torch_private.captured import FakeTensor
 from mst_fx.core.torch_private.collectives import is_collective
 from mst_fx.core.torch_private.symbols import ShapeEnv
-from mst_fx.core.torch_private.tracing import FakeTensorMode, enable_python_dispatcher, make_fx
+from mst_fx.core.torch_private.tracing import (
+    FakeTensorMode,
+    disable_fake_tensor_cache,
+    enable_python_dispatcher,
+    make_fx,
+)
 from mst_fx.core.values import fake_value, has_gradient
 from mst_fx.ops.overwritten import WithoutWrites
 from mst_fx.ops.own_gradients import only_for_gradients
@@ -203,13 +208,25 @@ def tracing(examples: Sequence[Any]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(preserve_node_meta())
-        if len(modes) == 1:
-            stack.enter_context(modes.pop())
+        mode = modes.pop() if len(modes) == 1 else None
+        if mode is not None:
+            stack.enter_context(mode)
         if any(isinstance(value, torch.Tensor) and value.device.type == "meta" for value in examples):
             stack.enter_context(AttentionOfGpu())
         if any(isinstance(size, torch.SymInt) for size in _sizes(examples)):  # also one that has turned out to be fixed
-            stack.enter_context(enable_python_dispatcher())  # otherwise composite ops ask for their sizes as numbers
+            stack.enter_context(_with_symbols(mode))
             stack.enter_context(unguarded())
+        yield
+
+
+@contextmanager
+def _with_symbols(mode: FakeTensorMode | None) -> Iterator[None]:
+    """Trace on sizes that are only known at run time.
+
+    Composite ops would ask for their sizes as numbers, but for the dispatcher in Python. torch's cache of what ops give
+    takes longer with symbols than the ops, nearly all of which the trace meets once.
+    """
+    with enable_python_dispatcher(), disable_fake_tensor_cache(mode) if mode is not None else nullcontext():
         yield
 
 
@@ -283,7 +300,7 @@ def on_fakes(
         for context in (mode, torch.enable_grad(), without_autocast()):
             stack.enter_context(context)
         if length is None or varying:
-            stack.enter_context(enable_python_dispatcher())
+            stack.enter_context(_with_symbols(mode))
         if varying:
             stack.enter_context(unguarded())
         return function(*make_inputs(any_length(shape_env) if length is None else length))

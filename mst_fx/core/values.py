@@ -43,6 +43,9 @@ def tensors_of(node: Node) -> list[torch.Tensor]:
 
 def storages_of(node: Node) -> set[torch.UntypedStorage]:
     """Return the memory that the node's value lies in, as captured; none inside a transform."""
+    value = fake_value(node)
+    if type(value) is FakeTensor:  # nearly always: it wraps no other tensor
+        return {value.untyped_storage()} if value.layout == torch.strided else set()
     tensors = [plain for tensor in tensors_of(node) for plain in plain_tensors(tensor)]
     return {x.untyped_storage() for x in tensors if x.layout == torch.strided and not is_transformed(x)}
 

@@ -105,10 +105,10 @@ def through_view(split: Split, before: Sequence[int], after: Sequence[int]) -> S
     behind = split.inner * prod(before[split.dim + 1 :])
     for dim, size in enumerate(after):
         front, back = prod(after[:dim]), prod(after[dim + 1 :])
-        fits = sure(in_front % front == 0) and sure(behind % back == 0)
-        outer, inner = number(in_front // front), number(behind // back)
-        if fits and outer and inner and sure(size == outer * axis * inner):
-            return Split(dim, outer, inner)
+        if sure(in_front % front == 0) and sure(behind % back == 0):
+            outer, inner = number(in_front // front), number(behind // back)
+            if outer and inner and sure(size == outer * axis * inner):
+                return Split(dim, outer, inner)
     return None
 
 

@@ -43,7 +43,7 @@ def heads_region(reader: Reader, node: Node) -> Region | None:
     if not projections:
         return _with_projections_inside(reader, attention)
     made_of = ancestors([attention], partial(_read_by, reader), projections.__contains__)
-    inside = descendants(projections) & made_of
+    inside = reader.made_before(attention, projections) & made_of
     written = set().union(*map(reader.memory_written_by, inside))  # `k = empty(..); k[..., :8] = x`
     inside |= {each for each in made_of if each.op.startswith("call_") and not written.isdisjoint(storages_of(each))}
     behind = _moved(reader, attention)

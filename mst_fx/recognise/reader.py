@@ -7,7 +7,7 @@ contractions, and a custom activation of ten nodes is ten elementwise nodes. The
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from mst_fx.core.aten_ops import (
     VIEWS_AND_CASTS,
     is_random,
 )
-from mst_fx.core.graph_walk import ancestors, walk
+from mst_fx.core.graph_walk import ancestors, descendants, walk
 from mst_fx.core.modes import TOP, Mode, modes_of
 from mst_fx.core.provenance import TOP as TOP_BORDERS
 from mst_fx.core.provenance import Borders
@@ -130,6 +130,11 @@ class Reader:
             for memory in self.memory_written_by(node):
                 found.setdefault(memory, []).append(node)
         return found
+
+    def made_before(self, end: Node, nodes: Iterable[Node]) -> set[Node]:
+        """Return the nodes, and what is made of them in front of `end`: to walk on takes longer with each layer."""
+        last = self.order[end]
+        return descendants(nodes, lambda node: (user for user in node.users if self.order[user] < last))
 
     def decomposed(self, node: Node) -> Decomposed | None:
         """Return the aten ops of a node; None where it has none (no fake values, a data-dependent op, ...)."""

@@ -22,7 +22,7 @@ from mst_fx.core.module_paths import common_path, module_path
 from mst_fx.core.provenance import op_name
 from mst_fx.core.refusal import Reason, Refusal
 from mst_fx.core.sizes import depends_on_data
-from mst_fx.core.values import fake_value, has_gradient, is_view, storages_of
+from mst_fx.core.values import fake_value, has_gradient, storages_of
 from mst_fx.recognise.decomposed_nodes import strange_tensors
 from mst_fx.recognise.effects import leaves, sends_back
 from mst_fx.recognise.reader import Reader
@@ -118,7 +118,7 @@ def close(
     """
     inside = _without_foreign_items(with_items(nodes))
     inside |= {*held_by(inside)}
-    inside = _without_shown_views(sorted(inside, key=reader.order.__getitem__))
+    inside = _without_shown_views(reader, sorted(inside, key=reader.order.__getitem__))
     ordered = tuple(sorted(inside, key=reader.order.__getitem__))
     outputs = tuple(node for node in ordered if not inside.issuperset(node.users) and not is_held(node))
     if not outputs:
@@ -190,14 +190,14 @@ def _without_foreign_items(nodes: set[Node]) -> set[Node]:
     return {n for n in nodes if n.target is not operator.getitem or _is_item_inside(n, nodes)}
 
 
-def _without_shown_views(nodes: Sequence[Node]) -> set[Node]:
+def _without_shown_views(reader: Reader, nodes: Sequence[Node]) -> set[Node]:
     """Return the nodes without the views that the graph's caller gets together with their base.
 
     The caller may write to one and read the other. So these views are made of the loop's result, outside of the region.
     """
     inside = set(nodes)
     for node in reversed(nodes):
-        if is_view(node) and leaves(node) and inside.isdisjoint(node.users):
+        if inside.isdisjoint(node.users) and reader.is_view(node) and leaves(node):
             memory = storages_of(node)
             beside = (other for other in inside - {node} if not memory.isdisjoint(storages_of(other)))
             if any(leaves(other, without=node) for other in beside):

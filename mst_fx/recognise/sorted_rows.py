@@ -29,7 +29,7 @@ def required_by(reader: Reader, inside: set[Node]) -> list[Node]:
     ]
     fills = [o for node in inside for o in node.all_input_nodes if o not in inside and reader.fills(reader.unviewed(o))]
     written = [o for o in fills if inside.issuperset(o.users) or any(o in reader.written_by(user) for user in o.users)]
-    dependent = descendants(inside)
+    dependent = reader.made_before(max(inside, key=reader.order.__getitem__), inside)
     between = [o for node in inside for o in node.all_input_nodes if o in dependent and o not in inside]
     return sorted({*between, *writers, *written}, key=reader.order.__getitem__)
 

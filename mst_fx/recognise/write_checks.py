@@ -48,11 +48,13 @@ def forbid_writes_between(
         Refusal: as above (MUTATION).
     """
     inside, order = set(nodes), reader.order
+    node, end = min(before, nodes[0], key=order.__getitem__), max(order[before], order[nodes[-1]])
+    if not any(order[node] <= order[writer] <= end for writer in reader.memory_written):
+        return  # as nearly always
     foreign = storages_of_all(live_ins)
     own = storages_of_all(inside) - foreign
     returned_memory = storages_of_all(returned)
     read, seen, changed = (set[torch.UntypedStorage]() for _ in range(3))
-    node, end = min(before, nodes[0], key=order.__getitem__), max(order[before], order[nodes[-1]])
     while order.get(node, end + 1) <= end:
         operands = storages_of_all(node.all_input_nodes)
         written = reader.memory_written_by(node)

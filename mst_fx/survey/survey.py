@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule, Node
 
+from mst_fx.bodies.body import Body
 from mst_fx.bodies.call import Call, assembled
 from mst_fx.bodies.work import Work, analysed
 from mst_fx.capture.decomposed import Decomposed
@@ -68,8 +69,9 @@ class Surveyor:
     _decomposed: dict[Hashable, Decomposed | None] = field(default_factory=dict)
     _on_shards: dict[Hashable, Any] = field(default_factory=dict)
     _works: dict[Hashable, Work] = field(default_factory=dict)
+    _bodies: dict[Hashable, Body] = field(default_factory=dict)
     _calls: dict[tuple[Work, Lengths], Call] = field(default_factory=dict)
-    _memories: dict[tuple[Work, Lengths, Hint], RegionMemory] = field(default_factory=dict)
+    _memories: dict[tuple[Work, Lengths | None, Hint], RegionMemory] = field(default_factory=dict)
     _verified: dict[tuple[Work, Lengths], Verified | Refusal] = field(default_factory=dict)
 
     def survey(self, gm: GraphModule, around: Around = TOP) -> Surveyed:
@@ -195,9 +197,15 @@ class Surveyor:
         """Return the call with bodies for these lengths; regions that are alike share it."""
         key = (work, lengths)
         if key not in self._calls:
-            self._calls[key] = assembled(work, lengths.chunk, lengths.forward, self.config.accumulate)
-            messages.tell_bodies(work, lengths)
+            self._calls[key] = self._assembled(work, lengths, tails=True)
         return self._calls[key]
+
+    def _assembled(self, work: Work, lengths: Lengths, *, tails: bool) -> Call:
+        known = len(self._bodies)
+        call = assembled(work, lengths.chunk, lengths.forward, self.config.accumulate, self._bodies, tails)
+        if len(self._bodies) > known:
+            messages.tell_bodies(work, lengths)
+        return call
 
     def verified(self, site: Site, lengths: Lengths) -> Verified | Refusal | None:
         """Return the outcome of running the loop (option `verify`), the same for regions alike; None without it."""
@@ -226,7 +234,7 @@ class Surveyor:
         terms = site.terms if at is hint else self._terms(site.region, work, at)
         written = temporary_bytes(work.stages, terms.extent.length, at)
         if written < self.config.least_bytes and not (due or terms.wish.loop):
-            memory = memory_unlooped(work, at)  # no need to trace its bodies
+            memory = self._memory(work, None, at)  # no need to trace its bodies
         else:
             memory = self._memory(work, several(terms, demanded=True), at)  # sums of one chunk would be smaller
         if site.unlooped is not None:
@@ -243,10 +251,11 @@ class Surveyor:
             communicates=work.communicates,
         )
 
-    def _memory(self, work: Work, lengths: Lengths, at: Hint) -> RegionMemory:
+    def _memory(self, work: Work, lengths: Lengths | None, at: Hint) -> RegionMemory:
         key = (work, lengths, at)
         if key not in self._memories:
-            self._memories[key] = memory_of(work, self.call(work, lengths), at)
+            call = self._assembled(work, lengths, tails=False) if lengths is not None else None
+            self._memories[key] = memory_of(work, call, at) if call is not None else memory_unlooped(work, at)
         return self._memories[key]
 
 

@@ -16,6 +16,7 @@ from mst_fx.capture.lower import apart, execute, lower, on_fakes, trace, traced,
 from mst_fx.core.modes import modes_of
 from mst_fx.core.provenance import source_line
 from mst_fx.core.sizes import fix, is_symbolic, sure, without_guards
+from mst_fx.core.torch_private.tracing import FakeTensorMode
 from mst_fx.core.values import fake_value
 
 aten = torch.ops.aten
@@ -262,6 +263,19 @@ def test_on_fakes_of_any_length_a_function_knows_one_fact():
 
     assert on_fakes(facts, lambda length: [torch.empty(length, requires_grad=True)], None) == [True, False, True]
     assert on_fakes(lambda x: x.shape[0], lambda length: [torch.empty(length)], 7) == 7
+
+
+def test_with_symbols_torch_does_not_cache_what_ops_give(varying):
+    def hits(length):
+        before = FakeTensorMode.cache_hits
+        on_fakes(lambda x: [x + 1, x + 1], lambda length: [torch.empty(length)], length)
+        return FakeTensorMode.cache_hits - before
+
+    assert (hits(7) > 0, hits(None) > 0) == (True, False)
+    gm, _ = varying
+    (mode,) = {x.fake_mode for node in gm.graph.nodes if isinstance(x := fake_value(node), torch.Tensor)}
+    lowered_graph(gm)
+    assert mode.cache_enabled
 
 
 def test_one_node_on_values():

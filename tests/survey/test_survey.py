@@ -14,9 +14,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mst_fx.bodies import call, work
+from mst_fx.capture import lower
 from mst_fx.core.config import Config
 from mst_fx.core.sizes import LONG, hint, long_hint
 from mst_fx.pipeline import rewrite
+from mst_fx.plan.chunk_length import Lengths
 from mst_fx.recognise.pattern import patterns
 from mst_fx.runtime import loop_operator
 from mst_fx.survey.survey import Surveyor
@@ -66,6 +68,47 @@ def test_regions_that_are_alike_are_traced_once(monkeypatch, widths, kinds, agai
     _, report = rewrite(gm, Config(min_bytes=0, chunk_tokens=32), patterns())
     assert len(report.regions) == len(widths) + 1
     assert calls == {"lower": kinds, "gradient_body": kinds}
+
+
+def test_eight_layers_that_are_alike_are_traced_as_two_are(monkeypatch):
+    ops, make_fx = list[int](), lower.make_fx
+
+    def counting(function, **how):
+        def traced(*examples):
+            module = make_fx(function, **how)(*examples)
+            ops.append(len(module.graph.nodes))
+            return module
+
+        return traced
+
+    monkeypatch.setattr(lower, "make_fx", counting)
+    counts = []
+    for layers in (2, 8):
+        ops.clear()
+        planned(captured(Layers(*[128] * layers), *tokens(2, 64)), chunk_tokens=32)
+        counts.append([*ops])
+    assert counts[0] == counts[1] != []
+
+
+def test_a_body_for_any_length_is_traced_once_and_only_for_a_loop(monkeypatch):
+    lengths, gradient_body = [], call.gradient_body
+
+    def noting(stages, gradients, length, **how):
+        lengths.append(length)
+        return gradient_body(stages, gradients, length, **how)
+
+    monkeypatch.setattr(call, "gradient_body", noting)
+    ids, labels = tokens(1, 64)
+    torch._dynamo.mark_dynamic(ids, 1)
+    torch._dynamo.mark_dynamic(labels, 1)
+    surveyor = Surveyor(Config(min_bytes=0, chunk_tokens=32), patterns())
+    mlp, head = surveyor.survey(captured(Layers(128), ids, labels)).all_sites()
+    surveyor.offer(mlp)
+    surveyor.offer(head)
+    assert lengths == [32, 32]
+    for chunk in (32, 16):
+        surveyor.call(mlp.work, Lengths(chunk, chunk))
+    assert lengths == [32, 32, None, 16]
 
 
 @pytest.mark.slow

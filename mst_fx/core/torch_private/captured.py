@@ -29,9 +29,8 @@ def is_in_torch(file: str) -> bool:
     return file.startswith(_ROOT)
 
 
-def is_transformed(value: torch.Tensor) -> bool:
-    """Return whether a value lives inside a transform of torch.func (vmap, ...) that was captured step by step."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(value)
+is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
+"""Return whether a value lives inside a transform of torch.func (vmap, ...) that was captured step by step."""
 
 
 def unwrapped(value: torch.Tensor) -> torch.Tensor:

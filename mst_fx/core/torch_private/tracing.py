@@ -7,6 +7,7 @@ from torch._decomp import decomposition_table as decomposition_table
 from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
 from torch._guards import detect_fake_mode as detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import disable_fake_tensor_cache as disable_fake_tensor_cache
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode as ProxyTorchDispatchMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing as disable_proxy_modes_tracing
 from torch.fx.experimental.proxy_tensor import make_fx as make_fx
