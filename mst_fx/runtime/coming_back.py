@@ -42,7 +42,7 @@ def ask_late(graph: Graph, blocks: Sequence[Sequence[Node]]) -> None:
     for block, start, end in zip(blocks, starts, [*starts[1:], len(nodes)], strict=True):
         heavy = [node for node in nodes[start:end] if node.target in HEAVY]
         results = [user for user in heavy[-1].users if user.target is operator.getitem] if heavy else []
-        if not results or not _hides(block, nodes[nodes.index(heavy[-1]) : end]):
+        if not results or not hides(block, nodes[nodes.index(heavy[-1]) : end]):
             continue
         for node in block:
             node.update_arg(AHEAD, False)
@@ -50,7 +50,7 @@ def ask_late(graph: Graph, blocks: Sequence[Sequence[Node]]) -> None:
             graph.call_function(ops.ask_ahead.default, (results[0], block[0].args[0]))
 
 
-def _hides(block: Sequence[Node], behind: Sequence[Node]) -> bool:
+def hides(block: Sequence[Node], behind: Sequence[Node]) -> bool:
     """Return whether these nodes compute for as long as it takes to copy what a block keeps: blocks are much alike."""
     size = sum(long_hint(node.meta["val"].numel()) * node.meta["val"].element_size() for node in block)
     return sum(map(_flops, behind)) >= FLOPS_A_BYTE * size
