@@ -42,7 +42,11 @@ def explain(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None =
         return compiled
 
     original, notes = _uncompiled(fn)
+    before = dynamo.given_up()
     torch.compile(original, backend=watched)(*args, **kwargs)
+    notes += tuple(
+        dynamo.reason_to_give_up(each) for each in dynamo.given_up() if not any(each is old for old in before)
+    )
     report = sum(made[1:], made[0]) if made else Report(graphs=0)
     return replace(report, notes=report.notes + notes)
 

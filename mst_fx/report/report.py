@@ -9,6 +9,7 @@ from os import PathLike
 from typing import Any
 
 from mst_fx.core.torch_private.captured import Attempt, attempt
+from mst_fx.core.torch_private.dynamo import given_up, reason_to_give_up
 from mst_fx.report.first import first_of
 from mst_fx.report.how_sure import how_sure
 from mst_fx.report.items import Dropped, EarlyCut, LoopedRegion, Offloaded, RefusedRegion
@@ -150,9 +151,15 @@ def record(report: Report) -> None:
 
 
 def summary() -> Report:
-    """Return one report over the compiles of this process (the last thousand), as a trainer makes several graphs."""
-    made = reports()
-    return sum(made[1:], made[0]) if made else Report(graphs=0, notes=(UNUSED,))
+    """Return one report over the compiles of this process (the last thousand), as a trainer makes several graphs.
+
+    Its notes tell which functions Dynamo has left to eager execution, and why.
+    """
+    made, notes = reports(), tuple(dict.fromkeys(map(reason_to_give_up, given_up())))
+    if not made:
+        return Report(graphs=0, notes=notes or (UNUSED,))
+    report = sum(made[1:], made[0])
+    return replace(report, notes=report.notes + notes)
 
 
 def reports() -> list[Report]:

@@ -99,3 +99,22 @@ def test_a_loss_compiled_alone_reads_what_is_made_outside():
     (logits,) = explained(lambda logits, labels: F.cross_entropy(logits, labels), F.linear(x, head), labels).unlooped
     assert (logits.enters, logits.why) == (True, "made outside of the function that this graph holds, which reads it")
     assert not explained(lambda logits, labels: F.cross_entropy(logits, labels), torch.randn(T, V), labels).unlooped
+
+
+def several_times(x):
+    for _ in range(2):
+        torch._dynamo.graph_break()
+        x = x.sin()
+    return x.sum()
+
+
+def test_what_dynamo_leaves_to_eager_execution_is_told():
+    """It skips a whole function for a break in a loop; then no graph is there to tell of."""
+    report = mst_fx.explain(several_times, torch.randn(4))
+    (note,) = report.notes
+    assert report.graphs == 0
+    assert note.startswith(f"several_times ({__file__}:")
+    assert "runs without a compile, so that nothing of it can be looped: Call to `torch._dynamo.graph_break()`" in note
+    assert note.endswith(": torch._dynamo.graph_break()")
+    assert note in mst_fx.summary().notes
+    assert mst_fx.explain(torch.sin, torch.randn(4)).notes == ()  # of this compile alone

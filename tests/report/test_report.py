@@ -48,6 +48,7 @@ def test_report_tells_the_bytes():
 
 def test_a_summary_is_one_report_of_all(monkeypatch):
     monkeypatch.setattr(module, "_MADE", deque())
+    monkeypatch.setattr(module, "given_up", list)  # of other tests
     assert "nothing was compiled with mst_fx yet" in str(mst_fx.summary())
     for peak in (3, 5, 4):
         module.record(mst_fx.Report(peak=peak, peak_whole=peak))

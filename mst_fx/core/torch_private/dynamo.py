@@ -7,11 +7,14 @@ Private torch API: all of torch's names in this file. Run on torch 2.11, 2.13 an
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
+
+from mst_fx.core.torch_private.captured import is_in_torch
 
 _EXCEPTIONS = (
     (torch._dynamo.exc, "RestartAnalysis"),  # a number turned out to be fixed: Dynamo captures the program once more
@@ -41,3 +44,23 @@ def compiled_from(fn: Callable[..., Any]) -> Callable[..., Any] | None:
     if wrapped is None and isinstance(fn, torch.nn.Module) and getattr(fn, "_compiled_call_impl", None) is not None:
         return fn._call_impl
     return wrapped
+
+
+def given_up() -> list[Any]:
+    """Return what torch keeps on record of the users' functions that Dynamo has left to eager execution, the last ones.
+
+    They are those of the process, whatever the backend; none where torch keeps no such record.
+    """
+    records: list[Any] = getattr(torch._dynamo.utils, "get_compilation_metrics", list)()
+    failed = (record for record in records if record.fail_type not in (None, "SkipFrame"))
+    return [record for record in failed if record.co_filename and not is_in_torch(record.co_filename)]
+
+
+def reason_to_give_up(record: Any) -> str:
+    """Return which function runs without a compile, and why: the first sentence of Dynamo's reason, and the line."""
+    why = str(record.fail_reason or record.fail_type).strip().partition("\n")[0]
+    file, line = record.fail_user_frame_filename, record.fail_user_frame_lineno
+    if file:
+        why += f" at {file}:{line}: {linecache.getline(file, line).strip()}"
+    place = f"{record.co_filename}:{record.co_firstlineno}"
+    return f"{record.co_name} ({place}) runs without a compile, so that nothing of it can be looped: {why}"
