@@ -114,7 +114,19 @@ def test_what_dynamo_leaves_to_eager_execution_is_told():
     (note,) = report.notes
     assert report.graphs == 0
     assert note.startswith(f"several_times ({__file__}:")
-    assert "runs without a compile, so that nothing of it can be looped: Call to `torch._dynamo.graph_break()`" in note
+    assert "has run without a compile, so that nothing of it was looped: Call to `torch._dynamo.graph_break()`" in note
     assert note.endswith(": torch._dynamo.graph_break()")
     assert note in mst_fx.summary().notes
     assert mst_fx.explain(torch.sin, torch.randn(4)).notes == ()  # of this compile alone
+
+
+def test_what_is_beyond_the_limit_of_recompiles_is_told():
+    def again(x):
+        return x.sin().sum()
+
+    compiled = torch.compile(again, backend="mst_fx", dynamic=False, options={"inner": "eager"})
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for length in (2, 3):
+            compiled(torch.randn(length))
+    (note,) = (note for note in mst_fx.summary().notes if note.startswith("again ("))
+    assert note.endswith("Dynamo recompile limit exceeded")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -51,9 +52,8 @@ def given_up() -> list[Any]:
 
     They are those of the process, whatever the backend; none where torch keeps no such record.
     """
-    records: list[Any] = getattr(torch._dynamo.utils, "get_compilation_metrics", list)()
-    failed = (record for record in records if record.fail_type not in (None, "SkipFrame"))
-    return [record for record in failed if record.co_filename and not is_in_torch(record.co_filename)]
+    failed = (record for record in _records() if record.fail_type not in (None, "SkipFrame"))
+    return [record for record in failed if not is_in_torch(_named(record).co_filename or "")]
 
 
 def reason_to_give_up(record: Any) -> str:
@@ -62,5 +62,22 @@ def reason_to_give_up(record: Any) -> str:
     file, line = record.fail_user_frame_filename, record.fail_user_frame_lineno
     if file:
         why += f" at {file}:{line}: {linecache.getline(file, line).strip()}"
-    place = f"{record.co_filename}:{record.co_firstlineno}"
-    return f"{record.co_name} ({place}) runs without a compile, so that nothing of it can be looped: {why}"
+    named = _named(record)
+    function = f"{named.co_name} ({named.co_filename}:{named.co_firstlineno})" if named.co_name else "a function"
+    return f"{function} has run without a compile, so that nothing of it was looped: {why}"
+
+
+def _records() -> list[Any]:
+    """Return what torch keeps on record of the last compiles; nothing where it keeps no such record."""
+    return list(getattr(torch._dynamo.utils, "get_compilation_metrics", list)())
+
+
+def _named(record: Any) -> Any:
+    """Return the record that names a function: one beyond the limit of recompiles does not, but one before it does.
+
+    torch numbers functions; `torch._dynamo.reset` begins anew.
+    """
+    before = takewhile(lambda other: other is not record, _records())
+    number = str(record.compile_id).partition("/")[0]
+    alike = [other for other in before if other.co_name and str(other.compile_id).partition("/")[0] == number]
+    return alike[-1] if alike and not record.co_name else record
