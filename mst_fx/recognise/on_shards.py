@@ -227,7 +227,7 @@ class _Trial:
 
 
 def _division(shard: torch.Tensor, share: int) -> Hashable:
-    return aten.div.Tensor, like(tuple(shard.shape)), like(share)
+    return aten.div.Tensor, like(shard)[0], like(share)
 
 
 def _without_dtype(key: Any) -> Hashable:

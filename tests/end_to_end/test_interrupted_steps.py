@@ -49,7 +49,7 @@ def raising(patch, error, position):
     """Let the loop at a position of the next step raise an error in its second chunk."""
     loops, original = count(), loop_operator._results
 
-    def run(bodies, spec, operands):
+    def run(bodies, spec, *given):
         whole = iter([bodies[0]])
 
         def body(args):
@@ -57,7 +57,7 @@ def raising(patch, error, position):
                 return first(args)
             raise error
 
-        return original((body, body) if next(loops) == position else bodies, spec, operands)
+        return original((body, body) if next(loops) == position else bodies, spec, *given)
 
     patch.setattr(loop_operator, "_results", run)
 
