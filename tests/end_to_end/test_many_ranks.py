@@ -36,16 +36,15 @@ def test_programs_are_right_and_looped(ranks):
         assert found.collectives, name
         more = found.collectives - found.before
         if "ulysses" in name:
-            assert more.pop(EXCHANGES) == _added(found, checkpointed="fsdp" in name), name
+            assert more.pop(EXCHANGES)
+            assert found.collectives[EXCHANGES] == _exchanges(found, checkpointed="fsdp" in name), name
         assert not more, name
 
 
-def _added(found: Outcome, *, checkpointed: bool) -> int:
-    """How many exchanges more the groups of heads do.
+def _exchanges(found: Outcome, *, checkpointed: bool) -> int:
+    """How often ranks exchange heads, where each group of heads has its own exchanges.
 
-    Each group has its own, as many as all heads at once: four forward and four backward, and four again where a
-    checkpoint runs the forward again. The loop in the backward exchanges what the forward did.
+    Four forward and four backward, and four again where a checkpoint runs the forward again. The loop in the backward
+    exchanges what the forward did.
     """
-    at_once = 12 if checkpointed else 8
-    assert found.before[EXCHANGES] == at_once * found.regions.count("attention")
-    return found.before[EXCHANGES] * (GROUPS - 1) + 4 * GROUPS * found.regions.count("attention")
+    return (16 if checkpointed else 12) * GROUPS * found.regions.count("attention")
