@@ -39,11 +39,11 @@ class MiniSequenceKernel(ir.ExternKernel):
         spec: tuple[Any, ...],
         operands: Sequence[Any],
         layout: Any,
-        overwritable: Sequence[tuple[int, int]],
+        pairs: Sequence[tuple[int, int]],
     ) -> None:
         super().__init__(name=None, layout=layout, inputs=operands)
         self.outputs: list[Any] = []
-        self.subgraphs, self.spec, self._overwritable = subgraphs, spec, overwritable
+        self.subgraphs, self.spec, self._pairs = subgraphs, spec, pairs
         self.name = V.graph.register_buffer(self)
         V.graph.register_operation(self)
 
@@ -69,7 +69,7 @@ class MiniSequenceKernel(ir.ExternKernel):
             names.append(subgraph.graph.name if subgraph is not None else "None")
         buffers: Sequence[Any] = self.inputs
         operands = ", ".join(buffer.codegen_reference() for buffer in buffers)
-        overwrites = next((pair for pair in self._overwritable if self._reads_last(buffers[pair[1]], wrapper)), None)
+        overwrites = next((pair for pair in self._pairs if self._reads_last(buffers[pair[1]], wrapper)), None)
         arguments = f"({', '.join(names)}), {self.spec!r}, [{operands}]"
         wrapper.add_import_once("from mst_fx.runtime.loop_operator import run_loop")
         if overwrites is None:
